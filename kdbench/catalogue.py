@@ -1,0 +1,67 @@
+"""Names to things: every catalogue (`METHODS`, `TASKS`, `DATA`, `MODELS`) is a dictionary of `Entry`, resolved here and only here.
+
+Nothing is imported until it is asked for, so `kdbench list` needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from kdbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a catalogue: where the thing is (`module:attribute`) and what it is, in a sentence."""
+
+    target: str
+    summary: str
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?` for the most similar of `names`, or a short list of them where nothing is near."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"; there is: {shown}"
+
+
+def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:
+    """The object behind `name`: an entry of `table`, a dotted path `package.module:attribute`, or a `kdbench.<kind>s` entry point.
+
+    Raises UserError for a name that is none of them (naming the nearest), and for a dotted path that can't be imported.
+    """
+    if name in table:
+        return load(kind, table[name].target)
+    if ":" in name:
+        return load(kind, name)
+    plugins = {point.name: point for point in entry_points(group=f"kdbench.{kind}s")}
+    if name in plugins:
+        return plugins[name].load()
+    raise UserError(f"unknown {kind} {name!r}{nearest(name, [*table, *plugins])}")
+
+
+def known(kind: str, name: str, table: Mapping[str, Entry]) -> bool:
+    """Whether `resolve` would find `name` without importing it."""
+    return name in table or ":" in name or any(p.name == name for p in entry_points(group=f"kdbench.{kind}s"))
+
+
+def load(kind: str, target: str) -> Any:
+    """Import `package.module:attribute`."""
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise UserError(f"{kind} {target!r}: there is no module {error.name!r} on the Python path") from error
+        raise
+    if not hasattr(module, attribute):
+        raise UserError(f"{kind} {target!r}: module {module_name!r} has no {attribute!r}{nearest(attribute, vars(module))}")
+    return getattr(module, attribute)

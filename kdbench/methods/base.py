@@ -1,0 +1,89 @@
+"""The interface of a distillation method: what it looks at, what it learns beside the student, and the loss terms it adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from kdbench.data.batch import Batch
+from kdbench.models.outputs import Outputs, Shapes
+from kdbench.search_space import Range
+from kdbench.tasks.base import TaskInfo
+
+
+@dataclass(frozen=True)
+class Published:
+    """One figure of a paper, quoted with what it was measured on. Never averaged with ours."""
+
+    teacher: str
+    student: str
+    data: str
+    metric: str
+    undistilled: float | None
+    distilled: float
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from and what its code was checked against (`golden` vectors of that repository)."""
+
+    title: str
+    arxiv: str | None = None
+    venue: str | None = None
+    formula: str = ""
+    checked_against: str | None = None
+    published: tuple[Published, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is: epochs done (with the fraction of the present one), optimizer steps done and in all."""
+
+    epoch: float
+    step: int
+    total_steps: int
+
+
+class Method(nn.Module):
+    """One way of training a student. Subclasses state their taps and `Params`, and return named, weighted float32 terms."""
+
+    paper: ClassVar[Paper]
+    version: ClassVar[int] = 1  # raised when the numbers of a method change; part of every unit's key
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+    needs_teacher: ClassVar[bool] = True
+    batch_coupled: ClassVar[bool] = False  # the loss looks across samples: the frame gathers the batch of all workers first
+    student_taps: ClassVar[tuple[str, ...]] = ()
+    teacher_taps: ClassVar[tuple[str, ...]] = ()
+
+    class Params(BaseModel):
+        """Defaults are the paper's; a Range says where to search."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+        task_weight: Annotated[float, Range(0.0, 2.0)] = 1.0
+
+    def __init__(self, params: Method.Params | None = None, generator: torch.Generator | None = None) -> None:
+        """`generator` is the source of any randomness inside the loss: one per run, saved with the checkpoint."""
+        super().__init__()
+        self.params = params if params is not None else self.Params()
+        self.generator = generator
+
+    def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
+        """Make the adapters, from probed shapes. Raises UserError where the pair can't work."""
+
+    def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
+        """Loss terms by name, weighted, scalar, float32 or wider. The task's own loss is added by the frame with `task_weight`."""
+        raise NotImplementedError
+
+    def warmup_epochs(self) -> float:
+        """Epochs before the method's loss has its full weight: a search does not stop a trial earlier."""
+        return 0.0
+
+
+def loss_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32 or wider: loss arithmetic never runs in half precision."""
+    return tuple(t if t.dtype in (torch.float32, torch.float64) or not t.is_floating_point() else t.float() for t in tensors)

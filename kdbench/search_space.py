@@ -1,0 +1,85 @@
+"""Where to search a parameter: `Range` and `Choice`, written beside a field's default as `Annotated[float, Range(...)]`.
+
+The search space of a method is what its `Params` fields say, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class When:
+    """This parameter exists only where the parameter `name` has one of `values`: a conditional space."""
+
+    name: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from low to high, both included; `log` where a weight spans decades; `step` for a grid; whole numbers where the field is an int."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    when: When | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"a range needs low < high, both finite; got {self.low} .. {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range needs low > 0; got {self.low}")
+        if self.log and self.step is not None:
+            raise ValueError("a range has a step or is logarithmic, not both")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values, without order."""
+
+    options: tuple[Any, ...]
+    when: When | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.options) < 2:
+            raise ValueError("a choice needs at least two options")
+
+
+Dimension = Range | Choice
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One axis of a search: its dotted name, where to look, the default (tried first) and whether it is a whole number."""
+
+    name: str
+    dimension: Dimension
+    default: Any
+    integer: bool = False
+
+
+def space_of(params: BaseModel, fixed: frozenset[str] = frozenset(), prefix: str = "") -> tuple[Parameter, ...]:
+    """The axes of `params`: each field annotated with a Range or a Choice, the field's present value as its default.
+
+    `fixed` names fields that the user pinned: they keep their value and are not searched.
+    """
+    axes = []
+    for name, field in type(params).model_fields.items():
+        if name in fixed:
+            continue
+        for extra in field.metadata:
+            if isinstance(extra, Range | Choice):
+                axes.append(Parameter(prefix + name, extra, getattr(params, name), field.annotation is int))
+    return tuple(axes)
+
+
+def describe(axes: tuple[Parameter, ...]) -> Mapping[str, dict[str, Any]]:
+    """The space as plain data, for hashes and records."""
+    return {axis.name: {"kind": type(axis.dimension).__name__.lower(), **asdict(axis.dimension), "default": axis.default} for axis in axes}
