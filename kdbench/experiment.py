@@ -1,0 +1,358 @@
+"""An experiment: one short YAML file, read into frozen, strict models, with the content hashes that name its parts.
+
+Reading a config never executes anything: YAML's safe subset in, typed data out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kdbench.catalogue import known, nearest
+from kdbench.data.views import Augment
+from kdbench.errors import UserError, explain
+from kdbench.methods import METHODS
+from kdbench.methods.build import MethodSpec
+from kdbench.models.build import ModelSpec
+from kdbench.search_space import Choice, Dimension, Range
+from kdbench.tasks import TASKS
+from kdbench.tasks.build import TaskSpec
+
+PRECISIONS = ("auto", "fp64", "fp32", "bf16", "fp16")
+SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Recipe(_Part):
+    """How a model is trained. `batch_size` is the samples of one optimizer step, over all workers and micro-batches."""
+
+    epochs: int = Field(default=5, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    optimizer: str = "sgd"  # sgd, adamw, or any name that timm.optim knows
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: str = "cosine"  # cosine, linear, constant, or any name that timm.scheduler knows
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: measured once on the model and device, then kept
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    clip_grad: float | None = Field(default=None, gt=0)  # maximum norm of the gradient
+    accumulate: int = Field(default=1, ge=1)  # micro-batches that one optimizer step is cut into
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an exponential moving average of the weights, which is then what is evaluated
+    augment: Augment = Augment()
+    views: int | None = Field(default=4, ge=1)  # augmented copies of each image that training cycles through; null: a fresh one each epoch, no cache
+    weights: Literal["last", "best"] = "last"  # which epoch's weights are kept, `best` by the validation metric
+
+
+def _dimension(value: Any) -> Any:
+    if isinstance(value, Range | Choice):
+        return value
+    if isinstance(value, list):
+        value = {"options": value}
+    if not isinstance(value, dict):
+        raise ValueError("expected {low: 0.1, high: 1.0, log: true} or a list of options")
+    kind, keys = (Choice, {"options"}) if "options" in value else (Range, {"low", "high", "log", "step"})
+    if unknown := sorted(set(value) - keys):
+        raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], keys)}")
+    if missing := sorted(({"options"} if kind is Choice else {"low", "high"}) - set(value)):
+        raise ValueError(f"the key {missing[0]!r} is missing")
+    if kind is Choice:
+        return Choice(options=tuple(value["options"]))
+    try:
+        numbers = {key: float(value[key]) for key in ("low", "high", "step") if value.get(key) is not None}
+    except (TypeError, ValueError):
+        raise ValueError(f"low, high and step are numbers, got {value!r}") from None
+    return Range(**numbers, log=bool(value.get("log", False)))
+
+
+class Search(_Part):
+    """How every method's parameters are searched: the same budget for each, the published default first, judged on validation only."""
+
+    trials: int = Field(ge=1)
+    sampler: Literal["tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii"] = "tpe"
+    scheduler: Literal["asha", "none"] = "asha"
+    grace_epochs: int = Field(default=1, ge=1)  # no trial is stopped before this, nor before its method's warm-up is over
+    reduction: int = Field(default=3, ge=2)  # asha: one in this many goes on at each rung
+    also: dict[str, Annotated[Dimension, BeforeValidator(_dimension)]] = Field(default_factory=dict)  # recipe keys in every method's space
+    objectives: tuple[str, ...] = ()  # beside the task's own metric: lower-is-better costs such as train_seconds
+    top_k: int = Field(default=2, ge=1)  # this many are trained again on fresh seeds; the best validation mean is tuned for good
+    confirm_seeds: int = Field(default=1, ge=1)
+    seed: int = 0
+
+    @field_validator("also")
+    @classmethod
+    def _only_recipe_keys(cls, value: dict[str, Dimension]) -> dict[str, Dimension]:
+        names = [f"recipe.{name}" for name in Recipe.model_fields]
+        for key in value:
+            if key not in names:
+                raise ValueError(f"unknown key {key!r}{nearest(key, names)}")
+        return value
+
+    @field_validator("objectives")
+    @classmethod
+    def _known_objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in COSTS:
+                raise ValueError(f"unknown objective {name!r}{nearest(name, COSTS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_objective_for_asha(self) -> Search:
+        if self.objectives and self.scheduler == "asha":
+            raise ValueError("several objectives and scheduler asha do not go together: a trial can't be stopped early by one of them; use scheduler: none")
+        return self
+
+
+COSTS = ("train_seconds", "nll", "ece")
+
+
+class TeacherSpec(_Part):
+    """The teacher: trained here with `recipe` (keys that differ from the experiment's), or read from `weights`."""
+
+    model: ModelSpec
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    weights: Path | None = None
+    seed: int = 0
+
+
+class Runtime(_Part):
+    """What one training uses, and where Ray is."""
+
+    workers: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    concurrent: int | None = Field(default=None, ge=1)  # trainings at once; by default as many as fit
+    address: str | None = None  # a running Ray cluster; `auto` finds one
+    checkpoint_seconds: float = Field(default=15.0, ge=0)  # the most that a killed training loses
+
+
+class Experiment(_Part):
+    """The whole of one YAML file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    task: TaskSpec
+    teacher: TeacherSpec | None = None
+    students: tuple[ModelSpec, ...] = Field(min_length=1)
+    methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    recipe: Recipe = Recipe()
+    search: Search | None = None
+    seeds: int = Field(default=3, ge=1)
+    data_seed: int = 0
+    runtime: Runtime = Runtime()
+    results: Path | None = None
+
+    @model_validator(mode="after")
+    def _names(self) -> Experiment:
+        if not known("task", self.task.name, TASKS):
+            raise ValueError(f"task: unknown task {self.task.name!r}{nearest(self.task.name, TASKS)}")
+        for method in self.methods:
+            if not known("method", method.name, METHODS):
+                raise ValueError(f"methods: unknown method {method.name!r}{nearest(method.name, METHODS)}")
+        labels = [method.label for method in self.methods]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"methods: {twice[0]!r} stands twice; give one of them another `label`")
+        return self
+
+    def teacher_recipe(self) -> Recipe:
+        """The experiment's recipe with the teacher's own keys."""
+        overrides = self.teacher.recipe if self.teacher else {}
+        return _validated(Recipe, {**self.recipe.model_dump(), **overrides}, "teacher.recipe")
+
+
+def _validated(model: type[BaseModel], value: Any, where: str) -> Any:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise UserError(explain(error, where, model)) from error
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file and apply `--set key=value` overrides.
+
+    Raises UserError, one line a problem, for a file that is missing, empty or not YAML, and for every wrong key, type or name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        here = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+        raise UserError(f"{path}: there is no such file" + (nearest(str(path), here) if here else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as text: {error}") from error
+    value = parse_yaml(text, str(path))
+    for override in overrides:
+        _override(value, override)
+    return _validated(Experiment, value, str(path))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe subset, and a key that stands twice is an error: YAML itself would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that `text` holds. Raises UserError with line and column where it does not parse."""
+    try:
+        value = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise UserError(f"{where}:{place} not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if value is None:
+        raise UserError(f"{where}: the file is empty; experiments/quickstart.yaml shows what an experiment looks like")
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected keys and values such as `name: my-experiment`, got a {type(value).__name__}")
+    return value
+
+
+def _override(experiment: dict[str, Any], assignment: str) -> None:
+    """Apply one `--set a.b=c`. A list element is addressed by its name (`methods.kd.temperature`); `method.x` means every method that has an x."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {assignment}: expected key=value, such as --set recipe.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {assignment}: the value is not valid YAML") from None
+    path = key.split(".")
+    if path[0] == "method":
+        _override_methods(experiment, path[1:], value, assignment)
+        return
+    place: Any = experiment
+    for depth, name in enumerate(path[:-1]):
+        place = _step_into(place, name, assignment, ".".join(path[: depth + 1]))
+    if isinstance(place, list):
+        _replace_element(place, path[-1], value, assignment)
+    else:
+        place[path[-1]] = value
+
+
+def _step_into(place: Any, name: str, assignment: str, so_far: str) -> Any:
+    if isinstance(place, list):
+        return _element(place, name, assignment)
+    inner = place.setdefault(name, {})
+    if isinstance(inner, str):  # `data: fashion_mnist` is short for `data: {name: fashion_mnist}`
+        inner = place[name] = {"name": inner}
+    if inner is None:
+        inner = place[name] = {}
+    if not isinstance(inner, dict | list):
+        raise UserError(f"--set {assignment}: {so_far} is a {type(inner).__name__}, it has no keys")
+    return inner
+
+
+def _element_name(element: Any) -> str:
+    return str(element.get("label") or element.get("name")) if isinstance(element, dict) else str(element)
+
+
+def _element(elements: list[Any], name: str, assignment: str) -> dict[str, Any]:
+    for position, element in enumerate(elements):
+        if _element_name(element) == name or str(position) == name:
+            if not isinstance(element, dict):
+                element = elements[position] = {"name": element}
+            return element
+    raise UserError(f"--set {assignment}: there is no {name!r}{nearest(name, [_element_name(e) for e in elements])}")
+
+
+def _replace_element(elements: list[Any], name: str, value: Any, assignment: str) -> None:
+    element = _element(elements, name, assignment)
+    elements[elements.index(element)] = value
+
+
+def _override_methods(experiment: dict[str, Any], path: list[str], value: Any, assignment: str) -> None:
+    methods = experiment.get("methods")
+    if len(path) != 1 or not isinstance(methods, list):
+        raise UserError(f"--set {assignment}: expected method.PARAMETER=value, such as --set method.temperature=2")
+    fields: set[str] = set()
+    for method in list(methods):
+        spec = _validated(MethodSpec, method, f"--set {assignment}: methods")
+        names = set(spec.parameter_names())
+        fields |= names
+        if path[0] in names:
+            _element(methods, spec.label, assignment)[path[0]] = value
+            fields.add(path[0])
+    if path[0] not in fields:
+        raise UserError(f"--set {assignment}: none of the methods has a parameter {path[0]!r}{nearest(path[0], fields)}")
+
+
+class TeacherRef(_Part):
+    """A teacher that is ready: its weights, what they are (sha256), how good it is, and where its cached outputs lie."""
+
+    model: ModelSpec
+    weights: Path
+    sha: str
+    metric: float | None = None
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
+    cache: Path | None = None
+
+
+class Unit(_Part):
+    """One training, fully described: the same unit gives the same weights wherever it runs. `key` names it."""
+
+    role: Literal["teacher", "trial", "candidate", "final"]
+    experiment: str
+    protocol_hash: str
+    split_hash: str
+    task: TaskSpec
+    student: ModelSpec
+    teacher: TeacherRef | None = None
+    method: MethodSpec
+    method_version: int = 1
+    recipe: Recipe
+    seed: int
+    data_seed: int = 0
+    workers: int = 1
+    checkpoint_seconds: float = 15.0
+    number: int | None = None  # of a trial in its study
+
+    @property
+    def key(self) -> str:
+        """Content hash of all that decides the outcome, and of nothing else: where files lie and what things are called is left out."""
+        content = self.model_dump(mode="json", exclude={"experiment", "teacher", "checkpoint_seconds", "number"})
+        content["method"].pop("label", None)
+        content["teacher"] = self.teacher.sha if self.teacher else None
+        return content_hash(content)
+
+    @property
+    def title(self) -> str:
+        """What people read: `kd trial 3`, `kd seed 1`, `teacher resnet8x4`."""
+        if self.role == "teacher":
+            return f"teacher {self.student.name}"
+        if self.role == "trial":
+            return f"{self.method.label} trial {self.number}"
+        return f"{self.method.label} {'check ' if self.role == 'candidate' else ''}seed {self.seed}"
+
+    @property
+    def evaluates_test(self) -> bool:
+        """Choices are made on validation; only what is final sees the test set."""
+        return self.role in ("teacher", "final")
+
+
+def content_hash(value: Mapping[str, Any] | Sequence[Any], length: int = 16) -> str:
+    """The first `length` hex digits of the SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The experiment as YAML, as it is kept with every record."""
+    return yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False)

@@ -1,0 +1,46 @@
+"""Where things lie under a results folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def results_folder(option: Path | None = None, configured: Path | None = None) -> Path:
+    """`--results`, else `results:` in the experiment, else KDBENCH_RESULTS, else ./results; always absolute."""
+    chosen = option or configured or os.environ.get("KDBENCH_RESULTS") or "results"
+    return Path(chosen).expanduser().resolve()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of one results folder. Records (`v1/`) are the truth; all else can be made again or is an attachment of a record."""
+
+    root: Path
+
+    def teacher(self, unit_key: str) -> Path:
+        return self.root / "teachers" / unit_key / "model.safetensors"
+
+    def student(self, unit_key: str) -> Path:
+        return self.root / "students" / unit_key / "student.safetensors"
+
+    def cache(self, key: str) -> Path:
+        return self.root / "cache" / key
+
+    def study(self, study_id: str) -> Path:
+        return self.root / "studies" / f"{study_id}.journal"
+
+    def checkpoint(self, unit_key: str) -> Path:
+        return self.root / "checkpoints" / f"{unit_key}.pt"
+
+    def predictions(self, unit_key: str) -> str:
+        """Relative to the root, as a record names it."""
+        return f"predictions/{unit_key}.safetensors"
+
+    def choice(self, key: str) -> Path:
+        """A measured choice (precision, memory format), made once and kept."""
+        return self.root / "choices" / f"{key}.json"
+
+    def lock(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.lock"

@@ -1,0 +1,84 @@
+"""Checkpoints and weights on disk: written beside and renamed, so that a reader sees a whole file or none."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from kdbench.errors import RunFailed
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file under a temporary name, flush it to disk, and only then give it its name.
+
+    Raises RunFailed where the disk is full or the folder can't be written. Leaves no temporary file behind unless the process is killed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunFailed(disk_message(error, path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_message(error: OSError, path: Path) -> str:
+    """One line for a write that failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full: {path} could not be written; free some space and run the same command again, finished work is kept"
+    return f"{path} could not be written: {error.strerror or error}"
+
+
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Keep a training's whole state. Tensors and plain values only: it is read with weights_only."""
+    write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The state that `save_checkpoint` kept, or None where the file is not readable: the training then starts anew, which gives the same result."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return None
+    return state
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
+    """Write a model's tensors as safetensors under plain keys; returns the SHA-256 of the file."""
+    data = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata or {}))
+    write_atomically(path, lambda temporary: _write(temporary, data))
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def pack_predictions(prediction: Tensor, index: Tensor) -> bytes:
+    """Predictions in float16 with the positions of their samples, as safetensors."""
+    return save_safetensors({"prediction": prediction.half().contiguous(), "index": index.contiguous()})
+
+
+def unpack_predictions(data: bytes) -> tuple[Tensor, Tensor]:
+    """What `pack_predictions` packed: prediction [N, ...] float16 and index [N]."""
+    tensors = load_safetensors(data)
+    return tensors["prediction"], tensors["index"]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

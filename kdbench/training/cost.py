@@ -1,0 +1,58 @@
+"""What a model costs: parameters, arithmetic, latency, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdbench.models.inputs import model_inputs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """params: trainable and frozen; flops: one forward pass of one image, a multiply-add counted as two; latency in ms of a batch of one."""
+
+    params: int
+    flops: int
+    latency_ms_p50: float
+    latency_ms_p95: float
+    device: str
+    batch: int = 1
+
+
+@torch.no_grad()
+def measure(model: nn.Module, image_shape: tuple[int, int, int], device: torch.device, repeats: int = 30) -> Cost:
+    """Count and time an eval-mode forward pass of one image in float32. The model's mode is restored."""
+    training = model.training
+    model.eval()
+    image = torch.rand(1, *image_shape, device=device, dtype=next(model.parameters()).dtype)
+    with FlopCounterMode(display=False) as counter:
+        model(model_inputs(model, image))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        model(model_inputs(model, image))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    model.train(training)
+    p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    return Cost(sum(p.numel() for p in model.parameters()), int(counter.get_total_flops()), p50, p95, device_name(device))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Of the device's allocator on a GPU; of the whole process on a CPU, which in a reused actor includes earlier trainings."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,61 @@
+"""Student and method as one module: the only thing that is wrapped for several workers, and one forward a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed.nn.functional as exchange
+from torch import Tensor, nn
+
+from kdbench.data.batch import Batch
+from kdbench.methods.base import Method, Progress
+from kdbench.models.outputs import Outputs
+from kdbench.models.taps import Taps
+from kdbench.tasks.base import Task
+
+
+class Distiller(nn.Module):
+    """Runs the student and adds up the task's loss and the method's terms."""
+
+    def __init__(self, student: nn.Module, method: Method, task: Task) -> None:
+        super().__init__()
+        self.student = student
+        self.method = method
+        self.task = task
+        self._taps = Taps(student, method.student_taps)
+
+    def forward(self, batch: Batch, teacher: Outputs | None, at: Progress, autocast: torch.autocast) -> dict[str, Tensor]:
+        """Loss terms by name, with `total` to step on. The networks run under `autocast`, the losses outside it.
+
+        Where the method is batch-coupled and there are several workers, it sees the joined batch, and gradients flow back to each worker's part.
+        """
+        with autocast:
+            outputs = self._taps(batch.inputs)
+        terms = {name: self.method.params.task_weight * loss for name, loss in self.task.loss(outputs, batch).items()}
+        if self.method.batch_coupled and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            outputs, teacher, batch = _joined(outputs), _joined(teacher) if teacher else None, _joined_batch(batch)
+        terms |= self.method(outputs, teacher, batch, at)
+        terms["total"] = torch.stack([term.sum() for term in terms.values()]).sum()
+        return terms
+
+
+def _join(tensor: Tensor) -> Tensor:
+    """All workers' rows in rank order, with gradients to this worker's own."""
+    return torch.cat(exchange.all_gather(tensor.contiguous())) if tensor.requires_grad else _join_values(tensor)
+
+
+def _join_values(tensor: Tensor) -> Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def _joined(outputs: Outputs) -> Outputs:
+    prediction = outputs.prediction
+    joined = {name: _join(t) for name, t in prediction.items()} if isinstance(prediction, dict) else _join(prediction)
+    return Outputs(joined, {name: _join(tensor) for name, tensor in outputs.maps.items()})
+
+
+def _joined_batch(batch: Batch) -> Batch:
+    return replace(batch, inputs=_join_values(batch.inputs), target=_join_values(batch.target), index=_join_values(batch.index))

@@ -1,0 +1,37 @@
+"""Predictions over a whole part of a data set, each sample exactly once whatever the number of workers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.data.batch import Part
+from kdbench.data.loader import in_order
+from kdbench.models.inputs import model_inputs
+from kdbench.training.precision import autocast
+from kdbench.training.session import Session
+
+
+@torch.no_grad()
+def predict(model: nn.Module, part: Part, session: Session, precision: str, batch_size: int = 512) -> Tensor:
+    """The model's predictions [N, ...] in the part's order, float32 on the CPU, un-augmented, in eval mode (restored afterwards).
+
+    Each worker takes every world_size-th sample; workers that have one fewer repeat their last, which is dropped again by position.
+    """
+    count, world = len(part), session.world_size
+    share = -(-count // world)
+    rows = (torch.arange(share) * world + session.rank).clamp(max=count - 1)
+    training = model.training
+    model.eval()
+    chunks = []
+    for batch in in_order(part.select(rows) if world > 1 else part, batch_size, session.device):
+        with autocast(precision, session.device):
+            prediction = model(model_inputs(model, batch.inputs))
+        chunks.append(prediction.float() if precision != "fp64" else prediction)
+    model.train(training)
+    mine = torch.cat(chunks)
+    if world == 1:
+        return mine.cpu()
+    joined = session.gather(mine).cpu()
+    by_rank = joined.reshape(world, share, *joined.shape[1:])
+    return by_rank.transpose(0, 1).reshape(world * share, *joined.shape[1:])[:count]

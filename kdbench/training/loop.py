@@ -1,0 +1,272 @@
+"""The only training loop. A laptop, a Tune trial and each worker of a cluster run this function; it imports no Ray."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from kdbench.data.batch import Batch
+from kdbench.data.loader import Loader
+from kdbench.errors import Diverged, UserError
+from kdbench.experiment import Unit
+from kdbench.methods.base import Method, Progress
+from kdbench.methods.build import build_method
+from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.taps import probe
+from kdbench.results.layout import Layout
+from kdbench.results.record import RunRecord
+from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.build import build_task
+from kdbench.training.distiller import Distiller
+from kdbench.training.evaluate import predict
+from kdbench.training.optimization import Schedule, make_average, make_optimizer, make_schedule
+from kdbench.training.outcome import finished_record
+from kdbench.training.precision import FORMATS, autocast, place
+from kdbench.training.session import Session
+from kdbench.training.teacher import LiveTeacher, Teacher, open_teacher
+
+# Method generators get a stream of their own, so that a method's randomness never shifts the student's initial weights.
+_METHOD_STREAM = 0x5EED
+
+
+@dataclass
+class Training:
+    """All that a training consists of while it runs; what `state` returns is all that is needed to go on."""
+
+    unit: Unit
+    session: Session
+    task: Task
+    splits: Splits
+    distiller: Distiller
+    wrapped: nn.Module  # the distiller, with gradient exchange where there are several workers
+    teacher: Teacher | None
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+    loader: Loader
+    generator: torch.Generator
+    epoch: int = 0
+    step: int = 0  # inside the epoch
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of loss terms since the epoch began, on the device
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    best_value: float = -math.inf
+    seconds: float = 0.0  # spent on this training, by all processes that worked on it
+    kept_at: float = 0.0  # `seconds` when the last checkpoint was asked for
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is measured and kept: the moving average where there is one."""
+        return self.average.module if self.average is not None else self.distiller.student
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values: the whole of a training at this moment."""
+        return {
+            "unit": self.unit.key,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "random": torch.get_rng_state(),
+            "random_device": torch.cuda.get_rng_state(self.session.device) if self.session.device.type == "cuda" else None,
+            "random_method": self.generator.get_state(),
+            "progress": {name: getattr(self, name) for name in _PROGRESS},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        torch.set_rng_state(state["random"])
+        if state["random_device"] is not None:
+            torch.cuda.set_rng_state(state["random_device"], self.session.device)
+        self.generator.set_state(state["random_method"])
+        for name in _PROGRESS:
+            setattr(self, name, state["progress"][name])
+
+
+_PROGRESS = ("epoch", "step", "sums", "curve", "best", "best_value", "seconds", "kept_at")
+
+
+def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
+    """Train what `unit` describes, from its last checkpoint if there is one, and measure it.
+
+    Weights and test predictions of final units are written below `layout`; the record is returned, not stored.
+    Raises Diverged where a loss is no longer finite, UserError where the pair can't work.
+    """
+    torch.set_num_threads(session.threads)
+    run = prepare(unit, session)
+    kept = session.resume()
+    if kept is not None and kept["unit"] == unit.key:
+        run.restore(kept)
+    for epoch in range(run.epoch, unit.recipe.epochs):
+        train_epoch(run, epoch)
+        metrics = close_epoch(run)
+        last = epoch + 1 == unit.recipe.epochs
+        session.report(metrics, run.state if _due(run) and not last else None)
+    return finished_record(run, layout)
+
+
+def prepare(unit: Unit, session: Session) -> Training:
+    """Build everything a training needs, at its very beginning."""
+    recipe = unit.recipe
+    task = build_task(unit.task)
+    splits = task.splits()
+    torch.manual_seed(unit.seed)
+    generator = torch.Generator().manual_seed(unit.seed ^ _METHOD_STREAM)
+    student = place(task.build_model(unit.student), recipe.precision, recipe.memory_format, session.device)
+    method = build_method(unit.method, generator)
+    if method.batch_coupled and recipe.accumulate > 1:
+        raise UserError(f"method {unit.method.name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1")
+    teacher = _teacher_of(unit, method, task, session)
+    method.build(probe(student, task.info.image_shape, method.student_taps), _shapes_of(teacher, method, task), task.info)
+    method = method.to(session.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
+    distiller = Distiller(student, method, task)
+    optimizer = make_optimizer(distiller.parameters(), recipe)
+    loader = Loader(
+        splits.train if unit.role == "teacher" else splits.transfer,
+        recipe.batch_size,
+        augment=recipe.augment,
+        views=None if unit.role == "teacher" else recipe.views,
+        data_seed=unit.data_seed,
+        order_seed=unit.seed,
+        rank=session.rank,
+        world_size=session.world_size,
+        device=session.device,
+    )
+    return Training(
+        unit=unit,
+        session=session,
+        task=task,
+        splits=splits,
+        distiller=distiller,
+        wrapped=session.prepare(distiller),
+        teacher=teacher,
+        optimizer=optimizer,
+        schedule=make_schedule(recipe, loader.steps_per_epoch, optimizer),
+        scaler=torch.amp.GradScaler(session.device.type, enabled=recipe.precision == "fp16"),
+        average=make_average(student, recipe),
+        loader=loader,
+        generator=generator,
+    )
+
+
+def _teacher_of(unit: Unit, method: Method, task: Task, session: Session) -> Teacher | None:
+    if not method.needs_teacher:
+        return None
+    if unit.teacher is None:
+        raise UserError(f"method {unit.method.name} learns from a teacher, and the experiment names none; add `teacher: {{model: ...}}`")
+    return open_teacher(unit.teacher, task, method.teacher_taps, session.device)
+
+
+def _shapes_of(teacher: Teacher | None, method: Method, task: Task) -> Shapes | None:
+    """Taps are only known of a live teacher; without taps only the prediction's shape matters, and all models of a task share it."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, LiveTeacher):
+        return probe(teacher.model, task.info.image_shape, method.teacher_taps)
+    return Shapes(prediction=(), taps={})
+
+
+def train_epoch(run: Training, epoch: int) -> None:
+    """The rest of one epoch, from `run.step` on. Loss values stay on the device until the epoch is over."""
+    run.wrapped.train()
+    start = time.monotonic()
+    for batch in run.loader.batches(epoch, run.step):
+        terms = train_step(run, batch)
+        for name, value in terms.items():
+            run.sums[name] = run.sums.get(name, 0) + value
+        run.step += 1
+        now = time.monotonic()
+        run.seconds, start = run.seconds + now - start, now
+        if run.session.world_size == 1 and run.step < run.loader.steps_per_epoch and _due(run):
+            run.session.report({}, run.state)
+
+
+def train_step(run: Training, batch: Batch) -> dict[str, Tensor]:
+    """One optimizer step on one global batch (this worker's share of it); returns the detached mean of each loss term."""
+    recipe = run.unit.recipe
+    done = run.epoch * run.loader.steps_per_epoch + run.step
+    at = Progress(run.epoch + run.step / run.loader.steps_per_epoch, done, recipe.epochs * run.loader.steps_per_epoch)
+    for group in run.optimizer.param_groups:
+        group["lr"] = recipe.lr * run.schedule(done)
+    sums: dict[str, Tensor] = {}
+    pieces = list(_micro_batches(batch, recipe.accumulate))
+    for position, piece in enumerate(pieces):
+        weight = len(piece) / len(batch)
+        if position + 1 < len(pieces):
+            with run.session.without_exchange(run.wrapped):
+                terms = _backward(run, piece, at, weight)
+        else:
+            terms = _backward(run, piece, at, weight)
+        sums = {name: sums.get(name, 0) + weight * value for name, value in terms.items()}
+    if recipe.clip_grad is not None:
+        run.scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.wrapped.parameters(), recipe.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    if run.average is not None:
+        run.average.update_parameters(run.distiller.student)
+    return sums
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    if count == 1:
+        yield batch
+        return
+    for rows in torch.arange(len(batch)).chunk(count):
+        where = slice(int(rows[0]), int(rows[-1]) + 1)
+        yield replace(batch, inputs=batch.inputs[where], target=batch.target[where], index=batch.index[where])
+
+
+def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> dict[str, Tensor]:
+    recipe = run.unit.recipe
+    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+    inputs = batch.inputs.to(dtype=dtype, memory_format=FORMATS[recipe.memory_format])  # type: ignore[call-overload]
+    batch = replace(batch, inputs=inputs)
+    teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
+    terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device))
+    run.scaler.scale(terms["total"] * weight).backward()
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def close_epoch(run: Training) -> dict[str, float]:
+    """Read the epoch's losses, validate, remember the best weights, and move on to the next epoch. Returns the epoch's row of the curve."""
+    start = time.monotonic()
+    unit, task = run.unit, run.task
+    losses = {f"train_{name}": float(value) / run.step for name, value in run.sums.items()}
+    if not math.isfinite(losses["train_total"]):
+        raise Diverged(f"{unit.title}: the loss became {losses['train_total']} in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})")
+    prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision)
+    metrics = task.metrics(prediction, run.splits.val.target)
+    value = metrics[task.primary]
+    if not math.isfinite(value):
+        raise Diverged(f"{unit.title}: the validation {task.primary} became {value} in epoch {run.epoch + 1} of {unit.recipe.epochs}")
+    if unit.recipe.weights == "best" and (value if task.higher_is_better else -value) > run.best_value:
+        run.best_value = value if task.higher_is_better else -value
+        run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.evaluated.state_dict().items()}
+    run.epoch, run.step, run.sums = run.epoch + 1, 0, {}
+    run.seconds += time.monotonic() - start
+    row = {"epoch": float(run.epoch), "lr": run.optimizer.param_groups[0]["lr"], "seconds": run.seconds}
+    row |= losses | {f"val_{name}": number for name, number in metrics.items()}
+    run.curve.append(row)
+    return row
+
+
+def _due(run: Training) -> bool:
+    """Several workers keep a checkpoint each epoch, all at once; one worker when enough time has passed."""
+    due = run.session.world_size > 1 or run.seconds - run.kept_at >= run.unit.checkpoint_seconds
+    if due:
+        run.kept_at = run.seconds
+    return due

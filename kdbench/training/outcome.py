@@ -1,0 +1,146 @@
+"""What a finished training leaves: its weights, its test predictions, and a record of how good and how dear it is."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from kdbench.errors import KDBenchError
+from kdbench.experiment import Unit
+from kdbench.results.layout import Layout
+from kdbench.results.record import RunRecord, new_run_id
+from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.build import build_task
+from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
+from kdbench.training.cost import measure, peak_memory_mb
+from kdbench.training.evaluate import predict
+from kdbench.training.teacher_cache import open_cache
+
+if TYPE_CHECKING:
+    from kdbench.training.loop import Training
+
+
+def finished_record(run: Training, layout: Layout) -> RunRecord:
+    """Measure the trained network; for units that are final, write weights and predictions and touch the test set, once.
+
+    Every worker calls it (prediction is shared work); the files are rank 0's.
+    """
+    unit, task = run.unit, run.task
+    model = _deployed(run)
+    record = base_record(unit, task, run.splits).model_copy(update=_training_facts(run))
+    if not unit.evaluates_test:
+        return record
+    prediction = predict(model, run.splits.test, run.session, unit.recipe.precision).half()
+    if run.session.rank != 0:
+        return record
+    packed = pack_predictions(prediction, run.splits.test.index)
+    quality = task.metrics(prediction.float(), run.splits.test.target)  # of the rounded numbers that are kept, so that anyone can re-derive it
+    alike = {}
+    if unit.teacher is not None and unit.teacher.cache is not None:
+        alike = task.agreement(prediction.float(), torch.from_numpy(open_cache(unit.teacher.cache).test[0].copy()).float())
+    cost = measure(model, task.info.image_shape, run.session.device)
+    weights = layout.teacher(unit.key) if unit.role == "teacher" else layout.student(unit.key)
+    where = layout.predictions(unit.key)
+    sha = save_weights(model.state_dict(), weights, {"kdbench_unit": unit.key, "model": unit.student.name})
+    write_atomically(layout.root / where, lambda temporary: temporary.write_bytes(packed) and None)
+    return record.model_copy(
+        update={
+            "test_metric": quality[task.primary],
+            "metrics": quality,
+            "nll": quality.get("nll"),
+            "ece": quality.get("ece"),
+            "agreement": alike.get("agreement"),
+            "teacher_kl": alike.get("teacher_kl"),
+            "params_count": cost.params,
+            "flops": cost.flops,
+            "latency_ms_p50": cost.latency_ms_p50,
+            "latency_ms_p95": cost.latency_ms_p95,
+            "latency_device": cost.device,
+            "latency_batch": cost.batch,
+            "artifacts_uri": str(weights.relative_to(layout.root)),
+            "predictions_uri": where,
+            "predictions_sha256": hashlib.sha256(packed).hexdigest(),
+            "teacher_sha": sha if unit.role == "teacher" else record.teacher_sha,
+        }
+    )
+
+
+def failed_record(unit: Unit, reason: str) -> RunRecord:
+    """The record of a training that could not be finished, with its reason: the board counts it as the undistilled student."""
+    task = build_task(unit.task)
+    return base_record(unit, task, task.splits()).model_copy(update={"status": "failed", "failure": reason})
+
+
+def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
+    """What is known of a unit before it is trained."""
+    teacher = unit.teacher
+    return RunRecord(
+        run_id=new_run_id(),
+        unit_key=unit.key,
+        created_at=datetime.now(UTC),
+        role=unit.role,
+        protocol_hash=unit.protocol_hash,
+        experiment=unit.experiment,
+        task=task.name,
+        task_version=task.version,
+        data=unit.task.data_name,
+        data_hash=splits.data_hash,
+        split_hash=splits.hash,
+        recipe=unit.recipe.model_dump(mode="json"),
+        global_batch=unit.recipe.batch_size,
+        world_size=unit.workers,
+        precision=unit.recipe.precision,
+        teacher=teacher.model.name if teacher else None,
+        teacher_sha=teacher.sha if teacher else None,
+        teacher_metric=teacher.metric if teacher else None,
+        student=unit.student.name,
+        method=unit.method.name,
+        label=unit.method.label,
+        method_version=unit.method_version,
+        params=unit.method.parameters(),
+        seed=unit.seed,
+        data_seed=unit.data_seed,
+        primary=task.primary,
+        higher_is_better=task.higher_is_better,
+    )
+
+
+def _training_facts(run: Training) -> dict[str, object]:
+    """Validation and cost of the training itself."""
+    recipe, curve = run.unit.recipe, run.curve
+    values = [row[f"val_{run.task.primary}"] for row in curve]
+    best = max(values) if run.task.higher_is_better else min(values)
+    images = run.loader.steps_per_epoch * recipe.batch_size * recipe.epochs
+    return {
+        "val_metric": best if recipe.weights == "best" else values[-1],
+        "curve": curve,
+        "train_seconds": run.seconds,
+        "device_hours": run.seconds * run.session.world_size / 3600,
+        "samples_per_second": images / run.seconds,
+        "peak_memory_mb": peak_memory_mb(run.session.device),
+        "adapter_params": sum(p.numel() for p in run.distiller.method.parameters()),
+        "devices": [torch.cuda.get_device_name(run.session.device) if run.session.device.type == "cuda" else "cpu"] * run.session.world_size,
+    }
+
+
+def _deployed(run: Training) -> nn.Module:
+    """The network that is kept: the last epoch's weights or the best epoch's, as the recipe says."""
+    model = run.evaluated
+    if run.best is not None:
+        model.load_state_dict(run.best)
+    return model
+
+
+def rederive(record: RunRecord, task: Task, predictions: bytes) -> dict[str, float]:
+    """A record's test metrics from its stored predictions. Raises KDBenchError where they are not the ones it was made from."""
+    if hashlib.sha256(predictions).hexdigest() != record.predictions_sha256:
+        raise KDBenchError(f"{record.predictions_uri}: not the predictions that run {record.run_id} was measured on (its SHA-256 differs)")
+    prediction, index = unpack_predictions(predictions)
+    test = task.splits().test
+    if not torch.equal(index, test.index):
+        raise KDBenchError(f"{record.predictions_uri}: predictions of other samples than the test split of {record.data}")
+    return task.metrics(prediction.float(), test.target)

@@ -1,0 +1,83 @@
+"""Where a training runs: rank, device, how modules are prepared, and where reports and checkpoints go. The loop knows nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
+
+State = dict[str, Any]
+OnReport = Callable[[Mapping[str, float]], None]
+
+
+class Session(Protocol):
+    """What the loop asks of its surroundings. `LocalSession` is one process; `distributed.train.RaySession` one worker of several."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    threads: int
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module, on the device and wrapped for gradient exchange where there are several workers."""
+        ...
+
+    def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
+        """While this is open, backward passes do not exchange gradients."""
+        ...
+
+    def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
+        """Make an epoch known; `state`, where given, is called and kept. All workers call it, the same number of times."""
+        ...
+
+    def resume(self) -> State | None:
+        """The last kept state of this unit, or None for a fresh start."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Concatenate every worker's rows (equal numbers of them) in rank order."""
+        ...
+
+
+class LocalSession:
+    """One process without Ray: a laptop, a test, or the inside of a Tune actor."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        checkpoint: Path | None = None,
+        on_report: OnReport | None = None,
+        device: torch.device | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """checkpoint: the file that is kept up to date and resumed from; on_report: told of each epoch; threads: of CPU kernels, all by default."""
+        self.checkpoint = checkpoint
+        self.on_report = on_report
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.threads = threads or torch.get_num_threads()
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device)
+
+    def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
+        if state is not None and self.checkpoint is not None:
+            save_checkpoint(state(), self.checkpoint)
+        if self.on_report is not None:
+            self.on_report(metrics)
+
+    def resume(self) -> State | None:
+        return load_checkpoint(self.checkpoint) if self.checkpoint is not None and self.checkpoint.exists() else None
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows

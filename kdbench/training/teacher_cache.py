@@ -1,0 +1,144 @@
+"""Teacher outputs computed once for a whole sweep: memory-mapped, one copy for all trials and workers of a node.
+
+An entry is a folder named by what decides its content (teacher's weights, data, views, precision), written under a temporary name
+and renamed when whole, so that a stale or half-written entry can't be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdbench.data.batch import Batch, Part
+from kdbench.data.loader import in_order, view_batches
+from kdbench.errors import RunFailed
+from kdbench.experiment import Recipe, TeacherRef, content_hash
+from kdbench.models.inputs import model_inputs
+from kdbench.models.outputs import Outputs
+from kdbench.tasks.base import Splits
+from kdbench.training.checkpoint import disk_message
+from kdbench.training.precision import autocast
+
+FORMAT_VERSION = 1
+
+
+def cache_key(teacher: TeacherRef, splits: Splits, recipe: Recipe, data_seed: int) -> str:
+    """What decides a cached teacher's outputs; two entries with one key are the same."""
+    return content_hash(
+        {
+            "format": FORMAT_VERSION,
+            "teacher": teacher.sha,
+            "precision": teacher.precision,
+            "split": splits.hash,
+            "data": splits.data_hash,
+            "augment": recipe.augment.model_dump(),
+            "views": view_count(recipe),
+            "data_seed": data_seed,
+        }
+    )
+
+
+def view_count(recipe: Recipe) -> int | None:
+    """How many different copies of an image training sees; None where every epoch has a fresh one and nothing can be cached."""
+    return 1 if recipe.augment.none else recipe.views
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """Reads an entry: predictions for (index, view) of the transfer part, and for the clean test part."""
+
+    views: np.ndarray  # float16 [K, N, ...], memory-mapped
+    test: np.ndarray  # float16 [M, ...], memory-mapped
+    row_of: Tensor  # position in the source data set -> row of `views`, -1 where there is none
+
+    def get(self, index: Tensor, view: int) -> Tensor:
+        """Teacher predictions [B, ...] float32 for the samples at `index` [B] seen through `view`."""
+        rows = self.row_of[index.cpu()].numpy()
+        return torch.from_numpy(np.asarray(self.views[view % len(self.views), rows], dtype=np.float32))
+
+    def __call__(self, batch: Batch) -> Outputs:
+        return Outputs(self.get(batch.index, batch.view).to(batch.inputs.device, non_blocking=True))
+
+
+def open_cache(folder: Path) -> TeacherCache:
+    """Map a finished entry. Raises RunFailed, naming the folder, where it is damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        views, test, index = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("views", "test", "index"))
+    except (OSError, ValueError, EOFError) as error:
+        raise RunFailed(f"the teacher cache {folder} can't be read ({error}); delete that folder and run the same command again") from error
+    if list(views.shape) != manifest["views"] or list(test.shape) != manifest["test"]:
+        raise RunFailed(f"the teacher cache {folder} is damaged: its files are not of the size it was written with; delete that folder")
+    row_of = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
+    row_of[torch.from_numpy(np.array(index))] = torch.arange(len(index))
+    return TeacherCache(views, test, row_of)
+
+
+def build_cache(
+    folder: Path, teacher: torch.nn.Module, ref: TeacherRef, splits: Splits, recipe: Recipe, data_seed: int, device: torch.device
+) -> Iterator[tuple[int, int]]:
+    """Write the entry, yielding (images done, images in all) as it goes. A folder that is there already is left alone."""
+    count = view_count(recipe)
+    assert count is not None, "a fresh view each epoch can't be cached"
+    total = count * len(splits.transfer) + len(splits.test)
+    if folder.exists():
+        yield total, total
+        return
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        scratch.mkdir(parents=True)
+        yield from _write_entry(scratch, teacher, ref, splits, recipe, data_seed, device, count, total)
+        scratch.rename(folder)
+    except OSError as error:
+        if not folder.exists():  # else another process finished the same entry first
+            raise RunFailed(disk_message(error, folder)) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_entry(
+    scratch: Path,
+    teacher: torch.nn.Module,
+    ref: TeacherRef,
+    splits: Splits,
+    recipe: Recipe,
+    data_seed: int,
+    device: torch.device,
+    views: int,
+    total: int,
+) -> Iterator[tuple[int, int]]:
+    done, shapes = 0, {}
+    for name, part, count in (("views", splits.transfer, views), ("test", splits.test, 1)):
+        target: np.memmap | None = None
+        for view in range(count):
+            batches = (
+                view_batches(part, view, recipe.augment, data_seed, 256, device) if name == "views" else in_order(part, 256, device)
+            )
+            row = 0
+            for batch in batches:
+                prediction = _predict(teacher, batch, ref.precision, device)
+                if target is None:
+                    shape = (count, len(part), *prediction.shape[1:])
+                    target = np.lib.format.open_memmap(scratch / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape)
+                target[view, row : row + len(batch)] = prediction
+                row, done = row + len(batch), done + len(batch)
+                yield done, total
+        assert target is not None, "an empty part"
+        target.flush()
+        shapes[name] = list(target.shape)
+    np.save(scratch / "index.npy", splits.transfer.index.numpy())
+    (scratch / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "teacher": ref.sha, **shapes}))
+
+
+@torch.no_grad()
+def _predict(teacher: torch.nn.Module, batch: Batch, precision: str, device: torch.device) -> np.ndarray:
+    with autocast(precision, device):
+        return teacher(model_inputs(teacher, batch.inputs)).half().cpu().numpy()
