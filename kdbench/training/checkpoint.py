@@ -18,7 +18,7 @@ from torch import Tensor
 from kdbench.errors import RunFailed
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name, flush it to disk, and only then give it its name.
 
     Raises RunFailed where the disk is full or the folder can't be written. Leaves no temporary file behind unless the process is killed.
@@ -60,12 +60,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 def save_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
     """Write a model's tensors as safetensors under plain keys; returns the SHA-256 of the file."""
     data = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata or {}))
-    write_atomically(path, lambda temporary: _write(temporary, data))
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
     return hashlib.sha256(data).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def pack_predictions(prediction: Tensor, index: Tensor) -> bytes:

@@ -46,7 +46,7 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
     weights = layout.teacher(unit.key) if unit.role == "teacher" else layout.student(unit.key)
     where = layout.predictions(unit.key)
     sha = save_weights(model.state_dict(), weights, {"kdbench_unit": unit.key, "model": unit.student.name})
-    write_atomically(layout.root / where, lambda temporary: temporary.write_bytes(packed) and None)
+    write_atomically(layout.root / where, lambda temporary: temporary.write_bytes(packed))
     return record.model_copy(
         update={
             "test_metric": quality[task.primary],

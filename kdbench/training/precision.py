@@ -41,7 +41,7 @@ def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int],
     else:
         precision, memory_format = _fastest(recipe, model, image_shape, device)
         chosen = {"precision": precision, "memory_format": memory_format}
-        write_atomically(memo, lambda temporary: temporary.write_text(json.dumps(chosen)) and None)
+        write_atomically(memo, lambda temporary: temporary.write_text(json.dumps(chosen)))
     return recipe.model_copy(update=chosen)
 
 

@@ -1,0 +1,110 @@
+"""Ray's start and end: once per command, quiet, on loopback unless an address says otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kdbench.errors import RunFailed, UserError
+from kdbench.experiment import Runtime
+
+# Set before Ray is imported; what the user has set stays.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks on this poll: 2 s by default
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C makes fit() return as if all were well
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+# Nothing travels through the object store: units are small, data and caches are files.
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many trainings run at once, and what Tune reserves for each trial's own process."""
+
+    concurrent: int
+    trial_resources: dict[str, float]
+
+
+def needed_cpus(runtime: Runtime) -> int:
+    return runtime.workers * runtime.cpus_per_worker
+
+
+def check_fits_here(runtime: Runtime) -> None:
+    """Raises UserError where this machine, without a cluster, can't hold one training."""
+    if runtime.address is not None:
+        return
+    cpus = available_cpus()
+    if needed_cpus(runtime) > cpus:
+        raise UserError(
+            f"runtime.workers: {runtime.workers} workers of {runtime.cpus_per_worker} CPU need {needed_cpus(runtime)} CPUs, "
+            f"this machine has {cpus}; use at most {max(1, cpus // runtime.cpus_per_worker)}, or name a cluster with runtime.address"
+        )
+    if runtime.gpus_per_worker > 0:
+        import torch
+
+        if runtime.workers * runtime.gpus_per_worker > torch.cuda.device_count():
+            raise UserError(
+                f"runtime.gpus_per_worker: {runtime.workers} workers need {runtime.workers * runtime.gpus_per_worker:g} GPUs, "
+                f"this machine has {torch.cuda.device_count()}; use gpus_per_worker: 0 to train on CPUs"
+            )
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def started(runtime: Runtime) -> Iterator[Slots]:
+    """Ray, running: a private one on this machine, or the cluster at `runtime.address`. What was running before is left running."""
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    import ray
+
+    mine = not ray.is_initialized()
+    slots = slots_of(runtime)
+    if mine:
+        options: dict[str, object] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        if runtime.address is None:
+            options |= {
+                "num_cpus": available_cpus(),
+                "resources": {"trial_slot": slots.concurrent},
+                "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
+                "dashboard_host": "127.0.0.1",
+                "object_store_memory": _OBJECT_STORE_BYTES,
+            }
+        else:
+            options["address"] = runtime.address
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
+    try:
+        yield slots
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def slots_of(runtime: Runtime) -> Slots:
+    """One worker: the trial's process is the worker, and reserves its CPUs. Several: the trial only waits for them, and holds a slot, or it would deadlock."""
+    if runtime.address is None:
+        fit = available_cpus() // needed_cpus(runtime)
+    else:
+        fit = 1_000  # the cluster's own free resources decide
+    concurrent = max(1, min(runtime.concurrent or fit, fit))
+    if runtime.workers > 1:
+        return Slots(concurrent, {"trial_slot": 1} if runtime.address is None else {"CPU": 0.01})
+    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
+    if runtime.gpus_per_worker:
+        resources["GPU"] = runtime.gpus_per_worker
+    return Slots(concurrent, resources)

@@ -1,0 +1,89 @@
+"""Several workers on one training: Ray Train starts them, DDP joins their gradients, and each runs the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdbench.experiment import Runtime, Unit
+from kdbench.results.layout import Layout
+from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
+from kdbench.training.session import State
+from kdbench.training.work import attempt
+
+
+class RaySession:
+    """One worker of a Ray Train group. Rank 0 keeps the checkpoint, as a file that the next attempt finds by the unit's key."""
+
+    def __init__(self, checkpoint: Path, threads: int) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.threads = threads
+        self.checkpoint = checkpoint
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        import ray.train.torch
+
+        return ray.train.torch.prepare_model(module)
+
+    def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+    def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
+        import ray.train
+
+        if state is not None and self.rank == 0:
+            save_checkpoint(state(), self.checkpoint)
+        ray.train.report(dict(metrics))
+
+    def resume(self) -> State | None:
+        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+
+    def gather(self, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What every worker of a TorchTrainer runs; the last report carries the record."""
+    import ray.train
+
+    unit, layout = Unit.model_validate_json(config["unit"]), Layout(Path(config["results"]))
+    record = attempt(unit, RaySession(layout.checkpoint(unit.key), config["threads"]), layout)
+    ray.train.report({"record": record.model_dump_json()})
+
+
+def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Path) -> None:
+    """Run inside a Tune trial: a worker group for this unit, its reports passed on to Tune."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
+    if runtime.gpus_per_worker:
+        resources["GPU"] = runtime.gpus_per_worker
+    TorchTrainer(
+        train_worker,
+        train_loop_config={"unit": unit.model_dump_json(), "results": str(layout.root), "threads": runtime.cpus_per_worker},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=runtime.workers, use_gpu=runtime.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            storage_path=str(storage),
+            callbacks=[TuneReportCallback()],
+            failure_config=ray.train.FailureConfig(max_failures=2),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    ).fit()

@@ -1,0 +1,172 @@
+"""Ray Tune empties a queue of units: reused actors, one training each, or a worker group each where a training needs several.
+
+Tune only executes. What to run next, when to stop it and what came of it is the queue's affair (and behind it an Optuna study's),
+through Tune's public Searcher and scheduler interfaces; a resumed run is a new Tuner on the same queue.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from kdbench.distributed.cluster import Slots
+from kdbench.distributed.train import train_with_workers
+from kdbench.errors import RunFailed
+from kdbench.experiment import Runtime, Unit
+from kdbench.results.layout import Layout
+from kdbench.results.record import RunRecord
+from kdbench.training.outcome import failed_record
+from kdbench.training.session import LocalSession
+from kdbench.training.work import Work, attempt, discard_checkpoint
+
+# An actor that dies (out of memory, a lost node) is replaced and its unit taken up again this often.
+_RETRIES = 2
+
+
+def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
+    """Empty the queue on Ray, which is running. Raises what the queue raised, or RunFailed where Tune itself could not go on."""
+    desk = _Desk(work, layout)
+    with tempfile.TemporaryDirectory(prefix="kdbench-tune-") as scratch:
+        storage = Path(scratch).resolve()
+        trainable = tune.with_resources(
+            partial(_train_unit, runtime=runtime.model_dump_json(), results=str(layout.root), storage=str(storage)), slots.trial_resources
+        )
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=QueueSearcher(desk, slots.concurrent),
+                scheduler=QueueScheduler(desk),
+                num_samples=-1,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="units", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=_RETRIES)
+            ),
+        )
+        try:
+            tuner.fit()
+        except tune.TuneError as error:
+            raise desk.error or RunFailed(f"Ray Tune stopped: {' '.join(str(error).split())[:300]}") from error
+    if desk.error is not None:
+        raise desk.error
+    if not work.done:
+        raise RunFailed("Ray Tune ended before all was done; run the same command again to go on")
+
+
+class _Desk:
+    """Between Tune's trial ids and the queue's units. An error of the queue's own (a full disk, say) is kept, and ends the run."""
+
+    def __init__(self, work: Work, layout: Layout) -> None:
+        self.work = work
+        self.layout = layout
+        self.running: dict[str, Unit] = {}
+        self.error: Exception | None = None
+
+    def next(self, trial_id: str) -> Unit | None:
+        try:
+            unit = self.work.next()
+        except Exception as error:
+            self.error = error
+            return None
+        if unit is not None:
+            self.running[trial_id] = unit
+        return unit
+
+    def report(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """True where the trial should stop."""
+        if self.error is not None:
+            return True
+        unit = self.running.get(trial_id)
+        if unit is None or "record" in result or "epoch" not in result:
+            return False
+        try:
+            return self.work.report(unit, {name: value for name, value in result.items() if isinstance(value, float)})
+        except Exception as error:
+            self.error = error
+            return True
+
+    def finish(self, trial_id: str, result: Mapping[str, Any] | None, crashed: bool) -> None:
+        unit = self.running.pop(trial_id, None)
+        if unit is None or self.error is not None:
+            return
+        try:
+            self.work.finish(unit, _record_of(unit, result or {}, crashed))
+        except Exception as error:
+            self.error = error
+        else:
+            discard_checkpoint(self.layout.checkpoint(unit.key))
+
+
+def _record_of(unit: Unit, result: Mapping[str, Any], crashed: bool) -> RunRecord:
+    if "record" in result:
+        return RunRecord.model_validate_json(result["record"])
+    if crashed:
+        return failed_record(unit, result.get("error") or f"{unit.title}: its process died {_RETRIES + 1} times")
+    return failed_record(unit, "").model_copy(update={"status": "stopped", "failure": None})
+
+
+class QueueSearcher(Searcher):
+    """Hands Tune the queue's units as trial configs, as many at once as there are slots."""
+
+    def __init__(self, desk: _Desk, concurrent: int) -> None:
+        super().__init__()
+        self._desk = desk
+        self._concurrent = concurrent
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        desk = self._desk
+        if desk.error is not None or desk.work.done:
+            return str(Searcher.FINISHED)
+        if len(desk.running) >= self._concurrent:
+            return None
+        unit = desk.next(trial_id)
+        if unit is None:
+            return str(Searcher.FINISHED) if desk.error is not None or desk.work.done else None
+        return {"unit": unit.model_dump_json()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._desk.finish(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the queue keeps its own state, and Tune's is never restored."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a resumed run is a new Tuner on the same queue")
+
+
+class QueueScheduler(FIFOScheduler):
+    """Stops a trial where the queue says so."""
+
+    def __init__(self, desk: _Desk) -> None:
+        super().__init__()
+        self._desk = desk
+
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
+        return TrialScheduler.STOP if self._desk.report(trial.trial_id, result) else TrialScheduler.CONTINUE
+
+
+def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str) -> None:
+    """What a Tune trial runs, in its actor."""
+    unit, layout, how = Unit.model_validate_json(config["unit"]), Layout(Path(results)), Runtime.model_validate_json(runtime)
+    if how.workers > 1:
+        train_with_workers(unit, how, layout, Path(storage))
+        return
+    session = LocalSession(layout.checkpoint(unit.key), _to_tune, threads=how.cpus_per_worker)
+    tune.report({"record": attempt(unit, session, layout).model_dump_json()})
+
+
+def _to_tune(metrics: Mapping[str, float]) -> None:
+    if metrics:
+        tune.report(dict(metrics))
