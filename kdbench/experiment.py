@@ -18,7 +18,7 @@ from kdbench.catalogue import known, nearest
 from kdbench.data.views import Augment
 from kdbench.errors import UserError, explain
 from kdbench.methods import METHODS
-from kdbench.methods.build import MethodSpec
+from kdbench.methods.build import MethodSpec, method_class
 from kdbench.models.build import ModelSpec
 from kdbench.search_space import Choice, Dimension, Range
 from kdbench.tasks import TASKS
@@ -166,10 +166,11 @@ class Experiment(_Part):
     def teacher_recipe(self) -> Recipe:
         """The experiment's recipe with the teacher's own keys."""
         overrides = self.teacher.recipe if self.teacher else {}
-        return _validated(Recipe, {**self.recipe.model_dump(), **overrides}, "teacher.recipe")
+        return validated(Recipe, {**self.recipe.model_dump(), **overrides}, "teacher.recipe")
 
 
-def _validated(model: type[BaseModel], value: Any, where: str) -> Any:
+def validated(model: type[BaseModel], value: Any, where: str) -> Any:
+    """`value` as a `model`. Raises UserError, one line a problem, each beginning with `where`."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -191,7 +192,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     value = parse_yaml(text, str(path))
     for override in overrides:
         _override(value, override)
-    return _validated(Experiment, value, str(path))
+    return validated(Experiment, value, str(path))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -283,12 +284,11 @@ def _override_methods(experiment: dict[str, Any], path: list[str], value: Any, a
         raise UserError(f"--set {assignment}: expected method.PARAMETER=value, such as --set method.temperature=2")
     fields: set[str] = set()
     for method in list(methods):
-        spec = _validated(MethodSpec, method, f"--set {assignment}: methods")
-        names = set(spec.parameter_names())
+        spec = validated(MethodSpec, method, f"--set {assignment}: methods")
+        names = set(method_class(spec).Params.model_fields)
         fields |= names
         if path[0] in names:
             _element(methods, spec.label, assignment)[path[0]] = value
-            fields.add(path[0])
     if path[0] not in fields:
         raise UserError(f"--set {assignment}: none of the methods has a parameter {path[0]!r}{nearest(path[0], fields)}")
 

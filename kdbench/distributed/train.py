@@ -15,7 +15,7 @@ from kdbench.experiment import Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.session import State
-from kdbench.training.work import attempt
+from kdbench.training.work import attempt, pack_ending
 
 
 class RaySession:
@@ -57,12 +57,12 @@ class RaySession:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of a TorchTrainer runs; the last report carries the record."""
+    """What every worker of a TorchTrainer runs; the last report carries how it ended."""
     import ray.train
 
     unit, layout = Unit.model_validate_json(config["unit"]), Layout(Path(config["results"]))
-    record = attempt(unit, RaySession(layout.checkpoint(unit.key), config["threads"]), layout)
-    ray.train.report({"record": record.model_dump_json()})
+    ending = attempt(unit, RaySession(layout.checkpoint(unit.key), config["threads"]), layout)
+    ray.train.report(pack_ending(ending))
 
 
 def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Path) -> None:

@@ -23,10 +23,8 @@ from kdbench.distributed.train import train_with_workers
 from kdbench.errors import RunFailed
 from kdbench.experiment import Runtime, Unit
 from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord
-from kdbench.training.outcome import failed_record
 from kdbench.training.session import LocalSession
-from kdbench.training.work import Work, attempt, discard_checkpoint
+from kdbench.training.work import ENDING, Ending, Work, attempt, pack_ending, settle, stopped_record, unpack_ending
 
 # An actor that dies (out of memory, a lost node) is replaced and its unit taken up again this often.
 _RETRIES = 2
@@ -86,7 +84,7 @@ class _Desk:
         if self.error is not None:
             return True
         unit = self.running.get(trial_id)
-        if unit is None or "record" in result or "epoch" not in result:
+        if unit is None or ENDING in result or "epoch" not in result:
             return False
         try:
             return self.work.report(unit, {name: value for name, value in result.items() if isinstance(value, float)})
@@ -99,19 +97,17 @@ class _Desk:
         if unit is None or self.error is not None:
             return
         try:
-            self.work.finish(unit, _record_of(unit, result or {}, crashed))
+            settle(self.work, unit, _ending_of(unit, result or {}, crashed), self.layout)
         except Exception as error:
             self.error = error
-        else:
-            discard_checkpoint(self.layout.checkpoint(unit.key))
 
 
-def _record_of(unit: Unit, result: Mapping[str, Any], crashed: bool) -> RunRecord:
-    if "record" in result:
-        return RunRecord.model_validate_json(result["record"])
+def _ending_of(unit: Unit, result: Mapping[str, Any], crashed: bool) -> Ending:
+    if ENDING in result:
+        return unpack_ending(result)
     if crashed:
-        return failed_record(unit, result.get("error") or f"{unit.title}: its process died {_RETRIES + 1} times")
-    return failed_record(unit, "").model_copy(update={"status": "stopped", "failure": None})
+        return Ending(crash=f"{unit.title}: its process died {_RETRIES + 1} times; is there enough memory?")
+    return Ending(stopped_record(unit))
 
 
 class QueueSearcher(Searcher):
@@ -164,7 +160,7 @@ def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str
         train_with_workers(unit, how, layout, Path(storage))
         return
     session = LocalSession(layout.checkpoint(unit.key), _to_tune, threads=how.cpus_per_worker)
-    tune.report({"record": attempt(unit, session, layout).model_dump_json()})
+    tune.report(pack_ending(attempt(unit, session, layout)))
 
 
 def _to_tune(metrics: Mapping[str, float]) -> None:

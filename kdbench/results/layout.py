@@ -42,5 +42,9 @@ class Layout:
         """A measured choice (precision, memory format), made once and kept."""
         return self.root / "choices" / f"{key}.json"
 
+    def log(self, unit_key: str) -> Path:
+        """The traceback of a training whose code failed."""
+        return self.root / "logs" / f"{unit_key}.log"
+
     def lock(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"

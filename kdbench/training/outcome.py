@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
 from kdbench.training.cost import measure, peak_memory_mb
 from kdbench.training.evaluate import predict
+from kdbench.training.precision import place
+from kdbench.training.session import Session
 from kdbench.training.teacher_cache import open_cache
 
 if TYPE_CHECKING:
@@ -34,39 +37,56 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
     record = base_record(unit, task, run.splits).model_copy(update=_training_facts(run))
     if not unit.evaluates_test:
         return record
-    prediction = predict(model, run.splits.test, run.session, unit.recipe.precision).half()
+    facts = _test_facts(model, unit, task, run.splits, run.session, layout)
     if run.session.rank != 0:
         return record
-    packed = pack_predictions(prediction, run.splits.test.index)
-    quality = task.metrics(prediction.float(), run.splits.test.target)  # of the rounded numbers that are kept, so that anyone can re-derive it
-    alike = {}
-    if unit.teacher is not None and unit.teacher.cache is not None:
-        alike = task.agreement(prediction.float(), torch.from_numpy(open_cache(unit.teacher.cache).test[0].copy()).float())
-    cost = measure(model, task.info.image_shape, run.session.device)
     weights = layout.teacher(unit.key) if unit.role == "teacher" else layout.student(unit.key)
-    where = layout.predictions(unit.key)
     sha = save_weights(model.state_dict(), weights, {"kdbench_unit": unit.key, "model": unit.student.name})
+    facts["artifacts_uri"] = str(weights.relative_to(layout.root))
+    if unit.role == "teacher":
+        facts["teacher_sha"] = sha
+    return record.model_copy(update=facts)
+
+
+def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, session: Session, layout: Layout) -> dict[str, Any]:
+    """Predict the test set, keep the predictions, and measure quality and cost. All workers predict; rank 0 writes and measures."""
+    prediction = predict(model, splits.test, session, unit.recipe.precision).half()
+    if session.rank != 0:
+        return {}
+    packed = pack_predictions(prediction, splits.test.index)
+    quality = task.metrics(prediction.float(), splits.test.target)  # of the rounded numbers that are kept, so that anyone can re-derive it
+    alike: dict[str, float] = {}
+    if unit.teacher is not None and unit.teacher.cache is not None:
+        alike = task.agreement(prediction.float(), torch.from_numpy(open_cache(unit.teacher.cache).test.astype("float32")))
+    cost = measure(model, task.info.image_shape, session.device)
+    where = layout.predictions(unit.key)
     write_atomically(layout.root / where, lambda temporary: temporary.write_bytes(packed))
-    return record.model_copy(
-        update={
-            "test_metric": quality[task.primary],
-            "metrics": quality,
-            "nll": quality.get("nll"),
-            "ece": quality.get("ece"),
-            "agreement": alike.get("agreement"),
-            "teacher_kl": alike.get("teacher_kl"),
-            "params_count": cost.params,
-            "flops": cost.flops,
-            "latency_ms_p50": cost.latency_ms_p50,
-            "latency_ms_p95": cost.latency_ms_p95,
-            "latency_device": cost.device,
-            "latency_batch": cost.batch,
-            "artifacts_uri": str(weights.relative_to(layout.root)),
-            "predictions_uri": where,
-            "predictions_sha256": hashlib.sha256(packed).hexdigest(),
-            "teacher_sha": sha if unit.role == "teacher" else record.teacher_sha,
-        }
-    )
+    return {
+        "test_metric": quality[task.primary],
+        "metrics": quality,
+        "nll": quality.get("nll"),
+        "ece": quality.get("ece"),
+        "agreement": alike.get("agreement"),
+        "teacher_kl": alike.get("teacher_kl"),
+        "params_count": cost.params,
+        "flops": cost.flops,
+        "latency_ms_p50": cost.latency_ms_p50,
+        "latency_ms_p95": cost.latency_ms_p95,
+        "latency_device": cost.device,
+        "latency_batch": cost.batch,
+        "predictions_uri": where,
+        "predictions_sha256": hashlib.sha256(packed).hexdigest(),
+    }
+
+
+def measured_teacher(unit: Unit, weights: Path, session: Session, layout: Layout) -> RunRecord:
+    """The record of a teacher that was trained elsewhere: its weights, measured on the test set. Raises UserError where they don't fit the data."""
+    task = build_task(unit.task)
+    splits = task.splits()
+    model = task.build_model(unit.student.model_copy(update={"weights": weights}))
+    model = place(model, unit.recipe.precision, unit.recipe.memory_format, session.device)
+    record = base_record(unit, task, splits)
+    return record.model_copy(update=_test_facts(model, unit, task, splits, session, layout))
 
 
 def failed_record(unit: Unit, reason: str) -> RunRecord:
@@ -101,7 +121,7 @@ def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
         method=unit.method.name,
         label=unit.method.label,
         method_version=unit.method_version,
-        params=unit.method.parameters(),
+        params=unit.method.pinned,
         seed=unit.seed,
         data_seed=unit.data_seed,
         primary=task.primary,

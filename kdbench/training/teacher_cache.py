@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +56,15 @@ def view_count(recipe: Recipe) -> int | None:
 class TeacherCache:
     """Reads an entry: predictions for (index, view) of the transfer part, and for the clean test part."""
 
-    views: np.ndarray  # float16 [K, N, ...], memory-mapped
+    views: np.ndarray  # float16 [K * N, ...], view after view, memory-mapped
     test: np.ndarray  # float16 [M, ...], memory-mapped
-    row_of: Tensor  # position in the source data set -> row of `views`, -1 where there is none
+    rows: int  # N, the samples of the transfer part
+    row_of: Tensor  # position in the source data set -> row of a view, -1 where there is none
 
     def get(self, index: Tensor, view: int) -> Tensor:
         """Teacher predictions [B, ...] float32 for the samples at `index` [B] seen through `view`."""
-        rows = self.row_of[index.cpu()].numpy()
-        return torch.from_numpy(np.asarray(self.views[view % len(self.views), rows], dtype=np.float32))
+        rows = view * self.rows + self.row_of[index.cpu()]
+        return torch.from_numpy(self.views[rows.numpy()].astype(np.float32))
 
     def __call__(self, batch: Batch) -> Outputs:
         return Outputs(self.get(batch.index, batch.view).to(batch.inputs.device, non_blocking=True))
@@ -79,7 +81,7 @@ def open_cache(folder: Path) -> TeacherCache:
         raise RunFailed(f"the teacher cache {folder} is damaged: its files are not of the size it was written with; delete that folder")
     row_of = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
     row_of[torch.from_numpy(np.array(index))] = torch.arange(len(index))
-    return TeacherCache(views, test, row_of)
+    return TeacherCache(views, test, len(index), row_of)
 
 
 def build_cache(
@@ -116,21 +118,22 @@ def _write_entry(
     total: int,
 ) -> Iterator[tuple[int, int]]:
     done, shapes = 0, {}
-    for name, part, count in (("views", splits.transfer, views), ("test", splits.test, 1)):
+    passes = {
+        "views": [view_batches(splits.transfer, view, recipe.augment, data_seed, 256, device) for view in range(views)],
+        "test": [in_order(splits.test, 256, device)],
+    }
+    sizes = {"views": views * len(splits.transfer), "test": len(splits.test)}
+    for name, rounds in passes.items():
         target: np.memmap | None = None
-        for view in range(count):
-            batches = (
-                view_batches(part, view, recipe.augment, data_seed, 256, device) if name == "views" else in_order(part, 256, device)
-            )
-            row = 0
-            for batch in batches:
-                prediction = _predict(teacher, batch, ref.precision, device)
-                if target is None:
-                    shape = (count, len(part), *prediction.shape[1:])
-                    target = np.lib.format.open_memmap(scratch / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape)
-                target[view, row : row + len(batch)] = prediction
-                row, done = row + len(batch), done + len(batch)
-                yield done, total
+        row = 0
+        for batch in chain.from_iterable(rounds):
+            prediction = _predict(teacher, batch, ref.precision, device)
+            if target is None:
+                shape = (sizes[name], *prediction.shape[1:])
+                target = np.lib.format.open_memmap(scratch / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape)
+            target[row : row + len(batch)] = prediction
+            row, done = row + len(batch), done + len(batch)
+            yield done, total
         assert target is not None, "an empty part"
         target.flush()
         shapes[name] = list(target.shape)

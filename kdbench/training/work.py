@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import json
+import traceback
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
-
-from kdbench.errors import Diverged
+from kdbench.errors import Diverged, KDBenchError
 from kdbench.experiment import Unit
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
+from kdbench.training.checkpoint import write_atomically
 from kdbench.training.loop import fit
 from kdbench.training.outcome import failed_record
 from kdbench.training.session import LocalSession, Session
@@ -37,24 +38,70 @@ class Work(Protocol):
         ...
 
     def finish(self, unit: Unit, record: RunRecord) -> None:
-        """Take note of a unit's end: `ok`, `failed` with a reason, or `stopped` early."""
+        """Take note of a unit's end: `ok`, `failed` because it diverged, or `stopped` early."""
+        ...
+
+    def crash(self, unit: Unit, reason: str) -> None:
+        """Take note of a unit that could not be trained: its code failed or its process died for good."""
         ...
 
 
-class StoppedEarly(Exception):  # noqa: N818 - not an error: the scheduler's decision on its way out of the loop
+class StoppedEarly(BaseException):  # noqa: N818 - no error: a decision on its way out of the loop, past every `except Exception`
     """The search has seen enough of this trial."""
 
 
-def attempt(unit: Unit, session: Session, layout: Layout) -> RunRecord:
-    """Train a unit; a training that diverges is a result too: a failed record with the reason."""
+@dataclass(frozen=True)
+class Ending:
+    """How a training ended: a record, or the one-line reason why there is none."""
+
+    record: RunRecord | None = None
+    crash: str | None = None
+
+
+ENDING = "ending"  # the key of a report that carries an Ending
+
+
+def pack_ending(ending: Ending) -> dict[str, str]:
+    """As a metric that Ray carries from the process that trained to the driver."""
+    return {ENDING: json.dumps([ending.record.model_dump_json() if ending.record else None, ending.crash])}
+
+
+def unpack_ending(metrics: Mapping[str, Any]) -> Ending:
+    record, crash = json.loads(metrics[ENDING])
+    return Ending(RunRecord.model_validate_json(record) if record else None, crash)
+
+
+def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
+    """Train a unit. A training that diverges is a result: a failed record. One whose code fails is not: the traceback goes to a log file."""
     try:
-        return fit(unit, session, layout)
+        return Ending(fit(unit, session, layout))
     except Diverged as failure:
-        return failed_record(unit, str(failure))
+        return Ending(failed_record(unit, str(failure)))
+    except KDBenchError as error:
+        return Ending(crash=f"{unit.title}: {error}")
+    except Exception as error:
+        trace = layout.log(unit.key)
+        write_atomically(trace, lambda temporary: temporary.write_text(traceback.format_exc()))
+        first_line = (str(error).strip().splitlines() or [""])[0][:200]
+        return Ending(crash=f"{unit.title}: {type(error).__name__}: {first_line} (traceback in {trace})")
 
 
-def run_here(work: Work, layout: Layout, threads: int | None = None) -> None:
-    """Empty the queue in this process, without Ray. Threads: of CPU kernels, all that torch would use by default."""
+def settle(work: Work, unit: Unit, ending: Ending, layout: Layout) -> None:
+    """Hand a unit's end to its queue; once it is on record the unit's checkpoint is of no more use."""
+    if ending.record is None:
+        work.crash(unit, ending.crash or f"{unit.title}: unknown")
+        return
+    work.finish(unit, ending.record)
+    layout.checkpoint(unit.key).unlink(missing_ok=True)
+
+
+def stopped_record(unit: Unit) -> RunRecord:
+    """The record of a trial that the search stopped early."""
+    return failed_record(unit, "").model_copy(update={"status": "stopped", "failure": None})
+
+
+def run_here(work: Work, layout: Layout) -> None:
+    """Empty the queue in this process, without Ray, with all the threads that torch would use."""
     while not work.done:
         unit = work.next()
         assert unit is not None, "with nothing running, a queue that is not done has a next unit"
@@ -63,15 +110,8 @@ def run_here(work: Work, layout: Layout, threads: int | None = None) -> None:
             if metrics and work.report(unit, metrics):
                 raise StoppedEarly
 
-        session = LocalSession(layout.checkpoint(unit.key), on_report, threads=threads or torch.get_num_threads())
         try:
-            record = attempt(unit, session, layout)
+            ending = attempt(unit, LocalSession(layout.checkpoint(unit.key), on_report), layout)
         except StoppedEarly:
-            record = failed_record(unit, "stopped early").model_copy(update={"status": "stopped", "failure": None})
-        work.finish(unit, record)
-        discard_checkpoint(layout.checkpoint(unit.key))
-
-
-def discard_checkpoint(checkpoint: Path) -> None:
-    """Once a unit's end is on record its checkpoint is of no more use."""
-    checkpoint.unlink(missing_ok=True)
+            ending = Ending(stopped_record(unit))
+        settle(work, unit, ending, layout)

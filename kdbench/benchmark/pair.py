@@ -1,0 +1,342 @@
+"""One teacher and one student: per method a search, the winners' check on fresh seeds, the finals, as one queue of units."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kdbench.benchmark.ledger import Ledger
+from kdbench.benchmark.watch import Phase
+from kdbench.distributed.study import Asha, MethodStudy, holds
+from kdbench.errors import UserError
+from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated
+from kdbench.methods.build import MethodSpec, build_method, method_class, params_of, search_axes
+from kdbench.models.build import ModelSpec
+from kdbench.results.record import RunRecord
+from kdbench.search_space import Parameter, describe
+from kdbench.tasks.base import Task
+from kdbench.training.loop import prepare
+from kdbench.training.outcome import failed_record
+from kdbench.training.session import LocalSession
+
+# Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
+TRIAL_SEED, FIRST_CHECK_SEED = 1_000_000, 2_000_000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the units of one board share."""
+
+    experiment: Experiment
+    student: ModelSpec
+    teacher: TeacherRef | None
+    task: Task
+    recipe: Recipe  # nothing in it is `auto` any more
+    protocol_hash: str
+    split_hash: str
+
+    def unit(
+        self, spec: MethodSpec, role: Literal["trial", "candidate", "final"], params: Mapping[str, Any], seed: int, number: int | None = None
+    ) -> Unit:
+        """The training of a method at a point of its space: keys `recipe.x` go to the recipe, the others to the method."""
+        changes = {name.removeprefix("recipe."): value for name, value in params.items() if name.startswith("recipe.")}
+        own = {name: value for name, value in params.items() if not name.startswith("recipe.")}
+        experiment = self.experiment
+        return Unit(
+            role=role,
+            experiment=experiment.name,
+            protocol_hash=self.protocol_hash,
+            split_hash=self.split_hash,
+            task=experiment.task,
+            student=self.student,
+            teacher=self.teacher,
+            method=MethodSpec.model_validate({"name": spec.name, "label": spec.label, **params_of(spec, own).model_dump(mode="json")}),
+            method_version=method_class(spec).version,
+            recipe=validated(Recipe, {**self.recipe.model_dump(), **changes}, "search.also"),
+            seed=seed,
+            data_seed=experiment.data_seed,
+            workers=experiment.runtime.workers,
+            checkpoint_seconds=experiment.runtime.checkpoint_seconds,
+            number=number,
+        )
+
+    def study_id(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search) -> str:
+        """Names all that decides a study's points and values, but not the number of trials: a longer search continues a shorter one."""
+        return content_hash(
+            {
+                "pair": [self.student.model_dump(mode="json"), self.teacher.sha if self.teacher else None, self.split_hash],
+                "method": [spec.name, spec.pinned, method_class(spec).version],
+                "recipe": self.recipe.model_dump(mode="json"),
+                "data_seed": self.experiment.data_seed,
+                "workers": self.experiment.runtime.workers,
+                "space": describe(axes),
+                "search": search.model_dump(mode="json", exclude={"trials", "top_k", "confirm_seeds", "also"}),
+            }
+        )
+
+    def open_study(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search, ledger: Ledger) -> tuple[str, MethodStudy]:
+        study_id = self.study_id(spec, axes, search)
+        warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
+        asha = Asha(max(search.grace_epochs, math.ceil(warmup)), search.reduction) if search.scheduler == "asha" else None
+        study = MethodStudy(
+            ledger.layout.study(study_id),
+            study_id,
+            axes,
+            trials=search.trials,
+            sampler=search.sampler,
+            seed=search.seed,
+            directions=["maximize" if self.task.higher_is_better else "minimize", *["minimize"] * len(search.objectives)],
+            asha=asha,
+            epochs=self.recipe.epochs,
+        )
+        return study_id, study
+
+
+def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Parameter, ...]:
+    """What is searched for a method: its own parameters and the recipe keys of `search.also`; the present values are tried first.
+
+    Raises UserError where a present value lies outside its range, since the published default must be a point of the space.
+    """
+    if search is None:
+        return ()
+    shared = tuple(
+        Parameter(key, dimension, getattr(recipe, key.removeprefix("recipe.")), Recipe.model_fields[key.removeprefix("recipe.")].annotation is int)
+        for key, dimension in search.also.items()
+    )
+    axes = (*shared, *search_axes(spec))
+    for axis in axes:
+        if axis.dimension.when is None and not holds(axis.dimension, axis.default):
+            raise UserError(f"search.also.{axis.name}: the value tried first, {axis.default!r}, is not in the space; change {axis.name} or widen it")
+    return axes
+
+
+@dataclass
+class Contender:
+    """One method on its way. `ended` holds the record of each check and final that ended, None where its process died for good."""
+
+    spec: MethodSpec
+    axes: tuple[Parameter, ...]
+    study: MethodStudy | None = None
+    study_id: str | None = None
+    parent: str | None = None  # the MLflow run that its runs are nested under
+    checks: dict[str, tuple[int, Unit]] = field(default_factory=dict)  # by unit key: which of the best points, and the training
+    finals: dict[str, Unit] | None = None  # by unit key; None until the tuned parameters are known
+    started: set[str] = field(default_factory=set)
+    ended: dict[str, RunRecord | None] = field(default_factory=dict)
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        if self.finals is None or (self.study is not None and not self.study.done):
+            return False
+        return all(key in self.ended for key in [*self.checks, *self.finals])
+
+
+class PairWork:
+    """The queue (`training.work.Work`) of one pair. It remembers nothing of its own: studies and store say what is done."""
+
+    def __init__(self, pair: Pair, ledger: Ledger, search_only: bool) -> None:
+        self.pair, self.ledger, self.search_only = pair, ledger, search_only
+        self.search = pair.experiment.search
+        self._known = {record.unit_key: record for record in ledger.store.scan(protocol_hash=pair.protocol_hash)}
+        self._curves: dict[str, list[dict[str, float]]] = {}
+        self.contenders = [self._contender(spec) for spec in pair.experiment.methods]
+        for contender in self.contenders:
+            self._move_on(contender)
+
+    def _contender(self, spec: MethodSpec) -> Contender:
+        axes = axes_of(spec, self.search, self.pair.recipe)
+        contender = Contender(spec, axes)
+        if self.search is not None and axes:
+            contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self.ledger)
+        contender.parent = self.ledger.tracker.parent(
+            f"{spec.label} · {self.pair.student.name}",
+            content_hash([self.pair.protocol_hash, self.pair.student.model_dump(mode="json"), spec.label]),
+            {"method": spec.name, "student": self.pair.student.name, "protocol_hash": self.pair.protocol_hash},
+        )
+        return contender
+
+    def check(self) -> None:
+        """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
+        for contender in self.contenders:
+            if not contender.done:
+                prepare(self.pair.unit(contender.spec, "trial", {}, TRIAL_SEED, 0), LocalSession())
+
+    def counts(self) -> dict[Phase, tuple[int, int]]:
+        """Trainings done and in all, a phase each."""
+        search, rounds = self.search, {"search": [0, 0], "check": [0, 0], "final": [0, 0]}
+        for contender in self.contenders:
+            if contender.study is not None and search is not None:
+                _add(rounds["search"], contender.study.spent().trials, search.trials)
+                planned = search.top_k * search.confirm_seeds if search.top_k > 1 and search.trials > 1 else 0
+                _add(rounds["check"], len(contender.checks.keys() & contender.ended), planned if contender.finals is None else len(contender.checks))
+            if not self.search_only:
+                _add(rounds["final"], len((contender.finals or {}).keys() & contender.ended), self.pair.experiment.seeds)
+        return {"search": tuple(rounds["search"]), "check": tuple(rounds["check"]), "final": tuple(rounds["final"])}  # type: ignore[dict-item]
+
+    def close(self) -> None:
+        """Tell MLflow which methods are through."""
+        for contender in self.contenders:
+            if contender.parent is not None:
+                self.ledger.tracker.close_parent(contender.parent, "FINISHED" if contender.done else "KILLED")
+
+    # --- the queue ---------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return all(contender.done for contender in self.contenders)
+
+    def next(self) -> Unit | None:
+        for contender in self.contenders:
+            unit = self._next_of(contender)
+            if unit is not None:
+                return unit
+        return None
+
+    def _next_of(self, contender: Contender) -> Unit | None:
+        if contender.study is not None and contender.study.missing:
+            point = contender.study.ask()
+            return self.pair.unit(contender.spec, "trial", point.params, TRIAL_SEED, point.number)
+        for unit in [*(unit for _, unit in contender.checks.values()), *(contender.finals or {}).values()]:
+            if unit.key not in contender.started and unit.key not in contender.ended:
+                contender.started.add(unit.key)
+                return unit
+        return None
+
+    def report(self, unit: Unit, metrics: Mapping[str, float]) -> bool:
+        self.ledger.watch.epoch(unit, metrics, self.pair.task.primary)
+        self._curves.setdefault(unit.key, []).append(dict(metrics))
+        study = self.owner(unit).study
+        if unit.number is None or study is None:
+            return False
+        return study.report(unit.number, int(metrics["epoch"]), metrics[f"val_{self.pair.task.primary}"])
+
+    def finish(self, unit: Unit, record: RunRecord) -> None:
+        contender = self.owner(unit)
+        curve = self._curves.pop(unit.key, [])
+        if record.status == "stopped" and curve:
+            record = record.model_copy(update={"curve": curve, "train_seconds": curve[-1]["seconds"]})
+        if unit.number is not None:
+            self._finish_trial(contender, unit, unit.number, record)
+        else:
+            contender.ended[unit.key] = self._keep(contender, unit, record)
+        self._move_on(contender)
+
+    def crash(self, unit: Unit, reason: str) -> None:
+        """A process died for good or code failed. That is no property of a method: nothing goes on record, and the next run tries again."""
+        contender = self.owner(unit)
+        if unit.number is not None and contender.study is not None:
+            contender.study.fail(unit.number, reason)
+            self.ledger.watch.note(reason)
+        else:
+            self.ledger.failures.append(reason)
+            contender.ended[unit.key] = None
+        self._move_on(contender)
+
+    def owner(self, unit: Unit) -> Contender:
+        return next(contender for contender in self.contenders if contender.spec.label == unit.method.label)
+
+    # --- what follows from what ended --------------------------------------------------------------------------------
+
+    def _finish_trial(self, contender: Contender, unit: Unit, number: int, record: RunRecord) -> None:
+        study, search = contender.study, self.search
+        assert study is not None
+        assert search is not None
+        seconds, epochs = record.train_seconds or 0.0, float(len(record.curve))
+        record = record.model_copy(update={"study_id": contender.study_id})
+        self.ledger.note_trial(unit, record, contender.parent)
+        if record.status == "failed":
+            study.fail(number, record.failure or "unknown")
+        elif record.status == "stopped":
+            study.prune(number, seconds, epochs)
+        else:
+            assert record.val_metric is not None
+            costs = [seconds if name == "train_seconds" else record.curve[-1][f"val_{name}"] for name in search.objectives]
+            study.complete(number, [record.val_metric, *costs], seconds, epochs)
+
+    def _keep(self, contender: Contender, unit: Unit, record: RunRecord) -> RunRecord:
+        if record.status == "failed":
+            self.ledger.failures.append(record.failure or unit.title)
+        return self.ledger.keep(unit, record, contender.parent, **self._search_facts(contender))
+
+    def _search_facts(self, contender: Contender) -> dict[str, Any]:
+        """What finding the parameters cost: trials and the winners' checks."""
+        if contender.study is None or self.search is None:
+            return {}
+        spent, checks = contender.study.spent(), [contender.ended[key] for key in contender.checks if key in contender.ended]
+        workers = self.pair.experiment.runtime.workers
+        return {
+            "study_id": contender.study_id,
+            "sampler": self.search.sampler,
+            "scheduler": self.search.scheduler,
+            "trials": spent.trials,
+            "trials_failed": spent.failed,
+            "epochs_spent": spent.epochs + sum(len(record.curve) for record in checks if record),
+            "search_device_hours": spent.seconds * workers / 3600 + sum(record.device_hours or 0.0 for record in checks if record),
+            "space": dict(describe(contender.axes)),
+            "search_hash": content_hash(self.search.model_dump(mode="json")),
+        }
+
+    def _move_on(self, contender: Contender) -> None:
+        """Plan the checks once the search is over, and the finals once the checks are."""
+        if contender.finals is not None or (contender.study is not None and not contender.study.done):
+            return
+        if contender.study is None or self.search is None:
+            self._plan_finals(contender, {})
+            return
+        best = contender.study.best(self.search.top_k)
+        if not best:
+            self._give_up(contender)
+            return
+        if len(best) > 1 and not contender.checks:
+            for place, params in enumerate(best):
+                for seed in range(self.search.confirm_seeds):
+                    unit = self.pair.unit(contender.spec, "candidate", params, FIRST_CHECK_SEED + seed)
+                    contender.checks[unit.key] = place, unit
+            self._recall(contender, [unit for _, unit in contender.checks.values()])
+        if all(key in contender.ended for key in contender.checks):
+            self._plan_finals(contender, best[self._winning_place(contender)] if contender.checks else best[0])
+
+    def _winning_place(self, contender: Contender) -> int:
+        """The place (in the search's order) with the best mean validation metric over the fresh seeds; a failed check loses."""
+        higher = self.pair.task.higher_is_better
+        worst = -math.inf if higher else math.inf
+        values: dict[int, list[float]] = {}
+        for key, (place, _) in contender.checks.items():
+            record = contender.ended[key]
+            value = record.val_metric if record is not None and record.status == "ok" else None
+            values.setdefault(place, []).append(worst if value is None else value)
+        means = {place: statistics.fmean(numbers) for place, numbers in values.items()}
+        return (max if higher else min)(means, key=lambda place: (means[place], -place if higher else place))
+
+    def _plan_finals(self, contender: Contender, params: Mapping[str, Any]) -> None:
+        contender.tuned = params
+        seeds = range(0 if self.search_only else self.pair.experiment.seeds)
+        units = [self.pair.unit(contender.spec, "final", params, seed) for seed in seeds]
+        contender.finals = {unit.key: unit for unit in units}
+        self._recall(contender, units)
+
+    def _recall(self, contender: Contender, units: list[Unit]) -> None:
+        """What the store already has is not trained again."""
+        for unit in units:
+            if unit.key in self._known:
+                contender.ended[unit.key] = self._known[unit.key]
+                self.ledger.found += 1
+
+    def _give_up(self, contender: Contender) -> None:
+        """No trial ended well: the finals are on record as failed, and the board says so."""
+        assert contender.study is not None
+        reasons = contender.study.failures()
+        reason = f"{contender.spec.label}: all {len(reasons)} trials failed; the first: {reasons[0]}"
+        self._plan_finals(contender, {})
+        for key, unit in (contender.finals or {}).items():
+            if key not in contender.ended:
+                contender.ended[key] = self._keep(contender, unit, failed_record(unit, reason))
+
+
+def _add(pair: list[int], done: int, total: int) -> None:
+    pair[0] += done
+    pair[1] += total

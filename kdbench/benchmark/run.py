@@ -1,0 +1,306 @@
+"""The whole path of an experiment: teacher, its cached outputs, the students' searches and finals.
+
+Every step is keyed by its content, and what the results folder already holds is not done again: the same command after any interruption goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdbench.benchmark.ledger import Ledger
+from kdbench.benchmark.pair import Pair, PairWork, axes_of
+from kdbench.benchmark.watch import Phase, Watch
+from kdbench.distributed.cluster import check_fits_here
+from kdbench.errors import RunFailed, UserError
+from kdbench.experiment import Experiment, Recipe, TeacherRef, TeacherSpec, Unit, content_hash
+from kdbench.methods.build import MethodSpec, method_class, params_of
+from kdbench.models.build import ModelSpec, check_model_name
+from kdbench.results.record import RunRecord
+from kdbench.results.tracking import NoTracker, Tracker
+from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.build import build_task
+from kdbench.training.checkpoint import file_sha256
+from kdbench.training.outcome import measured_teacher
+from kdbench.training.precision import settled
+from kdbench.training.session import LocalSession
+from kdbench.training.teacher import load_teacher
+from kdbench.training.teacher_cache import build_cache, cache_key, view_count
+from kdbench.training.work import Work, run_here
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did: trainings done now, trainings found finished, what could not be finished and why, and the tuned parameters."""
+
+    trained: int
+    found: int
+    failures: tuple[str, ...]
+    tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]  # student -> method's label -> parameters
+
+
+def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | None = None, search_only: bool = False) -> Summary:
+    """Do all of the experiment that the results folder lacks.
+
+    Raises UserError for what can't work, before anything is trained wherever it can be known by then; RunFailed where the teacher diverges,
+    a worker dies for good or the disk is full. Finished work stays on record either way.
+    """
+    if search_only and experiment.search is None:
+        raise UserError(f"{experiment.name}: there is nothing to tune: the experiment has no `search:`")
+    ledger = Ledger(experiment, results, watch, tracker or NoTracker())
+    check(experiment, ledger)
+    with exclusive(ledger.layout.lock(experiment.name), experiment.name):
+        return _run(experiment, ledger, search_only)
+
+
+def check(experiment: Experiment, ledger: Ledger) -> None:
+    """Everything that can be known to be wrong before the first step. Raises UserError."""
+    ledger.store.check_writable()
+    check_fits_here(experiment.runtime)
+    for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
+        check_model_name(model.name)
+    for method in experiment.methods:
+        kind = method_class(method)
+        params_of(method)
+        axes_of(method, experiment.search, experiment.recipe)
+        if experiment.task.name not in kind.tasks and ":" not in experiment.task.name:
+            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {experiment.task.name}")
+        if kind.needs_teacher and experiment.teacher is None:
+            raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
+    workers = experiment.runtime.workers
+    for recipe in (experiment.recipe, experiment.teacher_recipe()):
+        if recipe.batch_size % workers:
+            raise UserError(f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; make it a multiple of {workers}")
+
+
+@contextmanager
+def exclusive(lock: Path, name: str) -> Iterator[None]:
+    """Hold an experiment's lock; the operating system lets go of it when the process ends, however it ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{name} is already running in this results folder (process {file.read().strip() or 'unknown'})") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
+    task = build_task(experiment.task)
+    splits = task.splits()
+    teacher = _ready_teacher(experiment, ledger, task, splits)
+    pairs = [_pair(experiment, ledger, student, teacher, task, splits) for student in experiment.students]
+    queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
+    try:
+        if not queue.done:
+            for work in queue.queues:
+                work.check()
+            _empty(queue, experiment, ledger)
+    finally:
+        for work in queue.queues:
+            work.close()
+    tuned = {work.pair.student.name: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
+    return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned)
+
+
+def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool | None = None) -> None:
+    """One worker, no cluster and no search: no Ray. Else Ray, for all that is to do."""
+    runtime = experiment.runtime
+    searching = experiment.search is not None if searching is None else searching
+    alone = runtime.workers == 1 and runtime.address is None and not runtime.gpus_per_worker
+    if alone and not searching and (runtime.concurrent or 1) == 1:
+        run_here(work, ledger.layout)
+        return
+    from kdbench.distributed.cluster import started
+
+    with started(runtime) as slots:
+        from kdbench.distributed.tune import run_with_tune
+
+        run_with_tune(work, ledger.layout, runtime, slots)
+
+
+def _device() -> torch.device:
+    return LocalSession().device
+
+
+# --- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def _ready_teacher(experiment: Experiment, ledger: Ledger, task: Task, splits: Splits) -> TeacherRef | None:
+    """The teacher, trained: from the results folder, from its weights file, or now. Its metric is made known first of all."""
+    spec = experiment.teacher
+    if spec is None:
+        return None
+    ledger.watch.progress("teacher", 0, 1)
+    model = task.build_model(spec.model)
+    recipe = settled(experiment.teacher_recipe(), model, task.info.image_shape, _device(), _memo(ledger, experiment, spec.model))
+    unit = _teacher_unit(experiment, spec, recipe, splits)
+    record, weights = _given(ledger, spec.weights, unit) if spec.weights else _trained(experiment, ledger, unit, task)
+    ledger.watch.progress("teacher", 1, 1)
+    ledger.watch.note(f"teacher {spec.model.name}: test {task.primary} {record.test_metric:.2f}")
+    assert record.teacher_sha is not None
+    return TeacherRef(
+        model=spec.model,
+        weights=weights,
+        sha=record.teacher_sha,
+        metric=record.test_metric,
+        precision=recipe.precision,
+        memory_format=recipe.memory_format,
+    )
+
+
+def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, splits: Splits) -> Unit:
+    protocol = [experiment.task.model_dump(mode="json"), splits.hash, recipe.model_dump(mode="json")]
+    return Unit(
+        role="teacher",
+        experiment=experiment.name,
+        protocol_hash=content_hash(protocol),
+        split_hash=splits.hash,
+        task=experiment.task,
+        student=spec.model,
+        method=MethodSpec(name="none", label="teacher"),
+        recipe=recipe,
+        seed=spec.seed,
+        data_seed=experiment.data_seed,
+        workers=experiment.runtime.workers,
+        checkpoint_seconds=experiment.runtime.checkpoint_seconds,
+    )
+
+
+def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task) -> tuple[RunRecord, Path]:
+    weights = ledger.layout.teacher(unit.key)
+    record = ledger.store.by_unit_key(unit.key)
+    if record is not None and weights.exists() and file_sha256(weights) == record.teacher_sha:
+        ledger.found += 1
+        return record, weights
+    work = TeacherWork(unit, task, ledger)
+    _empty(work, experiment, ledger, searching=False)
+    assert work.record is not None, "a queue that was emptied without an error has its record"
+    return work.record, weights
+
+
+def _given(ledger: Ledger, path: Path, unit: Unit) -> tuple[RunRecord, Path]:
+    weights = path.expanduser().resolve()
+    if not weights.is_file():
+        raise UserError(f"teacher.weights: there is no file {weights}")
+    sha = file_sha256(weights)
+    key = content_hash([unit.key, sha])
+    record = ledger.store.by_unit_key(key)
+    if record is None:
+        measured = measured_teacher(unit, weights, LocalSession(), ledger.layout)
+        record = ledger.keep(unit, measured.model_copy(update={"unit_key": key, "teacher_sha": sha}))
+    return record, weights
+
+
+class TeacherWork:
+    """A queue of one (`training.work.Work`). Without a teacher nothing can go on, so its failure is the run's."""
+
+    def __init__(self, unit: Unit, task: Task, ledger: Ledger) -> None:
+        self.unit, self.task, self.ledger = unit, task, ledger
+        self.started = False
+        self.record: RunRecord | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.record is not None
+
+    def next(self) -> Unit | None:
+        self.started, before = True, self.started
+        return None if before else self.unit
+
+    def report(self, unit: Unit, metrics: Mapping[str, float]) -> bool:
+        self.ledger.watch.epoch(unit, metrics, self.task.primary)
+        return False
+
+    def finish(self, unit: Unit, record: RunRecord) -> None:
+        if record.status != "ok":
+            raise RunFailed(f"{record.failure}; lower teacher.recipe.lr, or set teacher.recipe.clip_grad")
+        self.record = self.ledger.keep(unit, record)
+
+    def crash(self, unit: Unit, reason: str) -> None:
+        raise RunFailed(reason)
+
+
+# --- students --------------------------------------------------------------------------------------------------------
+
+
+def _pair(experiment: Experiment, ledger: Ledger, student: ModelSpec, teacher: TeacherRef | None, task: Task, splits: Splits) -> Pair:
+    model = task.build_model(student)
+    recipe = settled(experiment.recipe, model, task.info.image_shape, _device(), _memo(ledger, experiment, student))
+    if teacher is not None and view_count(recipe) is not None:
+        teacher = teacher.model_copy(update={"cache": _cache(experiment, ledger, teacher, task, splits, recipe)})
+    protocol = {
+        "task": experiment.task.model_dump(mode="json"),
+        "task_version": task.version,
+        "data": splits.data_hash,
+        "split": splits.hash,
+        "recipe": recipe.model_dump(mode="json"),
+        "data_seed": experiment.data_seed,
+        "search": experiment.search.model_dump(mode="json") if experiment.search else None,
+        "teacher": teacher.sha if teacher else None,
+    }
+    return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash)
+
+
+def _cache(experiment: Experiment, ledger: Ledger, teacher: TeacherRef, task: Task, splits: Splits, recipe: Recipe) -> Path:
+    folder = ledger.layout.cache(cache_key(teacher, splits, recipe, experiment.data_seed))
+    if not folder.exists():
+        model = load_teacher(teacher, task, _device())
+        for done, total in build_cache(folder, model, teacher, splits, recipe, experiment.data_seed, _device()):
+            ledger.watch.progress("cache", done, total)
+    return folder
+
+
+def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec) -> Path:
+    """Where the measured precision of this model on this task and device is kept."""
+    return ledger.layout.choice(content_hash([model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), str(_device())]))
+
+
+class InTurn:
+    """Several pairs' queues as one: the first that has something to start goes first."""
+
+    def __init__(self, queues: Sequence[PairWork], watch: Watch) -> None:
+        self.queues = queues
+        self._watch = watch
+        self._owner: dict[str, PairWork] = {}
+        self._show()
+
+    @property
+    def done(self) -> bool:
+        return all(queue.done for queue in self.queues)
+
+    def next(self) -> Unit | None:
+        for queue in self.queues:
+            unit = queue.next()
+            if unit is not None:
+                self._owner[unit.key] = queue
+                return unit
+        return None
+
+    def report(self, unit: Unit, metrics: Mapping[str, float]) -> bool:
+        return self._owner[unit.key].report(unit, metrics)
+
+    def finish(self, unit: Unit, record: RunRecord) -> None:
+        self._owner[unit.key].finish(unit, record)
+        self._show()
+
+    def crash(self, unit: Unit, reason: str) -> None:
+        self._owner[unit.key].crash(unit, reason)
+        self._show()
+
+    def _show(self) -> None:
+        phases: tuple[Phase, ...] = ("search", "check", "final")
+        for phase in phases:
+            counts = [queue.counts()[phase] for queue in self.queues]
+            self._watch.progress(phase, sum(done for done, _ in counts), sum(total for _, total in counts))

@@ -1,0 +1,39 @@
+"""Who is told how a run goes: a progress display, a log, a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from kdbench.experiment import Unit
+from kdbench.results.record import RunRecord
+
+Phase = Literal["teacher", "cache", "search", "check", "final"]
+
+
+class Watch(Protocol):
+    """Told of every step. `done` and `total` count trainings, but for the cache, which counts images."""
+
+    def progress(self, phase: Phase, done: int, total: int) -> None: ...
+
+    def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str) -> None: ...
+
+    def finished(self, unit: Unit, record: RunRecord) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Unwatched:
+    """Nobody looks."""
+
+    def progress(self, phase: Phase, done: int, total: int) -> None:
+        pass
+
+    def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str) -> None:
+        pass
+
+    def finished(self, unit: Unit, record: RunRecord) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
