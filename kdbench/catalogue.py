@@ -5,14 +5,14 @@ Nothing is imported until it is asked for, so `kdbench list` needs no torch.
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
 from kdbench.errors import UserError
+from kdbench.errors import nearest as nearest
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,6 @@ class Entry:
 
     target: str
     summary: str
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?` for the most similar of `names`, or a short list of them where nothing is near."""
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"; there is: {shown}"
 
 
 def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:

@@ -4,4 +4,9 @@ from kdbench.catalogue import Entry
 
 METHODS: dict[str, Entry] = {
     "none": Entry("kdbench.methods.none:Undistilled", "the undistilled student: the control on every board"),
+    "label_smoothing": Entry("kdbench.methods.label_smoothing:LabelSmoothing", "labels mixed with the uniform distribution; no teacher"),
+    "kd": Entry("kdbench.methods.kd:KD", "the teacher's softened class probabilities (Hinton et al., 2015)"),
+    "nkd": Entry("kdbench.methods.nkd:NKD", "the label's probability, and the other classes normalised among themselves (ICCV 2023)"),
+    "dkd": Entry("kdbench.methods.dkd:DKD", "the label and the other classes as two losses with weights of their own (CVPR 2022)"),
+    "tf_nkd": Entry("kdbench.methods.tf_nkd:TeacherFreeNKD", "the student's own confidence as a soft target; no teacher (2022)"),
 }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search_space import Range
 from kdbench.tasks.base import TaskInfo
+
+ANY_TASK = frozenset({"any"})
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,26 @@ class Method(nn.Module):
 
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1  # raised when the numbers of a method change; part of every unit's key
-    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})  # or ANY_TASK; ask `supports`
     needs_teacher: ClassVar[bool] = True
     batch_coupled: ClassVar[bool] = False  # the loss looks across samples: the frame gathers the batch of all workers first
     student_taps: ClassVar[tuple[str, ...]] = ()
     teacher_taps: ClassVar[tuple[str, ...]] = ()
 
     class Params(BaseModel):
-        """Defaults are the paper's; a Range says where to search."""
+        """Defaults are the paper's; a Range says where to search, a pydantic Field what makes sense at all."""
 
-        model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+        model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-        task_weight: Annotated[float, Range(0.0, 2.0)] = 1.0
+        task_weight: Annotated[float, Range(0.0, 2.0), Field(ge=0)] = 1.0
+
+        @field_validator("*", mode="before")
+        @classmethod
+        def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+            """YAML reads `on` and `yes` as true, which Python would count as 1."""
+            if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+            return value
 
     def __init__(self, params: Method.Params | None = None, generator: torch.Generator | None = None) -> None:
         """`generator` is the source of any randomness inside the loss: one per run, saved with the checkpoint."""
@@ -79,9 +89,14 @@ class Method(nn.Module):
         """Loss terms by name, weighted, scalar, float32 or wider. The task's own loss is added by the frame with `task_weight`."""
         raise NotImplementedError
 
-    def warmup_epochs(self) -> float:
-        """Epochs before the method's loss has its full weight: a search does not stop a trial earlier."""
+    def warmup_epochs(self, total_epochs: float) -> float:
+        """Epochs, of a training of `total_epochs`, before the method's loss has its full weight: a search does not stop a trial earlier."""
         return 0.0
+
+    @classmethod
+    def supports(cls, task: str) -> bool:
+        """Whether the method works on the task of this name."""
+        return cls.tasks == ANY_TASK or task in cls.tasks
 
 
 def loss_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
