@@ -70,7 +70,7 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
         kind = method_class(method)
         params_of(method)
         axes_of(method, experiment.search, experiment.recipe)
-        if experiment.task.name not in kind.tasks and ":" not in experiment.task.name:
+        if not kind.supports(experiment.task.name):
             raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {experiment.task.name}")
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")

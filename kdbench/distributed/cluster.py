@@ -64,10 +64,16 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def quiet() -> None:
+    """Set Ray's environment, before anything imports Ray. What the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def started(runtime: Runtime) -> Iterator[Slots]:
     """Ray, running: a private one on this machine, or the cluster at `runtime.address`. What was running before is left running."""
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    quiet()
     import ray
 
     mine = not ray.is_initialized()

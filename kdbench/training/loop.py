@@ -30,7 +30,8 @@ from kdbench.training.optimization import Schedule, make_average, make_optimizer
 from kdbench.training.outcome import finished_record
 from kdbench.training.precision import FORMATS, autocast, place
 from kdbench.training.session import Session
-from kdbench.training.teacher import LiveTeacher, Teacher, open_teacher
+from kdbench.training.teacher import Teacher, open_teacher
+from kdbench.training.teacher_cache import TeacherCache
 
 # Method generators get a stream of their own, so that a method's randomness never shifts the student's initial weights.
 _METHOD_STREAM = 0x5EED
@@ -170,12 +171,11 @@ def _teacher_of(unit: Unit, method: Method, task: Task, session: Session) -> Tea
 
 
 def _shapes_of(teacher: Teacher | None, method: Method, task: Task) -> Shapes | None:
-    """Taps are only known of a live teacher; without taps only the prediction's shape matters, and all models of a task share it."""
     if teacher is None:
         return None
-    if isinstance(teacher, LiveTeacher):
-        return probe(teacher.model, task.info.image_shape, method.teacher_taps)
-    return Shapes(prediction=(), taps={})
+    if isinstance(teacher, TeacherCache):
+        return Shapes(teacher.prediction_shape, taps={})
+    return probe(teacher.model, task.info.image_shape, method.teacher_taps)
 
 
 def train_epoch(run: Training, epoch: int) -> None:

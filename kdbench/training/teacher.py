@@ -1,8 +1,6 @@
-"""The teacher as training sees it: a callable from batch to outputs, live or from the cache; the caller can't tell which."""
+"""The teacher as training sees it: called with a batch it gives outputs, live or from the cache."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,10 +11,7 @@ from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
 from kdbench.tasks.base import Task
 from kdbench.training.precision import autocast, place
-from kdbench.training.teacher_cache import open_cache
-
-Teacher = Callable[[Batch], Outputs]
-
+from kdbench.training.teacher_cache import TeacherCache, open_cache
 
 def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module:
     """The frozen network: weights read strictly, eval mode, no gradients. Raises UserError where the weights don't fit the data's classes."""
@@ -36,6 +31,9 @@ class LiveTeacher:
     def __call__(self, batch: Batch) -> Outputs:
         with autocast(self.precision, batch.inputs.device):
             return self._taps(batch.inputs)
+
+
+Teacher = LiveTeacher | TeacherCache
 
 
 def open_teacher(ref: TeacherRef, task: Task, taps: tuple[str, ...], device: torch.device) -> Teacher:

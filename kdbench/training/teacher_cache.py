@@ -61,6 +61,11 @@ class TeacherCache:
     rows: int  # N, the samples of the transfer part
     row_of: Tensor  # position in the source data set -> row of a view, -1 where there is none
 
+    @property
+    def prediction_shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.views.shape[1:]
+
     def get(self, index: Tensor, view: int) -> Tensor:
         """Teacher predictions [B, ...] float32 for the samples at `index` [B] seen through `view`."""
         rows = view * self.rows + self.row_of[index.cpu()]

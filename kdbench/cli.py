@@ -1,0 +1,142 @@
+"""The commands. Each parses its options, calls one function and prints; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from kdbench.errors import KDBenchError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Which way of distilling this teacher into this student is best, and by how much?\n\nExample: kdbench run experiments/quickstart.yaml",
+)
+
+ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key, such as recipe.epochs=3 or method.temperature=2. May be repeated.")]
+Results = Annotated[Path | None, typer.Option("--results", metavar="DIR", help="Where results are kept. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.", show_default=False)]
+NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
+Format = Annotated[str, typer.Option("--format", help="table, markdown, csv or json.")]
+
+
+def _example(command: str) -> str:
+    return f"Example: kdbench {command}"
+
+
+@app.command(epilog=_example("run experiments/quickstart.yaml --set recipe.epochs=10"))
+def run(experiment: ExperimentFile, set_: Overrides = None, results: Results = None, no_mlflow: NoMlflow = False) -> None:
+    """Train the teacher, search every method, train the finals, print the board. Run it again after any interruption: it goes on."""
+    summary = _run_experiment(experiment, set_, results, no_mlflow, search_only=False)
+    _end_with(summary.failures)
+
+
+@app.command(epilog=_example("tune experiments/quickstart.yaml --set search.trials=20"))
+def tune(experiment: ExperimentFile, set_: Overrides = None, results: Results = None, no_mlflow: NoMlflow = False) -> None:
+    """The search alone: print the best parameters of every method."""
+    import json
+
+    summary = _run_experiment(experiment, set_, results, no_mlflow, search_only=True)
+    for student, methods in summary.tuned.items():
+        for label, params in methods.items():
+            typer.echo(f"{student}  {label}  {json.dumps(params)}")
+    _end_with(summary.failures)
+
+
+def _run_experiment(path: Path, overrides: list[str] | None, results: Path | None, no_mlflow: bool, search_only: bool) -> Any:
+    from kdbench.distributed.cluster import quiet
+
+    quiet()
+    signal.signal(signal.SIGTERM, _interrupt)
+    from rich.console import Console
+
+    from kdbench.benchmark.run import run as run_benchmark
+    from kdbench.display import Display
+    from kdbench.experiment import load_experiment
+    from kdbench.results.layout import results_folder
+    from kdbench.results.tracking import open_tracker
+
+    experiment = load_experiment(path, overrides or ())
+    folder = results_folder(results, experiment.results)
+    tracker = open_tracker(folder, experiment.name, enabled=not no_mlflow)
+    try:
+        with Display(Console(stderr=False)) as display:
+            summary = run_benchmark(experiment, folder, display, tracker, search_only)
+    except KeyboardInterrupt:
+        again = " ".join(["kdbench", *sys.argv[1:]])
+        typer.echo(f"\nStopped. What is finished is kept; to go on: {again}", err=True)
+        raise typer.Exit(130) from None
+    if not search_only:
+        _print_boards(folder, "table", experiment=experiment.name)
+    return summary
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with(failures: tuple[str, ...]) -> None:
+    if failures:
+        typer.echo("\n".join([f"kdbench: {len(failures)} of the trainings could not be finished:", *(f"  {reason}" for reason in failures)]), err=True)
+        raise typer.Exit(1)
+
+
+@app.command(epilog=_example("leaderboard --data fashion_mnist --format markdown"))
+def leaderboard(
+    results: Results = None,
+    format_: Format = "table",
+    task: Annotated[str | None, typer.Option(help="Only this task.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="Only this data set.", show_default=False)] = None,
+    teacher: Annotated[str | None, typer.Option(help="Only this teacher.", show_default=False)] = None,
+    student: Annotated[str | None, typer.Option(help="Only this student.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="Only this method (its gain over `none` is still shown).", show_default=False)] = None,
+    experiment: Annotated[str | None, typer.Option(help="Only this experiment.", show_default=False)] = None,
+) -> None:
+    """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
+    from kdbench.results.layout import results_folder
+
+    _print_boards(results_folder(results), format_, method=method, task=task, data=data, teacher=teacher, student=student, experiment=experiment)
+
+
+def _print_boards(folder: Path, format_: str, method: str | None = None, **filters: str | None) -> None:
+    from dataclasses import replace
+
+    from kdbench.results.leaderboard import boards
+    from kdbench.results.published import published_figures
+    from kdbench.results.rendering import check_format, nothing_to_rank, render
+    from kdbench.results.store import ResultStore
+
+    check_format(format_)
+    records = ResultStore(folder).scan(**{name: value for name, value in filters.items() if value is not None})
+    found = boards(records, published_figures())
+    if method is not None:
+        found = [replace(board, rows=rows) for board in found if (rows := tuple(row for row in board.rows if method in (row.label, row.method)))]
+    if not found and format_ != "json":
+        typer.echo(nothing_to_rank(str(folder), records), err=True)
+        return
+    typer.echo(render(found, format_, with_published=True), nl=False)
+
+
+def main() -> None:
+    """The console script. A user's mistake ends in one message and exit code 2, a failed run in one message and exit code 1."""
+    try:
+        app()
+    except KDBenchError as error:
+        typer.echo(f"kdbench: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `kdbench leaderboard | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
