@@ -140,7 +140,10 @@ def to_table(record: RunRecord) -> pa.Table:
     schema = record_schema()
     as_json = json.loads(record.model_dump_json())
     structured = _structured_fields()
-    row = {name: json.dumps(as_json[name]) if name in structured and as_json[name] is not None else getattr(record, name) for name in schema.names}
+    row = {
+        name: json.dumps(as_json[name]) if name in structured and as_json[name] is not None else getattr(record, name)
+        for name in schema.names
+    }
     return pa.Table.from_pylist([row], schema=schema)
 
 
@@ -150,11 +153,14 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
     Raises UserError for a table of a newer schema version, and for one that is no record.
     """
     if table.num_rows != 1 or "schema_version" not in table.column_names:
-        raise UserError(f"{source} is not a kdbench record: expected one row with a column 'schema_version', got {table.num_rows} rows; move it away")
+        raise UserError(
+            f"{source} is not a kdbench record: expected one row with a column 'schema_version', got {table.num_rows} rows; move it away"
+        )
     row = table.to_pylist()[0]
     if row["schema_version"] > SCHEMA_VERSION:
         raise UserError(
-            f"{source} has schema version {row['schema_version']}, this kdbench reads up to {SCHEMA_VERSION}: update kdbench (pip install -U kdbench)"
+            f"{source} has schema version {row['schema_version']}, this kdbench reads up to {SCHEMA_VERSION}: "
+            "update kdbench (pip install -U kdbench)"
         )
     try:
         structured = _structured_fields()
@@ -162,7 +168,9 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
     except (ValidationError, json.JSONDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("JSON",), "msg": str(error)}
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{source} is not a record of schema version {row['schema_version']}: {where}: {first['msg']}; move it away") from error
+        raise UserError(
+            f"{source} is not a record of schema version {row['schema_version']}: {where}: {first['msg']}; move it away"
+        ) from error
 
 
 @cache

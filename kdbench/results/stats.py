@@ -1,4 +1,4 @@
-"""The small statistics of a leaderboard: means with t-intervals, differences paired by seed, and the recovered part of the teacher's lead."""
+"""The small statistics of a leaderboard: means with t-intervals, differences paired by seed, recovered share of the gap."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: flo
     return t_interval([a[seed] - b[seed] for seed in common], level) if common else None
 
 
-def gap_recovered(student: float, undistilled: float, teacher: float, error: float | None = None, higher_is_better: bool = True) -> float | None:
+def gap_recovered(
+    student: float, undistilled: float, teacher: float, error: float | None = None, higher_is_better: bool = True
+) -> float | None:
     """The share of the teacher's lead over the undistilled student that the student has made up; 1 equals the teacher.
 
     `error`: standard error of `undistilled`. None where the lead is under 0.5 points or two standard errors, or where there is none.

@@ -1,4 +1,4 @@
-"""The results folder: one small Parquet file a finished training, written once and never edited, on a local disk or any fsspec file system."""
+"""The results folder: a small Parquet file a finished training, written once, never edited, on a local disk or any fsspec file system."""
 
 from __future__ import annotations
 
@@ -25,7 +25,22 @@ from kdbench.results.record import RunRecord, from_table, to_table
 
 LAYOUT = "v1"
 FILTERS = frozenset(
-    {"task", "data", "teacher", "student", "label", "method", "role", "experiment", "protocol_hash", "unit_key", "status", "study_id", "search_hash", "seed"}
+    {
+        "task",
+        "data",
+        "teacher",
+        "student",
+        "label",
+        "method",
+        "role",
+        "experiment",
+        "protocol_hash",
+        "unit_key",
+        "status",
+        "study_id",
+        "search_hash",
+        "seed",
+    }
 )
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
@@ -139,10 +154,13 @@ class ResultStore:
 
     def _explained(self, error: OSError, path: str) -> Exception:
         if error.errno in DISK_FULL:
-            return RunFailed(f"the disk is full: {path} was not written; free some space and run the same command again, finished work is kept")
+            return RunFailed(
+                f"the disk is full: {path} was not written; free some space and run the same command again, finished work is kept"
+            )
         if error.errno in NOT_WRITABLE or isinstance(error, PermissionError):
             return UserError(
-                f"the results folder {self.location} can't be written ({error.strerror or error}): choose another with --results DIR or the variable KDBENCH_RESULTS"
+                f"the results folder {self.location} can't be written ({error.strerror or error}): "
+                "choose another with --results DIR or the variable KDBENCH_RESULTS"
             )
         return RunFailed(f"{path} could not be written: {error}")
 
@@ -150,7 +168,9 @@ class ResultStore:
 def record_path(record: RunRecord) -> str:
     """Where a record lives below the location: `v1/<task>/<data>/<teacher>~<student>/<label>/<run_id>.parquet`."""
     pair = f"{path_name(record.teacher or 'none')}~{path_name(record.student)}"
-    return "/".join([LAYOUT, path_name(record.task), path_name(record.data), pair, path_name(record.label), f"{path_name(record.run_id)}.parquet"])
+    return "/".join(
+        [LAYOUT, path_name(record.task), path_name(record.data), pair, path_name(record.label), f"{path_name(record.run_id)}.parquet"]
+    )
 
 
 def path_name(name: str) -> str:
@@ -175,7 +195,10 @@ def _parse(content: bytes, path: str) -> RunRecord:
     try:
         table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)}): restore it from a copy, or delete it to have that training run again") from error
+        raise UserError(
+            f"{path} is not a readable Parquet file ({_first_line(error)}): "
+            "restore it from a copy, or delete it to have that training run again"
+        ) from error
     return from_table(table, path)
 
 

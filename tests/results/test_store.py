@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing_behind_and_says_so(tmp_path, make_record, mo
 
     monkeypatch.setattr(store_module.os, call, full)
 
-    with pytest.raises(RunFailed, match="the disk is full: .*parquet"):
+    with pytest.raises(RunFailed, match=r"the disk is full: .*parquet"):
         ResultStore(tmp_path).append(make_record())
     assert every_file(tmp_path) == []
 
@@ -228,7 +228,7 @@ def test_a_failed_upload_is_removed(make_record, monkeypatch) -> None:
     memory = fsspec.filesystem("memory")
     monkeypatch.setattr(type(memory), "mv", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
 
-    with pytest.raises(RunFailed, match="could not be written.*gone"):
+    with pytest.raises(RunFailed, match=r"could not be written.*gone"):
         ResultStore("memory://upload").append(make_record())
     assert memory.find("/upload") == []
 
@@ -255,6 +255,8 @@ def test_an_unknown_scheme_is_a_readable_error(location) -> None:
         ResultStore(location)
 
 
-@pytest.mark.parametrize(("name", "part"), [("a/b", "a_b"), ("..", "_"), ("", "_"), (".hidden", "hidden"), ("résumé~x", "r_sum_x"), ("x" * 300, "x" * 100)])
+@pytest.mark.parametrize(
+    ("name", "part"), [("a/b", "a_b"), ("..", "_"), ("", "_"), (".hidden", "hidden"), ("résumé~x", "r_sum_x"), ("x" * 300, "x" * 100)]
+)
 def test_names_become_one_safe_part_of_a_path(name, part) -> None:
     assert path_name(name) == part
