@@ -15,26 +15,24 @@ from kdbench.results.leaderboard import boards
 from kdbench.results.published import load_published
 from kdbench.results.rendering import FORMATS, nothing_to_rank, render
 
-CONTRACT = set(
-    [
-        "rank",
-        "method",
-        "mean",
-        "low",
-        "high",
-        "gain",
-        "gain_low",
-        "gain_high",
-        "gap_recovered",
-        "vs_kd",
-        "vs_kd_low",
-        "vs_kd_high",
-        "seeds",
-        "failed",
-        "params",
-        "run_ids",
-    ]
-)
+CONTRACT = {
+    "rank",
+    "method",
+    "mean",
+    "low",
+    "high",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "gap_recovered",
+    "vs_kd",
+    "vs_kd_low",
+    "vs_kd_high",
+    "seeds",
+    "failed",
+    "params",
+    "run_ids",
+}
 
 
 @pytest.fixture
