@@ -1,0 +1,173 @@
+"""Boards print in full where there is room, in part where there is not, and never as nan."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from kdbench.errors import UserError
+from kdbench.results.leaderboard import boards
+from kdbench.results.published import load_published
+from kdbench.results.rendering import FORMATS, nothing_to_rank, render
+
+CONTRACT = {
+    "rank",
+    "method",
+    "mean",
+    "low",
+    "high",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "gap_recovered",
+    "vs_kd",
+    "vs_kd_low",
+    "vs_kd_high",
+    "seeds",
+    "failed",
+    "params",
+    "run_ids",
+}
+
+
+@pytest.fixture
+def found(make_record):
+    values = {"none": [90.0, 90.123456789], "kd": [91.0, 91.1], "nkd": [91.9, 92.2]}
+    cost = {"params_count": 78042, "flops": 25_300_000, "latency_ms_p50": 1.234, "device_hours": 0.5, "trials": 8}
+    params = {"temperature": 2.0, "odd": math.inf}
+    records = [
+        make_record(method=method, seed=seed, test_metric=value, params=params, protocol_hash="0123abc", **cost)
+        for method, metrics in values.items()
+        for seed, value in enumerate(metrics)
+    ]
+    return boards(records, load_published())
+
+
+def text(found, width: int, **options) -> str:
+    return render(found, "table", console=Console(width=width, color_system=None), **options)
+
+
+def test_json_keeps_its_contract_and_full_precision(found) -> None:
+    data = json.loads(render(found, "json"), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+    board = data["boards"][0]
+    assert {"protocol_hash", "task", "data", "teacher", "student", "rows"} <= board.keys()
+    assert board["teacher"]["name"] == "cifar_resnet56"
+    assert board["teacher"]["metric"] == 94.0
+    assert all(row.keys() >= CONTRACT for row in board["rows"])
+    assert [row["method"] for row in board["rows"]] == ["nkd", "kd", "none"]
+    assert board["rows"][2]["mean"] == (90.0 + 90.123456789) / 2
+    assert board["rows"][0]["params"] == {"temperature": 2.0, "odd": None}
+    assert board["rows"][1]["vs_kd"] is None
+    assert all(isinstance(run, str) for row in board["rows"] for run in row["run_ids"])
+
+
+def test_no_board_is_an_empty_list_in_json() -> None:
+    assert json.loads(render([], "json")) == {"boards": []}
+
+
+def test_csv_reads_back_row_by_row(found) -> None:
+    rows = list(csv.DictReader(io.StringIO(render(found, "csv"))))
+
+    assert [row["method"] for row in rows] == ["nkd", "kd", "none"]
+    assert float(rows[2]["mean"]) == (90.0 + 90.123456789) / 2
+    assert (rows[0]["teacher"], rows[0]["teacher_metric"], rows[1]["vs_kd"]) == ("cifar_resnet56", "94.0", "")
+    assert json.loads(rows[0]["params"])["temperature"] == 2.0
+
+
+def test_markdown_is_a_table_with_rounded_numbers_and_the_protocol_below(found) -> None:
+    lines = render(found, "markdown").splitlines()
+
+    table = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + 3
+    kd = next(line for line in table if "| kd |" in line)
+    assert "| 91.05 [90.41, 91.69] |" in kd
+    assert "| +0.99 [" in kd
+    below = "\n".join(lines)
+    assert "protocol 0123abc | teacher cifar_resnet56 94.00 | student cifar_resnet8 | fashion_mnist | top1, higher is better" in below
+    assert "- finding: does not beat tuned kd: nkd" in below
+
+
+def test_a_wide_terminal_shows_everything(found) -> None:
+    shown = text(found, 200)
+
+    assert all(
+        word in shown
+        for word in ("gap", "78k", "25.3M", "1.23", "temperature=2", "vs kd", "protocol 0123abc", "94.00", "8 trials a method")
+    )
+
+
+@pytest.mark.parametrize("width", [120, 100, 80, 60])
+def test_a_narrower_terminal_drops_the_least_important_columns_and_nothing_wraps(found, width) -> None:
+    table = [line for line in text(found, width).splitlines() if "[9" in line]
+
+    assert len(table) == 3  # one line a method
+    assert all(len(line) <= width for line in table)
+    header = text(found, width).splitlines()
+    assert any("rank" in line and "top1" in line for line in header)
+    assert ("tuned" in "".join(header[:4])) is (width >= 200)
+
+
+def test_colours_say_surely_better_and_surely_worse(found) -> None:
+    shown = render(found, "table", console=Console(width=200, force_terminal=True, color_system="standard"))
+
+    assert "\x1b[32m+0.99 [+0.84, +1.14]" in shown
+    assert "31m-0.99 [-1.14, -0.84]" in shown
+    assert "m+1.00 [-0.27, +2.27]" not in shown  # its interval holds 0
+    assert " +1.00 [-0.27, +2.27]" in shown
+
+
+def test_published_figures_are_a_section_of_their_own_when_asked(found) -> None:
+    for plain, asked in [
+        (text(found, 120), text(found, 120, with_published=True)),
+        (render(found, "markdown"), render(found, "markdown", with_published=True)),
+    ]:
+        assert "published" not in plain.lower()
+        assert "other protocols, not ranked" in asked
+        assert "nkd: resnet34 -> resnet18, ImageNet-1k top1 69.90 -> 71.96 (+2.06)" in asked
+        assert "tf_nkd" not in asked
+
+
+def test_a_row_that_is_incomplete_or_failed_shows_it(make_record) -> None:
+    records = [
+        make_record(method="none", seed=0),
+        make_record(method="none", seed=1),
+        make_record(method="kd", seed=0, status="failed", test_metric=None),
+    ]
+    line = next(line for line in render(boards(records), "markdown").splitlines() if "| kd |" in line)
+
+    assert line.startswith("| - | kd |")
+    assert "1 of 2 (1 failed)" in line
+
+
+def test_a_metric_below_two_has_four_decimals(make_record) -> None:
+    records = [make_record(test_metric=0.01234, teacher_metric=0.01, primary="rmse", higher_is_better=False)]
+
+    assert "| 0.0123 |" in render(boards(records), "markdown")
+
+
+def test_an_unknown_format_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="'jsn'; did you mean 'json'"):
+        render([], "jsn")
+    assert FORMATS == ("table", "markdown", "csv", "json")
+
+
+def test_an_empty_folder_says_how_to_start_and_an_unfinished_one_how_to_go_on(make_record) -> None:
+    assert "kdbench run experiments/quickstart.yaml" in nothing_to_rank("results", [])
+    unfinished = nothing_to_rank("results", [make_record(role="teacher"), make_record(role="candidate")])
+    assert "1 candidate, 1 teacher" in unfinished
+    assert "continues" in unfinished
+
+
+def test_published_figures_load_and_make_sense() -> None:
+    figures = load_published()
+
+    assert {figure.method for figure in figures} == {"nkd", "tf_nkd"}
+    assert all(figure.distilled > figure.undistilled for figure in figures)
+    assert all((figure.teacher is None) == (figure.method == "tf_nkd") for figure in figures)
