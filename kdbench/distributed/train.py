@@ -51,9 +51,14 @@ class RaySession:
         return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
 
     def gather(self, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return gathered(rows)
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """All workers' rows (equal numbers of them) in rank order, without gradients."""
+    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -1,0 +1,30 @@
+"""Networks. `MODELS` is the catalogue of our own, written out by hand: name -> its builder and what it is. timm's names work beside it.
+
+Every target is a builder `f(*, num_classes, in_channels, **options) -> nn.Module`.
+"""
+
+from kdbench.catalogue import Entry
+
+MODELS: dict[str, Entry] = {
+    "tiny_cnn": Entry("kdbench.models.tiny:tiny_cnn", "three convolutions, 24 k parameters; options width, stem_stride"),
+    "tiny_fcn": Entry("kdbench.models.tiny:tiny_fcn", "segmentation, 5 k parameters"),
+    "small_fcn": Entry("kdbench.models.tiny:small_fcn", "segmentation, 120 k parameters"),
+    "cifar_resnet8": Entry("kdbench.models.cifar_resnet:cifar_resnet8", "ResNet for small images, 0.08 M; options width, stem_stride"),
+    "cifar_resnet14": Entry("kdbench.models.cifar_resnet:cifar_resnet14", "ResNet for small images, 0.18 M; options width, stem_stride"),
+    "cifar_resnet20": Entry("kdbench.models.cifar_resnet:cifar_resnet20", "ResNet for small images, 0.28 M; options width, stem_stride"),
+    "cifar_resnet32": Entry("kdbench.models.cifar_resnet:cifar_resnet32", "ResNet for small images, 0.47 M; options width, stem_stride"),
+    "cifar_resnet44": Entry("kdbench.models.cifar_resnet:cifar_resnet44", "ResNet for small images, 0.67 M; options width, stem_stride"),
+    "cifar_resnet56": Entry("kdbench.models.cifar_resnet:cifar_resnet56", "ResNet for small images, 0.86 M; options width, stem_stride"),
+    "cifar_resnet110": Entry("kdbench.models.cifar_resnet:cifar_resnet110", "ResNet for small images, 1.74 M; options width, stem_stride"),
+    "resnet8x4": Entry("kdbench.models.cifar_resnet:resnet8x4", "ResNet-8 four times as wide, 1.23 M; options width, stem_stride"),
+    "resnet32x4": Entry("kdbench.models.cifar_resnet:resnet32x4", "ResNet-32 four times as wide, 7.43 M; options width, stem_stride"),
+    "wrn_16_1": Entry("kdbench.models.cifar_resnet:wrn_16_1", "wide ResNet-16-1, 0.18 M; option stem_stride"),
+    "wrn_16_2": Entry("kdbench.models.cifar_resnet:wrn_16_2", "wide ResNet-16-2, 0.70 M; option stem_stride"),
+    "wrn_40_1": Entry("kdbench.models.cifar_resnet:wrn_40_1", "wide ResNet-40-1, 0.57 M; option stem_stride"),
+    "wrn_40_2": Entry("kdbench.models.cifar_resnet:wrn_40_2", "wide ResNet-40-2, 2.26 M; option stem_stride"),
+    "vgg8": Entry("kdbench.models.cifar_vgg:vgg8", "VGG-8 with batch norm for small images, 3.97 M"),
+    "vgg13": Entry("kdbench.models.cifar_vgg:vgg13", "VGG-13 with batch norm for small images, 9.46 M"),
+    "mobilenetv2_half": Entry("kdbench.models.cifar_mobile:mobilenetv2_half", "MobileNetV2 of width 0.5 for small images, 0.81 M"),
+    "shufflenetv1": Entry("kdbench.models.cifar_mobile:shufflenetv1", "ShuffleNetV1 for small images, 0.95 M"),
+    "shufflenetv2": Entry("kdbench.models.cifar_mobile:shufflenetv2", "ShuffleNetV2 for small images, 1.36 M"),
+}

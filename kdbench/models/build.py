@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
+from kdbench.catalogue import known, nearest, resolve
+from kdbench.errors import RunFailed, UserError
+from kdbench.models import MODELS
+from kdbench.models.inputs import InputSpec
+from kdbench.models.weights import load_weights
+
 
 class ModelSpec(BaseModel):
-    """Which network: `cifar_resnet8`, or `{name: resnet8x4, stem_stride: 2}`; keys beside `name`, `pretrained` and `weights` go to the builder."""
+    """Which network: `cifar_resnet8`, or `{name: resnet8x4, stem_stride: 2}`.
+
+    Keys beside `name`, `pretrained` and `weights` go to the builder.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -29,5 +42,137 @@ class ModelSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
-def build_model(spec: ModelSpec, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    raise NotImplementedError
+def build_model(
+    spec: ModelSpec, *, num_classes: int, in_channels: int, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> nn.Module:
+    """The network of `spec` for images [B, in_channels, image_size, image_size], with its `input_spec` set: see `models.inputs`.
+
+    The name is looked up in `MODELS`, then as `package.module:Class`, then in timm. mean, std: the data's, one number a channel;
+    a pretrained timm model takes its own. Raises UserError for a wrong name, option or weights file, RunFailed where pretrained
+    weights can't be fetched.
+    """
+    reserved = {"num_classes", "in_channels", "in_chans"} & set(spec.options)
+    if reserved:
+        raise UserError(f"model {spec.name!r}: {reserved.pop()!r} is not an option, the data says it")
+    if known("model", spec.name, MODELS):
+        model = _build_ours(spec, {"num_classes": num_classes, "in_channels": in_channels})
+        inputs = InputSpec(tuple(mean), tuple(std))
+    else:
+        model = _build_timm(spec, num_classes, in_channels, image_size)
+        inputs = _timm_inputs(model, spec, image_size, mean, std)
+    if spec.weights is not None:
+        load_weights(model, spec.weights, name=spec.name, num_classes=num_classes)
+    # A user's class may come with an input_spec of its own, which is then right.
+    if not isinstance(getattr(model, "input_spec", None), InputSpec):
+        model.input_spec = inputs  # type: ignore[assignment]
+    return model
+
+
+def check_model_name(name: str) -> None:
+    """Raise UserError where `build_model` would not know `name`. Builds nothing, and imports timm only for a name that isn't ours."""
+    if name in MODELS:
+        return
+    if known("model", name, MODELS):
+        resolve("model", name, MODELS)
+    else:
+        _check_timm_name(name)
+
+
+def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
+    """Call the builder behind a name of ours or a dotted path with those of `facts` that it takes, and the options."""
+    builder = resolve("model", spec.name, MODELS)
+    if isinstance(builder, nn.Module) or not callable(builder):
+        raise UserError(f"model {spec.name!r}: expected a class or a function that builds a model, found a {type(builder).__name__}")
+    if spec.pretrained:
+        raise UserError(f"model {spec.name!r}: 'pretrained' is for timm's models; give a file of weights as 'weights'")
+    arguments = _arguments(spec.name, builder, facts, spec.options)
+    model = builder(**arguments)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {spec.name!r}: expected it to build an nn.Module, it built a {type(model).__name__}")
+    return model
+
+
+def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What to call `builder` with. Raises UserError for an option that it does not take, one that it needs, or a wrong size."""
+    parameters = inspect.signature(builder).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    choices = [key for key in named if key not in facts]
+    for key, value in options.items():
+        if key not in choices and not takes_all:
+            raise _wrong_option(name, key, choices)
+        if name in MODELS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"model {name!r}: {key} = {value!r}, expected a whole number of at least 1")
+    for key in choices:
+        if parameters[key].default is inspect.Parameter.empty and key not in options:
+            raise UserError(f"model {name!r} needs the option {key!r}")
+    # Through **kwargs goes num_classes alone: torchvision's builders take it there, and would refuse in_channels.
+    told = {key: value for key, value in facts.items() if key in named or (takes_all and key == "num_classes")}
+    return told | dict(options)
+
+
+def _build_timm(spec: ModelSpec, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    import timm  # five seconds, which only those pay who name one of its models
+
+    _check_timm_name(spec.name)
+    options = dict(spec.options)
+    if not spec.pretrained and _has_fixed_size(spec.name):
+        options.setdefault("img_size", image_size)
+    try:
+        return timm.create_model(spec.name, pretrained=spec.pretrained, num_classes=num_classes, in_chans=in_channels, **options)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in spec.options:
+            raise
+        with torch.device("meta"):
+            model_class = type(timm.create_model(spec.name))
+        hidden = {"self", "num_classes", "in_chans", "kwargs"}
+        choices = [key for key in inspect.signature(model_class).parameters if key not in hidden]
+        raise _wrong_option(spec.name, unknown[1], choices) from error
+    except (OSError, RuntimeError) as error:
+        if not spec.pretrained:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise RunFailed(f"model {spec.name!r}: timm could not load its pretrained weights: {reason}") from error
+
+
+def _timm_inputs(model: nn.Module, spec: ModelSpec, image_size: int, mean: Sequence[float], std: Sequence[float]) -> InputSpec:
+    """What a timm model wants to see: as it was pretrained; else as the data are, at their size where the model has a fixed one."""
+    size: int | None = spec.options.get("img_size", image_size if _has_fixed_size(spec.name) else None)
+    if spec.pretrained:
+        trained: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        size = spec.options.get("img_size", trained["input_size"][-1])
+        mean, std = (_for_channels(trained[key], len(mean)) for key in ("mean", "std"))
+    return InputSpec(tuple(mean), tuple(std), size)
+
+
+def _for_channels(numbers: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Normalisation of RGB for another number of channels, as timm adapts its first layer: summed for one, repeated for more."""
+    if channels == 1:
+        return (sum(numbers) / len(numbers),)
+    return tuple(numbers[i % len(numbers)] for i in range(channels))
+
+
+def _has_fixed_size(name: str) -> bool:
+    """Whether timm builds this model for one image size and takes it as `img_size`."""
+    from timm.models import get_pretrained_cfg
+
+    configuration = get_pretrained_cfg(name)
+    return configuration is not None and configuration.fixed_input_size
+
+
+def _check_timm_name(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"unknown model {name!r}{nearest(name, [*MODELS, *timm.list_models()])}")
+    architecture, _, tag = name.partition(".")
+    tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise UserError(f"timm model {architecture!r} has no weights called {tag!r}{nearest(tag, tags)}")
+
+
+def _wrong_option(name: str, key: str, choices: Iterable[str]) -> UserError:
+    choices = list(choices)
+    hint = nearest(key, choices) if choices else "; it has none"
+    return UserError(f"model {name!r} has no option {key!r}{hint}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Outputs:
-    """prediction: what the head gives, [B, classes] logits or [B, classes, H, W]; maps: tap name -> [B, D, H, W] map or [B, N, D] tokens."""
+    """prediction: what the head gives, [B, classes] logits or [B, classes, H, W]; maps: tap name -> [B, D, H, W], [B, N, D] or [B, D]."""
 
     prediction: Tensor | dict[str, Tensor]
     maps: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,148 @@
+"""What every module of a model gives, seen in one forward pass that leaves no mark on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.errors import UserError
+from kdbench.models.inputs import model_inputs
+from kdbench.models.outputs import TapShape
+
+# An output whose first dimension is not this is not one per sample: a window of an attention layer, a position table.
+_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One module's output for one sample. channels_last: it comes as [B, H, W, D] and is a [B, D, H, W] map once permuted."""
+
+    shape: TapShape
+    channels_last: bool = False
+
+
+@dataclass
+class Trace:
+    """A forward pass. The dictionaries are in the order in which modules finished, by their last call.
+
+    input_size: height and width that went in, after the model's own resizing. prediction: shape for one sample.
+    seen: path -> output. odd: path -> why that module's output can't be tapped.
+    classifier: path of the last linear layer that gives the prediction from one vector a sample, and that vector's length.
+    """
+
+    input_size: tuple[int, int]
+    prediction: tuple[int, ...] = ()
+    seen: dict[str, Seen] = field(default_factory=dict)
+    odd: dict[str, str] = field(default_factory=dict)
+    classifier: tuple[str, int] | None = None
+
+    def stride(self, shape: TapShape) -> int | None:
+        """Input pixels for one position of a map, rounded; None for tokens and vectors."""
+        return round(self.input_size[0] / shape.shape[1]) if shape.kind == "map" else None
+
+
+def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
+    """Run `model` once on two black images [C, H, W], in eval mode and without gradients.
+
+    Training flags, buffers and random states are afterwards what they were. Raises UserError where the model gives neither a tensor
+    nor a dictionary with `logits`.
+    """
+    images = model_inputs(model, torch.zeros(_SAMPLES, *image_shape, **_placement(model)))
+    found = Trace(input_size=(images.shape[-2], images.shape[-1]))
+    with _undisturbed(model), ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            if path:
+                hooks.enter_context(module.register_forward_hook(_observer(found, path, _declares_channels_last(model))))
+        output = model(images)
+    found.prediction = _prediction_shape(output)
+    if found.classifier is not None:
+        last_linear = found.seen.get(found.classifier[0])
+        if last_linear is None or last_linear.shape.shape != found.prediction:
+            found.classifier = None
+    return found
+
+
+def _observer(found: Trace, path: str, channels_last: bool) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    """A forward hook that notes what the module at `path` gives."""
+
+    def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.seen.pop(path, None)  # a module that runs again is seen at its last call
+        found.odd.pop(path, None)
+        if not isinstance(output, Tensor):
+            found.odd[path] = f"gives a {type(output).__name__}, not a tensor"
+            return
+        seen = describe(tuple(output.shape), found.input_size, channels_last) if output.is_floating_point() else None
+        if seen is None:
+            found.odd[path] = f"gives {output.dtype} of shape {list(output.shape)}, which is neither map, tokens nor vector of a sample"
+            return
+        found.seen[path] = seen
+        if isinstance(module, nn.Linear) and seen.shape.kind == "vector":
+            found.classifier = (path, module.in_features)
+
+    return observe
+
+
+def describe(shape: tuple[int, ...], input_size: tuple[int, int], prefers_channels_last: bool = False) -> Seen | None:
+    """Tell maps, tokens and vectors apart by the shape [2, ...] of a batch of two; None for anything else.
+
+    Of a map, the two dimensions in proportion to the image are its height and width. Where both readings are possible
+    ([B, 16, 16, 16]) the model's own declaration decides, and channels come first without one.
+    """
+    if shape[:1] != (_SAMPLES,):
+        return None
+    if len(shape) == 2:
+        return Seen(TapShape("vector", shape[1:]))
+    if len(shape) == 3:
+        return Seen(TapShape("tokens", shape[1:]))
+    if len(shape) != 4:
+        return None
+    _, first, second, third = shape
+    channels_first = _in_proportion(second, third, input_size)
+    if _in_proportion(first, second, input_size) and (prefers_channels_last or not channels_first):
+        return Seen(TapShape("map", (third, first, second)), channels_last=True)
+    return Seen(TapShape("map", (first, second, third))) if channels_first else None
+
+
+def _in_proportion(height: int, width: int, input_size: tuple[int, int]) -> bool:
+    """Whether height : width is the image's, give or take the rounding of one position."""
+    return abs(height * input_size[1] - width * input_size[0]) < max(input_size)
+
+
+def _declares_channels_last(model: nn.Module) -> bool:
+    """timm's transformers over windows say that their maps are NHWC."""
+    return str(getattr(model, "output_fmt", "")) == "NHWC"
+
+
+def _prediction_shape(output: Any) -> tuple[int, ...]:
+    prediction = output.get("logits") if isinstance(output, dict) else output
+    if not isinstance(prediction, Tensor):
+        found = f"a dictionary of {sorted(output)}" if isinstance(output, dict) else f"a {type(output).__name__}"
+        raise UserError(f"the model gives {found}; expected a tensor, or a dictionary with 'logits'")
+    return tuple(prediction.shape[1:])
+
+
+def _placement(model: nn.Module) -> dict[str, Any]:
+    """Device and floating type of the first parameter: where the model lives and what it computes in."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return {"device": parameter.device, "dtype": parameter.dtype}
+    return {}
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside every training flag and random state as before."""
+    flags = [(module, module.training) for module in model.modules()]
+    device = _placement(model).get("device", torch.device("cpu"))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training

@@ -1,0 +1,187 @@
+"""The loop: it learns, it resumes to the bit, it leaves the teacher alone, and what it writes can be re-derived."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdbench.errors import Diverged, KDBenchError, UserError
+from kdbench.experiment import Unit
+from kdbench.tasks.build import build_task
+from kdbench.training.loop import fit, prepare
+from kdbench.training.outcome import rederive
+from kdbench.training.session import LocalSession
+from kdbench.training.teacher import LiveTeacher
+from kdbench.training.work import attempt
+from tests.training.units import layout, saved_teacher, unit, with_cache
+
+
+class Killed(Exception):
+    pass
+
+
+def weights_of(folder: Path, of: Unit) -> dict[str, torch.Tensor]:
+    return load_file(layout(folder).student(of.key))
+
+
+def assert_equal_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_training_lowers_the_loss_and_beats_chance(tmp_path: Path) -> None:
+    record = fit(unit(recipe={"epochs": 6}), LocalSession(), layout(tmp_path))
+    assert record.curve[-1]["train_total"] < 0.7 * record.curve[0]["train_total"]
+    assert record.test_metric is not None
+    assert record.test_metric > 40
+    assert record.val_metric == record.curve[-1]["val_accuracy"]
+    assert len(record.curve) == 6
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"ema": 0.9, "weights": "best"},
+        {"optimizer": "adamw", "lr": 0.01, "warmup_epochs": 0.5},
+        {"augment": {"crop": 2, "flip": True}, "accumulate": 2, "clip_grad": 1.0},
+    ],
+    ids=["plain", "average-and-best", "adamw-warmup", "augmented-micro-batches"],
+)
+@pytest.mark.parametrize("kill_after", [1, 3, 7])
+def test_a_killed_training_continues_to_the_same_bits(tmp_path: Path, recipe: dict, kill_after: int) -> None:
+    whole = unit(recipe={"epochs": 2, **recipe}, student={"name": "tests.training.units:smooth_net", "dropout": 0.3}, checkpoint_seconds=0)
+    fit(whole, LocalSession(), layout(tmp_path / "whole"))
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    session = LocalSession(checkpoint)
+    kept = 0
+    report = session.report
+
+    def dying_report(metrics: Mapping[str, float], state: object) -> None:
+        nonlocal kept
+        report(metrics, state)  # type: ignore[arg-type]
+        kept += state is not None
+        if kept == kill_after:
+            raise Killed
+
+    session.report = dying_report  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        fit(whole, session, layout(tmp_path / "continued"))
+    torch.manual_seed(12345)
+    record = fit(whole, LocalSession(checkpoint), layout(tmp_path / "continued"))
+    assert_equal_weights(weights_of(tmp_path / "whole", whole), weights_of(tmp_path / "continued", whole))
+    assert [row["epoch"] for row in record.curve] == [1, 2]
+
+
+def test_a_checkpoint_of_another_unit_is_not_continued(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    fit(unit(seed=1, recipe={"epochs": 2}, checkpoint_seconds=0), LocalSession(checkpoint), layout(tmp_path / "a"))
+    assert checkpoint.exists()
+    fit(unit(), LocalSession(checkpoint), layout(tmp_path / "b"))
+    fit(unit(), LocalSession(), layout(tmp_path / "c"))
+    assert_equal_weights(weights_of(tmp_path / "b", unit()), weights_of(tmp_path / "c", unit()))
+
+
+def test_a_truncated_checkpoint_means_a_fresh_start(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    fit(unit(checkpoint_seconds=0), LocalSession(checkpoint), layout(tmp_path / "a"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    fit(unit(), LocalSession(checkpoint), layout(tmp_path / "b"))
+    assert_equal_weights(weights_of(tmp_path / "a", unit()), weights_of(tmp_path / "b", unit()))
+
+
+def test_cached_and_live_teacher_give_the_same_weights_up_to_half_precision(tmp_path: Path) -> None:
+    live = unit("kd", saved_teacher(tmp_path), recipe={"augment": {"crop": 2, "flip": True}, "views": 2, "epochs": 3})
+    assert live.teacher is not None
+    cached = live.model_copy(update={"teacher": with_cache(live.teacher, live, tmp_path / "cache")})
+    assert cached.key == live.key
+    fit(live, LocalSession(), layout(tmp_path / "live"))
+    fit(cached, LocalSession(), layout(tmp_path / "cached"))
+    without = unit("none", recipe=live.recipe.model_dump())
+    fit(without, LocalSession(), layout(tmp_path / "without"))
+    a, b, c = weights_of(tmp_path / "live", live), weights_of(tmp_path / "cached", live), weights_of(tmp_path / "without", without)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-4)
+    assert max((a[name] - c[name]).abs().max() for name in a) > 1e-2
+
+
+def test_the_teacher_is_bit_equal_after_training(tmp_path: Path) -> None:
+    run = prepare(unit("kd", saved_teacher(tmp_path)), LocalSession())
+    assert isinstance(run.teacher, LiveTeacher)
+    before = {name: tensor.clone() for name, tensor in run.teacher.model.state_dict().items()}
+    from kdbench.training.loop import train_epoch
+
+    train_epoch(run, 0)
+    assert_equal_weights(before, run.teacher.model.state_dict())
+    assert not run.teacher.model.training
+
+
+def test_metrics_are_rederived_from_the_stored_predictions(tmp_path: Path) -> None:
+    record = fit(unit(), LocalSession(), layout(tmp_path))
+    assert record.predictions_uri is not None
+    stored = (tmp_path / record.predictions_uri).read_bytes()
+    task = build_task(unit().task)
+    assert rederive(record, task, stored) == record.metrics
+    with pytest.raises(KDBenchError, match="SHA-256 differs"):
+        rederive(record, task, stored[:-1] + bytes([stored[-1] ^ 1]))
+
+
+def test_a_final_says_how_alike_student_and_teacher_are(tmp_path: Path) -> None:
+    plain = unit("kd", saved_teacher(tmp_path))
+    assert plain.teacher is not None
+    record = fit(plain.model_copy(update={"teacher": with_cache(plain.teacher, plain, tmp_path / "cache")}), LocalSession(), layout(tmp_path))
+    assert record.agreement is not None
+    assert record.teacher_kl is not None
+    assert 0 <= record.agreement <= 1
+    assert record.teacher_kl > 0
+
+
+def test_only_final_units_touch_the_test_set(tmp_path: Path) -> None:
+    record = fit(unit(role="trial", number=0), LocalSession(), layout(tmp_path))
+    assert record.test_metric is None
+    assert record.val_metric is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_training_says_where(tmp_path: Path) -> None:
+    wild = unit(recipe={"lr": 1e12, "epochs": 2})
+    with pytest.raises(Diverged, match=r"none seed 0: the loss became (nan|inf) in epoch \d of 2 \(lr 1e\+12\)"):
+        fit(wild, LocalSession(), layout(tmp_path))
+    ending = attempt(wild, LocalSession(), layout(tmp_path))
+    assert ending.record is not None
+    assert ending.record.status == "failed"
+    assert "lr 1e+12" in (ending.record.failure or "")
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    plain = unit(recipe={"precision": "fp64", "epochs": 1})
+    cut = unit(recipe={"precision": "fp64", "epochs": 1, "accumulate": 4})
+    fit(plain, LocalSession(), layout(tmp_path))
+    fit(cut, LocalSession(), layout(tmp_path))
+    a, b = weights_of(tmp_path, plain), weights_of(tmp_path, cut)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-12, atol=1e-13)
+
+
+def test_a_batch_coupled_loss_refuses_micro_batches(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="accumulate: 1"):
+        prepare(unit("tf_nkd", recipe={"accumulate": 2}), LocalSession())
+
+
+def test_best_weights_are_those_of_the_best_epoch(tmp_path: Path) -> None:
+    chosen = unit(recipe={"epochs": 5, "lr": 1.5, "schedule": "constant", "weights": "best"})
+    record = fit(chosen, LocalSession(), layout(tmp_path))
+    assert record.val_metric == max(row["val_accuracy"] for row in record.curve)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
+def test_every_precision_trains(tmp_path: Path, precision: str) -> None:
+    record = fit(unit(recipe={"precision": precision, "memory_format": "channels_last", "epochs": 3}), LocalSession(), layout(tmp_path))
+    assert record.curve[-1]["train_total"] < record.curve[0]["train_total"]
+    assert record.precision == precision
