@@ -111,19 +111,87 @@ def _print_boards(folder: Path, format_: str, method: str | None = None, **filte
     from dataclasses import replace
 
     from kdbench.results.leaderboard import boards
-    from kdbench.results.published import published_figures
-    from kdbench.results.rendering import check_format, nothing_to_rank, render
+    from kdbench.results.published import load_published
+    from kdbench.results.rendering import nothing_to_rank, render
     from kdbench.results.store import ResultStore
 
-    check_format(format_)
     records = ResultStore(folder).scan(**{name: value for name, value in filters.items() if value is not None})
-    found = boards(records, published_figures())
+    found = boards(records, load_published())
     if method is not None:
         found = [replace(board, rows=rows) for board in found if (rows := tuple(row for row in board.rows if method in (row.label, row.method)))]
+    text = render(found, format_, with_published=True)
     if not found and format_ != "json":
         typer.echo(nothing_to_rank(str(folder), records), err=True)
         return
-    typer.echo(render(found, format_, with_published=True), nl=False)
+    typer.echo(text, nl=False)
+
+
+@app.command("list", epilog=_example("list methods"))
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="methods|tasks|data|models", help="What to list.", show_default=False)],
+    format_: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+) -> None:
+    """What there is to use: every name with a sentence."""
+    from kdbench.pages import catalogue_page
+
+    typer.echo(catalogue_page(kind, format_))
+
+
+@app.command(epilog=_example("show dkd"))
+def show(name: Annotated[str, typer.Argument(help="A method, task, data set or model, as `kdbench list` names it.", show_default=False)]) -> None:
+    """All about one of them. Of a method: paper, loss, parameters with defaults and search ranges, published figures."""
+    from kdbench.pages import show_page
+
+    typer.echo(show_page(name))
+
+
+@app.command(epilog=_example("taps resnet18 --image 3x224x224 --classes 1000"))
+def taps(
+    model: Annotated[str, typer.Argument(help="A model of `kdbench list models` or of timm, or package.module:Class.", show_default=False)],
+    image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image.")] = "3x32x32",
+    classes: Annotated[int, typer.Option(min=1, help="Classes that the model tells apart.")] = 100,
+    all_: Annotated[bool, typer.Option("--all", help="Every module, not only those with an alias such as stage:-1.")] = False,
+) -> None:
+    """Names, shapes and strides of the places inside a model that a method can look at."""
+    from kdbench.pages import image_shape, taps_page
+
+    typer.echo(taps_page(model, image_shape(image), classes, all_))
+
+
+@app.command(epilog=_example("export 01KAMZ3Q --format onnx"))
+def export(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id or the beginning of it, as `leaderboard --format json` lists them.", show_default=False)],
+    format_: Annotated[str, typer.Option("--format", help="safetensors or onnx.")] = "safetensors",
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: STUDENT-METHOD-RUN.FORMAT in this folder.", show_default=False)] = None,
+    results: Results = None,
+) -> None:
+    """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""
+    from kdbench.results.layout import results_folder
+    from kdbench.results.store import ResultStore
+    from kdbench.training.export import export as export_run
+    from kdbench.training.export import find_run
+
+    folder = results_folder(results)
+    report = export_run(find_run(ResultStore(folder).scan(), run_id), folder, format_, output)
+    typer.echo(f"{report.path}: {report.model}, {report.size_bytes / 1e6:.2f} MB")
+    typer.echo(f"input: {report.inputs}; output: {'x'.join(map(str, report.output_shape))} for each")
+    typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
+
+
+@app.command(epilog=_example("doctor --results /data/results"))
+def doctor(results: Results = None) -> None:
+    """What this machine has and lacks. Exit code 1 where something is missing that kdbench needs."""
+    from kdbench.doctor import examine
+    from kdbench.pages import aligned
+    from kdbench.results.layout import results_folder
+
+    findings = examine(results_folder(results))
+    colours = {"ok": typer.colors.GREEN, "advice": typer.colors.YELLOW, "missing": typer.colors.RED}
+    lines = aligned([(finding.state, finding.subject, finding.text) for finding in findings]).splitlines()
+    for finding, line in zip(findings, lines, strict=True):
+        typer.echo(typer.style(finding.state, fg=colours[finding.state]) + line.removeprefix(finding.state))
+    if any(finding.state == "missing" for finding in findings):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -104,6 +104,11 @@ def full_parts() -> tuple[Part, Part]:
     )
 
 
+def full_set_folder() -> Path | None:
+    """Where the full set lies on this machine, None where it would have to be downloaded."""
+    return next((folder for folder in _folders() if _all_files(folder)), None)
+
+
 def _part(pixels: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> Part:
     images = torch.from_numpy(pixels.reshape(-1, 1, SIDE, SIDE).copy())
     return Part(images, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(positions.astype(np.int64)))

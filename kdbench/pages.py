@@ -1,0 +1,277 @@
+"""What `kdbench list`, `show` and `taps` print: plain aligned text, one thing a line, so that it can be searched and cut."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from kdbench.catalogue import Entry, known, load, nearest, resolve
+from kdbench.data import DATA
+from kdbench.errors import UserError
+from kdbench.methods import METHODS
+from kdbench.models import MODELS
+from kdbench.tasks import TASKS
+
+if TYPE_CHECKING:
+    from kdbench.methods.base import Method
+    from kdbench.search_space import Dimension
+    from kdbench.tasks.base import Task
+
+KINDS: dict[str, tuple[str, Mapping[str, Entry]]] = {
+    "methods": ("method", METHODS),
+    "tasks": ("task", TASKS),
+    "data": ("data", DATA),
+    "models": ("model", MODELS),
+}
+_ALSO = {
+    "methods": "Also: your own subclass of kdbench.methods.base.Method, by dotted path `package.module:Class`.",
+    "tasks": "Also: your own subclass of kdbench.tasks.base.Task, by dotted path `package.module:Class`.",
+    "data": "Also: your own function that returns a kdbench.data.sources.Source, by dotted path `package.module:function`.",
+    "models": "Also: any name that timm knows, such as resnet18, and any nn.Module by dotted path `package.module:Class`.",
+}
+_TOLD_BY_THE_DATA = ("num_classes", "in_channels")  # a model's arguments that are no options
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """The rows as lines with columns of equal width, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+# --- list ------------------------------------------------------------------------------------------------------------
+
+
+def catalogue_page(kind: str, format: str = "table") -> str:
+    """The names of one of KINDS with a sentence each, as `table` or `json`. Nothing that is named gets imported.
+
+    Raises UserError for another kind or format.
+    """
+    if kind not in KINDS:
+        raise UserError(f"there is no list of {kind!r}{nearest(kind, KINDS)}")
+    if format not in ("table", "json"):
+        raise UserError(f"unknown format {format!r}{nearest(format, ('table', 'json'))}")
+    entries = _entries(kind)
+    if format == "json":
+        return json.dumps([{"name": name, "summary": entry.summary, "target": entry.target} for name, entry in entries.items()], indent=2)
+    return aligned([(name, entry.summary) for name, entry in entries.items()]) + f"\n\n{_ALSO[kind]}"
+
+
+def _entries(kind: str) -> dict[str, Entry]:
+    """Ours, then those of installed packages."""
+    singular, table = KINDS[kind]
+    plugins = sorted(entry_points(group=f"kdbench.{singular}s"), key=lambda point: point.name)
+    theirs = {point.name: Entry(point.value, f"from {point.dist.name if point.dist else point.module}") for point in plugins}
+    return {**table, **{name: entry for name, entry in theirs.items() if name not in table}}
+
+
+# --- show ------------------------------------------------------------------------------------------------------------
+
+
+def show_page(name: str) -> str:
+    """All that is known of a method, task, data set or model. Raises UserError for a name that none of them has, naming the nearest."""
+    kind, thing, summary = _find(name)
+    if kind == "methods":
+        return _method_page(name, thing)
+    if kind == "tasks":
+        return _task_page(name, thing, summary)
+    return _function_page(name, thing, summary, kind)
+
+
+def _find(name: str) -> tuple[str, Any, str]:
+    """Which kind of thing the name is, the thing, and its sentence in the catalogue."""
+    if ":" in name:
+        return _told_apart(load("name", name))
+    for kind, (singular, table) in KINDS.items():
+        if known(singular, name, table):
+            return kind, resolve(singular, name, table), _entries(kind)[name].summary
+    everything = [entry for kind in KINDS for entry in _entries(kind)]
+    raise UserError(f"there is no method, task, data set or model {name!r}{nearest(name, everything)}; models of timm: kdbench taps NAME")
+
+
+def _told_apart(thing: Any) -> tuple[str, Any, str]:
+    """A user's own class or function, as what it can be used for."""
+    from kdbench.methods.base import Method
+    from kdbench.tasks.base import Task
+
+    if isinstance(thing, type) and issubclass(thing, Method):
+        return "methods", thing, ""
+    if isinstance(thing, type) and issubclass(thing, Task):
+        return "tasks", thing, ""
+    if not callable(thing):
+        raise UserError(f"expected a class or a function, found a {type(thing).__name__}")
+    return "", thing, ""
+
+
+def _method_page(name: str, method: type[Method]) -> str:
+    paper = method.paper
+    source = ", ".join(text for text in (paper.title, paper.venue, f"arXiv {paper.arxiv}" if paper.arxiv else None) if text)
+    teacher = "needed" if method.needs_teacher else "not needed"
+    facts = [
+        ("paper", source),
+        ("loss", paper.formula),
+        ("checked against", paper.checked_against or "its formula"),
+        ("tasks", ", ".join(sorted(method.tasks))),
+        ("teacher", teacher),
+        ("student's taps", ", ".join(method.student_taps) or "the prediction alone"),
+        ("teacher's taps", ", ".join(method.teacher_taps) or ("the prediction alone" if method.needs_teacher else "none")),
+    ]
+    if method.batch_coupled:
+        facts.append(("batch", "the loss compares samples: workers exchange theirs"))
+    parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name, method)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _parameters(method: type[Method]) -> str:
+    """The table of a method's parameters, their defaults, where a search looks and what makes sense at all."""
+    from kdbench.search_space import space_of
+
+    searched = {axis.name: _dimension(axis.dimension) for axis in space_of(method.Params())}
+    rows = [("parameter", "default", "searched", "allowed")]
+    for name, field in method.Params.model_fields.items():
+        rows.append((name, _value(field.default), searched.get(name, "no"), _allowed(field.annotation, field.metadata)))
+    return aligned(rows) + (f"\n{method.Params.__doc__}" if method.Params.__doc__ else "")
+
+
+def _dimension(dimension: Dimension) -> str:
+    from kdbench.search_space import Choice
+
+    if isinstance(dimension, Choice):
+        text = " | ".join(_value(option) for option in dimension.options)
+    else:
+        text = f"{_value(dimension.low)} .. {_value(dimension.high)}"
+        text += ", logarithmic" if dimension.log else f", step {_value(dimension.step)}" if dimension.step is not None else ""
+    if dimension.when is not None:
+        text += f", where {dimension.when.name} is {' or '.join(_value(value) for value in dimension.when.values)}"
+    return text
+
+
+def _allowed(annotation: Any, limits: Sequence[Any] = ()) -> str:
+    """What a value may be: literal values, else the type with its bounds (`int >= 1`); `limits` are what stands beside it in Annotated."""
+    if get_origin(annotation) is Annotated:
+        inner, *extras = get_args(annotation)
+        return _allowed(inner, [*limits, *extras])
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_allowed(option, limits) for option in get_args(annotation))
+    flat = [limit for item in limits for limit in getattr(item, "metadata", (item,))]
+    bounds = [f"{sign} {_value(getattr(limit, name))}" for limit in flat for name, sign in _BOUNDS.items() if hasattr(limit, name)]
+    return " ".join([_type_name(annotation), ", ".join(bounds)]).strip()
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation in (NoneType, inspect.Parameter.empty):
+        return "none" if annotation is NoneType else ""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _published(name: str, method: type[Method]) -> str:
+    """Figures of papers: those that kdbench ships, else those that the method itself quotes."""
+    from kdbench.results.published import load_published
+
+    rows = [
+        (figure.teacher or "no teacher", figure.student, figure.data, figure.metric, figure.undistilled, figure.distilled, figure.citation)
+        for figure in load_published()
+        if figure.method == name
+    ] or [(f.teacher, f.student, f.data, f.metric, f.undistilled, f.distilled, method.paper.title) for f in method.paper.published]
+    if not rows:
+        return ""
+    lines = [("teacher", "student", "data", "metric", "undistilled", "distilled", "gain", "source")]
+    for teacher, student, data, metric, undistilled, distilled, source in rows:
+        before, gain = ("-", "-") if undistilled is None else (f"{undistilled:.2f}", f"{distilled - undistilled:+.2f}")
+        lines.append((teacher, student, data, metric, before, f"{distilled:.2f}", gain, source))
+    return "published (other protocols than ours)\n" + aligned(lines, indent="  ")
+
+
+def _task_page(name: str, task: type[Task], summary: str) -> str:
+    direction = "higher" if task.higher_is_better else "lower"
+    facts = aligned([("ranked by", f"{task.primary}, {direction} is better"), ("version", str(task.version))])
+    rows = [("option", "default", "allowed")]
+    for key, field in task.Options.model_fields.items():
+        rows.append((key, _value(field.default), _allowed(field.annotation, field.metadata)))
+    return "\n\n".join(part for part in (name, _documentation(task) or summary, facts, aligned(rows) if len(rows) > 1 else "") if part)
+
+
+def _function_page(name: str, make: Callable[..., Any], summary: str, kind: str) -> str:
+    rows, types = [("option", "default", "allowed")], _types(make)
+    for key, parameter in inspect.signature(make).parameters.items():
+        if key not in _TOLD_BY_THE_DATA and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            default = "needed" if parameter.default is parameter.empty else _value(parameter.default)
+            rows.append((key, default, _allowed(types.get(key, parameter.annotation))))
+    options = aligned(rows) if len(rows) > 1 else "no options"
+    further = f"what a method can look at: kdbench taps {name}" if kind == "models" else ""
+    return "\n\n".join(part for part in (name, summary, _documentation(make), options, further) if part)
+
+
+def _types(make: Callable[..., Any]) -> dict[str, Any]:
+    """The types of its arguments; none where an annotation names what only a type checker imports."""
+    try:
+        return get_type_hints(make.__init__ if isinstance(make, type) else make, include_extras=True)
+    except NameError:
+        return {}
+
+
+def _documentation(thing: Any) -> str:
+    """Its own docstring, without the indentation; not one that it inherits."""
+    own = thing.__doc__ if not isinstance(thing, type) else vars(thing).get("__doc__")
+    return inspect.cleandoc(own) if own else ""
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if hasattr(value, "model_dump"):
+        options = value.model_dump(mode="json")
+        return str(options["name"]) if set(options) == {"name"} else json.dumps(options)
+    return str(value)
+
+
+# --- taps ------------------------------------------------------------------------------------------------------------
+
+
+def taps_page(name: str, image_shape: tuple[int, int, int], num_classes: int, every_module: bool = False) -> str:
+    """The places inside a model that a method can look at, in forward order: those with an alias, or every module.
+
+    image_shape: [C, H, W]. Raises UserError for an unknown model, and for one that does not run on such an image.
+    """
+    from kdbench.models.build import ModelSpec, build_model
+    from kdbench.models.taps import probe, tap_table
+
+    channels, height, width = image_shape
+    neutral = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    model = build_model(ModelSpec(name=name), num_classes=num_classes, in_channels=channels, image_size=max(height, width), **neutral)
+    try:
+        prediction = probe(model, image_shape).prediction
+        table = tap_table(model, image_shape)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"model {name!r} doesn't work on an image {_size(image_shape)}: {reason}; try a larger --image") from error
+    shown = [row for row in table if row.aliases or every_module]
+    lines = [("module", "aliases", "kind", "shape", "stride")]
+    for row in shown:
+        place = f"{row.path} (its input)" if row.side == "input" else row.path
+        lines.append((place, " ".join(row.aliases), row.kind, _size(row.shape), "" if row.stride is None else str(row.stride)))
+    title = f"{name} on images {_size(image_shape)}: prediction {_size(prediction)}"
+    hidden = len(table) - len(shown)
+    footer = f"\n\n{hidden} more modules can be tapped by their path: kdbench taps {name} --all" if hidden else ""
+    return f"{title}\n\n{aligned(lines)}{footer}"
+
+
+def image_shape(text: str) -> tuple[int, int, int]:
+    """`3x32x32` as channels, height and width. Raises UserError for anything else."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--image {text}: expected CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+    channels, height, width = map(int, match.groups())
+    return channels, height, width
+
+
+def _size(shape: Sequence[int]) -> str:
+    """[3, 32, 32] as 3x32x32, the way that --image is written."""
+    return "x".join(map(str, shape))

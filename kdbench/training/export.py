@@ -1,0 +1,252 @@
+"""The trained network of a record as a file of its own, for use outside kdbench, checked against the original on real images."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from kdbench import __version__
+from kdbench.data.loader import in_order
+from kdbench.errors import RunFailed, UserError, nearest
+from kdbench.experiment import Experiment, parse_yaml, validated
+from kdbench.models.build import ModelSpec
+from kdbench.models.inputs import InputSpec, model_inputs
+from kdbench.results.record import RunRecord
+from kdbench.results.store import path_name
+from kdbench.tasks.base import Task
+from kdbench.tasks.build import build_task
+from kdbench.training.checkpoint import write_atomically
+
+FORMATS = ("safetensors", "onnx")
+CHECKED_IMAGES = 64
+# Of the largest prediction, or of 1 where all are smaller: float32 sums in another order differ by some 1e-6 of their terms.
+TOLERANCE = 1e-4
+_TRACED_IMAGES = 2  # one would be taken for a constant
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it was checked: `difference` is the largest of any prediction of `images` images, at most `tolerance`.
+
+    inputs: what the network in the file expects; a safetensors file's network gets `normalised` images, an ONNX graph does that itself.
+    """
+
+    path: Path
+    format: str
+    model: str
+    size_bytes: int
+    images: int
+    difference: float
+    tolerance: float
+    inputs: str
+    output_shape: tuple[int, ...]
+
+
+def find_run(records: Sequence[RunRecord], run: str) -> RunRecord:
+    """The record whose id is `run`, or the only one whose id begins so. Raises UserError where there is none, or several."""
+    found = [record for record in records if record.run_id == run] or [r for r in records if r.run_id.upper().startswith(run.upper())]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"run {run!r}: {len(found)} runs begin so, such as {found[0].run_id} and {found[1].run_id}; give more of the id")
+    hint = "`kdbench leaderboard --format json` lists the `run_ids` of every row"
+    raise UserError(
+        f"run {run!r}: there is none in this results folder; {hint}"
+        + (", or name another folder with --results DIR" if not records else "")
+    )
+
+
+def export(record: RunRecord, store_root: Path, format: str, output: Path | None = None) -> ExportReport:
+    """Write the network of `record` to `output`, by default `<student>-<label>-<run id>.<format>` in the working directory.
+
+    safetensors: the parameters and buffers under plain keys; the metadata say what the model is and how images are normalised.
+    onnx: float images [batch, C, H, W] in [0, 1] go in, of any number; resizing and normalisation are part of the graph.
+    The file gets its name only once it gave what the original gives. Raises UserError where the record has no weights, the format is
+    unknown or its packages are missing; RunFailed where the file's predictions differ by more than TOLERANCE.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: unknown format{nearest(format, FORMATS)}")
+    if format == "onnx":
+        _require_onnx()
+    path = output or Path("-".join(map(path_name, (record.student, record.label, record.run_id))) + f".{format}")
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder, expected a file name")
+    experiment = _experiment(record)
+    task = build_task(experiment.task)
+    spec = _model_spec(record, experiment)
+    model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
+    images = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
+    return _write_checked(Deployed(model).eval(), images, path, format, _metadata(record, spec, task, model))
+
+
+def _require_onnx() -> None:
+    missing = [package for package in _ONNX_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'kdbench[onnx]'")
+
+
+# --- from the record back to the network -----------------------------------------------------------------------------
+
+
+def _experiment(record: RunRecord) -> Experiment:
+    if record.config is None:
+        raise UserError(f"run {record.run_id}: its record doesn't hold the experiment, so its model can't be built again")
+    where = f"the experiment of run {record.run_id}"
+    experiment: Experiment = validated(Experiment, parse_yaml(record.config, where), where)
+    return experiment
+
+
+def _weights(record: RunRecord, store_root: Path) -> Path:
+    """The weights file of a record. Raises UserError, with the reason, where there is none."""
+    if record.artifacts_uri is None:
+        reason = {"failed": f"it failed: {record.failure}", "stopped": "it was stopped early"}.get(record.status)
+        reason = reason or f"it is a {record.role}, and only the weights of final runs and of teachers trained here are kept"
+        raise UserError(f"run {record.run_id} has no weights to export: {reason}")
+    path = store_root / record.artifacts_uri
+    if not path.is_file():
+        raise UserError(f"run {record.run_id}: its weights {path} are gone; restore them from a copy of the results folder")
+    return path
+
+
+def _model_spec(record: RunRecord, experiment: Experiment) -> ModelSpec:
+    """How the experiment describes the network that the record names."""
+    teacher = [experiment.teacher.model] if experiment.teacher else []
+    specs = teacher if record.role == "teacher" else [spec for spec in experiment.students if spec.name == record.student]
+    if len(specs) != 1:
+        raise UserError(f"run {record.run_id}: its experiment describes {len(specs)} models called {record.student!r}, expected one")
+    return specs[0]
+
+
+# --- writing and checking --------------------------------------------------------------------------------------------
+
+
+class Deployed(nn.Module):
+    """The model with its own resizing and normalisation in front: what is deployed so can't be fed wrongly normalised images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the model's head gives [B, ...] for images [B, C, H, W] in [0, 1]."""
+        prediction = self.model(model_inputs(self.model, images))
+        return prediction["logits"] if isinstance(prediction, dict) else prediction
+
+
+def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, metadata: dict[str, str]) -> ExportReport:
+    # Before the graph is traced: it takes the constants of the normalisation from this pass, real numbers instead of traced ones.
+    with torch.no_grad():
+        expected = network(images)
+    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
+    differences = []
+
+    def write(temporary: Path) -> None:
+        found = _WRITERS[format](network, images, temporary, metadata)
+        differences.append(float((found - expected).abs().max()))
+        if not differences[0] <= tolerance:  # nan too
+            raise RunFailed(
+                f"{path} was not written: on {len(images)} test images its predictions differ from the original's by up to "
+                f"{differences[0]:.2g}, allowed are {tolerance:.2g}"
+            )
+
+    write_atomically(path, write)
+    shape = "x".join(map(str, images.shape[1:]))
+    within = "in [0, 1]; the graph normalises them" if format == "onnx" else "normalised as the file's metadata say"
+    return ExportReport(
+        path=path,
+        format=format,
+        model=metadata["model"],
+        size_bytes=path.stat().st_size,
+        images=len(images),
+        difference=differences[0],
+        tolerance=tolerance,
+        inputs=f"float32 images, any number of {shape}, {within}",
+        output_shape=tuple(expected.shape[1:]),
+    )
+
+
+def _write_safetensors(network: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
+    """Write the tensors; returns the predictions of a network that was filled from the file alone."""
+    tensors = {name: tensor.contiguous() for name, tensor in network.model.state_dict().items()}
+    path.write_bytes(save_safetensors(tensors, metadata))
+    again = copy.deepcopy(network)
+    again.model.load_state_dict(load_safetensors(path.read_bytes()), strict=True)
+    with torch.no_grad():
+        return again(images)
+
+
+def _write_onnx(network: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
+    """Write the graph, its weights inside the one file; returns onnxruntime's predictions from the file."""
+    import onnx
+    import onnxruntime
+
+    with _silent():
+        program = torch.onnx.export(
+            network,
+            (images[:_TRACED_IMAGES],),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["prediction"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None, "there is a program wherever dynamo=True"
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, metadata)
+    onnx.save(graph, str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+_WRITERS: dict[str, Callable[[Deployed, Tensor, Path, dict[str, str]], Tensor]] = {"safetensors": _write_safetensors, "onnx": _write_onnx}
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter prints and logs its progress; what goes wrong it raises."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
+def _metadata(record: RunRecord, spec: ModelSpec, task: Task, model: nn.Module) -> dict[str, str]:
+    """What a reader of the file must know, as text: lists are JSON, as safetensors and ONNX hold nothing but text."""
+    inputs = getattr(model, "input_spec", None)
+    facts: dict[str, Any] = {
+        "kdbench_version": __version__,
+        "run_id": record.run_id,
+        "model": spec.name,
+        "model_options": spec.options,
+        "task": task.name,
+        "data": record.data,
+        "num_classes": task.info.num_classes,
+        "class_names": list(task.info.class_names),
+        "image_shape": list(task.info.image_shape),
+        "method": record.label,
+        "seed": record.seed,
+        f"test_{record.primary}": record.test_metric,
+    }
+    if isinstance(inputs, InputSpec):
+        facts |= {"mean": list(inputs.mean), "std": list(inputs.std), "input_size": inputs.size}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items() if value is not None}
