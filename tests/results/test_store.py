@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -166,12 +167,13 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, make_record, monkeypatch) 
     assert every_file(tmp_path) == []
 
 
-def test_content_is_on_disk_before_it_has_its_name_and_the_folder_after(tmp_path, make_record, monkeypatch) -> None:
+def test_content_is_on_disk_before_it_has_its_name_and_the_folder_after(tmp_path, monkeypatch) -> None:
     steps = []
     real_sync, real_replace = os.fsync, os.replace
 
     def sync(descriptor: int) -> None:
-        steps.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        status = os.fstat(descriptor)
+        steps.append("folder" if stat.S_ISDIR(status.st_mode) else f"file of {status.st_size}")
         real_sync(descriptor)
 
     def replace(source: str, target: str) -> None:
@@ -180,10 +182,9 @@ def test_content_is_on_disk_before_it_has_its_name_and_the_folder_after(tmp_path
 
     monkeypatch.setattr(store_module.os, "fsync", sync)
     monkeypatch.setattr(store_module.os, "replace", replace)
-    ResultStore(tmp_path / "new").append(make_record())
+    ResultStore(tmp_path / "new").write_bytes("a/b/file", b"content")
 
-    assert steps[:3] == ["file", "rename", "folder"]
-    assert steps.count("folder") == 7  # new, v1, task, data, pair, label and the folder that was there
+    assert steps == ["file of 7", "rename", "folder", "folder", "folder", "folder"]  # b, a, new and the one that was there
 
 
 def test_a_place_that_can_not_be_written_is_named_with_the_ways_out(tmp_path, make_record) -> None:

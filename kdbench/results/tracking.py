@@ -1,0 +1,341 @@
+"""MLflow as a view of the results: curves, parameters and artifacts to look at. The store is the truth; without MLflow nothing is lost.
+
+Only explicit `MlflowClient` calls, no active run and no global tracking address: several trackers may live in one process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from kdbench.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Result = TypeVar("Result")
+
+KEY_TAG = "kdbench.key"
+INFINITE_TAG = "kdbench.infinite"  # names of the metrics that were infinite somewhere
+PARENT_TAG = "mlflow.parentRunId"
+FLUSH_SECONDS = 10.0
+RETRY_SECONDS = 300.0  # how long a server that did not answer is left alone
+METRICS_PER_CALL, PARAMS_PER_CALL = 800, 100  # MLflow takes 1000 things a call, 100 of them parameters and 100 tags
+LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000  # characters, MLflow's limits
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow's own 120 and 7 retries would hold up a training for many minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+SQLITE = "sqlite:///"
+SQLITE_WAIT_SECONDS = 60  # for the lock of another writer; sqlite's own 5 s are not enough under load
+
+log = logging.getLogger(__name__)
+
+
+def tracking_uri(results: str | Path) -> str:
+    """Where runs are tracked: `MLFLOW_TRACKING_URI` where it is set, else the database `mlflow.db` in the local results folder.
+
+    Raises UserError where the results are remote and the variable is not set, as a database file can't live there.
+    """
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    location = str(results).removeprefix("file://")
+    if "://" in location:
+        raise UserError(
+            f"results are at {results}, where MLflow can't keep its database: set MLFLOW_TRACKING_URI to a server, or turn tracking off"
+        )
+    return f"{SQLITE}{Path(location).expanduser().resolve() / 'mlflow.db'}"
+
+
+class Tracker(Protocol):
+    """What the benchmark asks of tracking. Ids are None where nothing is tracked; every method takes such a None back."""
+
+    def parent(self, name: str, key: str, tags: Mapping[str, str]) -> str | None:
+        """The run that others hang under, made once a `key` and found again after a restart."""
+        ...
+
+    def close_parent(self, run_id: str | None, status: Status = "FINISHED") -> None:
+        """Mark the parent as done."""
+        ...
+
+    def log_run(
+        self,
+        parent_id: str | None,
+        name: str,
+        key: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        curve: Sequence[Mapping[str, float]] = (),
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        status: Status = "FINISHED",
+        artifacts: Sequence[Path] = (),
+        texts: Mapping[str, str] | None = None,
+    ) -> str | None:
+        """Write one training that is over. Entries of `curve` have an "epoch"; `texts` are small files by name."""
+        ...
+
+    def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
+        """Open a run to write to while it trains."""
+        ...
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def parent(self, name: str, key: str, tags: Mapping[str, str]) -> str | None:
+        return None
+
+    def close_parent(self, run_id: str | None, status: Status = "FINISHED") -> None:
+        return None
+
+    def log_run(self, parent_id: str | None, name: str, key: str, **_: Any) -> str | None:
+        return None
+
+    def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
+        return LiveRun(None, None)
+
+
+class MlflowTracker:
+    """Runs in one MLflow experiment, found again by their key.
+
+    Connects at the first call. A tracking failure never stops a training: it is warned about once, and the calls return None.
+    """
+
+    def __init__(self, tracking_uri: str, experiment_name: str) -> None:
+        self.tracking_uri = tracking_uri
+        self.experiment_name = experiment_name
+        self._connection: tuple[MlflowClient, str] | None = None
+        self._silent_until = 0.0
+        self._warned = False
+
+    def parent(self, name: str, key: str, tags: Mapping[str, str]) -> str | None:
+        def find_or_make(client: MlflowClient, experiment: str) -> str:
+            for run in self._find(client, experiment, key):
+                client.update_run(run.info.run_id, status="RUNNING")
+                return run.info.run_id
+            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **_tags(tags)}).info.run_id
+
+        return self.attempt(find_or_make)
+
+    def close_parent(self, run_id: str | None, status: Status = "FINISHED") -> None:
+        if run_id is not None:
+            self.attempt(lambda client, _: client.set_terminated(run_id, status))
+
+    def log_run(
+        self,
+        parent_id: str | None,
+        name: str,
+        key: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        curve: Sequence[Mapping[str, float]] = (),
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        status: Status = "FINISHED",
+        artifacts: Sequence[Path] = (),
+        texts: Mapping[str, str] | None = None,
+    ) -> str | None:
+        """A FINISHED run of this key is returned as it is; any other is what a killed process left, and is replaced."""
+        finished = self.attempt(lambda client, experiment: [r for r in self._find(client, experiment, key) if r.info.status == "FINISHED"])
+        if finished:
+            return finished[0].info.run_id
+        run = self.live(parent_id, name, key)
+        for entry in curve:
+            run.log({name: value for name, value in entry.items() if name != "epoch"}, int(entry["epoch"]))
+        return run.finish(status, params=params, metrics=metrics, tags=tags, artifacts=artifacts, texts=texts)
+
+    def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
+        """Runs of the same key are deleted: whoever trains again writes the whole curve again."""
+
+        def replace(client: MlflowClient, experiment: str) -> str:
+            for stale in self._find(client, experiment, key):
+                client.delete_run(stale.info.run_id)
+            nesting = {} if parent_id is None else {PARENT_TAG: parent_id}
+            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **nesting}).info.run_id
+
+        return LiveRun(self, self.attempt(replace))
+
+    def attempt(self, action: Callable[[MlflowClient, str], Result], essential: bool = True) -> Result | None:
+        """`action(client, experiment id)`; None where MLflow can't be reached or refuses, with a warning.
+
+        After an `essential` failure MLflow is left alone for a while: each try of a dead server costs its time-outs.
+        """
+        if time.monotonic() < self._silent_until:
+            return None
+        try:
+            if self._connection is None:
+                self._connection = _connect(self.tracking_uri, self.experiment_name)
+            return action(*self._connection)
+        except Exception as error:  # MLflow passes on whatever its database driver or object store raises
+            self._complain(error, essential)
+            return None
+
+    def _complain(self, error: Exception, essential: bool) -> None:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        if self._connection is not None and (not essential or getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"):
+            log.warning("MLflow refused a part of a run, the rest is tracked: %s", reason)
+            return
+        self._silent_until = time.monotonic() + RETRY_SECONDS
+        if not self._warned:
+            self._warned = True
+            log.warning("MLflow at %s can't be written, results are stored all the same: %s", self.tracking_uri, reason)
+
+    @staticmethod
+    def _find(client: MlflowClient, experiment: str, key: str) -> list[Any]:
+        quote = '"' if "'" in key else "'"
+        return list(client.search_runs([experiment], f"tags.`{KEY_TAG}` = {quote}{key}{quote}"))
+
+
+class LiveRun:
+    """One open run. Metrics are buffered and sent at most every ten seconds; `finish` sends the rest and closes it."""
+
+    def __init__(self, tracker: MlflowTracker | None, run_id: str | None) -> None:
+        """Without a tracker or an id, every call does nothing."""
+        self.run_id = run_id
+        self._tracker = tracker
+        self._metrics: list[Metric] = []
+        self._infinite: set[str] = set()
+        self._flushed = time.monotonic()
+        self._last_step = 0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Note metrics of one step, mostly an epoch. An infinite value is kept as nan, a gap in the curve, and named in a tag."""
+        if self.run_id is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for name, value in metrics.items():
+            if math.isinf(value):
+                self._infinite.add(name)
+            self._metrics.append(Metric(metric_name(name), math.nan if math.isinf(value) else float(value), now, step))
+        self._last_step = max(self._last_step, step)
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._send({}, {})
+
+    def finish(
+        self,
+        status: Status = "FINISHED",
+        *,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        artifacts: Sequence[Path] = (),
+        texts: Mapping[str, str] | None = None,
+    ) -> str | None:
+        """Send what is left and close the run; its id, or None where MLflow does not have it as finished."""
+        if self.run_id is None or self._tracker is None:
+            return None
+        run_id = self.run_id
+        self.log(metrics or {}, self._last_step)
+        infinite = {INFINITE_TAG: ", ".join(sorted(self._infinite))} if self._infinite else {}
+        self._send(params or {}, {**(tags or {}), **infinite})
+        for path in artifacts:
+            self._tracker.attempt(partial(_send_artifact, run_id, path), essential=False)
+        for name, text in (texts or {}).items():
+            self._tracker.attempt(partial(_send_text, run_id, name, text), essential=False)
+        return self._tracker.attempt(partial(_close, run_id, status))
+
+    def _send(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """All that waits, in as few calls as MLflow's limits allow."""
+        if self._tracker is None or self.run_id is None:
+            return
+        from mlflow.entities import Param, RunTag
+
+        waiting, self._metrics, self._flushed = self._metrics, [], time.monotonic()
+        named = {metric_name(name): str(value)[:LONGEST_PARAM] for name, value in params.items()}
+        parts = zip_longest(
+            _batches(waiting, METRICS_PER_CALL),
+            _batches([Param(name, value) for name, value in named.items()], PARAMS_PER_CALL),
+            _batches([RunTag(name, value) for name, value in _tags(tags).items()], PARAMS_PER_CALL),
+            fillvalue=(),
+        )
+        for some_metrics, some_params, some_tags in parts:
+            self._tracker.attempt(partial(_send_batch, self.run_id, some_metrics, some_params, some_tags))
+
+
+def metric_name(name: str) -> str:
+    """The name with what MLflow refuses in metric and parameter names ('=', '@', ...) replaced; slashes still make groups."""
+    allowed = re.sub(r"[^/\w.\- :]", "_", name)
+    return "/".join(part for part in allowed.split("/") if part not in ("", ".", ".."))[:LONGEST_NAME] or "_"
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {metric_name(name): str(value)[:LONGEST_TAG] for name, value in tags.items()}
+
+
+def _batches(items: Sequence[Result], size: int) -> list[Sequence[Result]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _send_batch(run_id: str, metrics: Sequence[Any], params: Sequence[Any], tags: Sequence[Any], client: MlflowClient, _: str) -> None:
+    client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
+
+
+def _send_artifact(run_id: str, path: Path, client: MlflowClient, _: str) -> None:
+    (client.log_artifacts if path.is_dir() else client.log_artifact)(run_id, str(path))
+
+
+def _send_text(run_id: str, name: str, text: str, client: MlflowClient, _: str) -> None:
+    client.log_text(run_id, text, name)
+
+
+def _close(run_id: str, status: Status, client: MlflowClient, _: str) -> str:
+    client.set_terminated(run_id, status)
+    return run_id
+
+
+def _connect(uri: str, experiment_name: str) -> tuple[MlflowClient, str]:
+    """A client and the id of the experiment, both made where they are missing."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    if not uri.startswith(SQLITE):
+        client = MlflowClient(tracking_uri=uri)
+        return client, _experiment(client, experiment_name, None)
+    database = Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(database.with_name(f".{database.name}.lock")):
+        client = MlflowClient(tracking_uri=uri if "?" in uri else f"{uri}?timeout={SQLITE_WAIT_SECONDS}")
+        return client, _experiment(client, experiment_name, (database.parent / "mlartifacts").as_uri())
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process on the same server was quicker
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: two that make the tables of a new database at once break it (measured: duplicate column)."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
