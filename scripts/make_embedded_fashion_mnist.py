@@ -21,7 +21,8 @@ SIZES = {"train": 12_000, "test": 2_000}
 ORIGIN = {
     "title": "Fashion-MNIST, a stratified subset of 12,000 training and 2,000 test images",
     "origin": "https://github.com/zalandoresearch/fashion-mnist",
-    "citation": "Xiao, Rasul & Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, arXiv 1708.07747",
+    "citation": "Xiao, Rasul & Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, "
+    "arXiv 1708.07747",
     "license": "MIT, Copyright (c) 2017 Zalando SE, https://tech.zalando.com; full text in FASHION_MNIST.md",
 }
 

@@ -36,6 +36,7 @@ EMBEDDED = Path(__file__).parent / "fashion_mnist_embedded.parquet"
 EMBEDDED_BYTES = 5_377_005
 EMBEDDED_SHA256 = "1610c68ba41991cd95def5a960a638ff701c69e17a91c904183667c367b5a99f"
 
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 MIRRORS = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
@@ -96,11 +97,10 @@ def full_parts() -> tuple[Part, Part]:
     """The 60,000 training and the 10,000 test images."""
     paths = next((paths for folder in _folders() if (paths := _all_files(folder))), None) or _download(_cache())
     content = {key: np.frombuffer(_content(paths[key], file), np.uint8, offset=file.header) for key, file in _FILES.items()}
-    train_labels, test_labels = content["train labels"], content["test labels"]
-    positions = np.arange(len(train_labels) + len(test_labels))
+    train, test = content["train labels"], content["test labels"]
     return (
-        _part(content["train images"], train_labels, positions[:TRAIN_IMAGES]),
-        _part(content["test images"], test_labels, positions[TRAIN_IMAGES:]),
+        _part(content["train images"], train, np.arange(len(train))),
+        _part(content["test images"], test, TRAIN_IMAGES + np.arange(len(test))),
     )
 
 
@@ -114,7 +114,7 @@ def _folders() -> list[Path]:
     homes = []
     if named := os.environ.get("KDBENCH_DATA"):
         homes += [Path(named) / inside for inside in ("", "fashion-mnist", "FashionMNIST", "FashionMNIST/raw")]
-    homes.append(Path("/usr/share/datasets/fashion-mnist"))  # Debian's package dataset-fashion-mnist
+    homes.append(DEBIAN)
     torchvision_roots = (Path("data"), Path.home() / ".cache" / "torchvision", Path.home() / ".cache" / "torch" / "datasets")
     homes += [root / "FashionMNIST" / "raw" for root in torchvision_roots]
     return [*homes, _cache()]

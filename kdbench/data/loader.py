@@ -40,7 +40,7 @@ class Loader:
         device: torch.device = _CPU,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"batch_size {batch_size} can't be cut into {world_size} equal parts, one a worker; make it a multiple of {world_size}")
+            raise UserError(f"batch_size {batch_size} can't be cut evenly among {world_size} workers; make it a multiple of {world_size}")
         if views is not None and views < 1:
             raise UserError(f"views is {views}; expected at least 1, or nothing for a new view every epoch")
         self.batch_size = min(batch_size, len(part) // world_size * world_size)

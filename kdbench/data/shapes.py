@@ -17,7 +17,6 @@ from pydantic import Field
 from kdbench.data.batch import Part
 from kdbench.data.sources import Source
 from kdbench.data.views import IGNORED
-from kdbench.errors import UserError
 
 KINDS = ("circle", "square", "triangle", "cross", "ring")  # class k of a mask is KINDS[k - 1]; 0 is the ground
 COLOURS = {

@@ -10,13 +10,13 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator, validate_call
+from pydantic import ConfigDict, ValidationError, validate_call
 from torch import Tensor
 
 from kdbench.catalogue import resolve
 from kdbench.data import DATA
 from kdbench.data.batch import Part
-from kdbench.data.options import first_problem
+from kdbench.data.options import NamedSpec, first_problem
 from kdbench.errors import UserError
 
 _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of megabytes
@@ -52,22 +52,8 @@ class Source:
         return channels, height, width
 
 
-class DataSpec(BaseModel):
+class DataSpec(NamedSpec):
     """Which data set: `fashion_mnist`, or `{name: shapes, size: 64}`; keys beside `name` go to the function that makes the source."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for the data set's own function."""
-        return dict(self.model_extra or {})
 
 
 def open_source(spec: DataSpec) -> Source:
@@ -75,14 +61,14 @@ def open_source(spec: DataSpec) -> Source:
 
     Raises UserError for an unknown name or option (naming the nearest), an option of the wrong type, and a result that is no sound Source.
     """
-    return _opened(spec.name, json.dumps(spec.model_dump(mode="json", exclude={"name"}), sort_keys=True))
+    return _opened(spec.name, spec.options_json)
 
 
 @lru_cache(maxsize=_KEPT_OPEN)
 def _opened(name: str, options: str) -> Source:
     make = resolve("data", name, DATA)
     try:
-        source = validate_call(make, config={"arbitrary_types_allowed": True})(**json.loads(options))
+        source = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(make)(**json.loads(options))
     except ValidationError as error:
         raise UserError(f"data {name!r}: {first_problem(error, inspect.signature(make).parameters)}") from error
     problem = _problem(source)
@@ -126,7 +112,10 @@ def _part_problem(part: Part, source: Source) -> str | None:
         return f"targets must be int64 [N], or uint8 or int64 [N, H, W] as large as the images; got {target.dtype} {_shape(target)}"
     stray = (target < 0) | (target >= source.num_classes)
     if source.ignore_index is not None:
-        stray &= target != source.ignore_index
+        ignored = target == source.ignore_index
+        if ignored.all():
+            return f"targets are all {source.ignore_index}, the label that doesn't count"
+        stray &= ~ignored
     if stray.any():
         return f"targets must be 0 .. {source.num_classes - 1} for {source.num_classes} classes, found {int(target[stray][0])}"
     return None

@@ -1,6 +1,6 @@
 """Augmentation as a pure function of (data seed, sample index, view): any worker can replay any view in any order.
 
-That is what lets a teacher's outputs be cached under augmentation. A sample has views 0, 1, 2, ...; every one of them is augmented, view 0 too.
+That is what lets a teacher's outputs be cached under augmentation. A sample has views 0, 1, 2, ...; each of them is augmented, view 0 too.
 Evaluation uses no augmentation.
 """
 

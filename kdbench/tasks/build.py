@@ -1,0 +1,37 @@
+"""Any task by name: kdbench's own, or a user's class by dotted path; made once a process."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+from pydantic import ValidationError
+
+from kdbench.catalogue import resolve
+from kdbench.data.options import NamedSpec, first_problem
+from kdbench.errors import UserError
+from kdbench.tasks import TASKS
+from kdbench.tasks.base import Task
+
+
+class TaskSpec(NamedSpec):
+    """Which task: `segmentation`, or `{name: classification, data: fashion_mnist}`; keys beside `name` are the task's `Options`."""
+
+
+def build_task(spec: TaskSpec) -> Task:
+    """The task that `spec` names; the same object when the process asks again.
+
+    Raises UserError for an unknown task or option (naming the nearest), a wrong value, and data that doesn't fit the task.
+    """
+    return _built(spec.name, spec.options_json)
+
+
+@lru_cache(maxsize=4)
+def _built(name: str, options: str) -> Task:
+    kind = resolve("task", name, TASKS)
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise UserError(f"task {name!r} must be a subclass of kdbench.tasks.base.Task")
+    try:
+        return kind(kind.Options.model_validate(json.loads(options)))
+    except ValidationError as error:
+        raise UserError(f"task {name!r}: {first_problem(error, kind.Options.model_fields)}") from error

@@ -1,0 +1,75 @@
+"""Image classification: one label per image, cross-entropy, accuracy in percent."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdbench.data.batch import Batch
+from kdbench.data.sources import DataSpec, open_source
+from kdbench.errors import UserError
+from kdbench.models.build import ModelSpec
+from kdbench.models.outputs import Outputs
+from kdbench.tasks.agreement import agreement
+from kdbench.tasks.base import Splits, Task, TaskInfo
+from kdbench.tasks.networks import network_for
+from kdbench.tasks.splits import SplitOptions, cut
+
+CALIBRATION_BINS = 15  # as in Guo et al., arXiv 1706.04599
+
+
+class Classification(Task):
+    """Which of the classes an image shows."""
+
+    name = "classification"
+    primary = "accuracy"
+
+    class Options(SplitOptions):
+        data: DataSpec = DataSpec(name="fashion_mnist")
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.source = open_source(options.data)
+        if self.source.train.target.ndim != 1:
+            raise UserError(f"task 'classification' needs one label per image; data {self.source.name!r} gives one per pixel")
+        self.info = TaskInfo(self.name, self.source.num_classes, self.source.image_shape, self.source.class_names)
+        self._splits = cut(self.source, options)
+
+    def splits(self) -> Splits:
+        return self._splits
+
+    def build_model(self, spec: ModelSpec) -> nn.Module:
+        return network_for(spec, self.source, (self.source.num_classes,))
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of logits [B, C] with labels [B] or with probabilities [B, C], mean over the batch."""
+        logits = outputs.logits if outputs.logits.dtype == torch.float64 else outputs.logits.float()
+        target = batch.target.to(logits.dtype) if batch.target.is_floating_point() else batch.target
+        return {"cross_entropy": F.cross_entropy(logits, target)}
+
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        """prediction: logits [N, C]; target: [N].
+
+        accuracy and, with more than five classes, top5 in percent; nll in nats; ece, the expected calibration error, as a share 0 .. 1.
+        """
+        # Computed here, because importing torchmetrics takes as long as training a small student does; a test holds both equal.
+        log_probabilities = prediction.double().log_softmax(1)
+        correct = prediction.argmax(1) == target
+        found = {"accuracy": 100 * correct.double().mean().item()}
+        if prediction.shape[1] > 5:
+            found["top5"] = 100 * (prediction.topk(5, dim=1).indices == target[:, None]).any(1).double().mean().item()
+        found["nll"] = F.nll_loss(log_probabilities, target).item()
+        found["ece"] = _calibration_error(log_probabilities.amax(1).exp(), correct)
+        return found
+
+    def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
+        return agreement(prediction, teacher)
+
+
+def _calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """Mean over samples of |accuracy - confidence| of the sample's bin, bins of equal width. confidence: float64 [N]; correct: bool [N]."""
+    bins = (confidence * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
+    surplus = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=confidence.device)
+    surplus.index_add_(0, bins, correct.double() - confidence)
+    return surplus.abs().sum().item() / len(confidence)

@@ -1,0 +1,74 @@
+"""Semantic segmentation: one label per pixel, cross-entropy, mean intersection over union in percent."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdbench.data.batch import Batch
+from kdbench.data.sources import DataSpec, open_source
+from kdbench.data.views import IGNORED
+from kdbench.errors import UserError
+from kdbench.models.build import ModelSpec
+from kdbench.models.outputs import Outputs
+from kdbench.tasks.agreement import agreement
+from kdbench.tasks.base import Splits, Task, TaskInfo
+from kdbench.tasks.networks import network_for
+from kdbench.tasks.splits import SplitOptions, cut
+
+_SAMPLES_AT_ONCE = 64  # stored predictions are half precision and large; only this many are widened at a time
+
+
+class Segmentation(Task):
+    """Which of the classes each pixel belongs to. Pixels labelled 255 count nowhere."""
+
+    name = "segmentation"
+    primary = "miou"
+
+    class Options(SplitOptions):
+        data: DataSpec = DataSpec(name="shapes")
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.source = open_source(options.data)
+        if self.source.train.target.ndim != 3:
+            raise UserError(f"task 'segmentation' needs one label per pixel; data {self.source.name!r} gives one per image")
+        if self.source.ignore_index not in (None, IGNORED):
+            raise UserError(f"data {self.source.name!r}: ignored pixels must be labelled {IGNORED}, not {self.source.ignore_index}")
+        self.info = TaskInfo(self.name, self.source.num_classes, self.source.image_shape, self.source.class_names)
+        self._splits = cut(self.source, options)
+
+    def splits(self) -> Splits:
+        return self._splits
+
+    def build_model(self, spec: ModelSpec) -> nn.Module:
+        return network_for(spec, self.source, (self.source.num_classes, *self.source.image_shape[1:]))
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of logits [B, C, H, W] with labels [B, H, W], mean over the pixels that count; 0 where none does."""
+        logits = outputs.logits if outputs.logits.dtype == torch.float64 else outputs.logits.float()
+        total = F.cross_entropy(logits, batch.target, ignore_index=IGNORED, reduction="sum")
+        return {"cross_entropy": total / (batch.target != IGNORED).sum().clamp(min=1)}
+
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        """prediction: logits [N, C, H, W]; target: [N, H, W].
+
+        miou: intersection over union of each class over all pixels of all images, then the mean over the classes that occur in the
+        prediction or the target; in percent. pixel_accuracy in percent. nll in nats a pixel.
+        """
+        from torchmetrics.classification import MulticlassJaccardIndex  # takes seconds, so only who measures a segmentation pays
+
+        jaccard = MulticlassJaccardIndex(prediction.shape[1], average="macro", ignore_index=IGNORED).to(prediction.device)
+        correct, counted, nll = 0, 0, 0.0
+        for logits, labels in zip(prediction.split(_SAMPLES_AT_ONCE), target.long().split(_SAMPLES_AT_ONCE), strict=True):
+            best = logits.argmax(1)
+            jaccard.update(best, labels)
+            correct += int((best == labels).sum())
+            counted += int((labels != IGNORED).sum())
+            nll += F.cross_entropy(logits.double(), labels, ignore_index=IGNORED, reduction="sum").item()
+        return {"miou": 100 * jaccard.compute().item(), "pixel_accuracy": 100 * correct / counted, "nll": nll / counted}
+
+    def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
+        """Over all pixels, those labelled 255 too: the label isn't asked for."""
+        return agreement(prediction, teacher)

@@ -1,0 +1,124 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kdbench.data.batch import Part
+from kdbench.data.sources import DataSpec, Source, open_source
+from kdbench.errors import UserError
+
+CALLS = []
+
+
+def part(count: int = 4, first: int = 0, **changed) -> Part:
+    fields = {
+        "inputs": torch.zeros(count, 3, 8, 8, dtype=torch.uint8),
+        "target": torch.arange(count) % 2,
+        "index": torch.arange(count) + first,
+    }
+    return Part(**{**fields, **changed})
+
+
+def source(**changed) -> Source:
+    fields = {
+        "name": "mine",
+        "train": part(),
+        "test": part(2, first=4),
+        "num_classes": 2,
+        "class_names": ("a", "b"),
+        "mean": (0.5,) * 3,
+        "std": (0.2,) * 3,
+    }
+    return Source(**{**fields, **changed})
+
+
+def mine(count: int = 4) -> Source:
+    CALLS.append(count)
+    return source(train=part(count), test=part(2, first=count))
+
+
+UNSOUND = {
+    "no source": (lambda: 3, "must return a kdbench.data.sources.Source, got int"),
+    "floats": (lambda: source(train=part(inputs=torch.zeros(4, 3, 8, 8))), r"train images must be uint8 \[N, C, H, W\], got torch.float32"),
+    "lengths": (lambda: source(train=part(target=torch.zeros(3, dtype=torch.long))), "as many images as targets and indices.*4, 3 and 4"),
+    "empty": (lambda: source(test=part(0)), "test must hold .* at least one"),
+    "int32 index": (lambda: source(train=part(index=torch.arange(4, dtype=torch.int32))), "index must be int64"),
+    "float targets": (lambda: source(train=part(target=torch.zeros(4))), "targets must be int64"),
+    "small masks": (lambda: source(train=part(target=torch.zeros(4, 4, 4, dtype=torch.long))), r"got torch.int64 \[4, 4, 4\]"),
+    "class 2 of 2": (lambda: source(train=part(target=torch.tensor([0, 1, 2, 0]))), r"targets must be 0 \.\. 1 for 2 classes, found 2"),
+    "ignored everywhere": (
+        lambda: source(train=part(target=torch.full((4, 8, 8), 255)), ignore_index=255),
+        "targets are all 255",
+    ),
+    "sizes": (lambda: source(test=part(2, 4, inputs=torch.zeros(2, 3, 9, 9, dtype=torch.uint8))), "their sizes must agree"),
+    "same index twice": (lambda: source(test=part(2, first=3)), "two samples have the same index"),
+    "names": (lambda: source(class_names=("a",)), "1 class_names for 2 classes"),
+    "mean": (lambda: source(mean=(0.5,)), "one number for each of the 3 channels"),
+    "std": (lambda: source(std=(0.0,) * 3), "std above 0"),
+}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """This file under a name that a dotted path can use."""
+    monkeypatch.setitem(sys.modules, "my_data", sys.modules[__name__])
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_an_unsound_source_is_refused_with_what_is_wrong(monkeypatch, name):
+    make, message = UNSOUND[name]
+    monkeypatch.setattr(sys.modules[__name__], "mine", make)
+    # An own path per case, since sources are kept by name.
+    monkeypatch.setitem(sys.modules, f"my_data_{abs(hash(name))}", sys.modules[__name__])
+    with pytest.raises(UserError, match=message):
+        open_source(DataSpec(name=f"my_data_{abs(hash(name))}:mine"))
+
+
+def test_a_users_function_works_by_dotted_path_and_is_called_once_per_options():
+    CALLS.clear()
+    first = open_source(DataSpec.model_validate({"name": "my_data:mine", "count": 6}))
+    assert open_source(DataSpec.model_validate({"name": "my_data:mine", "count": 6})) is first
+    assert open_source(DataSpec.model_validate("my_data:mine")) is not first
+    assert CALLS == [6, 4]
+    assert len(first.train) == 6
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fashon_mnist", "unknown data 'fashon_mnist'; did you mean 'fashion_mnist'"),
+        ({"name": "shapes", "sizze": 3}, "data 'shapes': no option 'sizze'; did you mean 'size'"),
+        ({"name": "shapes", "size": 3}, "option 'size': input should be greater than or equal to 16, got 3"),
+        ({"name": "shapes", "target": "box"}, "option 'target': input should be 'mask' or 'class', got 'box'"),
+        ({"name": "my_data:mine", "count": "many"}, "option 'count': input should be a valid integer.*got 'many'"),
+        ("my_data:yours", "has no 'yours'"),
+        ("no_such_module:data", "no module 'no_such_module'"),
+    ],
+)
+def test_a_wrong_name_or_option_is_one_readable_line(spec, message):
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(DataSpec.model_validate(spec))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"train": part(target=torch.tensor([0, 0, 0, 1]))},
+        {"test": part(2, first=5)},
+        {"mean": (0.4,) * 3},
+        {"ignore_index": 255},
+    ],
+)
+def test_the_hash_changes_with_content_and_facts(changed):
+    assert source(**changed).sha256 != source().sha256
+
+
+def test_the_hash_does_not_depend_on_the_name():
+    assert source(name="other").sha256 == source().sha256
+
+
+def test_the_catalogue_is_read_without_torch():
+    code = "import sys, kdbench.data; assert kdbench.data.DATA and 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
