@@ -111,13 +111,12 @@ def _print_boards(folder: Path, format_: str, method: str | None = None, **filte
     from dataclasses import replace
 
     from kdbench.results.leaderboard import boards
-    from kdbench.results.published import published_figures
-    from kdbench.results.rendering import check_format, nothing_to_rank, render
+    from kdbench.results.published import load_published
+    from kdbench.results.rendering import nothing_to_rank, render
     from kdbench.results.store import ResultStore
 
-    check_format(format_)
     records = ResultStore(folder).scan(**{name: value for name, value in filters.items() if value is not None})
-    found = boards(records, published_figures())
+    found = boards(records, load_published())
     if method is not None:
         found = [replace(board, rows=rows) for board in found if (rows := tuple(row for row in board.rows if method in (row.label, row.method)))]
     if not found and format_ != "json":
