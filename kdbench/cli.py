@@ -63,11 +63,11 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
     from kdbench.display import Display
     from kdbench.experiment import load_experiment
     from kdbench.results.layout import results_folder
-    from kdbench.results.tracking import open_tracker
+    from kdbench.results.tracking import MlflowTracker, NoTracker, tracking_uri
 
     experiment = load_experiment(path, overrides or ())
     folder = results_folder(results, experiment.results)
-    tracker = open_tracker(folder, experiment.name, enabled=not no_mlflow)
+    tracker = NoTracker() if no_mlflow else MlflowTracker(tracking_uri(folder), experiment.name)
     try:
         with Display(Console(stderr=False)) as display:
             summary = run_benchmark(experiment, folder, display, tracker, search_only)

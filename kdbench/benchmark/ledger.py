@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from kdbench.results.environment import describe_environment
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
-from kdbench.results.tracking import Tracker
+from kdbench.results.tracking import LiveRun, Status, Tracker
+
+
+# A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.
+LIVE_AFTER_SECONDS = 10.0
+STATUSES: dict[str, Status] = {"ok": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
 class Ledger:
@@ -26,22 +32,87 @@ class Ledger:
         self.found = 0
         self.failures: list[str] = []
         self._context = {"config": to_yaml(experiment), **describe_environment()}
+        self._curves: dict[str, list[dict[str, float]]] = {}
+        self._live: dict[str, LiveRun] = {}
+
+    def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str, parent: str | None = None) -> None:
+        """Show an epoch of a training that runs."""
+        self.watch.epoch(unit, metrics, primary)
+        curve = self._curves.setdefault(unit.key, [])
+        curve.append(dict(metrics))
+        if metrics["seconds"] < LIVE_AFTER_SECONDS:
+            return
+        if unit.key in self._live:
+            curve = curve[-1:]
+        else:
+            self._live[unit.key] = self.tracker.live(parent, unit.title, _mlflow_key(unit))
+        for row in curve:
+            self._live[unit.key].log(_metrics(row), int(row["epoch"]))
+
+    def curve_of(self, unit: Unit) -> list[dict[str, float]]:
+        """The epochs that were reported of a training that runs or was stopped."""
+        return self._curves.get(unit.key, [])
 
     def keep(self, unit: Unit, record: RunRecord, parent: str | None = None, **facts: Any) -> RunRecord:
         """Put a finished unit on record. MLflow comes first, so that the record can name its run; the record is what counts."""
         record = record.model_copy(update={**self._context, **facts})
-        record = record.model_copy(update={"mlflow_run_id": self.show(unit, record, parent)})
+        record = record.model_copy(update={"mlflow_run_id": self._show(unit, record, parent)})
         self.store.append(record)
-        self.trained += 1
-        self.watch.finished(unit, record)
+        self._count(unit, record)
         return record
 
     def note_trial(self, unit: Unit, record: RunRecord, parent: str | None) -> None:
         """A trial is its study's to remember; MLflow and the watch are shown it."""
-        self.show(unit, record.model_copy(update=self._context), parent)
+        self._show(unit, record.model_copy(update=self._context), parent)
+        self._count(unit, record)
+
+    def _count(self, unit: Unit, record: RunRecord) -> None:
         self.trained += 1
+        self._curves.pop(unit.key, None)
         self.watch.finished(unit, record)
 
-    def show(self, unit: Unit, record: RunRecord, parent: str | None) -> str | None:
+    def _show(self, unit: Unit, record: RunRecord, parent: str | None) -> str | None:
         """The record as an MLflow run; its id."""
-        return self.tracker.log_record(record, unit.title, parent, self.layout.root)
+        what: dict[str, Any] = {
+            "params": {**record.params, **{f"recipe.{name}": value for name, value in record.recipe.items()}, "seed": record.seed},
+            "metrics": {name: value for name, value in _summary(record).items() if value is not None},
+            "tags": {
+                "kdbench.run_id": record.run_id,
+                "kdbench.role": record.role,
+                "kdbench.method": record.label,
+                "kdbench.student": record.student,
+                "kdbench.status": record.status,
+                "kdbench.failure": record.failure or "",
+                "kdbench.protocol_hash": record.protocol_hash,
+            },
+            "status": STATUSES[record.status],
+            "artifacts": [self.layout.root / record.artifacts_uri] if record.artifacts_uri else [],
+            "texts": {"experiment.yaml": record.config or ""} if record.role != "trial" else {},
+        }
+        live = self._live.pop(unit.key, None)
+        if live is not None:
+            shown = {row["epoch"] for row in self._curves.get(unit.key, [])}
+            for row in record.curve:  # epochs of an earlier process, before it was killed
+                if row["epoch"] not in shown:
+                    live.log(_metrics(row), int(row["epoch"]))
+            return live.finish(**what)
+        return self.tracker.log_run(parent, unit.title, _mlflow_key(unit), curve=[_metrics(row, keep_epoch=True) for row in record.curve], **what)
+
+
+def _mlflow_key(unit: Unit) -> str:
+    """Trials of one study may meet at the same point; their numbers keep them apart."""
+    return unit.key if unit.number is None else f"{unit.key}/{unit.number}"
+
+
+def _metrics(row: Mapping[str, float], keep_epoch: bool = False) -> dict[str, float]:
+    return {name: value for name, value in row.items() if keep_epoch or name != "epoch"}
+
+
+def _summary(record: RunRecord) -> dict[str, float | None]:
+    return {
+        "val_metric": record.val_metric,
+        "test_metric": record.test_metric,
+        "train_seconds": record.train_seconds,
+        "agreement": record.agreement,
+        **{f"test_{name}": value for name, value in record.metrics.items()},
+    }

@@ -142,7 +142,6 @@ class PairWork:
         self.pair, self.ledger, self.search_only = pair, ledger, search_only
         self.search = pair.experiment.search
         self._known = {record.unit_key: record for record in ledger.store.scan(protocol_hash=pair.protocol_hash)}
-        self._curves: dict[str, list[dict[str, float]]] = {}
         self.contenders = [self._contender(spec) for spec in pair.experiment.methods]
         for contender in self.contenders:
             self._move_on(contender)
@@ -207,16 +206,16 @@ class PairWork:
         return None
 
     def report(self, unit: Unit, metrics: Mapping[str, float]) -> bool:
-        self.ledger.watch.epoch(unit, metrics, self.pair.task.primary)
-        self._curves.setdefault(unit.key, []).append(dict(metrics))
-        study = self.owner(unit).study
+        contender = self.owner(unit)
+        self.ledger.epoch(unit, metrics, self.pair.task.primary, contender.parent)
+        study = contender.study
         if unit.number is None or study is None:
             return False
         return study.report(unit.number, int(metrics["epoch"]), metrics[f"val_{self.pair.task.primary}"])
 
     def finish(self, unit: Unit, record: RunRecord) -> None:
         contender = self.owner(unit)
-        curve = self._curves.pop(unit.key, [])
+        curve = self.ledger.curve_of(unit)
         if record.status == "stopped" and curve:
             record = record.model_copy(update={"curve": curve, "train_seconds": curve[-1]["seconds"]})
         if unit.number is not None:

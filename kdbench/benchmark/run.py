@@ -220,7 +220,7 @@ class TeacherWork:
         return None if before else self.unit
 
     def report(self, unit: Unit, metrics: Mapping[str, float]) -> bool:
-        self.ledger.watch.epoch(unit, metrics, self.task.primary)
+        self.ledger.epoch(unit, metrics, self.task.primary)
         return False
 
     def finish(self, unit: Unit, record: RunRecord) -> None:

@@ -41,7 +41,7 @@ class RunRecord(BaseModel):
     failure: str | None = None
     source: Literal["kdbench", "published"] = "kdbench"
     citation: str | None = None
-    role: Literal["teacher", "candidate", "final"]  # candidate: a tuned setting trained again on a fresh seed, judged on validation
+    role: Literal["teacher", "trial", "candidate", "final"]  # trials live in their study, never in the store; a candidate is a winner of the search on a fresh seed
 
     # protocol
     protocol_hash: str

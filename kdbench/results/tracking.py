@@ -38,11 +38,12 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow's own 120 and 7 retries would hold up a training for many minutes
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for what a command was asked for
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow's own 120 s and 7 retries would hold up a training for many minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
 }
 SQLITE = "sqlite:///"
-SQLITE_WAIT_SECONDS = 60  # for the lock of another writer; sqlite's own 5 s are not enough under load
+SQLITE_WAIT_SECONDS = 60  # for another writer's lock; four writers made one wait 4.2 s, too near to sqlite's own 5 s
 
 log = logging.getLogger(__name__)
 

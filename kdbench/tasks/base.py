@@ -53,6 +53,7 @@ class Task(ABC):
         model_config = ConfigDict(extra="forbid", frozen=True)
 
     info: TaskInfo
+    data_name: str  # what records and boards call the data set
 
     def __init__(self, options: BaseModel) -> None:
         self.options = options

@@ -33,6 +33,7 @@ class Classification(Task):
         self.source = open_source(options.data)
         if self.source.train.target.ndim != 1:
             raise UserError(f"task 'classification' needs one label per image; data {self.source.name!r} gives one per pixel")
+        self.data_name = self.source.name
         self.info = TaskInfo(self.name, self.source.num_classes, self.source.image_shape, self.source.class_names)
         self._splits = cut(self.source, options)
 

@@ -28,7 +28,7 @@ from kdbench.training.distiller import Distiller
 from kdbench.training.evaluate import predict
 from kdbench.training.optimization import Schedule, make_average, make_optimizer, make_schedule
 from kdbench.training.outcome import finished_record
-from kdbench.training.precision import FORMATS, autocast, place
+from kdbench.training.precision import autocast, images_for, place
 from kdbench.training.session import Session
 from kdbench.training.teacher import Teacher, open_teacher
 from kdbench.training.teacher_cache import TeacherCache
@@ -232,9 +232,7 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
 
 def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> dict[str, Tensor]:
     recipe = run.unit.recipe
-    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-    inputs = batch.inputs.to(dtype=dtype, memory_format=FORMATS[recipe.memory_format])  # type: ignore[call-overload]
-    batch = replace(batch, inputs=inputs)
+    batch = replace(batch, inputs=images_for(batch.inputs, recipe.precision, recipe.memory_format))
     teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
     terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device))
     run.scaler.scale(terms["total"] * weight).backward()

@@ -107,7 +107,7 @@ def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
         experiment=unit.experiment,
         task=task.name,
         task_version=task.version,
-        data=unit.task.data_name,
+        data=task.data_name,
         data_hash=splits.data_hash,
         split_hash=splits.hash,
         recipe=unit.recipe.model_dump(mode="json"),

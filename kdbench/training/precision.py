@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdbench.experiment import Recipe
 from kdbench.models.inputs import model_inputs
@@ -30,6 +30,12 @@ def place(model: nn.Module, precision: str, memory_format: str, device: torch.de
     """The model on the device, in float64 where asked, its 4-D weights in the memory format."""
     model = model.to(device, dtype=torch.float64 if precision == "fp64" else torch.float32)
     return model.to(memory_format=FORMATS[memory_format])  # type: ignore[call-overload, no-any-return]
+
+
+def images_for(images: Tensor, precision: str, memory_format: str = "contiguous") -> Tensor:
+    """A batch as a model placed by `place` takes it; autocast does the narrowing."""
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    return images.to(dtype=dtype, memory_format=FORMATS[memory_format])  # type: ignore[call-overload, no-any-return]
 
 
 def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], device: torch.device, memo: Path) -> Recipe:

@@ -26,7 +26,7 @@ from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs
 from kdbench.tasks.base import Splits
 from kdbench.training.checkpoint import disk_message
-from kdbench.training.precision import autocast
+from kdbench.training.precision import autocast, images_for
 
 FORMAT_VERSION = 1
 
@@ -149,4 +149,4 @@ def _write_entry(
 @torch.no_grad()
 def _predict(teacher: torch.nn.Module, batch: Batch, precision: str, device: torch.device) -> np.ndarray:
     with autocast(precision, device):
-        return teacher(model_inputs(teacher, batch.inputs)).half().cpu().numpy()
+        return teacher(model_inputs(teacher, images_for(batch.inputs, precision))).half().cpu().numpy()

@@ -152,7 +152,7 @@ class TestWeights:
 
     def test_nothing_but_tensors_is_unpickled(self, tmp_path: Path) -> None:
         torch.save({"state_dict": Path("a")}, tmp_path / "x.pt")
-        with pytest.raises(UserError, match="x.pt"):
+        with pytest.raises(UserError, match=r"x\.pt"):
             build({"name": "tiny_cnn", "weights": tmp_path / "x.pt"})
         torch.save({"epoch": 3}, tmp_path / "y.pt")
         with pytest.raises(UserError, match="expected names with tensors"):
@@ -181,6 +181,9 @@ class TestTimm:
         create = timm.create_model
         monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, pretrained=False, **options))
         assert build({"name": "resnet18", "pretrained": True}).input_spec == InputSpec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)
+        vit = build({"name": "vit_tiny_patch16_224", "pretrained": True, "depth": 1})
+        assert vit.input_spec == InputSpec((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 224)
+        assert vit.patch_embed.img_size == (224, 224)
         grey = build({"name": "mobilenetv3_small_050", "pretrained": True}, in_channels=1, mean=(0.5,), std=(0.2,)).input_spec
         assert grey.mean == (pytest.approx(0.449),)
         assert grey.std == (pytest.approx(0.226),)

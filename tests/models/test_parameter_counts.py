@@ -95,6 +95,16 @@ def test_stem_stride_halves_the_resolution_and_keeps_the_parameters(name: str) -
     assert strided.layer1(strided.conv1(torch.zeros(1, 3, 32, 32))).shape[-1] == 16
 
 
+def test_a_wide_resnets_convolved_shortcut_reads_the_activated_input_and_its_identity_the_raw_one() -> None:
+    first, second = build("wrn_16_2").eval().layer2
+    for block in (first, second):  # without their residual branch only the shortcuts are left
+        nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 32, 8, 8)
+    shortened = first(x)
+    torch.testing.assert_close(shortened, first.shortcut(first.bn1(x).relu()))
+    assert second(shortened).equal(shortened)
+
+
 def test_large_images_are_pooled_once_more_by_vgg() -> None:
     model = build("vgg8").eval()
     sizes = []

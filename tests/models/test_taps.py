@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ def hook_count(model: nn.Module) -> int:
 
 
 class SqueezeNetwork(nn.Module):
-    """A network that declares nothing: two blocks with squeeze-and-excitation, which pass through 1x1 maps, and a pooled head."""
+    """A network that declares nothing: two blocks that expand before they shrink, with squeeze-and-excitation, and a pooled head."""
 
     class Block(nn.Module):
         def __init__(self, before: int, after: int) -> None:
             super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(before, after, 3, 2, 1), nn.ReLU(), SqueezeNetwork.Squeeze(after))
+            expand, shrink = nn.Conv2d(before, 6, 1), nn.Conv2d(6, after, 3, 2, 1)
+            self.body = nn.Sequential(expand, shrink, nn.ReLU(), SqueezeNetwork.Squeeze(after))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x)
@@ -93,7 +95,7 @@ class TestNames:
         stages = [rows[f"stage:{i}"] for i in range(sum(alias.startswith("stage:") for alias in rows) // 2)]
         assert len(stages) >= 2
         assert [row.kind for row in stages] == ["map"] * len(stages)
-        assert all(fine.shape[1] > coarse.shape[1] for fine, coarse in zip(stages, stages[1:], strict=False))
+        assert all(fine.shape[1] > coarse.shape[1] for fine, coarse in pairwise(stages))
         assert rows["stage:-1"] == stages[-1]
         assert all(row.path in build(name, 1, 28).stage_modules for row in stages)
 
