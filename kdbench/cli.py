@@ -138,7 +138,9 @@ def list_(
 
 
 @app.command(epilog=_example("show dkd"))
-def show(name: Annotated[str, typer.Argument(help="A method, task, data set or model, as `kdbench list` names it.", show_default=False)]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A method, task, data set or model, as `kdbench list` names it.", show_default=False)],
+) -> None:
     """All about one of them. Of a method: paper, loss, parameters with defaults and search ranges, published figures."""
     from kdbench.pages import show_page
 
@@ -160,9 +162,16 @@ def taps(
 
 @app.command(epilog=_example("export 01KAMZ3Q --format onnx"))
 def export(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id or the beginning of it, as `leaderboard --format json` lists them.", show_default=False)],
+    run_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run's id or the beginning of it, as `leaderboard --format json` lists them.", show_default=False
+        ),
+    ],
     format_: Annotated[str, typer.Option("--format", help="safetensors or onnx.")] = "safetensors",
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: STUDENT-METHOD-RUN.FORMAT in this folder.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: STUDENT-METHOD-RUN.FORMAT in this folder.", show_default=False)
+    ] = None,
     results: Results = None,
 ) -> None:
     """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""

@@ -68,9 +68,9 @@ def _packages() -> Iterator[Finding]:
         return
     yield Finding("kdbench", "ok", __version__)
     for requirement in requirements:
-        optional = requirement.marker is not None
-        if not optional or requirement.marker.evaluate({"extra": "onnx"}):
-            yield _package(requirement.name, requirement.specifier.contains, str(requirement.specifier), optional)
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": "onnx"}):
+            yield _package(requirement.name, requirement.specifier.contains, str(requirement.specifier), optional=marker is not None)
 
 
 def _package(name: str, fits: Callable[[str, bool], bool], wanted: str, optional: bool) -> Finding:

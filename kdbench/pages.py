@@ -175,11 +175,12 @@ def _published(name: str, method: type[Method]) -> str:
     """Figures of papers: those that kdbench ships, else those that the method itself quotes."""
     from kdbench.results.published import load_published
 
-    rows = [
-        (figure.teacher or "no teacher", figure.student, figure.data, figure.metric, figure.undistilled, figure.distilled, figure.citation)
-        for figure in load_published()
-        if figure.method == name
-    ] or [(f.teacher, f.student, f.data, f.metric, f.undistilled, f.distilled, method.paper.title) for f in method.paper.published]
+    shipped = [figure for figure in load_published() if figure.method == name]
+    rows: list[tuple[str, str, str, str, float | None, float, str]]
+    rows = [(f.teacher or "no teacher", f.student, f.data, f.metric, f.undistilled, f.distilled, f.citation) for f in shipped]
+    if not rows:
+        own = method.paper.published
+        rows = [(f.teacher, f.student, f.data, f.metric, f.undistilled, f.distilled, method.paper.title) for f in own]
     if not rows:
         return ""
     lines = [("teacher", "student", "data", "metric", "undistilled", "distilled", "gain", "source")]
@@ -212,7 +213,7 @@ def _function_page(name: str, make: Callable[..., Any], summary: str, kind: str)
 def _types(make: Callable[..., Any]) -> dict[str, Any]:
     """The types of its arguments; none where an annotation names what only a type checker imports."""
     try:
-        return get_type_hints(make.__init__ if isinstance(make, type) else make, include_extras=True)
+        return get_type_hints(make.__init__ if isinstance(make, type) else make, include_extras=True)  # type: ignore[misc]
     except NameError:
         return {}
 
