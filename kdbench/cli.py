@@ -183,7 +183,8 @@ def export(
     folder = results_folder(results)
     report = export_run(find_run(ResultStore(folder).scan(), run_id), folder, format_, output)
     typer.echo(f"{report.path}: {report.model}, {report.size_bytes / 1e6:.2f} MB")
-    typer.echo(f"input: {report.inputs}; output: {'x'.join(map(str, report.output_shape))} for each")
+    typer.echo(f"input: {report.inputs}")
+    typer.echo(f"output: {'x'.join(map(str, report.output_shape))} for each image")
     typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
 
 

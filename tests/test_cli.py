@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from kdbench import cli, doctor
 from kdbench.data.views import unit_range
-from kdbench.errors import UserError
+from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Experiment, to_yaml
 from kdbench.methods import METHODS
 from kdbench.models import MODELS
@@ -324,13 +325,27 @@ def test_a_prediction_that_is_no_number_does_not_pass_the_check(
     assert kdbench("export", trained.record.run_id, "--results", trained.folder).code == 1
 
 
-def test_a_missing_onnx_package_is_said_with_what_to_install(
-    kdbench: Kdbench, trained: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_onnx_package_is_said_with_what_to_install(kdbench: Kdbench, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "_ONNX_PACKAGES", ("onnx", "no_such_runtime"))
     ended = kdbench("export", trained.record.run_id, "--format", "onnx", "--results", trained.folder)
     assert ended.code == 2
     assert ended.err == "kdbench: --format onnx needs no_such_runtime: pip install 'kdbench[onnx]'\n"
+
+
+class Branching(nn.Module):
+    """What it computes depends on the values that it sees, which no graph can hold."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3)) if images.sum() > 0 else images.amax(dim=(2, 3))
+
+
+def test_a_model_that_no_graph_can_hold_is_said_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    network = exporting.Deployed(Branching()).eval()
+    with pytest.raises(RunFailed, match="model 'branching' can't be written as ONNX") as failed:
+        exporting._write_checked(network, torch.rand(4, 3, 8, 8), tmp_path / "net.onnx", "onnx", {"model": "branching"})
+    assert len(str(failed.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -381,7 +396,9 @@ def test_doctor_finds_this_machine_fit_and_writes_nothing(kdbench: Kdbench, tmp_
     ended = kdbench("doctor", "--results", tmp_path / "new" / "results")
     subjects = {line.split()[1]: line.split()[0] for line in ended.out.splitlines()}
     assert ended.code == 0
-    assert {"python", "torch", "ray", "cpu", "gpu", "precision", "memory", "shared", "results", "mlflow", "fashion_mnist", "git"} <= set(subjects)
+    assert {"python", "torch", "ray", "cpu", "gpu", "precision", "memory", "shared", "results", "mlflow", "fashion_mnist", "git"} <= set(
+        subjects
+    )
     assert subjects["torch"] == "ok"
     assert torch.__version__.partition("+")[0] in ended.out
     assert list(tmp_path.iterdir()) == []
@@ -396,7 +413,9 @@ def test_doctor_ends_with_1_where_the_results_folder_is_a_file(kdbench: Kdbench,
 
 
 def test_doctor_names_the_missing_package_and_still_ends_in_a_table(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-package>=3", "torch>=999", "also-none>=1; extra == 'onnx'", "pytest; extra == 'dev'"])
+    monkeypatch.setattr(
+        doctor, "requires", lambda _: ["no-such-package>=3", "torch>=999", "also-none>=1; extra == 'onnx'", "pytest; extra == 'dev'"]
+    )
     ended = kdbench("doctor")
     lines = {line.split()[1]: line for line in ended.out.splitlines()}
     assert ended.code == 1
@@ -407,6 +426,13 @@ def test_doctor_names_the_missing_package_and_still_ends_in_a_table(kdbench: Kdb
     assert lines["also-none"].startswith("advice")
     assert "pytest" not in lines
     assert "git" in lines
+
+
+def test_doctor_says_where_the_full_fashion_mnist_lies(kdbench: Kdbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{part}-ubyte.gz").write_bytes(b"")
+    monkeypatch.setenv("KDBENCH_DATA", str(tmp_path))
+    assert f"fashion_mnist  full set in {tmp_path}\n" in kdbench("doctor").out
 
 
 # --- the entry of a Ray job ------------------------------------------------------------------------------------------

@@ -33,17 +33,16 @@ from kdbench.training.checkpoint import write_atomically
 
 FORMATS = ("safetensors", "onnx")
 CHECKED_IMAGES = 64
-# Of the largest prediction, or of 1 where all are smaller: float32 sums in another order differ by some 1e-6 of their terms.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest prediction: float32 sums in another order differ by some 1e-6 of it
 _TRACED_IMAGES = 2  # one would be taken for a constant
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how it was checked: `difference` is the largest of any prediction of `images` images, at most `tolerance`.
+    """What was written, and how it was checked: `difference` is the largest of all predictions of `images` images, at most `tolerance`.
 
-    inputs: what the network in the file expects; a safetensors file's network gets `normalised` images, an ONNX graph does that itself.
+    inputs: what the network in the file expects, in words. output_shape: its prediction for one image.
     """
 
     path: Path
@@ -152,7 +151,7 @@ def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, m
     # Before the graph is traced: it takes the constants of the normalisation from this pass, real numbers instead of traced ones.
     with torch.no_grad():
         expected = network(images)
-    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
+    tolerance = TOLERANCE * float(expected.abs().max())
     differences = []
 
     def write(temporary: Path) -> None:
@@ -166,7 +165,7 @@ def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, m
 
     write_atomically(path, write)
     shape = "x".join(map(str, images.shape[1:]))
-    within = "in [0, 1]; the graph normalises them" if format == "onnx" else "normalised as the file's metadata say"
+    scale = "in [0, 1], which the graph normalises" if format == "onnx" else "normalised as the file's metadata say"
     return ExportReport(
         path=path,
         format=format,
@@ -175,7 +174,7 @@ def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, m
         images=len(images),
         difference=differences[0],
         tolerance=tolerance,
-        inputs=f"float32 images, any number of {shape}, {within}",
+        inputs=f"float32 images {shape}, any number of them, {scale}",
         output_shape=tuple(expected.shape[1:]),
     )
 
@@ -195,7 +194,7 @@ def _write_onnx(network: Deployed, images: Tensor, path: Path, metadata: dict[st
     import onnx
     import onnxruntime
 
-    with _silent():
+    with _silent(), _explained(metadata["model"]):
         program = torch.onnx.export(
             network,
             (images[:_TRACED_IMAGES],),
@@ -218,16 +217,25 @@ _WRITERS: dict[str, Callable[[Deployed, Tensor, Path, dict[str, str]], Tensor]] 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """The exporter prints and logs its progress; what goes wrong it raises."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    """The exporter prints and logs each of its steps; what goes wrong it raises as well."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        exporter.setLevel(level)
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """The exporter's own message is pages long; what it stumbled over stands in the first line of its cause."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise RunFailed(f"model {model!r} can't be written as ONNX ({reason}); --format safetensors works with every model") from error
 
 
 def _metadata(record: RunRecord, spec: ModelSpec, task: Task, model: nn.Module) -> dict[str, str]:
