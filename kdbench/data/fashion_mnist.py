@@ -158,10 +158,10 @@ def _download(folder: Path) -> dict[str, Path]:
         raise _nowhere("KDBENCH_OFFLINE forbids downloads")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with Progress(console=Console(stderr=True)) as progress:
+            return {key: _present(folder, file) or _fetch(file, folder, progress) for key, file in _FILES.items()}
     except OSError as error:
-        raise _nowhere(f"there is no place to download it to ({error})") from error
-    with Progress(console=Console(stderr=True)) as progress:
-        return {key: _present(folder, file) or _fetch(file, folder, progress) for key, file in _FILES.items()}
+        raise _nowhere(f"it can't be stored in {folder} ({error})") from error
 
 
 def _fetch(file: _File, folder: Path, progress: Progress) -> Path:

@@ -38,10 +38,12 @@ def first_problem(error: ValidationError, names: Iterable[str]) -> str:
     names: the options there are.
     """
     problem = error.errors()[0]
-    option = str(problem["loc"][0]) if problem["loc"] else ""
+    place = [str(step) for step in problem["loc"]]
+    option = ".".join(place)
     if problem["type"] in _UNKNOWN:
-        return f"no option {option!r}{nearest(option, names)}"
+        return f"no option {option!r}{nearest(option, names) if len(place) == 1 else ''}"
     if problem["type"] in _MISSING:
         return f"option {option!r} is missing"
+    option = place[0] if place else ""  # behind it a union's place names its branches, which nobody wrote
     expected = problem["msg"].removeprefix("Value error, ")
     return f"option {option!r}: {expected[0].lower()}{expected[1:]}, got {problem['input']!r}"

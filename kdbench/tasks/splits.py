@@ -66,6 +66,5 @@ def cut(source: Source, options: SplitOptions) -> Splits:
         transfer = train.select(chosen)
     digest = hashlib.sha256(source.sha256.encode())
     for part in (train, transfer, val, source.test):
-        positions = part.index.sort().values
-        digest.update(len(positions).to_bytes(8, "little") + positions.numpy().tobytes())
+        digest.update(len(part).to_bytes(8, "little") + part.index.numpy().tobytes())
     return Splits(train, transfer, val, source.test, hash=digest.hexdigest(), data_hash=source.sha256)

@@ -163,3 +163,10 @@ def test_without_a_network_no_half_file_is_left(small, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="can't be downloaded"):
         fashion_mnist("full")
     assert list((tmp_path / "home/.cache/kdbench/fashion-mnist").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(small, monkeypatch, tmp_path):
+    monkeypatch.delenv("KDBENCH_OFFLINE")
+    (tmp_path / "home").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"can't be stored in .*\.cache/kdbench/fashion-mnist"):
+        fashion_mnist("full")
