@@ -69,6 +69,10 @@ class _Desk:
         self.running: dict[str, Unit] = {}
         self.error: Exception | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune pickles its searcher and scheduler for a restore that we never do; what is behind the desk stays in this process."""
+        return (object, ())
+
     def next(self, trial_id: str) -> Unit | None:
         try:
             unit = self.work.next()
@@ -164,5 +168,4 @@ def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str
 
 
 def _to_tune(metrics: Mapping[str, float]) -> None:
-    if metrics:
-        tune.report(dict(metrics))
+    tune.report(dict(metrics))

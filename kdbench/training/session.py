@@ -33,7 +33,7 @@ class Session(Protocol):
         ...
 
     def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
-        """Make an epoch known; `state`, where given, is called and kept. All workers call it, the same number of times."""
+        """Make an epoch known, or nothing where `metrics` is empty; `state`, where given, is called and kept. All workers call it together."""
         ...
 
     def resume(self) -> State | None:
@@ -73,7 +73,7 @@ class LocalSession:
     def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
         if state is not None and self.checkpoint is not None:
             save_checkpoint(state(), self.checkpoint)
-        if self.on_report is not None:
+        if metrics and self.on_report is not None:
             self.on_report(metrics)
 
     def resume(self) -> State | None:

@@ -107,7 +107,7 @@ def run_here(work: Work, layout: Layout) -> None:
         assert unit is not None, "with nothing running, a queue that is not done has a next unit"
 
         def on_report(metrics: Mapping[str, float], unit: Unit = unit) -> None:
-            if metrics and work.report(unit, metrics):
+            if work.report(unit, metrics):
                 raise StoppedEarly
 
         try:
