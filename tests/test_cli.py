@@ -319,8 +319,11 @@ def test_a_file_that_predicts_otherwise_is_not_written(
 def test_a_prediction_that_is_no_number_does_not_pass_the_check(
     kdbench: Kdbench, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(exporting._WRITERS, "safetensors", lambda *_: trained.prediction[:64] * float("nan"))
-    assert kdbench("export", trained.record.run_id, "--results", trained.folder).code == 1
+    write = exporting._WRITERS["safetensors"]
+    monkeypatch.setitem(exporting._WRITERS, "safetensors", lambda *arguments: write(*arguments) * float("nan"))
+    ended = kdbench("export", trained.record.run_id, "--results", trained.folder)
+    assert ended.code == 1
+    assert "differ from the original's by up to nan" in ended.err
 
 
 def test_a_missing_onnx_package_is_said_with_what_to_install(kdbench: Kdbench, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
