@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -23,8 +24,21 @@ app = typer.Typer(
 )
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a dotted key, such as recipe.epochs=3 or method.temperature=2. May be repeated.")]
-Results = Annotated[Path | None, typer.Option("--results", metavar="DIR", help="Where results are kept. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a dotted key, such as recipe.epochs=3 or method.temperature=2. May be repeated."
+    ),
+]
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        "--results",
+        metavar="DIR",
+        help="Where results are kept. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.",
+        show_default=False,
+    ),
+]
 NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
 Format = Annotated[str, typer.Option("--format", help="table, markdown, csv or json.")]
 
@@ -76,7 +90,7 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
         typer.echo(f"\nStopped. What is finished is kept; to go on: {again}", err=True)
         raise typer.Exit(130) from None
     if not search_only:
-        _print_boards(folder, "table", experiment=experiment.name)
+        _print_boards(folder, "table", {"experiment": experiment.name})
     return summary
 
 
@@ -86,7 +100,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _end_with(failures: tuple[str, ...]) -> None:
     if failures:
-        typer.echo("\n".join([f"kdbench: {len(failures)} of the trainings could not be finished:", *(f"  {reason}" for reason in failures)]), err=True)
+        typer.echo(
+            "\n".join([f"kdbench: {len(failures)} of the trainings could not be finished:", *(f"  {reason}" for reason in failures)]),
+            err=True,
+        )
         raise typer.Exit(1)
 
 
@@ -100,15 +117,25 @@ def leaderboard(
     student: Annotated[str | None, typer.Option(help="Only this student.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="Only this method (its gain over `none` is still shown).", show_default=False)] = None,
     experiment: Annotated[str | None, typer.Option(help="Only this experiment.", show_default=False)] = None,
+    published: Annotated[bool, typer.Option("--published", help="Also quote the papers' own figures, apart from the ranking.")] = False,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
     from kdbench.results.layout import results_folder
 
-    _print_boards(results_folder(results), format_, method=method, task=task, data=data, teacher=teacher, student=student, experiment=experiment)
+    filters = {"task": task, "data": data, "teacher": teacher, "student": student, "experiment": experiment}
+    _print_boards(results_folder(results), format_, filters, method, published)
 
 
-def _print_boards(folder: Path, format_: str, method: str | None = None, **filters: str | None) -> None:
+# Where the output is a file or a log there is no width to fit: every column is shown.
+_WIDTH_OF_A_FILE = 220
+
+
+def _print_boards(
+    folder: Path, format_: str, filters: Mapping[str, str | None], method: str | None = None, published: bool = False
+) -> None:
     from dataclasses import replace
+
+    from rich.console import Console
 
     from kdbench.results.leaderboard import boards
     from kdbench.results.published import load_published
@@ -118,8 +145,11 @@ def _print_boards(folder: Path, format_: str, method: str | None = None, **filte
     records = ResultStore(folder).scan(**{name: value for name, value in filters.items() if value is not None})
     found = boards(records, load_published())
     if method is not None:
-        found = [replace(board, rows=rows) for board in found if (rows := tuple(row for row in board.rows if method in (row.label, row.method)))]
-    text = render(found, format_, with_published=True)
+        found = [
+            replace(board, rows=rows) for board in found if (rows := tuple(row for row in board.rows if method in (row.label, row.method)))
+        ]
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
+    text = render(found, format_, with_published=published, console=console)
     if not found and format_ != "json":
         typer.echo(nothing_to_rank(str(folder), records), err=True)
         return

@@ -48,9 +48,13 @@ class Recipe(_Part):
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     clip_grad: float | None = Field(default=None, gt=0)  # maximum norm of the gradient
     accumulate: int = Field(default=1, ge=1)  # micro-batches that one optimizer step is cut into
-    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an exponential moving average of the weights, which is then what is evaluated
+    ema: float | None = Field(
+        default=None, gt=0, lt=1
+    )  # decay of an exponential moving average of the weights, which is then what is evaluated
     augment: Augment = Augment()
-    views: int | None = Field(default=4, ge=1)  # augmented copies of each image that training cycles through; null: a fresh one each epoch, no cache
+    views: int | None = Field(
+        default=4, ge=1
+    )  # augmented copies of each image that training cycles through; null: a fresh one each epoch, no cache
     weights: Literal["last", "best"] = "last"  # which epoch's weights are kept, `best` by the validation metric
 
 
@@ -72,7 +76,7 @@ def _dimension(value: Any) -> Any:
         numbers = {key: float(value[key]) for key in ("low", "high", "step") if value.get(key) is not None}
     except (TypeError, ValueError):
         raise ValueError(f"low, high and step are numbers, got {value!r}") from None
-    return Range(**numbers, log=bool(value.get("log", False)))
+    return Range(numbers["low"], numbers["high"], bool(value.get("log", False)), numbers.get("step"))
 
 
 class Search(_Part):
@@ -109,7 +113,9 @@ class Search(_Part):
     @model_validator(mode="after")
     def _one_objective_for_asha(self) -> Search:
         if self.objectives and self.scheduler == "asha":
-            raise ValueError("several objectives and scheduler asha do not go together: a trial can't be stopped early by one of them; use scheduler: none")
+            raise ValueError(
+                "several objectives and scheduler asha do not go together: a trial can't be stopped early by one of them; use scheduler: none"
+            )
         return self
 
 
@@ -211,7 +217,7 @@ class _StrictLoader(yaml.SafeLoader):
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping that `text` holds. Raises UserError with line and column where it does not parse."""
     try:
-        value = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, _StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""

@@ -14,7 +14,6 @@ from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import LiveRun, Status, Tracker
 
-
 # A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.
 LIVE_AFTER_SECONDS = 10.0
 STATUSES: dict[str, Status] = {"ok": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
@@ -96,7 +95,9 @@ class Ledger:
                 if row["epoch"] not in shown:
                     live.log(_metrics(row), int(row["epoch"]))
             return live.finish(**what)
-        return self.tracker.log_run(parent, unit.title, _mlflow_key(unit), curve=[_metrics(row, keep_epoch=True) for row in record.curve], **what)
+        return self.tracker.log_run(
+            parent, unit.title, _mlflow_key(unit), curve=[_metrics(row, keep_epoch=True) for row in record.curve], **what
+        )
 
 
 def _mlflow_key(unit: Unit) -> str:

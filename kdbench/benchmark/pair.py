@@ -39,7 +39,12 @@ class Pair:
     split_hash: str
 
     def unit(
-        self, spec: MethodSpec, role: Literal["trial", "candidate", "final"], params: Mapping[str, Any], seed: int, number: int | None = None
+        self,
+        spec: MethodSpec,
+        role: Literal["trial", "candidate", "final"],
+        params: Mapping[str, Any],
+        seed: int,
+        number: int | None = None,
     ) -> Unit:
         """The training of a method at a point of its space: keys `recipe.x` go to the recipe, the others to the method."""
         changes = {name.removeprefix("recipe."): value for name, value in params.items() if name.startswith("recipe.")}
@@ -103,13 +108,17 @@ def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Pa
     if search is None:
         return ()
     shared = tuple(
-        Parameter(key, dimension, getattr(recipe, key.removeprefix("recipe.")), Recipe.model_fields[key.removeprefix("recipe.")].annotation is int)
+        Parameter(
+            key, dimension, getattr(recipe, key.removeprefix("recipe.")), Recipe.model_fields[key.removeprefix("recipe.")].annotation is int
+        )
         for key, dimension in search.also.items()
     )
     axes = (*shared, *search_axes(spec))
     for axis in axes:
         if axis.dimension.when is None and not holds(axis.dimension, axis.default):
-            raise UserError(f"search.also.{axis.name}: the value tried first, {axis.default!r}, is not in the space; change {axis.name} or widen it")
+            raise UserError(
+                f"search.also.{axis.name}: the value tried first, {axis.default!r}, is not in the space; change {axis.name} or widen it"
+            )
     return axes
 
 
@@ -171,7 +180,11 @@ class PairWork:
             if contender.study is not None and search is not None:
                 _add(rounds["search"], contender.study.spent().trials, search.trials)
                 planned = search.top_k * search.confirm_seeds if search.top_k > 1 and search.trials > 1 else 0
-                _add(rounds["check"], len(contender.checks.keys() & contender.ended), planned if contender.finals is None else len(contender.checks))
+                _add(
+                    rounds["check"],
+                    len(contender.checks.keys() & contender.ended),
+                    planned if contender.finals is None else len(contender.checks),
+                )
             if not self.search_only:
                 _add(rounds["final"], len((contender.finals or {}).keys() & contender.ended), self.pair.experiment.seeds)
         return {"search": tuple(rounds["search"]), "check": tuple(rounds["check"]), "final": tuple(rounds["final"])}  # type: ignore[dict-item]

@@ -77,7 +77,9 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     workers = experiment.runtime.workers
     for recipe in (experiment.recipe, experiment.teacher_recipe()):
         if recipe.batch_size % workers:
-            raise UserError(f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; make it a multiple of {workers}")
+            raise UserError(
+                f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; make it a multiple of {workers}"
+            )
 
 
 @contextmanager

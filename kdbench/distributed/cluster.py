@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Runtime
@@ -79,7 +80,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
     mine = not ray.is_initialized()
     slots = slots_of(runtime)
     if mine:
-        options: dict[str, object] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if runtime.address is None:
             options |= {
                 "num_cpus": available_cpus(),

@@ -11,9 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
@@ -38,9 +37,7 @@ class KeyedRandomSampler(RandomSampler):
         super().__init__(seed=seed)
         self._seed = seed
 
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         keyed = RandomSampler(seed=derived_seed(self._seed, trial.number, param_name))
         return keyed.sample_independent(study, trial, param_name, param_distribution)
 
@@ -58,6 +55,9 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
         "nsgaiii": lambda: samplers.NSGAIIISampler(seed=seed),
     }
     return makers[name]()
+
+
+Direction = Literal["maximize", "minimize"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class MethodStudy:
         trials: int,
         sampler: str,
         seed: int,
-        directions: Sequence[str] = ("maximize",),
+        directions: Sequence[Direction] = ("maximize",),
         asha: Asha | None = None,
         epochs: int = 1,
     ) -> None:
@@ -226,5 +226,5 @@ def distribution(axis: Parameter) -> BaseDistribution:
 def holds(dimension: Dimension, value: Any) -> bool:
     """Whether a default lies where it would be searched."""
     if isinstance(dimension, Range):
-        return isinstance(value, int | float | np.number) and dimension.low <= value <= dimension.high
+        return isinstance(value, int | float) and dimension.low <= value <= dimension.high
     return value in dimension.options

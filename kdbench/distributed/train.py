@@ -87,8 +87,8 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
         ),
         run_config=ray.train.RunConfig(
             storage_path=str(storage),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(max_failures=2),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
     ).fit()

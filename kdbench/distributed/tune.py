@@ -6,6 +6,7 @@ through Tune's public Searcher and scheduler interfaces; a resumed run is a new 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -33,6 +34,8 @@ _RETRIES = 2
 def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
     """Empty the queue on Ray, which is running. Raises what the queue raised, or RunFailed where Tune itself could not go on."""
     desk = _Desk(work, layout)
+    # Tune looks for result files of its own when it ends, and complains of each that it was told not to write.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="kdbench-tune-") as scratch:
         storage = Path(scratch).resolve()
         trainable = tune.with_resources(
@@ -125,7 +128,7 @@ class QueueSearcher(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override] - FINISHED is a string
         desk = self._desk
         if desk.error is not None or desk.work.done:
             return str(Searcher.FINISHED)

@@ -41,7 +41,9 @@ class RunRecord(BaseModel):
     failure: str | None = None
     source: Literal["kdbench", "published"] = "kdbench"
     citation: str | None = None
-    role: Literal["teacher", "trial", "candidate", "final"]  # trials live in their study, never in the store; a candidate is a winner of the search on a fresh seed
+    role: Literal[
+        "teacher", "trial", "candidate", "final"
+    ]  # trials live in their study, never in the store; a candidate is a winner of the search on a fresh seed
 
     # protocol
     protocol_hash: str

@@ -128,7 +128,9 @@ def prepare(unit: Unit, session: Session) -> Training:
     student = place(task.build_model(unit.student), recipe.precision, recipe.memory_format, session.device)
     method = build_method(unit.method, generator)
     if method.batch_coupled and recipe.accumulate > 1:
-        raise UserError(f"method {unit.method.name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1")
+        raise UserError(
+            f"method {unit.method.name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1"
+        )
     teacher = _teacher_of(unit, method, task, session)
     method.build(probe(student, task.info.image_shape, method.student_taps), _shapes_of(teacher, method, task), task.info)
     method = method.to(session.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
@@ -245,7 +247,9 @@ def close_epoch(run: Training) -> dict[str, float]:
     unit, task = run.unit, run.task
     losses = {f"train_{name}": float(value) / run.step for name, value in run.sums.items()}
     if not math.isfinite(losses["train_total"]):
-        raise Diverged(f"{unit.title}: the loss became {losses['train_total']} in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})")
+        raise Diverged(
+            f"{unit.title}: the loss became {losses['train_total']} in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})"
+        )
     prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision)
     metrics = task.metrics(prediction, run.splits.val.target)
     value = metrics[task.primary]

@@ -30,10 +30,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.
         )
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 
-    if name not in list_optimizers():
-        raise UserError(f"recipe.optimizer: unknown optimizer {recipe.optimizer!r}{nearest(name, [*OPTIMIZERS, *list_optimizers()])}")
+    names = [str(known) for known in list_optimizers()]
+    if name not in names:
+        raise UserError(f"recipe.optimizer: unknown optimizer {recipe.optimizer!r}{nearest(name, [*OPTIMIZERS, *names])}")
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         parameters, opt=name, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
     )
@@ -64,7 +65,7 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int, optimizer: torch.optim.O
 
 
 def _timm_schedule(recipe: Recipe, total: int, warmup: int, optimizer: torch.optim.Optimizer, ours: list[str]) -> Schedule:
-    from timm.scheduler import create_scheduler_v2
+    from timm.scheduler.scheduler_factory import create_scheduler_v2
 
     theirs = ["tanh", "step", "multistep", "poly"]  # `plateau` follows a metric, not the step, and can't be replayed
     if recipe.schedule not in theirs:

@@ -143,7 +143,8 @@ def _training_facts(run: Training) -> dict[str, object]:
         "samples_per_second": images / run.seconds,
         "peak_memory_mb": peak_memory_mb(run.session.device),
         "adapter_params": sum(p.numel() for p in run.distiller.method.parameters()),
-        "devices": [torch.cuda.get_device_name(run.session.device) if run.session.device.type == "cuda" else "cpu"] * run.session.world_size,
+        "devices": [torch.cuda.get_device_name(run.session.device) if run.session.device.type == "cuda" else "cpu"]
+        * run.session.world_size,
     }
 
 

@@ -29,13 +29,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def place(model: nn.Module, precision: str, memory_format: str, device: torch.device) -> nn.Module:
     """The model on the device, in float64 where asked, its 4-D weights in the memory format."""
     model = model.to(device, dtype=torch.float64 if precision == "fp64" else torch.float32)
-    return model.to(memory_format=FORMATS[memory_format])  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=FORMATS[memory_format])
 
 
 def images_for(images: Tensor, precision: str, memory_format: str = "contiguous") -> Tensor:
     """A batch as a model placed by `place` takes it; autocast does the narrowing."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    return images.to(dtype=dtype, memory_format=FORMATS[memory_format])  # type: ignore[call-overload, no-any-return]
+    return images.to(dtype=dtype, memory_format=FORMATS[memory_format])
 
 
 def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], device: torch.device, memo: Path) -> Recipe:
@@ -52,9 +52,7 @@ def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int],
 
 
 def _fastest(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> tuple[str, str]:
-    allowed = [
-        pair for pair in _PAIRS if recipe.precision in ("auto", pair[0]) and recipe.memory_format in ("auto", pair[1])
-    ]
+    allowed = [pair for pair in _PAIRS if recipe.precision in ("auto", pair[0]) and recipe.memory_format in ("auto", pair[1])]
     if not allowed:  # fp16 and fp64 are never measured: they are asked for by name
         return recipe.precision, "contiguous"
     if len(allowed) == 1:
@@ -71,7 +69,7 @@ def _fastest(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int]
 def _step_seconds(model: nn.Module, images: torch.Tensor, precision: str, memory_format: str, device: torch.device) -> float:
     """The shortest of a few training steps: other load can only lengthen one."""
     model = place(model, precision, memory_format, device).train()
-    images = images.to(memory_format=FORMATS[memory_format])  # type: ignore[call-overload]
+    images = images.to(memory_format=FORMATS[memory_format])
     times = []
     for _ in range(6):
         start = time.perf_counter()

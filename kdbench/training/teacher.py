@@ -13,6 +13,7 @@ from kdbench.tasks.base import Task
 from kdbench.training.precision import autocast, place
 from kdbench.training.teacher_cache import TeacherCache, open_cache
 
+
 def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module:
     """The frozen network: weights read strictly, eval mode, no gradients. Raises UserError where the weights don't fit the data's classes."""
     model = task.build_model(ref.model.model_copy(update={"weights": ref.weights}))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.batch import Batch, Part
+from kdbench.data.batch import Batch
 from kdbench.data.loader import in_order, view_batches
 from kdbench.errors import RunFailed
 from kdbench.experiment import Recipe, TeacherRef, content_hash

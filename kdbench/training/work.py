@@ -46,7 +46,7 @@ class Work(Protocol):
         ...
 
 
-class StoppedEarly(BaseException):  # noqa: N818 - no error: a decision on its way out of the loop, past every `except Exception`
+class StoppedEarly(BaseException):
     """The search has seen enough of this trial."""
 
 

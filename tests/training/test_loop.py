@@ -135,7 +135,9 @@ def test_metrics_are_rederived_from_the_stored_predictions(tmp_path: Path) -> No
 def test_a_final_says_how_alike_student_and_teacher_are(tmp_path: Path) -> None:
     plain = unit("kd", saved_teacher(tmp_path))
     assert plain.teacher is not None
-    record = fit(plain.model_copy(update={"teacher": with_cache(plain.teacher, plain, tmp_path / "cache")}), LocalSession(), layout(tmp_path))
+    record = fit(
+        plain.model_copy(update={"teacher": with_cache(plain.teacher, plain, tmp_path / "cache")}), LocalSession(), layout(tmp_path)
+    )
     assert record.agreement is not None
     assert record.teacher_kl is not None
     assert 0 <= record.agreement <= 1
