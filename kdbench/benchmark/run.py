@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     finally:
         for work in queue.queues:
             work.close()
+    if queue.done and not ledger.failures:
+        shutil.rmtree(ledger.layout.checkpoints(experiment.name), ignore_errors=True)
     tuned = {work.pair.student.name: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned)
 

@@ -66,7 +66,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     unit, layout = Unit.model_validate_json(config["unit"]), Layout(Path(config["results"]))
-    ending = attempt(unit, RaySession(layout.checkpoint(unit.key), config["threads"]), layout)
+    ending = attempt(unit, RaySession(layout.checkpoint(unit.experiment, unit.key), config["threads"]), layout)
     ray.train.report(pack_ending(ending))
 
 

@@ -166,7 +166,7 @@ def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str
     if how.workers > 1:
         train_with_workers(unit, how, layout, Path(storage))
         return
-    session = LocalSession(layout.checkpoint(unit.key), _to_tune, threads=how.cpus_per_worker)
+    session = LocalSession(layout.checkpoint(unit.experiment, unit.key), _to_tune, threads=how.cpus_per_worker)
     tune.report(pack_ending(attempt(unit, session, layout)))
 
 

@@ -92,7 +92,7 @@ def settle(work: Work, unit: Unit, ending: Ending, layout: Layout) -> None:
         work.crash(unit, ending.crash or f"{unit.title}: unknown")
         return
     work.finish(unit, ending.record)
-    layout.checkpoint(unit.key).unlink(missing_ok=True)
+    layout.checkpoint(unit.experiment, unit.key).unlink(missing_ok=True)
 
 
 def stopped_record(unit: Unit) -> RunRecord:
@@ -111,7 +111,7 @@ def run_here(work: Work, layout: Layout) -> None:
                 raise StoppedEarly
 
         try:
-            ending = attempt(unit, LocalSession(layout.checkpoint(unit.key), on_report), layout)
+            ending = attempt(unit, LocalSession(layout.checkpoint(unit.experiment, unit.key), on_report), layout)
         except StoppedEarly:
             ending = Ending(stopped_record(unit))
         settle(work, unit, ending, layout)

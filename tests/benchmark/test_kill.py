@@ -1,4 +1,4 @@
-"""Killed means paused: `kill -9` of the driver in teacher training, search and finals, then the same command gives the undisturbed board."""
+"""Killed means paused: `kill -9` of the driver in every phase, then the same command, gives the undisturbed board."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def trials(results: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def in_teacher(results: Path) -> bool:
-    return any((results / "checkpoints").glob("*.pt"))
+    return any((results / "checkpoints" / "kill").glob("*.pt"))
 
 
 def in_search(results: Path) -> bool:
@@ -105,7 +105,7 @@ def test_a_driver_killed_in_every_phase_ends_at_the_undisturbed_board_bit_for_bi
     assert len(mine) == 6
     assert {trial.state for trial in mine} == {TrialState.COMPLETE}
     assert sorted((t.number, str(t.params), t.value) for t in mine) == sorted((t.number, str(t.params), t.value) for t in theirs)
-    assert not list((tmp_path / "checkpoints").glob("*")), "a checkpoint of finished work is left"
+    assert not list((tmp_path / "checkpoints").rglob("*.*")), "a checkpoint of finished work is left"
     assert runs_in_mlflow(tmp_path) == runs_in_mlflow(undisturbed)
 
 
@@ -122,12 +122,12 @@ def runs_in_mlflow(results: Path) -> list[tuple[str, str]]:
 @pytest.mark.slow
 def test_a_finished_experiment_trains_nothing_again(undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (undisturbed / "v1").rglob("*.parquet")}
-    journals = {path: path.read_bytes() for path in (undisturbed / "studies").glob("*.journal")}
+    asked = [(trial.number, trial.datetime_complete) for trial in trials(undisturbed)]
     output = finish(undisturbed)
     assert "trial" not in output.split("classification on")[0]
     assert "kd" in output.split("classification on")[1]
     assert {path: path.stat().st_mtime_ns for path in (undisturbed / "v1").rglob("*.parquet")} == before
-    assert {path: path.read_bytes() for path in (undisturbed / "studies").glob("*.journal")} == journals
+    assert [(trial.number, trial.datetime_complete) for trial in trials(undisturbed)] == asked
 
 
 @pytest.mark.slow
