@@ -1,0 +1,57 @@
+"""The worked examples of CONTRIBUTING.md, cut out of the page and trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdbench.benchmark.run import run
+from kdbench.benchmark.watch import Unwatched
+from kdbench.data.sources import DataSpec, open_source
+from kdbench.experiment import load_experiment
+from kdbench.results.store import ResultStore
+from tests.pages import fenced
+
+EXAMPLES = {name: block for block in fenced("CONTRIBUTING.md") if (name := block.file_name)}
+EXPERIMENTS = sorted(name for name in EXAMPLES if name.endswith(".yaml"))
+SMALL = ("recipe.epochs=1", "teacher.recipe.epochs=1", "task.transfer_size=100", "seeds=1")
+
+
+@pytest.fixture
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with every example under the name that its first line gives it, on the Python path as the command puts it there."""
+    for name, block in EXAMPLES.items():
+        (tmp_path / name).write_text(block.text)
+    drawn = open_source(DataSpec.model_validate({"name": "shapes", "train": 200, "test": 40, "target": "class"}))
+    arrays = {"train": drawn.train, "test": drawn.test}
+    images = {f"x_{part}": arrays[part].inputs[:, 0].numpy() for part in arrays}
+    np.savez(tmp_path / "toys.npz", **images, **{f"y_{part}": arrays[part].target.numpy() for part in arrays})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in EXAMPLES:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_there_is_an_example_of_each_thing_that_can_be_added() -> None:
+    assert {"mimic.yaml", "hint.yaml", "toys.yaml", "patch_net.yaml", "presence.yaml"} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_example_trains_as_it_is_printed(name: str, examples: Path) -> None:
+    experiment = load_experiment(examples / name, SMALL)
+    summary = run(experiment, examples / "results", Unwatched())
+    assert summary.failures == ()
+    finals = ResultStore(examples / "results").scan(role="final")
+    assert {record.label for record in finals} == {method.label for method in experiment.methods}
+    assert all(record.status == "ok" and record.test_metric is not None for record in finals)
+    assert len({record.predictions_sha256 for record in finals}) == len(experiment.methods)  # every method changes what is learned
+
+
+def test_a_method_takes_under_thirty_lines() -> None:
+    for name in ("mimic.py", "hint.py"):
+        assert sum(bool(line.strip()) for line in EXAMPLES[name].text.splitlines()) < 30
