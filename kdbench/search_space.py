@@ -23,7 +23,10 @@ class When:
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from low to high, both included; `log` where a weight spans decades; `step` for a grid; whole numbers where the field is an int."""
+    """All numbers from low to high, both included; whole numbers where the field is an int.
+
+    log: where a weight spans decades. step: for a grid.
+    """
 
     low: float
     high: float
@@ -70,14 +73,13 @@ def space_of(params: BaseModel, fixed: frozenset[str] = frozenset(), prefix: str
 
     `fixed` names fields that the user pinned: they keep their value and are not searched.
     """
-    axes = []
-    for name, field in type(params).model_fields.items():
-        if name in fixed:
-            continue
-        for extra in field.metadata:
-            if isinstance(extra, Range | Choice):
-                axes.append(Parameter(prefix + name, extra, getattr(params, name), field.annotation is int))
-    return tuple(axes)
+    return tuple(
+        Parameter(prefix + name, extra, getattr(params, name), field.annotation is int)
+        for name, field in type(params).model_fields.items()
+        if name not in fixed
+        for extra in field.metadata
+        if isinstance(extra, Range | Choice)
+    )
 
 
 def describe(axes: tuple[Parameter, ...]) -> Mapping[str, dict[str, Any]]:

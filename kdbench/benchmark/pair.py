@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.watch import Phase
-from kdbench.distributed.study import Asha, MethodStudy, holds
+from kdbench.distributed.study import Asha, Direction, MethodStudy, holds
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated
 from kdbench.methods.build import MethodSpec, build_method, method_class, params_of, search_axes
@@ -86,6 +86,8 @@ class Pair:
         study_id = self.study_id(spec, axes, search)
         warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
         asha = Asha(max(search.grace_epochs, math.ceil(warmup)), search.reduction) if search.scheduler == "asha" else None
+        main: Direction = "maximize" if self.task.higher_is_better else "minimize"
+        costs: list[Direction] = ["minimize"] * len(search.objectives)
         study = MethodStudy(
             ledger.layout.study(study_id),
             study_id,
@@ -93,7 +95,7 @@ class Pair:
             trials=search.trials,
             sampler=search.sampler,
             seed=search.seed,
-            directions=["maximize" if self.task.higher_is_better else "minimize", *["minimize"] * len(search.objectives)],
+            directions=[main, *costs],
             asha=asha,
             epochs=self.recipe.epochs,
         )

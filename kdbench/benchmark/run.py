@@ -1,6 +1,7 @@
 """The whole path of an experiment: teacher, its cached outputs, the students' searches and finals.
 
-Every step is keyed by its content, and what the results folder already holds is not done again: the same command after any interruption goes on.
+Every step is keyed by its content, and what the results folder already holds is not done again:
+the same command after any interruption goes on.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     for recipe in (experiment.recipe, experiment.teacher_recipe()):
         if recipe.batch_size % workers:
             raise UserError(
-                f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; make it a multiple of {workers}"
+                f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; "
+                f"make it a multiple of {workers}"
             )
 
 

@@ -62,7 +62,10 @@ Direction = Literal["maximize", "minimize"]
 
 @dataclass(frozen=True)
 class Asha:
-    """Asynchronous successive halving (arXiv 1810.05934): of the trials that reach a rung, one in `reduction` goes on. Rungs are grace * reduction^k epochs."""
+    """Asynchronous successive halving (arXiv 1810.05934): of the trials that reach a rung, one in `reduction` goes on.
+
+    Rungs are at grace_epochs * reduction^k epochs.
+    """
 
     grace_epochs: int
     reduction: int
@@ -185,7 +188,10 @@ class MethodStudy:
         self.study.tell(number, values=list(values) if values is not None else None, state=state)
 
     def best(self, count: int) -> list[Mapping[str, Any]]:
-        """The parameters of the `count` best finished trials, all different. With several objectives: the Pareto front, by the first objective."""
+        """The parameters of the `count` best finished trials, all different.
+
+        With several objectives: of the Pareto front, ordered by the first objective.
+        """
         finished = [t for t in self.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
         if len(self.study.directions) > 1:
             finished = [t for t in self.study.best_trials if t.state == TrialState.COMPLETE]

@@ -128,7 +128,7 @@ class QueueSearcher(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override] - FINISHED is a string
+    def suggest(self, trial_id: str) -> Any:
         desk = self._desk
         if desk.error is not None or desk.work.done:
             return str(Searcher.FINISHED)

@@ -49,7 +49,7 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state that `save_checkpoint` kept, or None where the file is not readable: the training then starts anew, which gives the same result."""
+    """The state that `save_checkpoint` kept, or None where the file can't be read: training then starts anew, which gives the same."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):

@@ -80,7 +80,7 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
 
 
 def measured_teacher(unit: Unit, weights: Path, session: Session, layout: Layout) -> RunRecord:
-    """The record of a teacher that was trained elsewhere: its weights, measured on the test set. Raises UserError where they don't fit the data."""
+    """The record of a teacher that was trained elsewhere, measured on the test set. Raises UserError where its weights don't fit."""
     task = build_task(unit.task)
     splits = task.splits()
     model = task.build_model(unit.student.model_copy(update={"weights": weights}))

@@ -72,7 +72,7 @@ def unpack_ending(metrics: Mapping[str, Any]) -> Ending:
 
 
 def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
-    """Train a unit. A training that diverges is a result: a failed record. One whose code fails is not: the traceback goes to a log file."""
+    """Train a unit. One that diverges is a result: a failed record. One whose code fails is not: the traceback goes to a log file."""
     try:
         return Ending(fit(unit, session, layout))
     except Diverged as failure:
