@@ -86,6 +86,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if runtime.address is None:
             options |= {
+                "address": "local",  # else Ray joins a head that happens to run on this machine
                 "num_cpus": available_cpus(),
                 "resources": {"trial_slot": slots.concurrent},
                 "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
