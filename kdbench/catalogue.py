@@ -24,7 +24,7 @@ class Entry:
 
 
 def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:
-    """The object behind `name`: an entry of `table`, a dotted path `package.module:attribute`, or a `kdbench.<kind>s` entry point.
+    """The object behind `name`: an entry of `table`, a dotted path `package.module:attribute`, or an entry point of an installed package.
 
     Raises UserError for a name that is none of them (naming the nearest), and for a dotted path that can't be imported.
     """
@@ -32,15 +32,20 @@ def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:
         return load(kind, table[name].target)
     if ":" in name:
         return load(kind, name)
-    plugins = {point.name: point for point in entry_points(group=f"kdbench.{kind}s")}
+    plugins = {point.name: point for point in entry_points(group=entry_point_group(kind))}
     if name in plugins:
         return plugins[name].load()
     raise UserError(f"unknown {kind} {name!r}{nearest(name, [*table, *plugins])}")
 
 
+def entry_point_group(kind: str) -> str:
+    """Where an installed package offers things of this kind: kdbench.methods, kdbench.tasks, kdbench.models, kdbench.data."""
+    return "kdbench.data" if kind == "data" else f"kdbench.{kind}s"
+
+
 def known(kind: str, name: str, table: Mapping[str, Entry]) -> bool:
     """Whether `resolve` would find `name` without importing it."""
-    return name in table or ":" in name or any(p.name == name for p in entry_points(group=f"kdbench.{kind}s"))
+    return name in table or ":" in name or any(p.name == name for p in entry_points(group=entry_point_group(kind)))
 
 
 def load(kind: str, target: str) -> Any:

@@ -237,6 +237,9 @@ def doctor(results: Results = None) -> None:
 
 def main() -> None:
     """The console script. A user's mistake ends in one message and exit code 2, a failed run in one message and exit code 1."""
+    # A dotted path such as my_methods:Mine may name a file in the working directory, which is not on the console script's path.
+    # Last, so that nothing that is installed gets hidden; Ray's workers have the folder on theirs anyway.
+    sys.path.append(os.getcwd())
     try:
         app()
     except KDBenchError as error:

@@ -22,6 +22,7 @@ def ray() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=2,
         resources={"trial_slot": 1},
         include_dashboard=False,

@@ -28,7 +28,7 @@ from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
 from kdbench.tasks.base import Splits, Task
-from kdbench.tasks.build import build_task
+from kdbench.tasks.build import build_task, task_class
 from kdbench.training.checkpoint import file_sha256
 from kdbench.training.outcome import measured_teacher
 from kdbench.training.precision import settled
@@ -68,12 +68,13 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     check_fits_here(experiment.runtime)
     for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
         check_model_name(model.name)
+    task = task_class(experiment.task).name  # a user's class by dotted path has a name of its own
     for method in experiment.methods:
         kind = method_class(method)
         params_of(method)
         axes_of(method, experiment.search, experiment.recipe)
-        if not kind.supports(experiment.task.name):
-            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {experiment.task.name}")
+        if not kind.supports(task):
+            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {task}")
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
     workers = experiment.runtime.workers
