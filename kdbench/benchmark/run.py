@@ -46,6 +46,7 @@ class Summary:
     found: int
     failures: tuple[str, ...]
     tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]  # student -> method's label -> parameters
+    protocols: tuple[str, ...]  # one a student: the hashes of the boards that this experiment fills
 
 
 def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | None = None, search_only: bool = False) -> Summary:
@@ -119,7 +120,8 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     if queue.done and not ledger.failures:
         shutil.rmtree(ledger.layout.checkpoints(experiment.name), ignore_errors=True)
     tuned = {work.pair.student.name: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
-    return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned)
+    protocols = tuple(dict.fromkeys(pair.protocol_hash for pair in pairs))
+    return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 
 
 def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool | None = None) -> None:
