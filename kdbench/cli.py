@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # importing what draws the boxes would take longer than all the rest of `--help`
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Which way of distilling this teacher into this student is best, and by how much?\n\n"
     "Example: kdbench run experiments/quickstart.yaml",
