@@ -141,7 +141,9 @@ def leaderboard(
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
     from kdbench.results.layout import results_folder
+    from kdbench.results.rendering import check_format
 
+    check_format(format_)
     filters = {"task": task, "data": data, "teacher": teacher, "student": student, "experiment": experiment}
     found = _boards(results_folder(results), {name: value for name, value in filters.items() if value is not None}, method)
     _print_boards(found, format_, published)
