@@ -49,7 +49,7 @@ def not_written(error: OSError, path: object) -> RunFailed:
 
 
 def in_one_line(error: BaseException) -> str:
-    """`ZeroDivisionError: division by zero (my_model.py, line 7)`: what foreign code raised, and the last line of the user's own files on the way."""
+    """What foreign code raised, and the last line of the user's own files on the way: `KeyError: 'x' (my_model.py, line 7)`."""
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

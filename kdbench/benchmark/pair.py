@@ -163,9 +163,9 @@ class PairWork:
         if self.search is not None and axes:
             contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self.ledger)
         contender.parent = self.ledger.tracker.parent(
-            f"{spec.label} · {self.pair.student.name}",
+            f"{spec.label} · {self.pair.student.label}",
             content_hash([self.pair.protocol_hash, self.pair.student.model_dump(mode="json"), spec.label]),
-            {"method": spec.name, "student": self.pair.student.name, "protocol_hash": self.pair.protocol_hash},
+            {"method": spec.name, "student": self.pair.student.label, "protocol_hash": self.pair.protocol_hash},
         )
         return contender
 
@@ -337,8 +337,10 @@ class PairWork:
         """What the store already has is not trained again."""
         for unit in units:
             if unit.key in self._known:
-                contender.ended[unit.key] = self._known[unit.key]
+                record = contender.ended[unit.key] = self._known[unit.key]
                 self.ledger.found += 1
+                if record.status == "failed":
+                    self.ledger.failures.append(record.failure or unit.title)
 
     def _give_up(self, contender: Contender) -> None:
         """No trial ended well: the finals are on record as failed, and the board says so."""

@@ -1,11 +1,33 @@
-"""A thing named with options of its own, as an experiment writes it."""
+"""What an experiment writes: keys with strictly read values, and things named with options of their own."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+
+
+class StrictOptions(BaseModel):
+    """Keys with values: no unknown key, and no `on` or `yes`, which YAML reads as true and Python counts as 1, where a number is meant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            types = set(_types_in(cls.model_fields[str(info.field_name)].annotation))
+            if types & {int, float} and bool not in types:
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _types_in(argument)
 
 
 class NamedSpec(BaseModel):

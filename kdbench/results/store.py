@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from kdbench.catalogue import nearest
-from kdbench.errors import RunFailed, UserError
+from kdbench.errors import UserError, not_written
 from kdbench.results.record import RunRecord, from_table, to_table
 
 LAYOUT = "v1"
@@ -42,7 +42,6 @@ FILTERS = frozenset(
         "seed",
     }
 )
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 READERS = 8  # threads: an object store answers a small read in tens of milliseconds
@@ -72,7 +71,7 @@ class ResultStore:
     def append(self, record: RunRecord) -> str:
         """Write the record for good and return its path relative to the location.
 
-        Raises UserError where the run is already there or the location can't be written, RunFailed where the disk is full.
+        Raises UserError where the run is already there or the location can't be written, DiskFull where there is no space.
         """
         relative = record_path(record)
         self._write(relative, _parquet_bytes(record), replace=False)
@@ -153,16 +152,12 @@ class ResultStore:
         return self._files.exists(path)
 
     def _explained(self, error: OSError, path: str) -> Exception:
-        if error.errno in DISK_FULL:
-            return RunFailed(
-                f"the disk is full: {path} was not written; free some space and run the same command again, finished work is kept"
-            )
         if error.errno in NOT_WRITABLE or isinstance(error, PermissionError):
             return UserError(
                 f"the results folder {self.location} can't be written ({error.strerror or error}): "
                 "choose another with --results DIR or the variable KDBENCH_RESULTS"
             )
-        return RunFailed(f"{path} could not be written: {error}")
+        return not_written(error, path)
 
 
 def record_path(record: RunRecord) -> str:
