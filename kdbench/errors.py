@@ -82,6 +82,13 @@ _EXPECTED = {
     "tuple_type": "expected a list such as [a, b]",
     "list_type": "expected a list such as [a, b]",
     "invalid_key": "expected a name as the key",
+    "too_short": "expected at least one entry",
+    "int_from_float": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "string_type": "expected a text",
 }
 
 
@@ -92,7 +99,11 @@ def explain(error: ValidationError, where: str, valid: Valid) -> str:
     names, or the names of a function's options.
     """
     names = valid if isinstance(valid, type) else tuple(valid)
-    return "\n".join(f"{where}: {_problem(dict(problem), names)}" for problem in error.errors(include_url=False))
+    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
+    # Of a list whose entries are wrong, pydantic also says that it is too short.
+    inside = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    told = [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside]
+    return "\n".join(f"{where}: {_problem(problem, names)}" for problem in told)
 
 
 def _problem(problem: dict[str, Any], valid: type[BaseModel] | tuple[str, ...]) -> str:
@@ -104,7 +115,7 @@ def _problem(problem: dict[str, Any], valid: type[BaseModel] | tuple[str, ...]) 
         return f"unknown key {path!r}{nearest(str(last), names) if names else ''}"
     if kind in _MISSING:
         return f"key {path!r} is missing"
-    message = message.removeprefix("Value error, ").replace("Input should be", "expected").partition(", unable to parse")[0]
+    message = message.removeprefix("Value error, ").replace("Input should be", "expected").replace("String should", "expected a text to")
     message = _EXPECTED.get(kind, message)
     # A check of our own on several keys at once says itself what it found.
     if kind != "value_error" or (isinstance(given, str | int | float) and ", got " not in message and repr(given) not in message):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from kdbench.benchmark.ledger import Ledger
@@ -130,14 +131,19 @@ class Contender:
 
     spec: MethodSpec
     axes: tuple[Parameter, ...]
+    open_parent: Callable[[], str | None]
     study: MethodStudy | None = None
     study_id: str | None = None
-    parent: str | None = None  # the MLflow run that its runs are nested under
     checks: dict[str, tuple[int, Unit]] = field(default_factory=dict)  # by unit key: which of the best points, and the training
     finals: dict[str, Unit] | None = None  # by unit key; None until the tuned parameters are known
     started: set[str] = field(default_factory=set)
     ended: dict[str, RunRecord | None] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parent(self) -> str | None:
+        """The MLflow run that this method's runs are nested under; made when the first of them is."""
+        return self.open_parent()
 
     @property
     def done(self) -> bool:
@@ -159,15 +165,16 @@ class PairWork:
 
     def _contender(self, spec: MethodSpec) -> Contender:
         axes = axes_of(spec, self.search, self.pair.recipe)
-        contender = Contender(spec, axes)
+        contender = Contender(spec, axes, partial(self._open_parent, spec))
         if self.search is not None and axes:
             contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self.ledger)
-        contender.parent = self.ledger.tracker.parent(
-            f"{spec.label} · {self.pair.student.label}",
-            content_hash([self.pair.protocol_hash, self.pair.student.model_dump(mode="json"), spec.label]),
-            {"method": spec.name, "student": self.pair.student.label, "protocol_hash": self.pair.protocol_hash},
-        )
         return contender
+
+    def _open_parent(self, spec: MethodSpec) -> str | None:
+        pair = self.pair
+        key = content_hash([pair.protocol_hash, pair.student.model_dump(mode="json"), spec.label])
+        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, "kdbench.protocol_hash": pair.protocol_hash}
+        return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", key, tags)
 
     def check(self) -> None:
         """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
@@ -194,7 +201,7 @@ class PairWork:
     def close(self) -> None:
         """Tell MLflow which methods are through."""
         for contender in self.contenders:
-            if contender.parent is not None:
+            if "parent" in vars(contender):
                 self.ledger.tracker.close_parent(contender.parent, "FINISHED" if contender.done else "KILLED")
 
     # --- the queue ---------------------------------------------------------------------------------------------------
@@ -260,7 +267,7 @@ class PairWork:
         assert study is not None
         assert search is not None
         seconds, epochs = record.train_seconds or 0.0, float(len(record.curve))
-        record = record.model_copy(update={"study_id": contender.study_id})
+        record = record.model_copy(update={"study_id": contender.study_id, "params": _searched_params(contender, record)})
         self.ledger.note_trial(unit, record, contender.parent)
         if record.status == "failed":
             study.fail(number, record.failure or "unknown")
@@ -274,7 +281,8 @@ class PairWork:
     def _keep(self, contender: Contender, unit: Unit, record: RunRecord) -> RunRecord:
         if record.status == "failed":
             self.ledger.failures.append(record.failure or unit.title)
-        return self.ledger.keep(unit, record, contender.parent, **self._search_facts(contender))
+        params = _searched_params(contender, record)
+        return self.ledger.keep(unit, record, contender.parent, params=params, **self._search_facts(contender))
 
     def _search_facts(self, contender: Contender) -> dict[str, Any]:
         """What finding the parameters cost: trials and the winners' checks."""
@@ -351,6 +359,12 @@ class PairWork:
         for key, unit in (contender.finals or {}).items():
             if key not in contender.ended:
                 contender.ended[key] = self._keep(contender, unit, failed_record(unit, reason))
+
+
+def _searched_params(contender: Contender, record: RunRecord) -> dict[str, Any]:
+    """The method's parameters, and what the search varied of the recipe."""
+    varied = [axis.name for axis in contender.axes if axis.name.startswith("recipe.")]
+    return record.params | {name: record.recipe[name.removeprefix("recipe.")] for name in varied}
 
 
 def _add(pair: list[int], done: int, total: int) -> None:

@@ -73,12 +73,13 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     check_fits_here(experiment.runtime)
     for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
         check_model_name(model.name)
+    task = build_task(experiment.task)
     for method in experiment.methods:
         kind = method_class(method)
         params_of(method)
         axes_of(method, experiment.search, experiment.recipe)
-        if not kind.supports(experiment.task.name):
-            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {experiment.task.name}")
+        if not kind.supports(task.name):
+            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {task.name}")
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
     workers = experiment.runtime.workers

@@ -42,7 +42,9 @@ FILTERS = frozenset(
         "seed",
     }
 )
-NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
+NOT_WRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
+)
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 READERS = 8  # threads: an object store answers a small read in tens of milliseconds
 LONGEST_NAME = 100  # of a path's part; two of them and a run id stay under the 255 bytes of common file systems
@@ -125,6 +127,8 @@ class ResultStore:
 
     def _records(self) -> list[RunRecord]:
         folder = f"{self._root}/{LAYOUT}"
+        if self._local and os.path.exists(self._root) and not os.path.isdir(self._root):
+            raise UserError(f"{self.location} is a file, expected a results folder")
         self._files.invalidate_cache()
         paths = [path for path in self._files.find(folder) if _is_record(path)] if self._files.exists(folder) else []
         new = [path for path in paths if path not in self._read]

@@ -41,7 +41,7 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
     if run.session.rank != 0:
         return record
     weights = layout.teacher(unit.key) if unit.role == "teacher" else layout.student(unit.key)
-    sha = save_weights(model.state_dict(), weights, {"kdbench_unit": unit.key, "model": unit.student.name})
+    sha = save_weights(model.state_dict(), weights)
     facts["artifacts_uri"] = str(weights.relative_to(layout.root))
     if unit.role == "teacher":
         facts["teacher_sha"] = sha

@@ -91,7 +91,7 @@ def test_a_users_function_works_by_dotted_path_and_is_called_once_per_options():
         ({"name": "shapes", "sizze": 3}, "data 'shapes': unknown key 'sizze'; did you mean 'size'"),
         ({"name": "shapes", "size": 3}, "size: expected greater than or equal to 16, got 3"),
         ({"name": "shapes", "target": "box"}, "target: expected 'mask' or 'class', got 'box'"),
-        ({"name": "my_data:mine", "count": "many"}, "count: expected a valid integer, got 'many'"),
+        ({"name": "my_data:mine", "count": "many"}, "count: expected a whole number, got 'many'"),
         ("my_data:yours", "has no 'yours'"),
         ("no_such_module:data", "no module 'no_such_module'"),
     ],
