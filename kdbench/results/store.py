@@ -104,8 +104,11 @@ class ResultStore:
     def check_writable(self) -> None:
         """Raise UserError or RunFailed now rather than after hours of training, where `append` would fail."""
         probe = f".writable-{secrets.token_hex(8)}.tmp"
-        self._write(probe, b"kdbench", replace=True)
-        self._files.rm_file(self._absolute(probe))
+        try:
+            self._write(probe, b"kdbench", replace=True)
+        finally:
+            if self._exists(self._absolute(probe)):
+                self._files.rm_file(self._absolute(probe))
 
     def write_bytes(self, relative: str, data: bytes) -> str:
         """Write a file in one step, replacing one of that name, and return the SHA-256 of its content in hex."""
