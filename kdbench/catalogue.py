@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, in_one_line
 from kdbench.errors import nearest as nearest
 
 
@@ -26,7 +26,7 @@ class Entry:
 def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:
     """The object behind `name`: an entry of `table`, a dotted path `package.module:attribute`, or an entry point of an installed package.
 
-    Raises UserError for a name that is none of them (naming the nearest), and for a dotted path that can't be imported.
+    Raises UserError for a name that is none of them (naming the nearest), and for one that can't be imported.
     """
     if name in table:
         return load(kind, table[name].target)
@@ -34,7 +34,7 @@ def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:
         return load(kind, name)
     plugins = {point.name: point for point in entry_points(group=entry_point_group(kind))}
     if name in plugins:
-        return plugins[name].load()
+        return load(kind, f"{plugins[name].module}:{plugins[name].attr}")
     raise UserError(f"unknown {kind} {name!r}{nearest(name, [*table, *plugins])}")
 
 
@@ -49,14 +49,16 @@ def known(kind: str, name: str, table: Mapping[str, Entry]) -> bool:
 
 
 def load(kind: str, target: str) -> Any:
-    """Import `package.module:attribute`."""
+    """Import `package.module:attribute`. Raises UserError where that can't be done, whatever the module itself raises."""
     module_name, _, attribute = target.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise UserError(f"{kind} {target!r}: expected package.module:attribute")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"{kind} {target!r}: there is no module {error.name!r} on the Python path") from error
-        raise
+        raise UserError(f"{kind} {target!r}: importing {module_name!r} failed: {in_one_line(error)}") from error
     if not hasattr(module, attribute):
         raise UserError(f"{kind} {target!r}: module {module_name!r} has no {attribute!r}{nearest(attribute, vars(module))}")
     return getattr(module, attribute)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdbench.errors import KDBenchError
+from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
 
 if TYPE_CHECKING:
     from kdbench.results.leaderboard import Board
@@ -265,6 +267,8 @@ def main() -> None:
     # Last, so that nothing that is installed gets hidden; Ray's workers have the folder on theirs anyway.
     sys.path.append(os.getcwd())
     try:
+        if os.getcwd() not in sys.path:  # where a user's own `my_module:Class` lies; `python -m` has it there too
+            sys.path.insert(0, os.getcwd())
         app()
     except KDBenchError as error:
         typer.echo(f"kdbench: {error}", err=True)
@@ -272,6 +276,18 @@ def main() -> None:
     except BrokenPipeError:  # `kdbench leaderboard | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        typer.echo(f"kdbench: {_unforeseen(error)}", err=True)
+        sys.exit(1)
+
+
+def _unforeseen(error: Exception) -> str:
+    """A full disk in plain words; of anything else, which is a fault in kdbench or in a user's own code, the traceback in a file."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return str(not_written(error, error.filename or "a file"))
+    with tempfile.NamedTemporaryFile("w", prefix="kdbench-", suffix=".log", delete=False) as trace:
+        traceback.print_exception(error, file=trace)
+    return f"{in_one_line(error)}; traceback in {trace.name}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from kdbench.catalogue import resolve
-from kdbench.data.options import NamedSpec, first_problem
-from kdbench.errors import UserError
+from kdbench.data.options import NamedSpec
+from kdbench.errors import UserError, explain
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
 
@@ -40,4 +40,4 @@ def _built(name: str, options: str) -> Task:
     try:
         return kind(kind.Options.model_validate(json.loads(options)))
     except ValidationError as error:
-        raise UserError(f"task {name!r}: {first_problem(error, kind.Options.model_fields)}") from error
+        raise UserError(explain(error, f"task {name!r}", kind.Options)) from error
