@@ -147,6 +147,8 @@ def _default(field: FieldInfo) -> str:
         return "below"
     if isinstance(value, float) and value != round(value, 4):
         value = round(value, 4)
+    if value == "":
+        return "the name"  # a label that nobody set
     text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
     return f"`{text.splitlines()[0]}`"  # a lone value is followed by a line that ends the document
 
