@@ -314,8 +314,8 @@ def _remove_damaged(cache: Path, watch: Watch) -> None:
     if cache.exists():
         try:
             open_cache(cache)
-        except RunFailed as damage:
-            watch.note(f"{damage}; it is made again")
+        except RunFailed:
+            watch.note(f"the teacher cache {cache} is damaged; it is made again")
             shutil.rmtree(cache)
 
 

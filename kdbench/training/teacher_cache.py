@@ -81,9 +81,9 @@ def open_cache(folder: Path) -> TeacherCache:
         views, test, index = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("views", "test", "index"))
         whole = [list(views.shape), list(test.shape)] == [manifest["views"], manifest["test"]]
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-        raise RunFailed(f"the teacher cache {folder} can't be read ({in_one_line(error)})") from error
+        raise RunFailed(f"the teacher cache {folder} can't be read ({in_one_line(error)}); the next run makes it again") from error
     if not whole:
-        raise RunFailed(f"the teacher cache {folder} is damaged: its files are not of the size that they were written with")
+        raise RunFailed(f"the teacher cache {folder} is damaged: its files have another size than was written; the next run makes it again")
     row_of = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
     row_of[torch.from_numpy(np.array(index))] = torch.arange(len(index))
     return TeacherCache(views, test, len(index), row_of)
