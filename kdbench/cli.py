@@ -263,12 +263,10 @@ def doctor(results: Results = None) -> None:
 
 def main() -> None:
     """The console script. A user's mistake ends in one message and exit code 2, a failed run in one message and exit code 1."""
-    # A dotted path such as my_methods:Mine may name a file in the working directory, which is not on the console script's path.
-    # Last, so that nothing that is installed gets hidden; Ray's workers have the folder on theirs anyway.
-    sys.path.append(os.getcwd())
     try:
-        if os.getcwd() not in sys.path:  # where a user's own `my_module:Class` lies; `python -m` has it there too
-            sys.path.insert(0, os.getcwd())
+        # A dotted path such as my_methods:Mine may name a file in the working directory, which is not on the console script's path.
+        # Last, so that nothing that is installed gets hidden; Ray's workers have the folder on theirs anyway.
+        sys.path.append(os.getcwd())
         app()
     except KDBenchError as error:
         typer.echo(f"kdbench: {error}", err=True)
