@@ -112,6 +112,7 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     finally:
         for work in queue.queues:
             work.close()
+        ledger.close()
     tuned = {work.pair.student.name: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned)
 

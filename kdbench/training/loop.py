@@ -245,11 +245,12 @@ def close_epoch(run: Training) -> dict[str, float]:
     """Read the epoch's losses, validate, remember the best weights, and move on to the next epoch. Returns the epoch's row of the curve."""
     start = time.monotonic()
     unit, task = run.unit, run.task
-    losses = {f"train_{name}": float(value) / run.step for name, value in run.sums.items()}
+    losses = _mean_losses(run)
     if not math.isfinite(losses["train_total"]):
         raise Diverged(
             f"{unit.title}: the loss became {losses['train_total']} in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})"
         )
+    _share_buffers(run)
     prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision)
     metrics = task.metrics(prediction, run.splits.val.target)
     value = metrics[task.primary]
@@ -264,6 +265,20 @@ def close_epoch(run: Training) -> dict[str, float]:
     row |= losses | {f"val_{name}": number for name, number in metrics.items()}
     run.curve.append(row)
     return row
+
+
+def _mean_losses(run: Training) -> dict[str, float]:
+    """The epoch's mean of each loss term over all workers: the same number everywhere, so that they all see a divergence."""
+    mine = torch.stack([value.detach().reshape(()) for value in run.sums.values()])
+    sums = run.session.gather(mine[None]).cpu().double().mean(0)
+    return {f"train_{name}": value / run.step for name, value in zip(run.sums, sums.tolist(), strict=True)}
+
+
+def _share_buffers(run: Training) -> None:
+    """Give every worker the first one's batch statistics: what they measure together is the network that is saved."""
+    if run.session.world_size > 1:
+        for buffer in run.evaluated.buffers():
+            buffer.copy_(run.session.gather(buffer[None])[0])
 
 
 def _due(run: Training) -> bool:
