@@ -144,7 +144,7 @@ from pathlib import Path
 import optuna
 from kdbench.distributed.study import MethodStudy
 from kdbench.search_space import Choice, Parameter, Range
-axes = eval(sys.argv[4])
+axes = AXES
 study = MethodStudy(Path(sys.argv[1]) / "study.journal", "study", axes, trials=6, sampler=sys.argv[2], seed=0)
 first = study.ask()
 study.complete(first.number, [0.0], 1.0, 1.0)
@@ -166,7 +166,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_trial_killed_after_some_of_its_parameters_runs_again_under_its_number_at_its_point(
     tmp_path: Path, sampler: str, parameters: int
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path), sampler, str(parameters), repr(AXES)]
+    command = [sys.executable, "-c", KILLED.replace("AXES", repr(AXES)), str(tmp_path), sampler, str(parameters)]
     killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     study = open_study(tmp_path, sampler=sampler)
