@@ -20,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Which way of distilling this teacher into this student is best, and by how much?\n\nExample: kdbench run experiments/quickstart.yaml",
+    help="Which way of distilling this teacher into this student is best, and by how much?\n\n"
+    "Example: kdbench run experiments/quickstart.yaml",
 )
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]

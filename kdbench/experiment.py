@@ -114,7 +114,7 @@ class Search(_Part):
     def _as_many_objectives_as_can_be(self) -> Search:
         if self.objectives and self.scheduler == "asha":
             raise ValueError(
-                "several objectives and scheduler asha do not go together: a trial can't be stopped early by one of them; use scheduler: none"
+                "several objectives and scheduler asha do not go together: one of them can't stop a trial early; use scheduler: none"
             )
         if self.objectives and self.sampler == "cmaes":
             raise ValueError("sampler cmaes knows one objective only; for several use tpe, gp or nsgaii")
@@ -234,7 +234,10 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def _override(experiment: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set a.b=c`. A list element is addressed by its name (`methods.kd.temperature`); `method.x` means every method that has an x."""
+    """Apply one `--set a.b=c`.
+
+    A list element is addressed by its name (`methods.kd.temperature`); `method.x` means every method that has an x.
+    """
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"--set {assignment}: expected key=value, such as --set recipe.epochs=3")

@@ -23,7 +23,10 @@ class When:
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from low to high, both included; `log` where a weight spans decades; `step` for a grid; whole numbers where the field is an int."""
+    """All numbers from low to high, both included; whole numbers where the field is an int.
+
+    log: where a weight spans decades. step: for a grid.
+    """
 
     low: float
     high: float

@@ -88,7 +88,7 @@ class Ledger:
     def _show(self, unit: Unit, record: RunRecord, parent: str | None) -> str | None:
         """The record as an MLflow run; its id."""
         what: dict[str, Any] = {
-            "params": {**record.params, **{f"recipe.{name}": value for name, value in record.recipe.items()}, "seed": record.seed},
+            "params": {**{f"recipe.{name}": value for name, value in record.recipe.items()}, **record.params, "seed": record.seed},
             "metrics": {name: value for name, value in _summary(record).items() if value is not None},
             "tags": {
                 "kdbench.run_id": record.run_id,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.watch import Phase
-from kdbench.distributed.study import Asha, MethodStudy, defaults, holds
+from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
 from kdbench.errors import UserError, nearest
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated
 from kdbench.methods.build import MethodSpec, build_method, method_class, params_of, search_axes
@@ -90,6 +91,8 @@ class Pair:
         study_id = self.study_id(spec, axes, search)
         warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
         asha = Asha(max(search.grace_epochs, math.ceil(warmup)), search.reduction) if search.scheduler == "asha" else None
+        main: Direction = "maximize" if self.task.higher_is_better else "minimize"
+        costs: list[Direction] = ["minimize"] * len(search.objectives)
         study = MethodStudy(
             ledger.layout.study(study_id),
             study_id,
@@ -97,7 +100,7 @@ class Pair:
             trials=search.trials,
             sampler=search.sampler,
             seed=search.seed,
-            directions=["maximize" if self.task.higher_is_better else "minimize", *["minimize"] * len(search.objectives)],
+            directions=[main, *costs],
             asha=asha,
         )
         return study_id, study
@@ -135,14 +138,19 @@ class Contender:
 
     spec: MethodSpec
     axes: tuple[Parameter, ...]
+    open_parent: Callable[[], str | None]
     study: MethodStudy | None = None
     study_id: str | None = None
-    parent: str | None = None  # the MLflow run that its runs are nested under
     checks: dict[str, tuple[int, Unit]] = field(default_factory=dict)  # by unit key: which of the best points, and the training
     finals: dict[str, Unit] | None = None  # by unit key; None until the tuned parameters are known
     started: set[str] = field(default_factory=set)
     ended: dict[str, RunRecord | None] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parent(self) -> str | None:
+        """The MLflow run that this method's runs are nested under; made when the first of them is."""
+        return self.open_parent()
 
     @property
     def done(self) -> bool:
@@ -164,15 +172,16 @@ class PairWork:
 
     def _contender(self, spec: MethodSpec) -> Contender:
         axes = axes_of(spec, self.search, self.pair.recipe)
-        contender = Contender(spec, axes)
+        contender = Contender(spec, axes, partial(self._open_parent, spec))
         if self.search is not None and axes:
             contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self.ledger)
-        contender.parent = self.ledger.tracker.parent(
-            f"{spec.label} · {self.pair.student.name}",
-            content_hash([self.pair.protocol_hash, self.pair.student.model_dump(mode="json"), spec.label]),
-            {"method": spec.name, "student": self.pair.student.name, "protocol_hash": self.pair.protocol_hash},
-        )
         return contender
+
+    def _open_parent(self, spec: MethodSpec) -> str | None:
+        pair = self.pair
+        key = content_hash([pair.protocol_hash, pair.student.model_dump(mode="json"), spec.label])
+        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.name, "kdbench.protocol_hash": pair.protocol_hash}
+        return self.ledger.tracker.parent(f"{spec.label} · {pair.student.name}", key, tags)
 
     def check(self) -> None:
         """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
@@ -208,7 +217,7 @@ class PairWork:
     def close(self) -> None:
         """Tell MLflow which methods are through."""
         for contender in self.contenders:
-            if contender.parent is not None:
+            if "parent" in vars(contender):
                 self.ledger.tracker.close_parent(contender.parent, "FINISHED" if contender.done else "KILLED")
 
     # --- the queue ---------------------------------------------------------------------------------------------------
@@ -277,7 +286,7 @@ class PairWork:
         assert study is not None
         assert search is not None
         seconds, epochs = record.train_seconds or 0.0, _epochs(record.curve)
-        record = record.model_copy(update={"study_id": contender.study_id})
+        record = record.model_copy(update={"study_id": contender.study_id, "params": _searched_params(contender, record)})
         self.ledger.note_trial(unit, record, contender.parent)
         if record.status == "failed":
             study.fail(number, record.failure or "unknown", seconds, epochs)
@@ -294,7 +303,8 @@ class PairWork:
     def _keep(self, contender: Contender, unit: Unit, record: RunRecord) -> RunRecord:
         if record.status == "failed":
             self.ledger.failures.append(record.failure or unit.title)
-        return self.ledger.keep(unit, record, contender.parent, **self._search_facts(contender))
+        params = _searched_params(contender, record)
+        return self.ledger.keep(unit, record, contender.parent, params=params, **self._search_facts(contender))
 
     def _search_facts(self, contender: Contender) -> dict[str, Any]:
         """What finding the parameters cost: trials and the winners' checks."""
@@ -381,6 +391,12 @@ def _objectives(record: RunRecord, costs: Sequence[str]) -> list[float]:
     assert record.val_metric is not None
     assert record.train_seconds is not None
     return [record.val_metric, *(record.train_seconds if name == "train_seconds" else record.curve[-1][f"val_{name}"] for name in costs)]
+
+
+def _searched_params(contender: Contender, record: RunRecord) -> dict[str, Any]:
+    """The method's parameters, and what the search varied of the recipe."""
+    varied = [axis.name for axis in contender.axes if axis.name.startswith("recipe.")]
+    return record.params | {name: record.recipe[name.removeprefix("recipe.")] for name in varied}
 
 
 def _add(pair: list[int], done: int, total: int) -> None:

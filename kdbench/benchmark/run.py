@@ -1,12 +1,14 @@
 """The whole path of an experiment: teacher, its cached outputs, the students' searches and finals.
 
-Every step is keyed by its content, and what the results folder already holds is not done again: the same command after any interruption goes on.
+Every step is keyed by its content, and what the results folder already holds is not done again:
+the same command after any interruption goes on.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +80,8 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     for recipe in (experiment.recipe, experiment.teacher_recipe()):
         if recipe.batch_size % workers:
             raise UserError(
-                f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; make it a multiple of {workers}"
+                f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; "
+                f"make it a multiple of {workers}"
             )
 
 
@@ -113,6 +116,8 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
         for work in queue.queues:
             work.close()
         ledger.close()
+    if queue.done and not ledger.failures:
+        shutil.rmtree(ledger.layout.checkpoints(experiment.name), ignore_errors=True)
     tuned = {work.pair.student.name: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned)
 

@@ -26,6 +26,8 @@ ENVIRONMENT = {
 }
 # Nothing travels through the object store: units are small, data and caches are files.
 _OBJECT_STORE_BYTES = 256 * 2**20
+# On a cluster its own free resources say how many trainings run at once.
+_CLUSTER_DECIDES = 1_000
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,11 @@ def started(runtime: Runtime) -> Iterator[Slots]:
 
 
 def slots_of(runtime: Runtime) -> Slots:
-    """One worker: the trial's process is the worker, and reserves its CPUs. Several: the trial only waits for them, and holds a slot, or it would deadlock."""
-    if runtime.address is None:
-        fit = available_cpus() // needed_cpus(runtime)
-    else:
-        fit = 1_000  # the cluster's own free resources decide
+    """One worker: the trial's process is the worker, and reserves its CPUs.
+
+    Several: the trial only waits for them, and holds a slot instead of a CPU, or trials would keep each other's workers from starting.
+    """
+    fit = available_cpus() // needed_cpus(runtime) if runtime.address is None else _CLUSTER_DECIDES
     concurrent = max(1, min(runtime.concurrent or fit, fit))
     if runtime.workers > 1:
         return Slots(concurrent, {"trial_slot": 1} if runtime.address is None else {"CPU": 0.01})

@@ -71,7 +71,10 @@ Direction = Literal["maximize", "minimize"]
 
 @dataclass(frozen=True)
 class Asha:
-    """Asynchronous successive halving (arXiv 1810.05934): of the trials that reach a rung, one in `reduction` goes on. Rungs are grace * reduction^k epochs."""
+    """Asynchronous successive halving (arXiv 1810.05934): of the trials that reach a rung, one in `reduction` goes on.
+
+    Rungs are at grace_epochs * reduction^k epochs.
+    """
 
     grace_epochs: int
     reduction: int
@@ -190,9 +193,10 @@ class MethodStudy:
         self.study.tell(number, values=list(values) if values is not None else None, state=state)
 
     def best(self, count: int) -> list[Mapping[str, Any]]:
-        """The parameters of the `count` best finished trials, all different. Of several objectives: the Pareto front, by the first.
+        """The parameters of the `count` best finished trials, all different.
 
-        Where none finished, as the one that outdid the others failed in the end: the stopped ones, those that came farthest first.
+        With several objectives: of the Pareto front, ordered by the first objective. Where no trial finished, as the one that outdid
+        the others failed in the end: the stopped ones, those that came farthest first.
         """
         sign = -1 if self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
         finished = [t for t in self._asked() if t.state == TrialState.COMPLETE]

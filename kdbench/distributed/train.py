@@ -73,7 +73,8 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     unit, layout = Unit.model_validate_json(config["unit"]), Layout(Path(config["results"]))
-    ending = pack_ending(attempt(unit, RaySession(layout.checkpoint(unit.key), config["threads"]), layout))
+    checkpoint = layout.checkpoint(unit.experiment, unit.key)
+    ending = pack_ending(attempt(unit, RaySession(checkpoint, config["threads"]), layout))
     if unpack_ending(ending).record is None:
         raise WorkerFailed(ending[ENDING])
     ray.train.report(ending)

@@ -141,7 +141,7 @@ class QueueSearcher(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override] - FINISHED is a string
+    def suggest(self, trial_id: str) -> Any:
         desk = self._desk
         if desk.error is not None or desk.work.done:
             return str(Searcher.FINISHED)
@@ -179,7 +179,7 @@ def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str
     if how.workers > 1:
         train_with_workers(unit, how, layout, Path(storage))
         return
-    session = LocalSession(layout.checkpoint(unit.key), _to_tune, threads=how.cpus_per_worker)
+    session = LocalSession(layout.checkpoint(unit.experiment, unit.key), _to_tune, threads=how.cpus_per_worker)
     tune.report(pack_ending(attempt(unit, session, layout)))
 
 

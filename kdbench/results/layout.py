@@ -31,8 +31,12 @@ class Layout:
     def study(self, study_id: str) -> Path:
         return self.root / "studies" / f"{study_id}.journal"
 
-    def checkpoint(self, unit_key: str) -> Path:
-        return self.root / "checkpoints" / f"{unit_key}.pt"
+    def checkpoints(self, experiment: str) -> Path:
+        """What an experiment's unfinished trainings go on from; cleared when nothing is unfinished any more."""
+        return self.root / "checkpoints" / experiment
+
+    def checkpoint(self, experiment: str, unit_key: str) -> Path:
+        return self.checkpoints(experiment) / f"{unit_key}.pt"
 
     def predictions(self, unit_key: str) -> str:
         """Relative to the root, as a record names it."""

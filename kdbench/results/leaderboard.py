@@ -38,7 +38,8 @@ class Row:
     vs_kd_high: float | None
     seeds: int  # that count in the mean, failed ones included
     failed: int  # seeds that diverged or died; each counts as the undistilled student of its seed
-    params: Mapping[str, Any]  # the method's tuned parameters
+    params: Mapping[str, Any]  # of the method, and `recipe.x` where the search varied it
+    searched: frozenset[str]  # which of `params` the search chose
     trials: int | None  # of the search that chose them
     params_count: int | None  # of the deployed student
     flops: int | None
@@ -227,6 +228,7 @@ def _row(group: _Finals, rank: int | None, undistilled: _Finals | None, control:
         seeds=len(values),
         failed=group.failed,
         params=group.newest.params,
+        searched=frozenset(group.newest.space or {}),
         trials=group.newest.trials,
         params_count=next(iter(_known(records, "params_count")), None),
         flops=next(iter(_known(records, "flops")), None),

@@ -131,7 +131,7 @@ def _columns(board: Board) -> list[Column]:
         Column("ms", lambda r: _short(r.latency_ms_p50), 7),
         Column("params", lambda r: _scaled(r.params_count), 8),
         Column("FLOPs", lambda r: _scaled(r.flops), 9),
-        Column("tuned", lambda r: ", ".join(f"{name}={_short(value)}" for name, value in r.params.items()) or UNKNOWN, 10),
+        Column("tuned", _tuned, 10),
     ]
     return [column for column in shown if column.expendable < 4 or any(column.cell(row) != UNKNOWN for row in board.rows)]
 
@@ -163,6 +163,10 @@ def _short(value: Any) -> str:
     if value is None:
         return UNKNOWN
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _tuned(row: Row) -> str:
+    return ", ".join(f"{name}={_short(value)}" for name, value in row.params.items() if name in row.searched) or UNKNOWN
 
 
 def _scaled(count: int | None) -> str:

@@ -49,7 +49,7 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state that `save_checkpoint` kept, or None where the file is not readable: the training then starts anew, which gives the same result."""
+    """The state that `save_checkpoint` kept, or None where the file can't be read: training then starts anew, which gives the same."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
@@ -57,9 +57,12 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return state
 
 
-def save_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> str:
-    """Write a model's tensors as safetensors under plain keys; returns the SHA-256 of the file."""
-    data = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata or {}))
+def save_weights(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """Write a model's tensors as safetensors under plain keys; returns the SHA-256 of the file, the same for the same weights.
+
+    No metadata: safetensors writes several entries in an order that differs from process to process.
+    """
+    data = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
     return hashlib.sha256(data).hexdigest()
 

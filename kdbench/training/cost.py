@@ -16,7 +16,7 @@ from kdbench.models.inputs import model_inputs
 
 @dataclass(frozen=True)
 class Cost:
-    """params: trainable and frozen; flops: one forward pass of one image, a multiply-add counted as two; latency in ms of a batch of one."""
+    """params: trainable and frozen; flops: of one forward pass of one image, a multiply-add counted as two; latency: of a batch of one."""
 
     params: int
     flops: int

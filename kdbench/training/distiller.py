@@ -28,7 +28,7 @@ class Distiller(nn.Module):
     def forward(self, batch: Batch, teacher: Outputs | None, at: Progress, autocast: torch.autocast) -> dict[str, Tensor]:
         """Loss terms by name, with `total` to step on. The networks run under `autocast`, the losses outside it.
 
-        Where the method is batch-coupled and there are several workers, it sees the joined batch, and gradients flow back to each worker's part.
+        Where the method is batch-coupled and there are several workers, it sees the joined batch; gradients flow back to each one's part.
         """
         with autocast:
             outputs = self._taps(batch.inputs)

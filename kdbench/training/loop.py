@@ -241,21 +241,34 @@ def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> dict[
     return {name: term.detach() for name, term in terms.items()}
 
 
+def mean_losses(run: Training) -> dict[str, float]:
+    """Each term's mean over the epoch and over all workers, who must agree on whether training goes on."""
+    local = torch.stack([value.double() for value in run.sums.values()]) / run.step
+    everywhere = run.session.gather(local[None]).mean(0)
+    return {f"train_{name}": value for name, value in zip(run.sums, everywhere.tolist(), strict=True)}
+
+
+def share_buffers(run: Training) -> None:
+    """Give every worker the first one's batch statistics: what they measure together is the network that is saved."""
+    if run.session.world_size > 1:
+        for buffer in run.evaluated.buffers():
+            buffer.copy_(run.session.gather(buffer[None])[0])
+
+
 def close_epoch(run: Training) -> dict[str, float]:
     """Read the epoch's losses, validate, remember the best weights, and move on to the next epoch. Returns the epoch's row of the curve."""
     start = time.monotonic()
     unit, task = run.unit, run.task
-    losses = _mean_losses(run)
+    losses = mean_losses(run)
+    where = f"in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})"
     if not math.isfinite(losses["train_total"]):
-        raise Diverged(
-            f"{unit.title}: the loss became {losses['train_total']} in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})"
-        )
-    _share_buffers(run)
+        raise Diverged(f"{unit.title}: the loss became {losses['train_total']} {where}")
+    share_buffers(run)
     prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision)
     metrics = task.metrics(prediction, run.splits.val.target)
     value = metrics[task.primary]
     if not math.isfinite(value):
-        raise Diverged(f"{unit.title}: the validation {task.primary} became {value} in epoch {run.epoch + 1} of {unit.recipe.epochs}")
+        raise Diverged(f"{unit.title}: the validation {task.primary} became {value} {where}")
     if unit.recipe.weights == "best" and (value if task.higher_is_better else -value) > run.best_value:
         run.best_value = value if task.higher_is_better else -value
         run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.evaluated.state_dict().items()}
@@ -265,20 +278,6 @@ def close_epoch(run: Training) -> dict[str, float]:
     row |= losses | {f"val_{name}": number for name, number in metrics.items()}
     run.curve.append(row)
     return row
-
-
-def _mean_losses(run: Training) -> dict[str, float]:
-    """The epoch's mean of each loss term over all workers: the same number everywhere, so that they all see a divergence."""
-    mine = torch.stack([value.detach().reshape(()) for value in run.sums.values()])
-    sums = run.session.gather(mine[None]).cpu().double().mean(0)
-    return {f"train_{name}": value / run.step for name, value in zip(run.sums, sums.tolist(), strict=True)}
-
-
-def _share_buffers(run: Training) -> None:
-    """Give every worker the first one's batch statistics: what they measure together is the network that is saved."""
-    if run.session.world_size > 1:
-        for buffer in run.evaluated.buffers():
-            buffer.copy_(run.session.gather(buffer[None])[0])
 
 
 def _due(run: Training) -> bool:

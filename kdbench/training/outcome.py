@@ -41,7 +41,7 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
     if run.session.rank != 0:
         return record
     weights = layout.teacher(unit.key) if unit.role == "teacher" else layout.student(unit.key)
-    sha = save_weights(model.state_dict(), weights, {"kdbench_unit": unit.key, "model": unit.student.name})
+    sha = save_weights(model.state_dict(), weights)
     facts["artifacts_uri"] = str(weights.relative_to(layout.root))
     if unit.role == "teacher":
         facts["teacher_sha"] = sha
@@ -80,7 +80,7 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
 
 
 def measured_teacher(unit: Unit, weights: Path, session: Session, layout: Layout) -> RunRecord:
-    """The record of a teacher that was trained elsewhere: its weights, measured on the test set. Raises UserError where they don't fit the data."""
+    """The record of a teacher that was trained elsewhere, measured on the test set. Raises UserError where its weights don't fit."""
     task = build_task(unit.task)
     splits = task.splits()
     model = task.build_model(unit.student.model_copy(update={"weights": weights}))

@@ -39,7 +39,7 @@ def images_for(images: Tensor, precision: str, memory_format: str = "contiguous"
 
 
 def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], device: torch.device, memo: Path) -> Recipe:
-    """The recipe with every `auto` replaced by what was measured to be fastest. The choice is kept in `memo` and read from there next time."""
+    """The recipe with every `auto` replaced by what was measured to be fastest, which is kept in `memo` and read from there next time."""
     if recipe.precision != "auto" and recipe.memory_format != "auto":
         return recipe
     if memo.exists():

@@ -1,4 +1,4 @@
-"""Where a training runs: rank, device, how modules are prepared, and where reports and checkpoints go. The loop knows nothing else of it."""
+"""Where a training runs: rank, device, how modules are prepared, where reports and checkpoints go. The loop knows nothing else of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Session(Protocol):
         ...
 
     def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
-        """Make an epoch known, or nothing where `metrics` is empty; `state`, where given, is called and kept. All workers call it together."""
+        """Make an epoch known (nothing, where `metrics` is empty); `state`, where given, is called and kept. All workers call together."""
         ...
 
     def resume(self) -> State | None:
@@ -58,7 +58,7 @@ class LocalSession:
         device: torch.device | None = None,
         threads: int | None = None,
     ) -> None:
-        """checkpoint: the file that is kept up to date and resumed from; on_report: told of each epoch; threads: of CPU kernels, all by default."""
+        """checkpoint: the file that is kept and resumed from; on_report: told of each epoch; threads: of CPU kernels, all by default."""
         self.checkpoint = checkpoint
         self.on_report = on_report
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

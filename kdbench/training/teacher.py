@@ -15,7 +15,7 @@ from kdbench.training.teacher_cache import TeacherCache, open_cache
 
 
 def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module:
-    """The frozen network: weights read strictly, eval mode, no gradients. Raises UserError where the weights don't fit the data's classes."""
+    """The frozen network: weights read strictly, eval mode, no gradients. Raises UserError where the weights don't fit the data."""
     model = task.build_model(ref.model.model_copy(update={"weights": ref.weights}))
     return place(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
 

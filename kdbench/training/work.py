@@ -83,7 +83,7 @@ def unpack_epoch(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
-    """Train a unit. A training that diverges is a result: a failed record. One whose code fails is not: the traceback goes to a log file."""
+    """Train a unit. One that diverges is a result: a failed record. One whose code fails is not: the traceback goes to a log file."""
     try:
         return Ending(fit(unit, session, layout))
     except Diverged as failure:
@@ -103,7 +103,7 @@ def settle(work: Work, unit: Unit, ending: Ending, layout: Layout) -> None:
         work.crash(unit, ending.crash or f"{unit.title}: unknown")
         return
     work.finish(unit, ending.record)
-    layout.checkpoint(unit.key).unlink(missing_ok=True)
+    layout.checkpoint(unit.experiment, unit.key).unlink(missing_ok=True)
 
 
 def stopped_record(unit: Unit) -> RunRecord:
@@ -122,7 +122,7 @@ def run_here(work: Work, layout: Layout) -> None:
                 raise StoppedEarly
 
         try:
-            ending = attempt(unit, LocalSession(layout.checkpoint(unit.key), on_report), layout)
+            ending = attempt(unit, LocalSession(layout.checkpoint(unit.experiment, unit.key), on_report), layout)
         except StoppedEarly:
             ending = Ending(stopped_record(unit))
         settle(work, unit, ending, layout)

@@ -41,7 +41,9 @@ def found(make_record):
     cost = {"params_count": 78042, "flops": 25_300_000, "latency_ms_p50": 1.234, "device_hours": 0.5, "trials": 8}
     params = {"temperature": 2.0, "odd": math.inf}
     records = [
-        make_record(method=method, seed=seed, test_metric=value, params=params, protocol_hash="0123abc", **cost)
+        make_record(
+            method=method, seed=seed, test_metric=value, params=params, space=dict.fromkeys(params), protocol_hash="0123abc", **cost
+        )
         for method, metrics in values.items()
         for seed, value in enumerate(metrics)
     ]
