@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +96,8 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         else:
             options["address"] = runtime.address
         try:
-            ray.init(**options)
+            with _own_sigterm():
+                ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     try:
@@ -102,6 +105,21 @@ def started(runtime: Runtime) -> Iterator[Slots]:
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM over for good: its handler exits at once, with nothing said or closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as terminated:
+        raise KeyboardInterrupt from terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def slots_of(runtime: Runtime) -> Slots:
