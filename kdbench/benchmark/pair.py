@@ -288,6 +288,8 @@ class PairWork:
         seconds, epochs = record.train_seconds or 0.0, _epochs(record.curve)
         record = record.model_copy(update={"study_id": contender.study_id, "params": _searched_params(contender, record)})
         self.ledger.note_trial(unit, record, contender.parent)
+        for row in record.curve:  # a report can be lost with the process that sent it
+            study.report(number, int(row["epoch"]), row[f"val_{self.pair.task.primary}"], last=True)
         if record.status == "failed":
             study.fail(number, record.failure or "unknown", seconds, epochs)
             return

@@ -39,6 +39,8 @@ from kdbench.training.work import (
     unpack_epoch,
 )
 
+log = logging.getLogger(__name__)
+
 # An actor that dies (out of memory, a lost node) is replaced and its unit taken up again this often.
 _RETRIES = 2
 
@@ -63,7 +65,11 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name="units", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=_RETRIES)
+                name="units",
+                storage_path=str(storage),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=_RETRIES),
+                callbacks=[_Recoveries(desk)],
             ),
         )
         try:
@@ -171,6 +177,17 @@ class QueueScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         return TrialScheduler.STOP if self._desk.report(trial.trial_id, result) else TrialScheduler.CONTINUE
+
+
+class _Recoveries(tune.Callback):
+    """Says that a process died, which costs time, and that nothing is lost by it."""
+
+    def __init__(self, desk: _Desk) -> None:
+        self._desk = desk
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        unit = self._desk.running[trial.trial_id]
+        log.warning("%s: its process died; another one goes on with it", unit.title)
 
 
 def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str) -> None:
