@@ -5,24 +5,32 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdbench.errors import KDBenchError
+from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
+
+if TYPE_CHECKING:
+    from kdbench.results.leaderboard import Board
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # importing what draws the boxes would take longer than all the rest of `--help`
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Which way of distilling this teacher into this student is best, and by how much?\n\n"
     "Example: kdbench run experiments/quickstart.yaml",
 )
+
+# Where the output is a file or a log there is no width to fit: every column is shown.
+_WIDTH_OF_A_FILE = 220
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -91,8 +99,18 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
         typer.echo(f"\nStopped. What is finished is kept; to go on: {again}", err=True)
         raise typer.Exit(130) from None
     if not search_only:
-        _print_boards(folder, "table", {"experiment": experiment.name})
+        found = [board for protocol in summary.protocols for board in _boards(folder, {"protocol_hash": protocol})]
+        _print_boards(found, "table")
+        _draw(found, folder / "boards" / f"{experiment.name}.png")
     return summary
+
+
+def _draw(found: list[Board], path: Path) -> None:
+    from kdbench.results.picture import draw, worth_drawing
+
+    if any(worth_drawing(board) for board in found):
+        draw(found, path)
+        typer.echo(f"picture: {path}")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -118,43 +136,51 @@ def leaderboard(
     student: Annotated[str | None, typer.Option(help="Only this student.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="Only this method (its gain over `none` is still shown).", show_default=False)] = None,
     experiment: Annotated[str | None, typer.Option(help="Only this experiment.", show_default=False)] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the gains: FILE.png, .svg or .pdf.", show_default=False)
+    ] = None,
     published: Annotated[bool, typer.Option("--published", help="Also quote the papers' own figures, apart from the ranking.")] = False,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
     from kdbench.results.layout import results_folder
+    from kdbench.results.rendering import check_format
 
+    check_format(format_)
     filters = {"task": task, "data": data, "teacher": teacher, "student": student, "experiment": experiment}
-    _print_boards(results_folder(results), format_, filters, method, published)
+    found = _boards(results_folder(results), {name: value for name, value in filters.items() if value is not None}, method)
+    _print_boards(found, format_, published)
+    if picture is not None:
+        from kdbench.results.picture import draw
+
+        draw(found, picture)
 
 
-# Where the output is a file or a log there is no width to fit: every column is shown.
-_WIDTH_OF_A_FILE = 220
-
-
-def _print_boards(
-    folder: Path, format_: str, filters: Mapping[str, str | None], method: str | None = None, published: bool = False
-) -> None:
+def _boards(folder: Path, filters: Mapping[str, str], method: str | None = None) -> list[Board]:
+    """The boards of the records that the filters leave; says what to do where there is none."""
     from dataclasses import replace
-
-    from rich.console import Console
 
     from kdbench.results.leaderboard import boards
     from kdbench.results.published import load_published
-    from kdbench.results.rendering import nothing_to_rank, render
+    from kdbench.results.rendering import nothing_to_rank
     from kdbench.results.store import ResultStore
 
-    records = ResultStore(folder).scan(**{name: value for name, value in filters.items() if value is not None})
+    records = ResultStore(folder).scan(**filters)
     found = boards(records, load_published())
     if method is not None:
-        found = [
-            replace(board, rows=rows) for board in found if (rows := tuple(row for row in board.rows if method in (row.label, row.method)))
-        ]
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
-    text = render(found, format_, with_published=published, console=console)
-    if not found and format_ != "json":
+        kept = [(board, tuple(row for row in board.rows if method in (row.label, row.method))) for board in found]
+        found = [replace(board, rows=rows) for board, rows in kept if rows]
+    if not found:
         typer.echo(nothing_to_rank(str(folder), records), err=True)
-        return
-    typer.echo(text, nl=False)
+    return found
+
+
+def _print_boards(found: list[Board], format_: str, published: bool = False) -> None:
+    from rich.console import Console
+
+    from kdbench.results.rendering import render
+
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
+    typer.echo(render(found, format_, with_published=published, console=console), nl=False)
 
 
 @app.command("list", epilog=_example("list methods"))
@@ -237,7 +263,12 @@ def doctor(results: Results = None) -> None:
 
 def main() -> None:
     """The console script. A user's mistake ends in one message and exit code 2, a failed run in one message and exit code 1."""
+    # A dotted path such as my_methods:Mine may name a file in the working directory, which is not on the console script's path.
+    # Last, so that nothing that is installed gets hidden; Ray's workers have the folder on theirs anyway.
+    sys.path.append(os.getcwd())
     try:
+        if os.getcwd() not in sys.path:  # where a user's own `my_module:Class` lies; `python -m` has it there too
+            sys.path.insert(0, os.getcwd())
         app()
     except KDBenchError as error:
         typer.echo(f"kdbench: {error}", err=True)
@@ -245,6 +276,18 @@ def main() -> None:
     except BrokenPipeError:  # `kdbench leaderboard | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        typer.echo(f"kdbench: {_unforeseen(error)}", err=True)
+        sys.exit(1)
+
+
+def _unforeseen(error: Exception) -> str:
+    """A full disk in plain words; of anything else, which is a fault in kdbench or in a user's own code, the traceback in a file."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return str(not_written(error, error.filename or "a file"))
+    with tempfile.NamedTemporaryFile("w", prefix="kdbench-", suffix=".log", delete=False) as trace:
+        traceback.print_exception(error, file=trace)
+    return f"{in_one_line(error)}; traceback in {trace.name}"
 
 
 if __name__ == "__main__":

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:  # every command imports this file; `--help` should not wait for pydantic
+    from pydantic import BaseModel, ValidationError
+
+    Valid = type[BaseModel] | Iterable[str]
 
 
 class KDBenchError(Exception):
@@ -30,6 +37,33 @@ class Diverged(RunFailed):
     """A loss or a metric became nan or infinite. The message says where."""
 
 
+class DiskFull(RunFailed):
+    """There is no space left. What would run next would fail as well, so this ends the whole run."""
+
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def not_written(error: OSError, path: object) -> RunFailed:
+    """What to raise for a write to `path` that failed."""
+    if error.errno in NO_SPACE:
+        return DiskFull(f"the disk is full: {path} was not written; free some space and run the same command again, finished work is kept")
+    return RunFailed(f"{path} could not be written: {error.strerror or error}")
+
+
+def in_one_line(error: BaseException) -> str:
+    """What foreign code raised, and the last line of the user's own files on the way: `KeyError: 'x' (my_model.py, line 7)`."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {message[:200]}".removesuffix(": ") + place
+
+
+def _is_users(filename: str) -> bool:
+    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
+    return not (filename.startswith(("<", *libraries)) or "site-packages" in filename or "dist-packages" in filename)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean X?` for the most similar of `names`, or a short list of them where nothing is near."""
     names = sorted(names)
@@ -40,37 +74,64 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; there is: {shown}"
 
 
-def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+_UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
+_MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
+_EXPECTED = {
+    "model_type": "expected keys with values",
+    "model_attributes_type": "expected keys with values",
+    "dict_type": "expected keys with values",
+    "tuple_type": "expected a list such as [a, b]",
+    "list_type": "expected a list such as [a, b]",
+    "invalid_key": "expected a name as the key",
+    "too_short": "expected at least one entry",
+    "int_from_float": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "string_type": "expected a text",
+}
+
+
+def explain(error: ValidationError, where: str, valid: Valid) -> str:
     """What pydantic found wrong, one line a problem: `where: key.path: what was expected, what came, which valid name is near`.
 
-    where: the file, method or option that was read; model: the class that was validated: its fields, nested ones too, are the valid names.
+    where: the file, method or data set that was read. valid: the class that was validated, whose fields (nested ones too) are the valid
+    names, or the names of a function's options.
     """
-    problems = error.errors(include_url=False)
-    return "\n".join(f"{where}: {_problem(dict(problem), model)}" for problem in problems)
+    names = valid if isinstance(valid, type) else tuple(valid)
+    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
+    # Of a list whose entries are wrong, pydantic also says that it is too short.
+    inside = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    told = [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside]
+    return "\n".join(f"{where}: {_problem(problem, names)}" for problem in told)
 
 
-def _problem(problem: dict[str, Any], model: type[BaseModel]) -> str:
+def _problem(problem: dict[str, Any], valid: type[BaseModel] | tuple[str, ...]) -> str:
+    kind, given, message = problem["type"], problem["input"], problem["msg"]
     *parents, last = problem["loc"] or ("",)
     path = ".".join(str(part) for part in (*parents, last))
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{nearest(str(last), _names_under(model, parents))}"
-    if problem["type"] == "missing":
+    if kind in _UNKNOWN:
+        names = _names_under(valid, parents)
+        return f"unknown key {path!r}{nearest(str(last), names) if names else ''}"
+    if kind in _MISSING:
         return f"key {path!r} is missing"
-    given, message = problem["input"], problem["msg"]
-    if problem["type"] == "value_error":
-        message = message.removeprefix("Value error, ")
-    elif problem["type"] == "model_type":
-        message = f"expected keys with values, got {given!r:.80}"
-    else:
-        message = message.replace("Input should be", "expected") + f", got {given!r:.80}"
-    if problem["type"] == "literal_error":
-        message += nearest(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+    message = message.removeprefix("Value error, ").replace("Input should be", "expected").replace("String should", "expected a text to")
+    message = _EXPECTED.get(kind, message)
+    # A check of our own on several keys at once says itself what it found.
+    if kind != "value_error" or (isinstance(given, str | int | float) and ", got " not in message and repr(given) not in message):
+        message += f", got {given!r:.80}"
+    if kind == "literal_error":
+        hint = nearest(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+        message += hint if "did you mean" in hint else ""  # all that is valid stands before it
     return f"{path}: {message}" if path else message
 
 
-def _names_under(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
+def _names_under(valid: type[BaseModel] | tuple[str, ...], path: list[int | str]) -> list[str]:
     """The keys that are valid at `path`; list positions, dictionary keys and union tags on the way leave the candidates as they are."""
-    models = [model]
+    if isinstance(valid, tuple):
+        return [] if path else list(valid)
+    models = [valid]
     for part in path:
         below = [m for parent in models if part in parent.model_fields for m in _models_in(parent.model_fields[str(part)].annotation)]
         tagged = [m for m in models if m.__name__ == part]
@@ -79,6 +140,8 @@ def _names_under(model: type[BaseModel], path: Iterable[int | str]) -> list[str]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    from pydantic import BaseModel
+
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

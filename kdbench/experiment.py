@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kdbench.catalogue import known, nearest
+from kdbench.data.options import StrictOptions
 from kdbench.data.views import Augment
 from kdbench.errors import UserError, explain
 from kdbench.methods import METHODS
@@ -28,8 +29,8 @@ PRECISIONS = ("auto", "fp64", "fp32", "bf16", "fp16")
 SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+class _Part(StrictOptions):
+    model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
 
 class Recipe(_Part):
@@ -166,9 +167,9 @@ class Experiment(_Part):
         for method in self.methods:
             if not known("method", method.name, METHODS):
                 raise ValueError(f"methods: unknown method {method.name!r}{nearest(method.name, METHODS)}")
-        labels = [method.label for method in self.methods]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"methods: {twice[0]!r} stands twice; give one of them another `label`")
+        for key, labels in (("methods", [m.label for m in self.methods]), ("students", [s.label for s in self.students])):
+            if twice := sorted({label for label in labels if labels.count(label) > 1}):
+                raise ValueError(f"{key}: {twice[0]!r} stands twice; give one of them another `label`")
         return self
 
     def teacher_recipe(self) -> Recipe:
@@ -209,8 +210,12 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys may well stand again
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} can't be a key", key_node.start_mark)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -224,7 +229,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         mark = error.problem_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         raise UserError(f"{where}:{place} not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date such as 2026-13-01
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if value is None:
         raise UserError(f"{where}: the file is empty; experiments/quickstart.yaml shows what an experiment looks like")
@@ -242,8 +247,8 @@ def _override(experiment: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {assignment}: expected key=value, such as --set recipe.epochs=3")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {assignment}: the value is not valid YAML") from None
     path = key.split(".")
     if path[0] == "method":
@@ -337,9 +342,11 @@ class Unit(_Part):
 
     @property
     def key(self) -> str:
-        """Content hash of all that decides the outcome, and of nothing else: where files lie and what things are called is left out."""
+        """Content hash of all that decides the outcome, and of nothing else: where files lie and how the experiment is called is left out.
+
+        Labels are part of it: a tuned method may end at the parameters that another label pins, and a board has a row for each.
+        """
         content = self.model_dump(mode="json", exclude={"experiment", "teacher", "checkpoint_seconds", "number"})
-        content["method"].pop("label", None)
         content["teacher"] = self.teacher.sha if self.teacher else None
         return content_hash(content)
 
@@ -347,7 +354,7 @@ class Unit(_Part):
     def title(self) -> str:
         """What people read: `kd trial 3`, `kd seed 1`, `teacher resnet8x4`."""
         if self.role == "teacher":
-            return f"teacher {self.student.name}"
+            return f"teacher {self.student.label}"
         if self.role == "trial":
             return f"{self.method.label} trial {self.number}"
         return f"{self.method.label} {'check ' if self.role == 'candidate' else ''}seed {self.seed}"

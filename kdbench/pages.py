@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from kdbench.catalogue import Entry, known, load, nearest, resolve
+from kdbench.catalogue import Entry, entry_point_group, known, load, nearest, resolve
 from kdbench.data import DATA
 from kdbench.errors import UserError
 from kdbench.methods import METHODS
@@ -65,7 +65,7 @@ def catalogue_page(kind: str, format: str = "table") -> str:
 def _entries(kind: str) -> dict[str, Entry]:
     """Ours, then those of installed packages."""
     singular, table = KINDS[kind]
-    plugins = sorted(entry_points(group=f"kdbench.{singular}s"), key=lambda point: point.name)
+    plugins = sorted(entry_points(group=entry_point_group(singular)), key=lambda point: point.name)
     theirs = {point.name: Entry(point.value, f"from {point.dist.name if point.dist else point.module}") for point in plugins}
     return {**table, **{name: entry for name, entry in theirs.items() if name not in table}}
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from kdbench.distributed.cluster import quiet
+from tests.console import Kdbench
 
 for _variable in ("KDBENCH_RESULTS", "KDBENCH_DATA", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(_variable, None)
@@ -22,6 +26,7 @@ def ray() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=2,
         resources={"trial_slot": 1},
         include_dashboard=False,
@@ -31,3 +36,14 @@ def ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def kdbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Kdbench]:
+    """The console script, in an empty working directory. What it changes in this process is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield Kdbench(monkeypatch, capsys)
+    signal.signal(signal.SIGTERM, handler)

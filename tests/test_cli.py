@@ -33,35 +33,9 @@ from kdbench.tasks.build import build_task
 from kdbench.training import export as exporting
 from kdbench.training.checkpoint import save_weights
 from kdbench.training.export import find_run
+from tests.console import Kdbench
 
 COMMANDS = ("run", "tune", "leaderboard", "list", "show", "taps", "export", "doctor")
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Kdbench:
-    """Calls the console script's function in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> Ended:
-        self.monkeypatch.setattr(sys, "argv", ["kdbench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        return Ended(code if isinstance(code, int) else 0, *self.capsys.readouterr())
-
-
-@pytest.fixture
-def kdbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Kdbench:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    return Kdbench(monkeypatch, capsys)
 
 
 # --- help, imports, mistakes -----------------------------------------------------------------------------------------

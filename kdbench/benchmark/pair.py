@@ -180,8 +180,8 @@ class PairWork:
     def _open_parent(self, spec: MethodSpec) -> str | None:
         pair = self.pair
         key = content_hash([pair.protocol_hash, pair.student.model_dump(mode="json"), spec.label])
-        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.name, "kdbench.protocol_hash": pair.protocol_hash}
-        return self.ledger.tracker.parent(f"{spec.label} · {pair.student.name}", key, tags)
+        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, "kdbench.protocol_hash": pair.protocol_hash}
+        return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", key, tags)
 
     def check(self) -> None:
         """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
@@ -369,8 +369,10 @@ class PairWork:
         """What the store already has is not trained again."""
         for unit in units:
             if unit.key in self._known:
-                contender.ended[unit.key] = self._known[unit.key]
+                record = contender.ended[unit.key] = self._known[unit.key]
                 self.ledger.found += 1
+                if record.status == "failed":
+                    self.ledger.failures.append(record.failure or unit.title)
 
     def _give_up(self, contender: Contender) -> None:
         """No trial ended well: the finals are on record as failed, and the board says so."""

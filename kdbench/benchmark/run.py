@@ -9,32 +9,37 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
-from kdbench.experiment import Experiment, Recipe, TeacherRef, TeacherSpec, Unit, content_hash
-from kdbench.methods.build import MethodSpec, method_class, params_of
+from kdbench.experiment import Experiment, Recipe, TeacherRef, TeacherSpec, Unit, content_hash, validated
+from kdbench.methods.build import MethodSpec, build_method, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
+from kdbench.models.taps import probe
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
+from kdbench.search_space import Choice
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import file_sha256
+from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
 from kdbench.training.precision import settled
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import load_teacher
-from kdbench.training.teacher_cache import build_cache, cache_key, view_count
+from kdbench.training.teacher_cache import build_cache, cache_key, open_cache, view_count
 from kdbench.training.work import Work, run_here
 
 
@@ -46,6 +51,7 @@ class Summary:
     found: int
     failures: tuple[str, ...]
     tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]  # student -> method's label -> parameters
+    protocols: tuple[str, ...]  # one a student: the hashes of the boards that this experiment fills
 
 
 def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | None = None, search_only: bool = False) -> Summary:
@@ -68,21 +74,32 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     check_fits_here(experiment.runtime)
     for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
         check_model_name(model.name)
+    task = build_task(experiment.task)
     for method in experiment.methods:
         kind = method_class(method)
         params_of(method)
         axes_of(method, experiment.search, experiment.recipe)
-        if not kind.supports(experiment.task.name):
-            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {experiment.task.name}")
+        if not kind.supports(task.name):
+            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {task.name}")
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
     workers = experiment.runtime.workers
-    for recipe in (experiment.recipe, experiment.teacher_recipe()):
+    for recipe in [experiment.recipe, experiment.teacher_recipe(), *_searched_recipes(experiment)]:
+        check_optimization(recipe)
         if recipe.batch_size % workers:
             raise UserError(
                 f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; "
                 f"make it a multiple of {workers}"
             )
+
+
+def _searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
+    """The recipe at every option and at both ends of every range that a search may try. Raises UserError where one is no recipe."""
+    for key, dimension in (experiment.search.also if experiment.search else {}).items():
+        name = key.removeprefix("recipe.")
+        ends = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
+        for value in ends:
+            yield validated(Recipe, {**experiment.recipe.model_dump(), name: value}, f"search.also.{key}")
 
 
 @contextmanager
@@ -104,8 +121,11 @@ def exclusive(lock: Path, name: str) -> Iterator[None]:
 def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     task = build_task(experiment.task)
     splits = task.splits()
-    teacher = _ready_teacher(experiment, ledger, task, splits)
-    pairs = [_pair(experiment, ledger, student, teacher, task, splits) for student in experiment.students]
+    students = [task.build_model(student) for student in experiment.students]
+    teacher = _ready_teacher(experiment, ledger, task, splits, students)
+    pairs = [
+        _pair(experiment, ledger, spec, model, teacher, task, splits) for spec, model in zip(experiment.students, students, strict=True)
+    ]
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
@@ -118,8 +138,9 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
         ledger.close()
     if queue.done and not ledger.failures:
         shutil.rmtree(ledger.layout.checkpoints(experiment.name), ignore_errors=True)
-    tuned = {work.pair.student.name: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
-    return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned)
+    tuned = {work.pair.student.label: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
+    protocols = tuple(dict.fromkeys(pair.protocol_hash for pair in pairs))
+    return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 
 
 def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool | None = None) -> None:
@@ -145,7 +166,7 @@ def _device() -> torch.device:
 # --- teacher ---------------------------------------------------------------------------------------------------------
 
 
-def _ready_teacher(experiment: Experiment, ledger: Ledger, task: Task, splits: Splits) -> TeacherRef | None:
+def _ready_teacher(experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, students: Sequence[nn.Module]) -> TeacherRef | None:
     """The teacher, trained: from the results folder, from its weights file, or now. Its metric is made known first of all."""
     spec = experiment.teacher
     if spec is None:
@@ -154,9 +175,10 @@ def _ready_teacher(experiment: Experiment, ledger: Ledger, task: Task, splits: S
     model = task.build_model(spec.model)
     recipe = settled(experiment.teacher_recipe(), model, task.info.image_shape, _device(), _memo(ledger, experiment, spec.model))
     unit = _teacher_unit(experiment, spec, recipe, splits)
-    record, weights = _given(ledger, spec.weights, unit) if spec.weights else _trained(experiment, ledger, unit, task)
+    fits = partial(check_methods, experiment, task, students, model)
+    record, weights = _given(ledger, spec.weights, unit) if spec.weights else _trained(experiment, ledger, unit, task, fits)
     ledger.watch.progress("teacher", 1, 1)
-    ledger.watch.note(f"teacher {spec.model.name}: test {task.primary} {record.test_metric:.2f}")
+    ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
     assert record.teacher_sha is not None
     return TeacherRef(
         model=spec.model,
@@ -166,6 +188,15 @@ def _ready_teacher(experiment: Experiment, ledger: Ledger, task: Task, splits: S
         precision=recipe.precision,
         memory_format=recipe.memory_format,
     )
+
+
+def check_methods(experiment: Experiment, task: Task, students: Sequence[nn.Module], teacher: nn.Module) -> None:
+    """Build every method for every pair: what does not fit is known before the teacher is trained. Raises UserError."""
+    for student in students:
+        for spec in experiment.methods:
+            method = build_method(spec, torch.Generator())
+            shapes = probe(teacher, task.info.image_shape, method.teacher_taps) if method.needs_teacher else None
+            method.build(probe(student, task.info.image_shape, method.student_taps), shapes, task.info)
 
 
 def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, splits: Splits) -> Unit:
@@ -186,12 +217,13 @@ def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, spl
     )
 
 
-def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task) -> tuple[RunRecord, Path]:
+def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
     weights = ledger.layout.teacher(unit.key)
     record = ledger.store.by_unit_key(unit.key)
     if record is not None and weights.exists() and file_sha256(weights) == record.teacher_sha:
         ledger.found += 1
         return record, weights
+    check_first()
     work = TeacherWork(unit, task, ledger)
     _empty(work, experiment, ledger, searching=False)
     assert work.record is not None, "a queue that was emptied without an error has its record"
@@ -243,8 +275,15 @@ class TeacherWork:
 # --- students --------------------------------------------------------------------------------------------------------
 
 
-def _pair(experiment: Experiment, ledger: Ledger, student: ModelSpec, teacher: TeacherRef | None, task: Task, splits: Splits) -> Pair:
-    model = task.build_model(student)
+def _pair(
+    experiment: Experiment,
+    ledger: Ledger,
+    student: ModelSpec,
+    model: nn.Module,
+    teacher: TeacherRef | None,
+    task: Task,
+    splits: Splits,
+) -> Pair:
     recipe = settled(experiment.recipe, model, task.info.image_shape, _device(), _memo(ledger, experiment, student))
     if teacher is not None and view_count(recipe) is not None:
         teacher = teacher.model_copy(update={"cache": _cache(experiment, ledger, teacher, task, splits, recipe)})
@@ -263,11 +302,22 @@ def _pair(experiment: Experiment, ledger: Ledger, student: ModelSpec, teacher: T
 
 def _cache(experiment: Experiment, ledger: Ledger, teacher: TeacherRef, task: Task, splits: Splits, recipe: Recipe) -> Path:
     folder = ledger.layout.cache(cache_key(teacher, splits, recipe, experiment.data_seed))
+    _remove_damaged(folder, ledger.watch)
     if not folder.exists():
         model = load_teacher(teacher, task, _device())
         for done, total in build_cache(folder, model, teacher, splits, recipe, experiment.data_seed, _device()):
             ledger.watch.progress("cache", done, total)
     return folder
+
+
+def _remove_damaged(cache: Path, watch: Watch) -> None:
+    """A cache can be made again at any time, so a damaged one stops nobody."""
+    if cache.exists():
+        try:
+            open_cache(cache)
+        except RunFailed as damage:
+            watch.note(f"{damage}; it is made again")
+            shutil.rmtree(cache)
 
 
 def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec) -> Path:

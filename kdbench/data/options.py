@@ -1,17 +1,33 @@
-"""A thing named with options of its own, as an experiment writes it, and what was wrong with the options in one readable line."""
+"""What an experiment writes: keys with strictly read values, and things named with options of their own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
-from kdbench.catalogue import nearest
 
-_UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
-_MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
+class StrictOptions(BaseModel):
+    """Keys with values: no unknown key, and no `on` or `yes`, which YAML reads as true and Python counts as 1, where a number is meant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            types = set(_types_in(cls.model_fields[str(info.field_name)].annotation))
+            if types & {int, float} and bool not in types:
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _types_in(argument)
 
 
 class NamedSpec(BaseModel):
@@ -30,20 +46,3 @@ class NamedSpec(BaseModel):
     def options_json(self) -> str:
         """The options as JSON with sorted keys: a key to cache by."""
         return json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
-
-
-def first_problem(error: ValidationError, names: Iterable[str]) -> str:
-    """`no option 'sizze'; did you mean 'size'?`, `option 'x' is missing` or `option 'size': what was expected, got what`.
-
-    names: the options there are.
-    """
-    problem = error.errors()[0]
-    place = [str(step) for step in problem["loc"]]
-    option = ".".join(place)
-    if problem["type"] in _UNKNOWN:
-        return f"no option {option!r}{nearest(option, names) if len(place) == 1 else ''}"
-    if problem["type"] in _MISSING:
-        return f"option {option!r} is missing"
-    option = place[0] if place else ""  # behind it a union's place names its branches, which nobody wrote
-    expected = problem["msg"].removeprefix("Value error, ")
-    return f"option {option!r}: {expected[0].lower()}{expected[1:]}, got {problem['input']!r}"

@@ -16,8 +16,8 @@ from torch import Tensor
 from kdbench.catalogue import resolve
 from kdbench.data import DATA
 from kdbench.data.batch import Part
-from kdbench.data.options import NamedSpec, first_problem
-from kdbench.errors import UserError
+from kdbench.data.options import NamedSpec
+from kdbench.errors import KDBenchError, UserError, explain, in_one_line
 
 _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of megabytes
 
@@ -70,7 +70,11 @@ def _opened(name: str, options: str) -> Source:
     try:
         source = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(make)(**json.loads(options))
     except ValidationError as error:
-        raise UserError(f"data {name!r}: {first_problem(error, inspect.signature(make).parameters)}") from error
+        raise UserError(explain(error, f"data {name!r}", inspect.signature(make).parameters)) from error
+    except KDBenchError:
+        raise
+    except Exception as error:  # whatever a user's own function may raise
+        raise UserError(f"data {name!r}: {in_one_line(error)}") from error
     problem = _problem(source)
     if problem:
         raise UserError(f"data {name!r}: {problem}")

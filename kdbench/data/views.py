@@ -9,21 +9,20 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.data.hashing import below, hash64
+from kdbench.data.options import StrictOptions
 
 IGNORED = 255  # the label of a pixel that has none: a crop brings them in from outside the image
 
 _DOWN, _ACROSS, _MIRROR = 0, 1, 2  # which decision a hash is for
 
 
-class Augment(BaseModel):
+class Augment(StrictOptions):
     """How a view differs from its image."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     crop: Annotated[int, Field(ge=0)] = 0  # pixels of black padding on every side, then a random crop back to the size
     flip: bool = False  # mirrored left to right, half of the time

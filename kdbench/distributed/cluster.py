@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks on this poll: 2 s by default
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in an experiment means the same in a trial as on the command line
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task",  # half a page; what it means is said by ours
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -89,6 +90,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if runtime.address is None:
             options |= {
+                "address": "local",  # else Ray joins a head that happens to run on this machine
                 "num_cpus": available_cpus(),
                 "resources": {"trial_slot": slots.concurrent},
                 "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second

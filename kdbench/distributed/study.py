@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from kdbench.errors import UserError, in_one_line
 from kdbench.search_space import Choice, Dimension, Parameter, Range
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -120,7 +122,8 @@ class MethodStudy:
     ) -> None:
         """Open the study `name` in the journal at `path`, or begin it with the axes' defaults as its first point.
 
-        The caller holds the experiment's lock: a lock left in the journal's folder is a killed driver's, and is removed.
+        The caller holds the experiment's lock: a lock left in the journal's folder is a killed driver's, and is removed, as is a line
+        that it began and did not end. Raises UserError where the journal is damaged otherwise.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
@@ -130,13 +133,20 @@ class MethodStudy:
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if asha is not None:
             pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=asha.grace_epochs, reduction_factor=asha.reduction)
-        self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))),
-            study_name=name,
-            load_if_exists=True,
-            directions=list(directions),
-            pruner=pruner,
-        )
+        _drop_unfinished_line(path)
+        try:
+            self.study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(path))),
+                study_name=name,
+                load_if_exists=True,
+                directions=list(directions),
+                pruner=pruner,
+            )
+        except (ValueError, KeyError, TypeError) as error:  # what reading a line that Optuna did not write ends in
+            raise UserError(
+                f"the journal of a search, {path}, is damaged ({in_one_line(error)}): "
+                "restore it from a copy, or delete it to have that search run again"
+            ) from error
         if not self.study.trials:
             self.study.enqueue_trial(defaults(self.axes))
         self._abandoned = [t for t in self._asked() if t.state == TrialState.RUNNING]
@@ -253,6 +263,12 @@ def walk(axes: Sequence[Parameter], value_of: Callable[[Parameter], Any]) -> dic
 def defaults(axes: Sequence[Parameter]) -> dict[str, Any]:
     """The point that is tried first."""
     return walk(axes, lambda axis: axis.default)
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """A write that a full disk or a kill cut off; Optuna would append to it, and never read the journal again."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def distribution(axis: Parameter) -> BaseDistribution:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
+from kdbench.data.options import StrictOptions
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search_space import Range
 from kdbench.tasks.base import TaskInfo
@@ -61,20 +62,12 @@ class Method(nn.Module):
     student_taps: ClassVar[tuple[str, ...]] = ()
     teacher_taps: ClassVar[tuple[str, ...]] = ()
 
-    class Params(BaseModel):
+    class Params(StrictOptions):
         """Defaults are the paper's; a Range says where to search, a pydantic Field what makes sense at all."""
 
-        model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+        model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
         task_weight: Annotated[float, Range(0.0, 2.0), Field(ge=0)] = 1.0
-
-        @field_validator("*", mode="before")
-        @classmethod
-        def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-            """YAML reads `on` and `yes` as true, which Python would count as 1."""
-            if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
-                raise ValueError(f"expected a number, got {str(value).lower()}")
-            return value
 
     def __init__(self, params: Method.Params | None = None, generator: torch.Generator | None = None) -> None:
         """`generator` is the source of any randomness inside the loss: one per run, saved with the checkpoint."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
 from kdbench.catalogue import known, nearest, resolve
-from kdbench.errors import RunFailed, UserError
+from kdbench.errors import RunFailed, UserError, in_one_line
 from kdbench.models import MODELS
 from kdbench.models.inputs import InputSpec
 from kdbench.models.weights import load_weights
@@ -22,19 +22,25 @@ from kdbench.models.weights import load_weights
 class ModelSpec(BaseModel):
     """Which network: `cifar_resnet8`, or `{name: resnet8x4, stem_stride: 2}`.
 
-    Keys beside `name`, `pretrained` and `weights` go to the builder.
+    Keys beside `name`, `label`, `pretrained` and `weights` go to the builder.
+    label: what a leaderboard calls it; the name unless the user says otherwise.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
+    label: str = ""
     pretrained: bool = False
     weights: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping) and "name" in value:
+            return {"label": str(value["name"]), **value}
+        return value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,7 +92,10 @@ def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
     if spec.pretrained:
         raise UserError(f"model {spec.name!r}: 'pretrained' is for timm's models; give a file of weights as 'weights'")
     arguments = _arguments(spec.name, builder, facts, spec.options)
-    model = builder(**arguments)
+    try:
+        model = builder(**arguments)
+    except Exception as error:  # whatever a user's own class may raise
+        raise UserError(f"model {spec.name!r} can't be built with {arguments}: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model {spec.name!r}: expected it to build an nn.Module, it built a {type(model).__name__}")
     return model

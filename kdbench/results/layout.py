@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdbench.errors import UserError
+
 
 def results_folder(option: Path | None = None, configured: Path | None = None) -> Path:
-    """`--results`, else `results:` in the experiment, else KDBENCH_RESULTS, else ./results; always absolute."""
+    """`--results`, else `results:` in the experiment, else KDBENCH_RESULTS, else ./results; always absolute.
+
+    Raises UserError for an address such as s3://bucket.
+    """
     chosen = option or configured or os.environ.get("KDBENCH_RESULTS") or "results"
+    if address := re.match(r"[a-z][a-z0-9+.-]+:/", str(chosen)):
+        raise UserError(
+            f"results folder {str(chosen)!r}: expected a folder, no address {address[0]}/...; mount the storage and name its folder"
+        )
     return Path(chosen).expanduser().resolve()
 
 

@@ -159,6 +159,8 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
             f"{source} is not a kdbench record: expected one row with a column 'schema_version', got {table.num_rows} rows; move it away"
         )
     row = table.to_pylist()[0]
+    if not isinstance(row["schema_version"], int):
+        raise UserError(f"{source} is not a kdbench record: its schema version is {row['schema_version']!r}, no number; move it away")
     if row["schema_version"] > SCHEMA_VERSION:
         raise UserError(
             f"{source} has schema version {row['schema_version']}, this kdbench reads up to {SCHEMA_VERSION}: "

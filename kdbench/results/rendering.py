@@ -49,7 +49,14 @@ def render(boards: Sequence[Board], format: str = "table", *, with_published: bo
         return _csv(boards)
     if format == "json":
         return json.dumps({"boards": [board_data(board) for board in boards]}, indent=2, allow_nan=False) + "\n"
-    raise UserError(f"unknown format {format!r}{nearest(format, FORMATS)}")
+    check_format(format)
+    raise AssertionError(f"{format} is in FORMATS and not rendered")
+
+
+def check_format(format: str) -> None:
+    """Raise UserError for a format that is none of FORMATS."""
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}{nearest(format, FORMATS)}")
 
 
 def nothing_to_rank(location: str, records: Sequence[RunRecord]) -> str:

@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from kdbench.catalogue import nearest
-from kdbench.errors import RunFailed, UserError
+from kdbench.errors import UserError, not_written
 from kdbench.results.record import RunRecord, from_table, to_table
 
 LAYOUT = "v1"
@@ -42,8 +42,9 @@ FILTERS = frozenset(
         "seed",
     }
 )
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
+NOT_WRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
+)
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 READERS = 8  # threads: an object store answers a small read in tens of milliseconds
 LONGEST_NAME = 100  # of a path's part; two of them and a run id stay under the 255 bytes of common file systems
@@ -72,7 +73,7 @@ class ResultStore:
     def append(self, record: RunRecord) -> str:
         """Write the record for good and return its path relative to the location.
 
-        Raises UserError where the run is already there or the location can't be written, RunFailed where the disk is full.
+        Raises UserError where the run is already there or the location can't be written, DiskFull where there is no space.
         """
         relative = record_path(record)
         self._write(relative, _parquet_bytes(record), replace=False)
@@ -103,8 +104,11 @@ class ResultStore:
     def check_writable(self) -> None:
         """Raise UserError or RunFailed now rather than after hours of training, where `append` would fail."""
         probe = f".writable-{secrets.token_hex(8)}.tmp"
-        self._write(probe, b"kdbench", replace=True)
-        self._files.rm_file(self._absolute(probe))
+        try:
+            self._write(probe, b"kdbench", replace=True)
+        finally:
+            if self._exists(self._absolute(probe)):
+                self._files.rm_file(self._absolute(probe))
 
     def write_bytes(self, relative: str, data: bytes) -> str:
         """Write a file in one step, replacing one of that name, and return the SHA-256 of its content in hex."""
@@ -126,6 +130,8 @@ class ResultStore:
 
     def _records(self) -> list[RunRecord]:
         folder = f"{self._root}/{LAYOUT}"
+        if self._local and os.path.exists(self._root) and not os.path.isdir(self._root):
+            raise UserError(f"{self.location} is a file, expected a results folder")
         self._files.invalidate_cache()
         paths = [path for path in self._files.find(folder) if _is_record(path)] if self._files.exists(folder) else []
         new = [path for path in paths if path not in self._read]
@@ -153,16 +159,12 @@ class ResultStore:
         return self._files.exists(path)
 
     def _explained(self, error: OSError, path: str) -> Exception:
-        if error.errno in DISK_FULL:
-            return RunFailed(
-                f"the disk is full: {path} was not written; free some space and run the same command again, finished work is kept"
-            )
         if error.errno in NOT_WRITABLE or isinstance(error, PermissionError):
             return UserError(
                 f"the results folder {self.location} can't be written ({error.strerror or error}): "
                 "choose another with --results DIR or the variable KDBENCH_RESULTS"
             )
-        return RunFailed(f"{path} could not be written: {error}")
+        return not_written(error, path)
 
 
 def record_path(record: RunRecord) -> str:

@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
+from kdbench.data.options import StrictOptions
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
 
@@ -47,10 +48,8 @@ class Task(ABC):
     primary: ClassVar[str]  # the key of `metrics` that runs are chosen and ranked by
     higher_is_better: ClassVar[bool] = True
 
-    class Options(BaseModel):
+    class Options(StrictOptions):
         """The keys that `task:` takes in an experiment beside `name`."""
-
-        model_config = ConfigDict(extra="forbid", frozen=True)
 
     info: TaskInfo
     data_name: str  # what records and boards call the data set

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pydantic import ValidationError
 
 from kdbench.catalogue import resolve
-from kdbench.data.options import NamedSpec, first_problem
-from kdbench.errors import UserError
+from kdbench.data.options import NamedSpec
+from kdbench.errors import UserError, explain
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
 
@@ -26,12 +26,18 @@ def build_task(spec: TaskSpec) -> Task:
     return _built(spec.name, spec.options_json)
 
 
+def task_class(spec: TaskSpec) -> type[Task]:
+    """The class behind the name. Raises UserError for an unknown name, or for a dotted path to something that is no task."""
+    found = resolve("task", spec.name, TASKS)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UserError(f"task {spec.name!r} must be a subclass of kdbench.tasks.base.Task")
+    return found
+
+
 @lru_cache(maxsize=4)
 def _built(name: str, options: str) -> Task:
-    kind = resolve("task", name, TASKS)
-    if not (isinstance(kind, type) and issubclass(kind, Task)):
-        raise UserError(f"task {name!r} must be a subclass of kdbench.tasks.base.Task")
+    kind = task_class(TaskSpec(name=name))
     try:
         return kind(kind.Options.model_validate(json.loads(options)))
     except ValidationError as error:
-        raise UserError(f"task {name!r}: {first_problem(error, kind.Options.model_fields)}") from error
+        raise UserError(explain(error, f"task {name!r}", kind.Options)) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kdbench.data.sources import Source
-from kdbench.errors import UserError
+from kdbench.errors import UserError, in_one_line
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.taps import probe
 
@@ -19,9 +19,10 @@ def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...]) -> n
     model = build_model(spec, num_classes=source.num_classes, in_channels=channels, image_size=max(sides), mean=source.mean, std=source.std)
     try:
         given = probe(model, source.image_shape).prediction
-    except (UserError, RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # whatever a user's own class may raise
+        reason = error if isinstance(error, UserError) else in_one_line(error)
         raise UserError(
-            f"model {spec.name!r} doesn't work on images {list(source.image_shape)} of data {source.name!r}: {error}"
+            f"model {spec.name!r} doesn't work on images {list(source.image_shape)} of data {source.name!r}: {reason}"
         ) from error
     if given == expected:
         return model

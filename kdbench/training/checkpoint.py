@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from kdbench.errors import RunFailed
+from kdbench.errors import not_written
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name, flush it to disk, and only then give it its name.
 
-    Raises RunFailed where the disk is full or the folder can't be written. Leaves no temporary file behind unless the process is killed.
+    Raises DiskFull where there is no space, RunFailed where the folder can't be written.
+    Leaves no temporary file behind unless the process is killed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,21 +32,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise RunFailed(disk_message(error, path)) from error
+        raise not_written(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def disk_message(error: OSError, path: Path) -> str:
-    """One line for a write that failed."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full: {path} could not be written; free some space and run the same command again, finished work is kept"
-    return f"{path} could not be written: {error.strerror or error}"
-
-
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Keep a training's whole state. Tensors and plain values only: it is read with weights_only."""
-    write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
+    data = BytesIO()  # torch's own writer hides why a write failed
+    torch.save(dict(state), data)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

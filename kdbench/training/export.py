@@ -125,7 +125,7 @@ def _weights(record: RunRecord, store_root: Path) -> Path:
 def _model_spec(record: RunRecord, experiment: Experiment) -> ModelSpec:
     """How the experiment describes the network that the record names."""
     teacher = [experiment.teacher.model] if experiment.teacher else []
-    specs = teacher if record.role == "teacher" else [spec for spec in experiment.students if spec.name == record.student]
+    specs = teacher if record.role == "teacher" else [spec for spec in experiment.students if spec.label == record.student]
     if len(specs) != 1:
         raise UserError(f"run {record.run_id}: its experiment describes {len(specs)} models called {record.student!r}, expected one")
     return specs[0]

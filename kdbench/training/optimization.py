@@ -10,11 +10,21 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdbench.catalogue import nearest
-from kdbench.errors import UserError
+from kdbench.errors import UserError, in_one_line
 from kdbench.experiment import Recipe
 
 OPTIMIZERS = ("sgd", "adamw")
 Schedule = Callable[[int], float]
+
+
+def check_optimization(recipe: Recipe) -> None:
+    """Raise UserError where the recipe's optimizer or schedule can't be made: an unknown name, or settings that do not go together."""
+    try:
+        make_schedule(recipe, 1, make_optimizer([nn.Parameter(torch.zeros(1))], recipe))
+    except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"recipe.optimizer: {recipe.optimizer!r} with schedule {recipe.schedule!r} can't be made: {in_one_line(error)}"
+        ) from error
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

@@ -42,13 +42,22 @@ def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int],
     """The recipe with every `auto` replaced by what was measured to be fastest, which is kept in `memo` and read from there next time."""
     if recipe.precision != "auto" and recipe.memory_format != "auto":
         return recipe
-    if memo.exists():
-        chosen = json.loads(memo.read_text())
-    else:
+    chosen = _remembered(memo)
+    if chosen is None:
         precision, memory_format = _fastest(recipe, model, image_shape, device)
         chosen = {"precision": precision, "memory_format": memory_format}
         write_atomically(memo, lambda temporary: temporary.write_text(json.dumps(chosen)))
     return recipe.model_copy(update=chosen)
+
+
+def _remembered(memo: Path) -> dict[str, str] | None:
+    """The choice that was kept; None where there is none, or nothing that this module wrote: it is then measured again."""
+    try:
+        chosen: dict[str, str] = json.loads(memo.read_text())
+        known = chosen["precision"] in DTYPES and chosen["memory_format"] in FORMATS
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return chosen if known else None
 
 
 def _fastest(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> tuple[str, str]:

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from kdbench.data.batch import Batch
 from kdbench.data.loader import in_order, view_batches
-from kdbench.errors import RunFailed
+from kdbench.errors import RunFailed, in_one_line, not_written
 from kdbench.experiment import Recipe, TeacherRef, content_hash
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs
 from kdbench.tasks.base import Splits
-from kdbench.training.checkpoint import disk_message
 from kdbench.training.precision import autocast, images_for
 
 FORMAT_VERSION = 1
@@ -80,10 +79,11 @@ def open_cache(folder: Path) -> TeacherCache:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         views, test, index = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("views", "test", "index"))
-    except (OSError, ValueError, EOFError) as error:
-        raise RunFailed(f"the teacher cache {folder} can't be read ({error}); delete that folder and run the same command again") from error
-    if list(views.shape) != manifest["views"] or list(test.shape) != manifest["test"]:
-        raise RunFailed(f"the teacher cache {folder} is damaged: its files are not of the size it was written with; delete that folder")
+        whole = [list(views.shape), list(test.shape)] == [manifest["views"], manifest["test"]]
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise RunFailed(f"the teacher cache {folder} can't be read ({in_one_line(error)})") from error
+    if not whole:
+        raise RunFailed(f"the teacher cache {folder} is damaged: its files are not of the size that they were written with")
     row_of = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
     row_of[torch.from_numpy(np.array(index))] = torch.arange(len(index))
     return TeacherCache(views, test, len(index), row_of)
@@ -106,7 +106,7 @@ def build_cache(
         scratch.rename(folder)
     except OSError as error:
         if not folder.exists():  # else another process finished the same entry first
-            raise RunFailed(disk_message(error, folder)) from error
+            raise not_written(error, folder) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -122,26 +122,27 @@ def _write_entry(
     views: int,
     total: int,
 ) -> Iterator[tuple[int, int]]:
-    done, shapes = 0, {}
+    done = 0
+    shapes: dict[str, list[int]] = {}
     passes = {
         "views": [view_batches(splits.transfer, view, recipe.augment, data_seed, 256, device) for view in range(views)],
         "test": [in_order(splits.test, 256, device)],
     }
     sizes = {"views": views * len(splits.transfer), "test": len(splits.test)}
     for name, rounds in passes.items():
-        target: np.memmap | None = None
-        row = 0
-        for batch in chain.from_iterable(rounds):
-            prediction = _predict(teacher, batch, ref.precision, device)
-            if target is None:
-                shape = (sizes[name], *prediction.shape[1:])
-                target = np.lib.format.open_memmap(scratch / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape)
-            target[row : row + len(batch)] = prediction
-            row, done = row + len(batch), done + len(batch)
-            yield done, total
-        assert target is not None, "an empty part"
-        target.flush()
-        shapes[name] = list(target.shape)
+        # Written, not mapped: a disk that fills up is then an error of the write, and not a signal that kills the process.
+        with (scratch / f"{name}.npy").open("wb") as file:
+            for batch in chain.from_iterable(rounds):
+                prediction = _predict(teacher, batch, ref.precision, device)
+                if name not in shapes:
+                    shapes[name] = [sizes[name], *prediction.shape[1:]]
+                    header = {"descr": prediction.dtype.str, "fortran_order": False, "shape": tuple(shapes[name])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(prediction.tobytes())
+                done += len(batch)
+                yield done, total
+            file.flush()
+            os.fsync(file.fileno())
     np.save(scratch / "index.npy", splits.transfer.index.numpy())
     (scratch / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "teacher": ref.sha, **shapes}))
 

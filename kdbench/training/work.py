@@ -9,9 +9,10 @@ import json
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from kdbench.errors import Diverged, KDBenchError
+from kdbench.errors import DiskFull, Diverged, KDBenchError, in_one_line
 from kdbench.experiment import Unit
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
@@ -52,10 +53,11 @@ class StoppedEarly(BaseException):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a training ended: a record, or the one-line reason why there is none."""
+    """How a training ended: a record, or the one-line reason why there is none. Where the disk is full, no other could end better."""
 
     record: RunRecord | None = None
     crash: str | None = None
+    disk_full: bool = False
 
 
 ENDING = "ending"  # the key of a report that carries an Ending
@@ -64,12 +66,12 @@ EPOCH = "row"  # the key of a report that carries an epoch's row of the curve
 
 def pack_ending(ending: Ending) -> dict[str, str]:
     """As a metric that Ray carries from the process that trained to the driver."""
-    return {ENDING: json.dumps([ending.record.model_dump_json() if ending.record else None, ending.crash])}
+    return {ENDING: json.dumps([ending.record.model_dump_json() if ending.record else None, ending.crash, ending.disk_full])}
 
 
 def unpack_ending(metrics: Mapping[str, Any]) -> Ending:
-    record, crash = json.loads(metrics[ENDING])
-    return Ending(RunRecord.model_validate_json(record) if record else None, crash)
+    record, crash, disk_full = json.loads(metrics[ENDING])
+    return Ending(RunRecord.model_validate_json(record) if record else None, crash, disk_full)
 
 
 def pack_epoch(metrics: Mapping[str, float]) -> dict[str, str]:
@@ -88,17 +90,31 @@ def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
         return Ending(fit(unit, session, layout))
     except Diverged as failure:
         return Ending(failed_record(unit, str(failure)))
+    except DiskFull as error:
+        return Ending(crash=str(error), disk_full=True)
     except KDBenchError as error:
         return Ending(crash=f"{unit.title}: {error}")
     except Exception as error:
-        trace = layout.log(unit.key)
-        write_atomically(trace, lambda temporary: temporary.write_text(traceback.format_exc()))
-        first_line = (str(error).strip().splitlines() or [""])[0][:200]
-        return Ending(crash=f"{unit.title}: {type(error).__name__}: {first_line} (traceback in {trace})")
+        return Ending(crash=f"{unit.title}: {in_one_line(error)}; {_kept_traceback(layout.log(unit.key))}")
+
+
+def _kept_traceback(path: Path) -> str:
+    """Write the traceback of the exception that is being handled; says where it is, or why it could not be kept."""
+    text = traceback.format_exc()
+    try:
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+    except KDBenchError as error:
+        return f"and its traceback could not be kept: {error}"
+    return f"traceback in {path}"
 
 
 def settle(work: Work, unit: Unit, ending: Ending, layout: Layout) -> None:
-    """Hand a unit's end to its queue; once it is on record the unit's checkpoint is of no more use."""
+    """Hand a unit's end to its queue; once it is on record the unit's checkpoint is of no more use.
+
+    Raises DiskFull where that was its end.
+    """
+    if ending.disk_full:
+        raise DiskFull(ending.crash)
     if ending.record is None:
         work.crash(unit, ending.crash or f"{unit.title}: unknown")
         return

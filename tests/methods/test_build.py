@@ -95,7 +95,7 @@ class NotAMethod:
         ({"name": "dkd", "betta": 2}, "method 'dkd': unknown key 'betta'; did you mean 'beta'?"),
         (
             {"name": "dkd", "beta": "much"},
-            "method 'dkd': beta: expected a valid number, unable to parse string as a number, got 'much'",
+            "method 'dkd': beta: expected a number, got 'much'",
         ),
         ({"name": "dkd", "beta": -1}, "method 'dkd': beta: expected greater than or equal to 0, got -1"),
         ({"name": "kd", "temperature": 0}, "method 'kd': temperature: expected greater than 0, got 0"),

@@ -10,8 +10,9 @@ import math
 import pytest
 from rich.console import Console
 
-from kdbench.errors import UserError
+from kdbench.errors import RunFailed, UserError
 from kdbench.results.leaderboard import boards
+from kdbench.results.picture import draw
 from kdbench.results.published import load_published
 from kdbench.results.rendering import FORMATS, nothing_to_rank, render
 
@@ -173,3 +174,16 @@ def test_published_figures_load_and_make_sense() -> None:
     assert {figure.method for figure in figures} == {"nkd", "tf_nkd"}
     assert all(figure.distilled > figure.undistilled for figure in figures)
     assert all((figure.teacher is None) == (figure.method == "tf_nkd") for figure in figures)
+
+
+def test_the_picture_is_drawn_for_boards_with_a_gain_and_refuses_other_names(found, tmp_path) -> None:
+    draw(found, tmp_path / "board.png")
+    assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
+    draw(found, tmp_path / "board.svg")
+    assert "<svg" in (tmp_path / "board.svg").read_text()
+    with pytest.raises(UserError, match=r"must end in one of \.png"):
+        draw(found, tmp_path / "board.jpg")
+    with pytest.raises(UserError, match="nothing to draw"):
+        draw([], tmp_path / "none.png")
+    with pytest.raises(RunFailed, match="could not be written"):
+        draw(found, tmp_path / "board.png" / "folder.png")

@@ -1,0 +1,121 @@
+"""A whole run in small: both tasks through one path, protocol and seeds as the design says, the shipped experiments readable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
+from kdbench.benchmark.run import run
+from kdbench.benchmark.watch import Unwatched
+from kdbench.experiment import Experiment, load_experiment
+from kdbench.results.leaderboard import boards
+from kdbench.results.rendering import render
+from kdbench.results.store import ResultStore
+from kdbench.tasks.build import build_task
+from kdbench.training.outcome import rederive
+
+ROOT = Path(__file__).parents[2]
+
+SMALL: dict[str, dict[str, Any]] = {
+    "classification": {
+        "task": {"name": "classification", "data": "fashion_mnist", "val_size": 200, "transfer_size": 200},
+        "teacher": {"model": "tiny_cnn", "recipe": {"epochs": 1}},
+        "students": [{"name": "tiny_cnn", "width": 4}],
+    },
+    "segmentation": {
+        "task": {"name": "segmentation", "data": {"name": "shapes", "train": 120, "test": 30}, "val_size": 30},
+        "teacher": {"model": "small_fcn", "recipe": {"epochs": 1}},
+        "students": ["tiny_fcn"],
+    },
+}
+
+
+def experiment(task: str, **changes: Any) -> Experiment:
+    rest = {
+        "name": f"small-{task}",
+        "methods": ["none", "kd"],
+        "recipe": {"epochs": 2, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous"},
+        "seeds": 2,
+    }
+    return Experiment.model_validate({**SMALL[task], **rest, **changes})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_experiment_is_valid(path: Path) -> None:
+    assert load_experiment(path).name
+
+
+@pytest.mark.parametrize("task", sorted(SMALL))
+def test_teacher_search_finals_and_board_work_for_every_task(task: str, tmp_path: Path, ray: None) -> None:
+    search = {"trials": 2, "sampler": "random", "scheduler": "none", "also": {"recipe.lr": {"low": 0.01, "high": 0.1, "log": True}}}
+    asked = experiment(task, search=search)
+    summary = run(asked, tmp_path, Unwatched())
+    assert summary.failures == ()
+    assert summary.trained == 1 + 2 * (2 + 2 + 2)  # teacher; per method two trials, two checked on a fresh seed, two finals
+
+    store = ResultStore(tmp_path)
+    records = store.scan()
+    assert {record.role for record in records} == {"teacher", "candidate", "final"}
+    finals = [record for record in records if record.role == "final"]
+    assert sorted((record.label, record.seed) for record in finals) == [("kd", 0), ("kd", 1), ("none", 0), ("none", 1)]
+    assert {record.seed for record in records if record.role == "candidate"} == {FIRST_CHECK_SEED}
+    assert not {0, 1} & {TRIAL_SEED, FIRST_CHECK_SEED}
+    assert {record.trials for record in finals} == {2}
+    assert all("recipe.lr" in record.params for record in finals)
+    assert all(record.test_metric is None for record in records if record.role == "candidate")
+    for record in finals:
+        assert record.predictions_uri is not None
+        assert rederive(record, build_task(asked.task), store.read_bytes(record.predictions_uri)) == record.metrics
+        assert record.agreement is not None
+
+    (board,) = boards(records)
+    assert board.task == task
+    assert {row.label for row in board.rows} == {"none", "kd"}
+    (shown,) = json.loads(render([board], "json"))["boards"]
+    assert {row["seeds"] for row in shown["rows"]} == {2}
+
+    again = run(asked, tmp_path, Unwatched())
+    assert again.trained == 0
+
+
+def test_more_seeds_train_only_the_new_ones(tmp_path: Path) -> None:
+    assert run(experiment("classification", seeds=1), tmp_path, Unwatched()).trained == 1 + 2
+    more = run(experiment("classification", seeds=3), tmp_path, Unwatched())
+    assert (more.trained, more.found) == (4, 1 + 2)
+    (board,) = boards(ResultStore(tmp_path).scan())
+    assert {row.seeds for row in board.rows} == {3}
+
+
+def test_protocols_are_never_mixed(tmp_path: Path) -> None:
+    run(experiment("classification"), tmp_path, Unwatched())
+    longer = experiment(
+        "classification", recipe={"epochs": 3, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous"}
+    )
+    run(longer, tmp_path, Unwatched())
+    assert len(boards(ResultStore(tmp_path).scan())) == 2
+
+
+def test_an_experiment_without_a_teacher_ranks_teacher_free_methods(tmp_path: Path) -> None:
+    alone = experiment("classification", methods=["none", "label_smoothing", "tf_nkd"], teacher=None)
+    assert run(alone, tmp_path, Unwatched()).failures == ()
+    (board,) = boards(ResultStore(tmp_path).scan())
+    assert board.teacher is None
+    assert {row.label for row in board.rows} == {"none", "label_smoothing", "tf_nkd"}
+    assert all(row.gap_recovered is None for row in board.rows)
+
+
+def test_a_teacher_from_a_file_is_measured_not_trained(tmp_path: Path) -> None:
+    run(experiment("classification"), tmp_path / "first", Unwatched())
+    (weights,) = (tmp_path / "first" / "teachers").rglob("model.safetensors")
+    given = experiment("classification", teacher={"model": "tiny_cnn", "weights": str(weights)})
+    run(given, tmp_path / "second", Unwatched())
+    metrics = []
+    for folder in ("first", "second"):
+        (teacher,) = ResultStore(tmp_path / folder).scan(role="teacher")
+        metrics.append((teacher.teacher_sha, teacher.test_metric))
+    assert metrics[0] == metrics[1]
+    assert teacher.curve == []

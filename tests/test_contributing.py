@@ -1,0 +1,108 @@
+"""The worked examples of CONTRIBUTING.md, cut out of the page and trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdbench import cli
+from kdbench.benchmark.run import run
+from kdbench.benchmark.watch import Unwatched
+from kdbench.data.shapes import shapes
+from kdbench.data.sources import DataSpec, Source, open_source
+from kdbench.errors import UserError
+from kdbench.experiment import Experiment, load_experiment
+from kdbench.results.store import ResultStore
+from tests.pages import ROOT, fenced
+
+EXAMPLES = {name: block for block in fenced("CONTRIBUTING.md") if (name := block.file_name)}
+EXPERIMENTS = sorted(name for name in EXAMPLES if name.endswith(".yaml"))
+SMALL = ("recipe.epochs=1", "teacher.recipe.epochs=1", "task.transfer_size=100", "seeds=1")
+
+
+@pytest.fixture
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory: a folder with every example under the name that its first line gives it."""
+    for name, block in EXAMPLES.items():
+        (tmp_path / name).write_text(block.text)
+    drawn = open_source(DataSpec.model_validate({"name": "shapes", "train": 200, "test": 40, "target": "class"}))
+    arrays = {"train": drawn.train, "test": drawn.test}
+    images = {f"x_{part}": arrays[part].inputs[:, 0].numpy() for part in arrays}
+    np.savez(tmp_path / "toys.npz", **images, **{f"y_{part}": arrays[part].target.numpy() for part in arrays})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name in EXAMPLES:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_there_is_an_example_of_each_thing_that_can_be_added() -> None:
+    assert {"mimic.yaml", "hint.yaml", "toys.yaml", "patch_net.yaml", "presence.yaml"} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_example_trains_as_it_is_printed(name: str, examples: Path) -> None:
+    sys.path.append(str(examples))
+    experiment = load_experiment(examples / name, SMALL)
+    summary = run(experiment, examples / "results", Unwatched())
+    assert summary.failures == ()
+    finals = ResultStore(examples / "results").scan(role="final")
+    assert {record.label for record in finals} == {method.label for method in experiment.methods}
+    assert all(record.status == "ok" and record.test_metric is not None for record in finals)
+    assert len({record.predictions_sha256 for record in finals}) == len(experiment.methods)  # every method changes what is learned
+
+
+def test_a_method_takes_under_thirty_lines() -> None:
+    for name in ("mimic.py", "hint.py"):
+        assert sum(bool(line.strip()) for line in EXAMPLES[name].text.splitlines()) < 30
+
+
+# --- what the page promises of the frame -----------------------------------------------------------------------------
+
+
+def test_the_command_finds_a_dotted_path_in_the_working_directory(
+    examples: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kdbench", "show", "mimic:Mimic"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "arXiv 1312.6184" in capsys.readouterr().out
+
+
+def test_a_method_goes_by_the_tasks_own_name_not_by_the_path_it_is_named_by(examples: Path) -> None:
+    sys.path.append(str(examples))
+    refused = load_experiment(examples / "presence.yaml", [*SMALL, "methods=[kd]"])
+    with pytest.raises(UserError, match="kd is for classification, segmentation, not for presence"):
+        run(refused, examples / "results", Unwatched())
+    taken = load_experiment(
+        examples / "toys.yaml", [*SMALL, 'task.name="kdbench.tasks.classification:Classification"', "methods=[kd]", "task.val_size=80"]
+    )
+    assert run(taken, examples / "results", Unwatched()).failures == ()
+
+
+def where_the_command_was_started(file: Path) -> Source:
+    """Data that need a file, named relative to the working directory."""
+    assert file.is_file(), f"{Path.cwd()} is another folder"
+    return shapes(train=60, test=20, target="class")
+
+
+@pytest.mark.ray
+def test_a_relative_path_means_the_same_inside_a_trial(ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment = Experiment.model_validate(
+        {
+            "name": "relative",
+            "task": {"name": "classification", "data": {"name": f"{__name__}:where_the_command_was_started", "file": "pyproject.toml"}},
+            "students": [{"name": "tiny_cnn", "width": 2}],
+            "methods": ["none"],
+            "recipe": {"epochs": 1, "batch_size": 10, "precision": "fp32", "memory_format": "contiguous"},
+            "search": {"trials": 1, "sampler": "random", "scheduler": "none", "also": {"recipe.lr": {"low": 0.01, "high": 0.2}}},
+            "seeds": 1,
+        }
+    )
+    assert run(experiment, tmp_path, Unwatched()).failures == ()

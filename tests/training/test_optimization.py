@@ -1,0 +1,110 @@
+"""Optimizers, schedules and averages by name; the precision that a measurement chose."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kdbench.errors import UserError
+from kdbench.experiment import Recipe
+from kdbench.training import precision
+from kdbench.training.optimization import make_average, make_optimizer, make_schedule
+from kdbench.training.precision import settled
+
+
+def recipe(**changes: object) -> Recipe:
+    return Recipe.model_validate({"epochs": 10, "lr": 0.5, **changes})
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2), requires_grad=False)]
+
+
+def test_optimizers_take_the_recipe_and_leave_frozen_parameters_alone() -> None:
+    sgd = make_optimizer(parameters(), recipe(momentum=0.8, weight_decay=0.01, nesterov=True))
+    assert isinstance(sgd, torch.optim.SGD)
+    (group,) = sgd.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], len(group["params"])) == (0.5, 0.8, 0.01, True, 1)
+    assert isinstance(make_optimizer(parameters(), recipe(optimizer="AdamW")), torch.optim.AdamW)
+
+
+def test_timm_optimizers_and_schedules_work_by_name() -> None:
+    lamb = make_optimizer(parameters(), recipe(optimizer="lamb", weight_decay=0.02))
+    assert type(lamb).__name__ == "Lamb"
+    assert lamb.param_groups[0]["lr"] == 0.5
+    factor = make_schedule(recipe(schedule="step", epochs=9), 10, lamb)
+    assert factor(0) == pytest.approx(1.0)
+    assert factor(89) < factor(45) < factor(0)
+    assert factor(45) == make_schedule(recipe(schedule="step", epochs=9), 10, lamb)(45)  # of the step alone: resuming needs no state
+
+
+@pytest.mark.parametrize(("key", "near"), [({"optimizer": "adamww"}, "adamw"), ({"schedule": "cosinus"}, "cosine")])
+def test_an_unknown_name_offers_the_nearest(key: dict[str, str], near: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{near}'"):
+        make_schedule(recipe(**key), 10, make_optimizer(parameters(), recipe(**key)))
+
+
+def test_schedules_warm_up_and_end_where_they_should() -> None:
+    optimizer = make_optimizer(parameters(), recipe())
+    cosine = make_schedule(recipe(warmup_epochs=2), 10, optimizer)
+    assert [cosine(step) for step in (0, 9, 19)] == pytest.approx([0.05, 0.5, 1.0])
+    assert cosine(20) == 1.0
+    assert cosine(60) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
+    linear = make_schedule(recipe(schedule="linear"), 10, optimizer)
+    assert [linear(0), linear(50)] == pytest.approx([1.0, 0.5])
+    assert linear(99) == pytest.approx(0.01)
+    assert make_schedule(recipe(schedule="constant"), 10, optimizer)(99) == 1.0
+
+
+def test_the_average_follows_weights_and_buffers_with_its_decay() -> None:
+    model = nn.BatchNorm1d(2)
+    average = make_average(model, recipe(ema=0.75))
+    assert average is not None
+    average.update_parameters(model)  # the first update copies
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+        model.running_mean.fill_(4.0)  # type: ignore[union-attr, operator]
+    average.update_parameters(model)
+    assert average.module.weight.tolist() == [2.0, 2.0]
+    assert average.module.running_mean.tolist() == [1.0, 1.0]
+    assert make_average(model, recipe()) is None
+
+
+def test_a_measured_precision_is_written_down_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {("fp32", "contiguous"): 1.0, ("fp32", "channels_last"): 0.9, ("bf16", "channels_last"): 0.5}
+    measured: list[tuple[str, str]] = []
+
+    def pretend(model: nn.Module, images: torch.Tensor, name: str, memory_format: str, device: torch.device) -> float:
+        measured.append((name, memory_format))
+        return seconds[name, memory_format]
+
+    monkeypatch.setattr(precision, "_step_seconds", pretend)
+    memo, device = tmp_path / "choices" / "a.json", torch.device("cpu")
+    chosen = settled(recipe(), nn.Linear(1, 1), (1, 2, 2), device, memo)
+    assert (chosen.precision, chosen.memory_format) == ("bf16", "channels_last")
+    assert json.loads(memo.read_text()) == {"precision": "bf16", "memory_format": "channels_last"}
+    count = len(measured)
+    seconds["bf16", "channels_last"] = 5.0
+    assert settled(recipe(), nn.Linear(1, 1), (1, 2, 2), device, memo) == chosen
+    assert len(measured) == count
+
+
+def test_a_small_advantage_is_not_worth_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {("fp32", "contiguous"): 1.0, ("fp32", "channels_last"): 0.9, ("bf16", "channels_last"): 0.86}
+    monkeypatch.setattr(precision, "_step_seconds", lambda model, images, name, memory_format, device: seconds[name, memory_format])
+    chosen = settled(recipe(), nn.Linear(1, 1), (1, 2, 2), torch.device("cpu"), tmp_path / "a.json")
+    assert (chosen.precision, chosen.memory_format) == ("fp32", "contiguous")
+
+
+def test_a_precision_that_was_asked_for_is_kept(tmp_path: Path) -> None:
+    asked = recipe(precision="fp16", memory_format="auto")
+    chosen = settled(asked, nn.Linear(1, 1), (1, 2, 2), torch.device("cpu"), tmp_path / "a.json")
+    assert (chosen.precision, chosen.memory_format) == ("fp16", "contiguous")
+    whole = recipe(precision="bf16", memory_format="channels_last")
+    assert settled(whole, nn.Linear(1, 1), (1, 2, 2), torch.device("cpu"), tmp_path / "b.json") == whole
+    assert not (tmp_path / "b.json").exists()
