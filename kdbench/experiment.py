@@ -112,11 +112,13 @@ class Search(_Part):
         return value
 
     @model_validator(mode="after")
-    def _one_objective_for_asha(self) -> Search:
+    def _as_many_objectives_as_can_be(self) -> Search:
         if self.objectives and self.scheduler == "asha":
             raise ValueError(
                 "several objectives and scheduler asha do not go together: one of them can't stop a trial early; use scheduler: none"
             )
+        if self.objectives and self.sampler == "cmaes":
+            raise ValueError("sampler cmaes knows one objective only; for several use tpe, gp or nsgaii")
         return self
 
 

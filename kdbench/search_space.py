@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -68,18 +68,41 @@ class Parameter:
     integer: bool = False
 
 
-def space_of(params: BaseModel, fixed: frozenset[str] = frozenset(), prefix: str = "") -> tuple[Parameter, ...]:
+def space_of(params: BaseModel, fixed: frozenset[str] = frozenset()) -> tuple[Parameter, ...]:
     """The axes of `params`: each field annotated with a Range or a Choice, the field's present value as its default.
 
-    `fixed` names fields that the user pinned: they keep their value and are not searched.
+    `fixed` names fields that the user pinned: they keep their value and are not searched, and conditions on them are settled here.
+    An axis with a condition comes after the axis that it looks at.
     """
-    return tuple(
-        Parameter(prefix + name, extra, getattr(params, name), field.annotation is int)
-        for name, field in type(params).model_fields.items()
-        if name not in fixed
-        for extra in field.metadata
-        if isinstance(extra, Range | Choice)
-    )
+    searched: dict[str, Parameter] = {}
+    for name, field in type(params).model_fields.items():
+        for extra in field.metadata:
+            if isinstance(extra, Range | Choice) and name not in fixed:
+                searched[name] = Parameter(name, extra, getattr(params, name), is_whole(field.annotation))
+    axes: list[Parameter] = []
+    for axis in searched.values():
+        _place(axis, searched, params, axes)
+    return tuple(axes)
+
+
+def _place(axis: Parameter, searched: Mapping[str, Parameter], params: BaseModel, axes: list[Parameter]) -> None:
+    """Append an axis, the one that its condition looks at first; none where its condition can't hold."""
+    when = axis.dimension.when
+    if any(placed.name == axis.name for placed in axes):
+        return
+    if when is None:
+        axes.append(axis)
+    elif when.name in searched:
+        _place(searched[when.name], searched, params, axes)
+        axes.append(axis)
+    elif getattr(params, when.name) in when.values:
+        axes.append(replace(axis, dimension=replace(axis.dimension, when=None)))
+
+
+def is_whole(annotation: Any) -> bool:
+    """Whether a field of this type, such as `int` or `int | None`, takes whole numbers only."""
+    kinds = set(get_args(annotation)) or {annotation}
+    return int in kinds and float not in kinds
 
 
 def describe(axes: tuple[Parameter, ...]) -> Mapping[str, dict[str, Any]]:

@@ -37,20 +37,35 @@ class Ledger:
     def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str, parent: str | None = None) -> None:
         """Show an epoch of a training that runs."""
         self.watch.epoch(unit, metrics, primary)
-        curve = self._curves.setdefault(unit.key, [])
+        key = _key(unit)
+        curve = self._curves.setdefault(key, [])
+        if curve and metrics["epoch"] <= curve[-1]["epoch"]:  # its process died, and another one begins where the last checkpoint was
+            return
         curve.append(dict(metrics))
         if metrics["seconds"] < LIVE_AFTER_SECONDS:
             return
-        if unit.key in self._live:
+        if key in self._live:
             curve = curve[-1:]
         else:
-            self._live[unit.key] = self.tracker.live(parent, unit.title, _mlflow_key(unit))
+            self._live[key] = self.tracker.live(parent, unit.title, key)
         for row in curve:
-            self._live[unit.key].log(_metrics(row), int(row["epoch"]))
+            self._live[key].log(_metrics(row), int(row["epoch"]))
 
     def curve_of(self, unit: Unit) -> list[dict[str, float]]:
         """The epochs that were reported of a training that runs or was stopped."""
-        return self._curves.get(unit.key, [])
+        return self._curves.get(_key(unit), [])
+
+    def drop(self, unit: Unit) -> None:
+        """A training that could not be finished leaves a failed run in MLflow, where it was shown at all."""
+        self._curves.pop(_key(unit), None)
+        live = self._live.pop(_key(unit), None)
+        if live is not None:
+            live.finish("FAILED")
+
+    def close(self) -> None:
+        """What is still shown as running was stopped with the run; whoever goes on with it shows it anew."""
+        while self._live:
+            self._live.popitem()[1].finish("KILLED")
 
     def keep(self, unit: Unit, record: RunRecord, parent: str | None = None, **facts: Any) -> RunRecord:
         """Put a finished unit on record. MLflow comes first, so that the record can name its run; the record is what counts."""
@@ -67,7 +82,7 @@ class Ledger:
 
     def _count(self, unit: Unit, record: RunRecord) -> None:
         self.trained += 1
-        self._curves.pop(unit.key, None)
+        self._curves.pop(_key(unit), None)
         self.watch.finished(unit, record)
 
     def _show(self, unit: Unit, record: RunRecord, parent: str | None) -> str | None:
@@ -88,19 +103,17 @@ class Ledger:
             "artifacts": [self.layout.root / record.artifacts_uri] if record.artifacts_uri else [],
             "texts": {"experiment.yaml": record.config or ""} if record.role != "trial" else {},
         }
-        live = self._live.pop(unit.key, None)
+        live = self._live.pop(_key(unit), None)
         if live is not None:
-            shown = {row["epoch"] for row in self._curves.get(unit.key, [])}
+            shown = {row["epoch"] for row in self.curve_of(unit)}
             for row in record.curve:  # epochs of an earlier process, before it was killed
                 if row["epoch"] not in shown:
                     live.log(_metrics(row), int(row["epoch"]))
             return live.finish(**what)
-        return self.tracker.log_run(
-            parent, unit.title, _mlflow_key(unit), curve=[_metrics(row, keep_epoch=True) for row in record.curve], **what
-        )
+        return self.tracker.log_run(parent, unit.title, _key(unit), curve=[_metrics(row, keep_epoch=True) for row in record.curve], **what)
 
 
-def _mlflow_key(unit: Unit) -> str:
+def _key(unit: Unit) -> str:
     """Trials of one study may meet at the same point; their numbers keep them apart."""
     return unit.key if unit.number is None else f"{unit.key}/{unit.number}"
 

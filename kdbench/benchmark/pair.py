@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
 
+import torch
+
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.watch import Phase
-from kdbench.distributed.study import Asha, Direction, MethodStudy, holds
-from kdbench.errors import UserError
+from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
+from kdbench.errors import UserError, nearest
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated
 from kdbench.methods.build import MethodSpec, build_method, method_class, params_of, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.results.record import RunRecord
-from kdbench.search_space import Parameter, describe
+from kdbench.search_space import Parameter, describe, is_whole
 from kdbench.tasks.base import Task
-from kdbench.training.loop import prepare
+from kdbench.training.evaluate import predict
+from kdbench.training.loop import Training, prepare
 from kdbench.training.outcome import failed_record
 from kdbench.training.session import LocalSession
 
@@ -73,8 +76,9 @@ class Pair:
         """Names all that decides a study's points and values, but not the number of trials: a longer search continues a shorter one."""
         return content_hash(
             {
+                "experiment": self.experiment.name,
                 "pair": [self.student.model_dump(mode="json"), self.teacher.sha if self.teacher else None, self.split_hash],
-                "method": [spec.name, spec.pinned, method_class(spec).version],
+                "method": [spec.label, spec.name, spec.pinned, method_class(spec).version],
                 "recipe": self.recipe.model_dump(mode="json"),
                 "data_seed": self.experiment.data_seed,
                 "workers": self.experiment.runtime.workers,
@@ -98,7 +102,6 @@ class Pair:
             seed=search.seed,
             directions=[main, *costs],
             asha=asha,
-            epochs=self.recipe.epochs,
         )
         return study_id, study
 
@@ -112,13 +115,17 @@ def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Pa
         return ()
     shared = tuple(
         Parameter(
-            key, dimension, getattr(recipe, key.removeprefix("recipe.")), Recipe.model_fields[key.removeprefix("recipe.")].annotation is int
+            key,
+            dimension,
+            getattr(recipe, key.removeprefix("recipe.")),
+            is_whole(Recipe.model_fields[key.removeprefix("recipe.")].annotation),
         )
         for key, dimension in search.also.items()
     )
     axes = (*shared, *search_axes(spec))
+    first = defaults(axes)
     for axis in axes:
-        if axis.dimension.when is None and not holds(axis.dimension, axis.default):
+        if axis.name in first and not holds(axis.dimension, axis.default):
             raise UserError(
                 f"search.also.{axis.name}: the value tried first, {axis.default!r}, is not in the space; change {axis.name} or widen it"
             )
@@ -180,7 +187,16 @@ class PairWork:
         """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
         for contender in self.contenders:
             if not contender.done:
-                prepare(self.pair.unit(contender.spec, "trial", {}, TRIAL_SEED, 0), LocalSession())
+                self._check_objectives(prepare(self.pair.unit(contender.spec, "trial", {}, TRIAL_SEED, 0), LocalSession()))
+
+    def _check_objectives(self, training: Training) -> None:
+        costs = set(self.search.objectives) - {"train_seconds"} if self.search is not None else set()
+        if not costs:
+            return
+        few, precision = training.splits.val.select(torch.arange(2)), training.unit.recipe.precision
+        measured = training.task.metrics(predict(training.distiller.student, few, LocalSession(), precision), few.target)
+        for name in sorted(costs - measured.keys()):
+            raise UserError(f"search.objectives: {training.task.name} is not measured by {name!r}{nearest(name, measured)}")
 
     def counts(self) -> dict[Phase, tuple[int, int]]:
         """Trainings done and in all, a phase each."""
@@ -233,12 +249,13 @@ class PairWork:
         study = contender.study
         if unit.number is None or study is None:
             return False
-        return study.report(unit.number, int(metrics["epoch"]), metrics[f"val_{self.pair.task.primary}"])
+        epoch = int(metrics["epoch"])
+        return study.report(unit.number, epoch, metrics[f"val_{self.pair.task.primary}"], last=epoch == unit.recipe.epochs)
 
     def finish(self, unit: Unit, record: RunRecord) -> None:
         contender = self.owner(unit)
         curve = self.ledger.curve_of(unit)
-        if record.status == "stopped" and curve:
+        if record.status != "ok" and curve:
             record = record.model_copy(update={"curve": curve, "train_seconds": curve[-1]["seconds"]})
         if unit.number is not None:
             self._finish_trial(contender, unit, unit.number, record)
@@ -249,8 +266,10 @@ class PairWork:
     def crash(self, unit: Unit, reason: str) -> None:
         """A process died for good or code failed. That is no property of a method: nothing goes on record, and the next run tries again."""
         contender = self.owner(unit)
+        curve = self.ledger.curve_of(unit)
+        self.ledger.drop(unit)
         if unit.number is not None and contender.study is not None:
-            contender.study.fail(unit.number, reason)
+            contender.study.fail(unit.number, reason, curve[-1]["seconds"] if curve else 0.0, _epochs(curve))
             self.ledger.watch.note(reason)
         else:
             self.ledger.failures.append(reason)
@@ -266,17 +285,22 @@ class PairWork:
         study, search = contender.study, self.search
         assert study is not None
         assert search is not None
-        seconds, epochs = record.train_seconds or 0.0, float(len(record.curve))
+        seconds, epochs = record.train_seconds or 0.0, _epochs(record.curve)
         record = record.model_copy(update={"study_id": contender.study_id, "params": _searched_params(contender, record)})
         self.ledger.note_trial(unit, record, contender.parent)
+        for row in record.curve:  # a report can be lost with the process that sent it
+            study.report(number, int(row["epoch"]), row[f"val_{self.pair.task.primary}"], last=True)
         if record.status == "failed":
-            study.fail(number, record.failure or "unknown")
-        elif record.status == "stopped":
+            study.fail(number, record.failure or "unknown", seconds, epochs)
+            return
+        if record.status == "stopped":
             study.prune(number, seconds, epochs)
+            return
+        values = _objectives(record, search.objectives)
+        if all(math.isfinite(value) for value in values):
+            study.complete(number, values, seconds, epochs)
         else:
-            assert record.val_metric is not None
-            costs = [seconds if name == "train_seconds" else record.curve[-1][f"val_{name}"] for name in search.objectives]
-            study.complete(number, [record.val_metric, *costs], seconds, epochs)
+            study.fail(number, f"{unit.title}: of its objectives, {values}, not all are numbers", seconds, epochs)
 
     def _keep(self, contender: Contender, unit: Unit, record: RunRecord) -> RunRecord:
         if record.status == "failed":
@@ -359,6 +383,18 @@ class PairWork:
         for key, unit in (contender.finals or {}).items():
             if key not in contender.ended:
                 contender.ended[key] = self._keep(contender, unit, failed_record(unit, reason))
+
+
+def _epochs(curve: Sequence[Mapping[str, float]]) -> float:
+    """How many were trained. Of a training that was gone on with, the curve may lack the first ones."""
+    return curve[-1]["epoch"] if curve else 0.0
+
+
+def _objectives(record: RunRecord, costs: Sequence[str]) -> list[float]:
+    """What the search weighs against each other: the validation metric, then the costs, on validation too."""
+    assert record.val_metric is not None
+    assert record.train_seconds is not None
+    return [record.val_metric, *(record.train_seconds if name == "train_seconds" else record.curve[-1][f"val_{name}"] for name in costs)]
 
 
 def _searched_params(contender: Contender, record: RunRecord) -> dict[str, Any]:

@@ -135,6 +135,7 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     finally:
         for work in queue.queues:
             work.close()
+        ledger.close()
     if queue.done and not ledger.failures:
         shutil.rmtree(ledger.layout.checkpoints(experiment.name), ignore_errors=True)
     tuned = {work.pair.student.label: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}

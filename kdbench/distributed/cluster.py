@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in an experiment means the same in a trial as on the command line
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task",  # half a page; what it means is said by ours
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C makes fit() return as if all were well
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -96,7 +100,8 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         else:
             options["address"] = runtime.address
         try:
-            ray.init(**options)
+            with _own_sigterm():
+                ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     try:
@@ -104,6 +109,21 @@ def started(runtime: Runtime) -> Iterator[Slots]:
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM over for good: its handler exits at once, with nothing said or closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as terminated:
+        raise KeyboardInterrupt from terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def slots_of(runtime: Runtime) -> Slots:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -44,19 +46,26 @@ class KeyedRandomSampler(RandomSampler):
         return keyed.sample_independent(study, trial, param_name, param_distribution)
 
 
-def make_sampler(name: str, seed: int) -> BaseSampler:
-    """Optuna's samplers under the names an experiment uses."""
-    samplers = optuna.samplers
-    makers: dict[str, Any] = {
-        "tpe": lambda: samplers.TPESampler(seed=seed),
-        "random": lambda: KeyedRandomSampler(seed),
-        "cmaes": lambda: samplers.CmaEsSampler(seed=seed),
-        "gp": lambda: samplers.GPSampler(seed=seed),
-        "qmc": lambda: samplers.QMCSampler(seed=seed),
-        "nsgaii": lambda: samplers.NSGAIISampler(seed=seed),
-        "nsgaiii": lambda: samplers.NSGAIIISampler(seed=seed),
+def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
+    """One of Optuna's samplers, by the name an experiment uses, for trial `number` of a search with `seed`.
+
+    A sampler is made anew for each trial, with a seed of the trial's own: all that it knows of earlier trials it reads from the study, so
+    that an interruption changes nothing. What follows one sequence through a whole search (random, qmc) is seeded with the search.
+    """
+    samplers, own = optuna.samplers, derived_seed(seed, number)
+    keyed = KeyedRandomSampler(seed)
+    makers: dict[str, Callable[[], BaseSampler]] = {
+        "tpe": lambda: samplers.TPESampler(seed=own),
+        "random": lambda: keyed,
+        "cmaes": lambda: samplers.CmaEsSampler(seed=own, independent_sampler=keyed),
+        "gp": lambda: samplers.GPSampler(seed=own, independent_sampler=keyed),
+        "qmc": lambda: samplers.QMCSampler(seed=derived_seed(seed), scramble=True, independent_sampler=keyed),
+        "nsgaii": lambda: samplers.NSGAIISampler(seed=own),
+        "nsgaiii": lambda: samplers.NSGAIIISampler(seed=own),
     }
-    return makers[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # whoever names a sampler wants it; what it did is in the record
+        return makers[name]()
 
 
 Direction = Literal["maximize", "minimize"]
@@ -93,7 +102,11 @@ class Spent:
 
 
 class MethodStudy:
-    """Ask for points, tell how they went; every answer is on disk before the call returns."""
+    """Ask for points, tell how they went; every answer is on disk before the call returns.
+
+    A search of N trials sees the study's first N and no others, so that one that continues a shorter search, or is asked again with fewer
+    trials, has the budget it was given.
+    """
 
     def __init__(
         self,
@@ -106,7 +119,6 @@ class MethodStudy:
         seed: int,
         directions: Sequence[Direction] = ("maximize",),
         asha: Asha | None = None,
-        epochs: int = 1,
     ) -> None:
         """Open the study `name` in the journal at `path`, or begin it with the axes' defaults as its first point.
 
@@ -117,7 +129,6 @@ class MethodStudy:
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
         self.axes = tuple(axes)
         self.trials = trials
-        self.epochs = epochs
         self._sampler, self._seed, self._asha = sampler, seed, asha
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if asha is not None:
@@ -137,15 +148,18 @@ class MethodStudy:
                 "restore it from a copy, or delete it to have that search run again"
             ) from error
         if not self.study.trials:
-            self.study.enqueue_trial({axis.name: axis.default for axis in self.axes if axis.dimension.when is None})
-        self._abandoned = [t for t in self.study.trials if t.state == TrialState.RUNNING]
+            self.study.enqueue_trial(defaults(self.axes))
+        self._abandoned = [t for t in self._asked() if t.state == TrialState.RUNNING]
         self._open: dict[int, optuna.Trial] = {}
+
+    def _asked(self) -> list[FrozenTrial]:
+        """The trials, of those that this search asked for, that were begun."""
+        return [t for t in self.study.get_trials(deepcopy=False)[: self.trials] if t.state != TrialState.WAITING]
 
     @property
     def missing(self) -> int:
         """How many trials are still to be started."""
-        begun = sum(t.state != TrialState.WAITING for t in self.study.get_trials(deepcopy=False))
-        return max(0, self.trials - begun) + len(self._abandoned)
+        return self.trials - len(self._asked()) + len(self._abandoned)
 
     @property
     def done(self) -> bool:
@@ -155,31 +169,22 @@ class MethodStudy:
         """The next point: one that a killed driver left running, else a new one from the sampler."""
         if self._abandoned:
             abandoned = self._abandoned.pop(0)
-            self.study.sampler = make_sampler(self._sampler, derived_seed(self._seed, abandoned.number))
+            self.study.sampler = make_sampler(self._sampler, self._seed, abandoned.number)
             trial = optuna.Trial(self.study, abandoned._trial_id)  # optuna has no public way to take up a RUNNING trial
         else:
-            number = sum(t.state != TrialState.WAITING for t in self.study.get_trials(deepcopy=False))
-            self.study.sampler = make_sampler(self._sampler, derived_seed(self._seed, number))
+            self.study.sampler = make_sampler(self._sampler, self._seed, len(self._asked()))
             trial = self.study.ask()
         self._open[trial.number] = trial
-        return Point(trial.number, self._suggest(trial))
+        return Point(trial.number, walk(self.axes, lambda axis: trial._suggest(axis.name, distribution(axis))))
 
-    def _suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        chosen: dict[str, Any] = {}
-        for axis in self.axes:
-            when = axis.dimension.when
-            if when is None or chosen.get(when.name) in when.values:
-                chosen[axis.name] = trial._suggest(axis.name, distribution(axis))
-        return chosen
-
-    def report(self, number: int, epoch: int, value: float) -> bool:
-        """Keep an intermediate value; True where the trial should stop now. The last epoch never stops a trial."""
+    def report(self, number: int, epoch: int, value: float, last: bool) -> bool:
+        """Keep an intermediate value; True where the trial should stop now. Its `last` epoch never stops a trial: it is finished."""
         if len(self.study.directions) > 1:
             return False
         trial = self._open[number]
-        if epoch not in trial.study.get_trials(deepcopy=False)[number].intermediate_values:
+        if epoch not in self.study.get_trials(deepcopy=False)[number].intermediate_values:
             trial.report(value, epoch)
-        return self._asha is not None and epoch < self.epochs and trial.should_prune()
+        return self._asha is not None and not last and trial.should_prune()
 
     def complete(self, number: int, values: Sequence[float], seconds: float, epochs: float) -> None:
         self._close(number, TrialState.COMPLETE, values, seconds, epochs)
@@ -187,9 +192,9 @@ class MethodStudy:
     def prune(self, number: int, seconds: float, epochs: float) -> None:
         self._close(number, TrialState.PRUNED, None, seconds, epochs)
 
-    def fail(self, number: int, reason: str) -> None:
+    def fail(self, number: int, reason: str, seconds: float, epochs: float) -> None:
         self._open[number].set_user_attr("reason", reason)
-        self._close(number, TrialState.FAIL, None, 0.0, 0.0)
+        self._close(number, TrialState.FAIL, None, seconds, epochs)
 
     def _close(self, number: int, state: TrialState, values: Sequence[float] | None, seconds: float, epochs: float) -> None:
         trial = self._open.pop(number)
@@ -200,21 +205,32 @@ class MethodStudy:
     def best(self, count: int) -> list[Mapping[str, Any]]:
         """The parameters of the `count` best finished trials, all different.
 
-        With several objectives: of the Pareto front, ordered by the first objective.
+        With several objectives: of the Pareto front, ordered by the first objective. Where no trial finished, as the one that outdid
+        the others failed in the end: the stopped ones, those that came farthest first.
         """
-        finished = [t for t in self.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-        if len(self.study.directions) > 1:
-            finished = [t for t in self.study.best_trials if t.state == TrialState.COMPLETE]
         sign = -1 if self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
-        ordered = sorted(finished, key=lambda t: (sign * t.values[0], t.number))
+        finished = [t for t in self._asked() if t.state == TrialState.COMPLETE]
+        if finished:
+            ordered = sorted(self._front(finished), key=lambda t: (sign * t.values[0], t.number))
+        else:
+            stopped = [t for t in self._asked() if t.state == TrialState.PRUNED and t.last_step is not None]
+            ordered = sorted(stopped, key=lambda t: (-(t.last_step or 0), sign * t.values[0], t.number))
         distinct: list[Mapping[str, Any]] = []
         for trial in ordered:
             if trial.params not in distinct:
                 distinct.append(trial.params)
         return distinct[:count]
 
+    def _front(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Those that no other one beats in every objective; all of them where there is one objective."""
+        if len(self.study.directions) == 1:
+            return list(trials)
+        signs = [-1 if direction == optuna.study.StudyDirection.MAXIMIZE else 1 for direction in self.study.directions]
+        costs = [[sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in trials]
+        return [trial for trial, cost in zip(trials, costs, strict=True) if not any(_dominates(other, cost) for other in costs)]
+
     def spent(self) -> Spent:
-        trials = self.study.get_trials(deepcopy=False)
+        trials = self._asked()
         states = [t.state for t in trials]
         return Spent(
             trials=sum(state.is_finished() for state in states),
@@ -226,7 +242,27 @@ class MethodStudy:
 
     def failures(self) -> list[str]:
         """Why trials failed, one reason each."""
-        return [t.user_attrs.get("reason", "unknown") for t in self.study.get_trials(deepcopy=False) if t.state == TrialState.FAIL]
+        return [t.user_attrs.get("reason", "unknown") for t in self._asked() if t.state == TrialState.FAIL]
+
+
+def _dominates(cost: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether `cost` is nowhere higher than `other`, and lower somewhere."""
+    return all(a <= b for a, b in zip(cost, other, strict=True)) and any(a < b for a, b in zip(cost, other, strict=True))
+
+
+def walk(axes: Sequence[Parameter], value_of: Callable[[Parameter], Any]) -> dict[str, Any]:
+    """A point of a space, by name: the value of each axis that exists there. An axis with a condition stands after the one it looks at."""
+    chosen: dict[str, Any] = {}
+    for axis in axes:
+        when = axis.dimension.when
+        if when is None or (when.name in chosen and chosen[when.name] in when.values):
+            chosen[axis.name] = value_of(axis)
+    return chosen
+
+
+def defaults(axes: Sequence[Parameter]) -> dict[str, Any]:
+    """The point that is tried first."""
+    return walk(axes, lambda axis: axis.default)
 
 
 def _drop_unfinished_line(path: Path) -> None:

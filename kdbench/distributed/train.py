@@ -15,7 +15,7 @@ from kdbench.experiment import Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.session import State
-from kdbench.training.work import attempt, pack_ending
+from kdbench.training.work import ENDING, attempt, pack_ending, pack_epoch, unpack_ending
 
 
 class RaySession:
@@ -45,7 +45,7 @@ class RaySession:
 
         if state is not None and self.rank == 0:
             save_checkpoint(state(), self.checkpoint)
-        ray.train.report(dict(metrics))
+        ray.train.report(pack_epoch(metrics))
 
     def resume(self) -> State | None:
         return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
@@ -61,25 +61,36 @@ def gathered(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class WorkerFailed(Exception):
+    """One worker could not go on. Its message is the packed Ending, which is how it reaches the process that started the workers."""
+
+
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of a TorchTrainer runs; the last report carries how it ended."""
+    """What every worker of a TorchTrainer runs; the last report carries how it ended.
+
+    A worker that can't go on raises, which ends the others too: they would wait for its gradients.
+    """
     import ray.train
 
     unit, layout = Unit.model_validate_json(config["unit"]), Layout(Path(config["results"]))
-    ending = attempt(unit, RaySession(layout.checkpoint(unit.experiment, unit.key), config["threads"]), layout)
-    ray.train.report(pack_ending(ending))
+    checkpoint = layout.checkpoint(unit.experiment, unit.key)
+    ending = pack_ending(attempt(unit, RaySession(checkpoint, config["threads"]), layout))
+    if unpack_ending(ending).record is None:
+        raise WorkerFailed(ending[ENDING])
+    ray.train.report(ending)
 
 
 def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Path) -> None:
-    """Run inside a Tune trial: a worker group for this unit, its reports passed on to Tune."""
+    """Run inside a Tune trial: a worker group for this unit, its reports passed on to Tune, which repeats it where a worker died."""
     import ray.train
+    from ray import tune
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
     if runtime.gpus_per_worker:
         resources["GPU"] = runtime.gpus_per_worker
-    TorchTrainer(
+    trainer = TorchTrainer(
         train_worker,
         train_loop_config={"unit": unit.model_dump_json(), "results": str(layout.root), "threads": runtime.cpus_per_worker},
         scaling_config=ray.train.ScalingConfig(
@@ -88,7 +99,22 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
         run_config=ray.train.RunConfig(
             storage_path=str(storage),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(max_failures=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        ending = failed_ending(error.worker_failures)
+        if ending is None:
+            raise
+        tune.report(ending)
+
+
+def failed_ending(failures: Mapping[int, Exception]) -> dict[str, str] | None:
+    """The Ending that the first of the workers' errors carries; None where workers died without a word."""
+    for failure in failures.values():
+        _, carries, message = str(failure).rpartition(f"{WorkerFailed.__name__}: ")
+        if carries:
+            return {ENDING: message.strip()}
+    return None

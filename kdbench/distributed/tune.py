@@ -25,7 +25,21 @@ from kdbench.errors import RunFailed
 from kdbench.experiment import Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.training.session import LocalSession
-from kdbench.training.work import ENDING, Ending, Work, attempt, pack_ending, settle, stopped_record, unpack_ending
+from kdbench.training.work import (
+    ENDING,
+    EPOCH,
+    Ending,
+    Work,
+    attempt,
+    pack_ending,
+    pack_epoch,
+    settle,
+    stopped_record,
+    unpack_ending,
+    unpack_epoch,
+)
+
+log = logging.getLogger(__name__)
 
 # An actor that dies (out of memory, a lost node) is replaced and its unit taken up again this often.
 _RETRIES = 2
@@ -36,7 +50,8 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
     desk = _Desk(work, layout)
     # Tune looks for result files of its own when it ends, and complains of each that it was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="kdbench-tune-") as scratch:
+    # All nodes of a cluster see the results folder; what Tune and Train note down about a run is thrown away with it.
+    with tempfile.TemporaryDirectory(prefix=".ray-", dir=layout.root if runtime.address else None) as scratch:
         storage = Path(scratch).resolve()
         trainable = tune.with_resources(
             partial(_train_unit, runtime=runtime.model_dump_json(), results=str(layout.root), storage=str(storage)), slots.trial_resources
@@ -50,7 +65,11 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name="units", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=_RETRIES)
+                name="units",
+                storage_path=str(storage),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=_RETRIES),
+                callbacks=[_Recoveries(desk)],
             ),
         )
         try:
@@ -91,10 +110,10 @@ class _Desk:
         if self.error is not None:
             return True
         unit = self.running.get(trial_id)
-        if unit is None or ENDING in result or "epoch" not in result:
+        if unit is None or EPOCH not in result:
             return False
         try:
-            return self.work.report(unit, {name: value for name, value in result.items() if isinstance(value, float)})
+            return self.work.report(unit, unpack_epoch(result))
         except Exception as error:
             self.error = error
             return True
@@ -160,6 +179,17 @@ class QueueScheduler(FIFOScheduler):
         return TrialScheduler.STOP if self._desk.report(trial.trial_id, result) else TrialScheduler.CONTINUE
 
 
+class _Recoveries(tune.Callback):
+    """Says that a process died, which costs time, and that nothing is lost by it."""
+
+    def __init__(self, desk: _Desk) -> None:
+        self._desk = desk
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        unit = self._desk.running[trial.trial_id]
+        log.warning("%s: its process died; another one goes on with it", unit.title)
+
+
 def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str) -> None:
     """What a Tune trial runs, in its actor."""
     unit, layout, how = Unit.model_validate_json(config["unit"]), Layout(Path(results)), Runtime.model_validate_json(runtime)
@@ -171,4 +201,4 @@ def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str
 
 
 def _to_tune(metrics: Mapping[str, float]) -> None:
-    tune.report(dict(metrics))
+    tune.report(pack_epoch(metrics))

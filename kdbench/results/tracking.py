@@ -124,6 +124,8 @@ class MlflowTracker:
         self._connection: tuple[MlflowClient, str] | None = None
         self._silent_until = 0.0
         self._warned = False
+        for name, value in ENVIRONMENT.items():  # before MLflow is imported, which Ray does too
+            os.environ.setdefault(name, value)
 
     def parent(self, name: str, key: str, tags: Mapping[str, str]) -> str | None:
         def find_or_make(client: MlflowClient, experiment: str) -> str:
@@ -304,8 +306,6 @@ def _close(run_id: str, status: Status, client: MlflowClient, _: str) -> str:
 
 def _connect(uri: str, experiment_name: str) -> tuple[MlflowClient, str]:
     """A client and the id of the experiment, both made where they are missing."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     if not uri.startswith(SQLITE):

@@ -248,6 +248,13 @@ def mean_losses(run: Training) -> dict[str, float]:
     return {f"train_{name}": value for name, value in zip(run.sums, everywhere.tolist(), strict=True)}
 
 
+def share_buffers(run: Training) -> None:
+    """Give every worker the first one's batch statistics: what they measure together is the network that is saved."""
+    if run.session.world_size > 1:
+        for buffer in run.evaluated.buffers():
+            buffer.copy_(run.session.gather(buffer[None])[0])
+
+
 def close_epoch(run: Training) -> dict[str, float]:
     """Read the epoch's losses, validate, remember the best weights, and move on to the next epoch. Returns the epoch's row of the curve."""
     start = time.monotonic()
@@ -256,6 +263,7 @@ def close_epoch(run: Training) -> dict[str, float]:
     where = f"in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})"
     if not math.isfinite(losses["train_total"]):
         raise Diverged(f"{unit.title}: the loss became {losses['train_total']} {where}")
+    share_buffers(run)
     prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision)
     metrics = task.metrics(prediction, run.splits.val.target)
     value = metrics[task.primary]

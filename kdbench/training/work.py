@@ -61,6 +61,7 @@ class Ending:
 
 
 ENDING = "ending"  # the key of a report that carries an Ending
+EPOCH = "row"  # the key of a report that carries an epoch's row of the curve
 
 
 def pack_ending(ending: Ending) -> dict[str, str]:
@@ -71,6 +72,16 @@ def pack_ending(ending: Ending) -> dict[str, str]:
 def unpack_ending(metrics: Mapping[str, Any]) -> Ending:
     record, crash, disk_full = json.loads(metrics[ENDING])
     return Ending(RunRecord.model_validate_json(record) if record else None, crash, disk_full)
+
+
+def pack_epoch(metrics: Mapping[str, float]) -> dict[str, str]:
+    """As a metric of its own, so that what Ray adds to a report is not taken for a part of the curve."""
+    return {EPOCH: json.dumps(dict(metrics))}
+
+
+def unpack_epoch(metrics: Mapping[str, Any]) -> dict[str, float]:
+    row: dict[str, float] = json.loads(metrics[EPOCH])
+    return row
 
 
 def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:

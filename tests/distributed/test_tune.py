@@ -1,0 +1,276 @@
+"""Searches and finals through Ray: what ends how, what is on record, and what a dead process costs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import pytest
+import torch
+from mlflow import MlflowClient
+from optuna.trial import FrozenTrial, TrialState
+from safetensors.torch import load_file
+
+from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
+from kdbench.benchmark.run import Summary, run
+from kdbench.benchmark.watch import Unwatched
+from kdbench.experiment import Experiment, Unit
+from kdbench.results.layout import Layout
+from kdbench.results.leaderboard import boards
+from kdbench.results.record import RunRecord
+from kdbench.results.store import ResultStore
+from kdbench.results.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
+
+TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 200, "val_size": 200}
+STUDENT = {"name": "tests.training.units:smooth_net"}
+RECIPE = {"epochs": 4, "batch_size": 50, "lr": 0.1, "precision": "fp32", "memory_format": "contiguous"}
+TEACHER = {"model": {"name": "tiny_cnn", "width": 6}, "recipe": {"epochs": 1, "batch_size": 500}}
+
+
+def experiment(**parts: Any) -> Experiment:
+    base = {"name": "test", "task": TASK, "students": [STUDENT], "methods": ["none"], "recipe": RECIPE, "seeds": 2}
+    return Experiment.model_validate(base | parts)
+
+
+def also_lr(low: float, high: float) -> dict[str, Any]:
+    return {"recipe.lr": {"low": low, "high": high, "log": True}}
+
+
+class Watch(Unwatched):
+    """Remembers what ran."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Unit, RunRecord]] = []
+        self.notes: list[str] = []
+
+    def finished(self, unit: Unit, record: RunRecord) -> None:
+        self.records.append((unit, record))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Ran(NamedTuple):
+    folder: Path
+    watch: Watch
+    summary: Summary
+
+    @property
+    def finals(self) -> list[RunRecord]:
+        return sorted(ResultStore(self.folder).scan(role="final"), key=lambda record: (record.label, record.seed))
+
+
+def run_in(folder: Path, of: Experiment, tracker: Tracker | None = None) -> Ran:
+    watch = Watch()
+    return Ran(folder, watch, run(of, folder, watch, tracker or NoTracker()))
+
+
+def studies(folder: Path) -> dict[str, list[FrozenTrial]]:
+    """The trials of every study of a results folder."""
+    found = {}
+    for journal in (folder / "studies").glob("*.journal"):
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+        found[journal.stem] = optuna.load_study(study_name=None, storage=storage).trials
+    return found
+
+
+# --- one search, looked at from all sides ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Two methods, eight trials each, of learning rates from none to far too high; half of the trials go on at each rung."""
+    folder = tmp_path_factory.mktemp("searched")
+    search = {"trials": 8, "sampler": "random", "reduction": 2, "grace_epochs": 1, "also": also_lr(1e-4, 1e9)}
+    of = experiment(teacher=TEACHER, methods=["none", "kd"], search=search)
+    return run_in(folder, of, MlflowTracker(tracking_uri(folder), of.name))
+
+
+def test_every_method_has_exactly_the_trials_that_were_asked_for(searched: Ran) -> None:
+    trials = studies(searched.folder)
+    assert [len(of_one) for of_one in trials.values()] == [8, 8]  # `none` is searched like any other
+    assert {trial.state for of_one in trials.values() for trial in of_one} == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    assert [of_one[0].params["recipe.lr"] for of_one in trials.values()] == [0.1, 0.1]
+    ran = [(unit.method.label, unit.number) for unit, _ in searched.watch.records if unit.role == "trial"]
+    assert sorted(ran) == [(label, number) for label in ("kd", "none") for number in range(8)]
+
+
+def test_a_trial_that_was_stopped_early_is_pruned_with_its_intermediate_values(searched: Ran) -> None:
+    stopped = [trial for trials in studies(searched.folder).values() for trial in trials if trial.state == TrialState.PRUNED]
+    shown = {unit.number: record for unit, record in searched.watch.records if record.status == "stopped"}
+    assert stopped
+    for trial in stopped:
+        assert sorted(trial.intermediate_values) == list(range(1, len(trial.intermediate_values) + 1))
+        assert len(trial.intermediate_values) in (1, 2)  # the rungs of four epochs
+        assert trial.user_attrs["epochs"] == len(trial.intermediate_values)
+        assert trial.user_attrs["seconds"] > 0
+    assert all(row.keys() == record.curve[0].keys() and "val_accuracy" in row for record in shown.values() for row in record.curve)
+    assert not any("time_total_s" in row for record in shown.values() for row in record.curve)  # Ray's own measures stay Ray's
+
+
+def test_a_finished_trial_has_the_value_of_its_last_epoch(searched: Ran) -> None:
+    for trials in studies(searched.folder).values():
+        for trial in trials:
+            if trial.state == TrialState.COMPLETE:
+                assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
+                assert trial.value == trial.intermediate_values[4]
+
+
+def test_a_trial_that_diverges_is_failed_with_its_reason_and_the_sweep_goes_on(searched: Ran) -> None:
+    failed = [trial for trials in studies(searched.folder).values() for trial in trials if trial.state == TrialState.FAIL]
+    assert failed
+    assert all("the loss became" in trial.user_attrs["reason"] and "(lr " in trial.user_attrs["reason"] for trial in failed)
+    assert [record.status for record in searched.finals] == ["ok"] * 4
+    assert searched.summary.failures == ()
+
+
+def test_the_tuned_parameters_are_one_of_the_best_trials_and_the_finals_have_them(searched: Ran) -> None:
+    trials = studies(searched.folder)
+    for record in searched.finals:
+        best = sorted((trial for trial in trials[record.study_id or ""] if trial.state == TrialState.COMPLETE), key=lambda t: -t.value)[:2]
+        assert record.recipe["lr"] in [trial.params["recipe.lr"] for trial in best]
+        assert record.trials == 8
+
+
+def test_the_seeds_of_the_finals_were_never_used_before(searched: Ran) -> None:
+    seeds: dict[str, set[int]] = {}
+    for unit, _ in searched.watch.records:
+        seeds.setdefault(unit.role, set()).add(unit.seed)
+    assert seeds["final"] == {0, 1}
+    assert seeds["trial"] == {TRIAL_SEED}
+    assert seeds["candidate"] == {FIRST_CHECK_SEED}
+
+
+def test_only_finals_saw_the_test_set(searched: Ran) -> None:
+    for unit, record in searched.watch.records:
+        assert (record.test_metric is not None) == (unit.role in ("final", "teacher"))
+
+
+def test_mlflow_shows_the_search_as_a_tree_in_which_nothing_runs(searched: Ran) -> None:
+    client = MlflowClient(tracking_uri=tracking_uri(searched.folder))
+    runs = client.search_runs([client.get_experiment_by_name("test").experiment_id], max_results=1000)
+    by_parent: dict[str | None, list[Any]] = {}
+    for entry in runs:
+        by_parent.setdefault(entry.data.tags.get("mlflow.parentRunId"), []).append(entry)
+    parents = {entry.info.run_name.split(" ")[0]: entry for entry in by_parent[None]}
+    assert parents.keys() == {"teacher", "none", "kd"}
+    for label in ("none", "kd"):
+        children = by_parent[parents[label].info.run_id]
+        roles = [entry.data.tags["kdbench.role"] for entry in children]
+        assert {role: roles.count(role) for role in set(roles)} == {"trial": 8, "candidate": 2, "final": 2}
+        for entry in children:
+            assert entry.info.status == ("FAILED" if entry.data.tags["kdbench.status"] == "failed" else "FINISHED")
+    assert not [entry for entry in runs if entry.info.status == "RUNNING"]
+    assert {entry.data.params["seed"] for entry in runs if entry.data.tags.get("kdbench.role") == "final"} == {"0", "1"}
+    final = next(entry for entry in runs if entry.info.run_id == searched.finals[0].mlflow_run_id)
+    assert [point.step for point in client.get_metric_history(final.info.run_id, "val_accuracy")] == [1, 2, 3, 4]
+    stopped = next(entry for entry in runs if entry.data.tags.get("kdbench.status") == "stopped")
+    assert client.get_metric_history(stopped.info.run_id, "val_accuracy")
+
+
+def test_a_finished_search_is_not_searched_again(searched: Ran) -> None:
+    search = {"trials": 8, "sampler": "random", "reduction": 2, "grace_epochs": 1, "also": also_lr(1e-4, 1e9)}
+    again = run_in(searched.folder, experiment(teacher=TEACHER, methods=["none", "kd"], search=search))
+    assert again.summary.trained == 0
+    assert again.watch.records == []
+
+
+# --- searches that go wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_method_all_of_whose_trials_fail_is_on_the_board_as_failed(tmp_path: Path) -> None:
+    search = {"trials": 2, "sampler": "random", "top_k": 1, "also": also_lr(1e11, 1e12)}
+    ran = run_in(tmp_path, experiment(recipe=RECIPE | {"lr": 1e11}, search=search))
+    assert [record.status for record in ran.finals] == ["failed", "failed"]
+    assert all("all 2 trials failed; the first: none trial 0: the loss became" in (record.failure or "") for record in ran.finals)
+    assert len(ran.summary.failures) == 2
+    (board,) = boards(ran.finals, [])
+    assert (board.rows[0].label, board.rows[0].failed) == ("none", 2)
+
+
+def test_a_trial_whose_process_is_killed_goes_on_in_another(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    mark = tmp_path / "kill"
+    mark.write_text(str(os.getpid()))
+    student = {"name": "tests.distributed.models:fragile", "mark": str(mark), "step": 9}  # in the third epoch of four steps
+    search = {"trials": 3, "sampler": "random", "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.3)}
+    of = experiment(students=[student], search=search, seeds=1, runtime={"checkpoint_seconds": 0})
+    ran = run_in(tmp_path / "killed", of)
+    assert not mark.exists()
+    (trials,) = studies(ran.folder).values()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    assert [sorted(trial.intermediate_values) for trial in trials] == [[1, 2, 3, 4]] * 3
+    assert ran.summary.failures == ()
+    undisturbed = run_in(tmp_path / "undisturbed", of)
+    (others,) = studies(undisturbed.folder).values()
+    assert [trial.intermediate_values for trial in trials] == [trial.intermediate_values for trial in others]
+    assert [record.metrics for record in ran.finals] == [record.metrics for record in undisturbed.finals]
+    assert [message.split(":")[1] for message in caplog.messages] == [" its process died; another one goes on with it"]
+    assert capfd.readouterr() == ("", "")  # a death that was made good is worth one line
+
+
+def test_several_objectives_keep_the_pareto_front(tmp_path: Path) -> None:
+    search = {
+        "trials": 4,
+        "sampler": "nsgaii",
+        "scheduler": "none",
+        "top_k": 1,
+        "objectives": ["train_seconds", "nll"],
+        "also": {"recipe.batch_size": [20, 50], **also_lr(0.01, 0.3)},
+    }
+    ran = run_in(tmp_path, experiment(search=search, seeds=1))
+    (trials,) = studies(ran.folder).values()
+    by_number = {unit.number: record for unit, record in ran.watch.records if unit.role == "trial"}
+    for trial in trials:
+        record = by_number[trial.number]
+        assert trial.values == [record.val_metric, record.train_seconds, record.curve[-1]["val_nll"]]
+    front = [t for t in trials if not any(u.values[0] >= t.values[0] and u.values[1:] < t.values[1:] and u is not t for u in trials)]
+    assert ran.finals[0].recipe["lr"] in [trial.params["recipe.lr"] for trial in front]
+
+
+# --- several workers -------------------------------------------------------------------------------------------------
+
+FP64 = RECIPE | {"epochs": 2, "precision": "fp64"}
+
+
+def weights_of(ran: Ran) -> dict[str, torch.Tensor]:
+    (record,) = ran.finals
+    return load_file(ran.folder / (record.artifacts_uri or ""))
+
+
+@pytest.mark.timeout(600)
+def test_two_workers_search_without_deadlock_and_end_with_the_weights_of_one(tmp_path: Path) -> None:
+    search = {"trials": 2, "sampler": "random", "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.1)}
+    two = experiment(teacher=TEACHER, methods=["kd"], recipe=FP64, search=search, seeds=1, runtime={"workers": 2})
+    ran = run_in(tmp_path / "two", two)
+    assert ran.summary.failures == ()
+    (trials,) = studies(ran.folder).values()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert [sorted(trial.intermediate_values) for trial in trials] == [[1, 2]] * 2
+    (final,) = ran.finals
+    (taught,) = ResultStore(ran.folder).scan(role="teacher")
+    assert (final.world_size, taught.world_size, len(final.devices)) == (2, 2, 2)
+
+    weights = Layout(ran.folder).teacher(taught.unit_key)
+    recipe = FP64 | {"lr": final.recipe["lr"]}
+    given = {"model": TEACHER["model"], "weights": str(weights)}
+    method = {"name": "kd", **{name: value for name, value in final.params.items() if not name.startswith("recipe.")}}
+    alone = run_in(tmp_path / "one", experiment(teacher=given, methods=[method], recipe=recipe, seeds=1))
+    one, joined = weights_of(alone), weights_of(ran)
+    for name in one:
+        torch.testing.assert_close(joined[name], one[name], rtol=1e-6, atol=1e-9)  # the cached teacher's outputs are float32
+    assert alone.finals[0].world_size == 1
+
+
+@pytest.mark.timeout(300)
+def test_one_worker_that_fails_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    student = {"name": "tests.distributed.models:broken", "rank": 1, "step": 5}
+    ran = run_in(tmp_path, experiment(students=[student], recipe=RECIPE | {"epochs": 2}, seeds=1, runtime={"workers": 2}))
+    assert len(ran.summary.failures) == 1
+    assert "none seed 0: ValueError: a mistake of this worker's" in ran.summary.failures[0]
+    assert ran.finals == []
