@@ -105,16 +105,7 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        ending = failed_ending(error.worker_failures)
-        if ending is None:
+        told = [str(failure) for failure in error.worker_failures.values() if isinstance(failure, WorkerFailed)]
+        if not told:  # they died without a word: Tune tries again
             raise
-        tune.report(ending)
-
-
-def failed_ending(failures: Mapping[int, Exception]) -> dict[str, str] | None:
-    """The Ending that the first of the workers' errors carries; None where workers died without a word."""
-    for failure in failures.values():
-        _, carries, message = str(failure).rpartition(f"{WorkerFailed.__name__}: ")
-        if carries:
-            return {ENDING: message.strip()}
-    return None
+        tune.report({ENDING: told[0]})
