@@ -17,10 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 REPOSITORY = Path(__file__).parents[2]
 EXPERIMENT = {
     "name": "interrupted",
-    "task": {"name": "classification", "data": "fashion_mnist", "transfer_size": 1000, "val_size": 200},
+    "task": {"name": "classification", "data": "fashion_mnist", "transfer_size": 400, "val_size": 200},
     "students": [{"name": "tiny_cnn", "width": 8}],
     "methods": ["none"],
-    "recipe": {"epochs": 25, "batch_size": 20, "precision": "fp32", "memory_format": "contiguous"},
+    "recipe": {"epochs": 16, "batch_size": 20, "precision": "fp32", "memory_format": "contiguous"},
     "search": {
         "trials": 3,
         "sampler": "random",
@@ -112,4 +112,4 @@ def test_an_interrupted_search_ends_quickly_and_goes_on(tmp_path: Path) -> None:
     trials = trials_in(tmp_path)
     assert [trial.number for trial in trials] == [0, 1, 2]
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.FAIL}
-    assert all(len(trial.intermediate_values) == 25 for trial in trials if trial.state == TrialState.COMPLETE)
+    assert all(len(trial.intermediate_values) == 16 for trial in trials if trial.state == TrialState.COMPLETE)
