@@ -314,8 +314,21 @@ def _connect(uri: str, experiment_name: str) -> tuple[MlflowClient, str]:
     database = Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
     database.parent.mkdir(parents=True, exist_ok=True)
     with _locked(database.with_name(f".{database.name}.lock")):
+        if not database.exists():
+            _make_database(database)
         client = MlflowClient(tracking_uri=uri if "?" in uri else f"{uri}?timeout={SQLITE_WAIT_SECONDS}")
         return client, _experiment(client, experiment_name, (database.parent / "mlartifacts").as_uri())
+
+
+def _make_database(database: Path) -> None:
+    """MLflow makes its tables step by step and can't go on with a database that was left half made: so under another name first."""
+    from mlflow import MlflowClient
+
+    scratch = database.with_name(f".{database.name}.new")  # one name is enough: the caller holds the lock
+    for left in (scratch, scratch.with_name(f"{scratch.name}-journal")):
+        left.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"{SQLITE}{scratch}").search_experiments(max_results=1)
+    scratch.replace(database)
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
