@@ -78,7 +78,7 @@ def test_the_experiment_of_a_quoted_command_loads_with_what_it_sets(line: str, t
     if file in printed:
         path = tmp_path / file
         path.write_text(printed[file])
-    load_experiment(path, [value for option, value in pairwise(options) if option == "--set"])
+    assert load_experiment(path, [value for option, value in pairwise(options) if option == "--set"]).methods
 
 
 def test_every_command_stands_in_the_readme() -> None:
@@ -110,7 +110,7 @@ def test_links_inside_a_page_lead_to_a_heading() -> None:
 def test_a_quoted_experiment_loads(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "experiment.yaml"
     path.write_text(block.text)
-    load_experiment(path)
+    assert load_experiment(path).methods
 
 
 def test_the_annotated_experiment_has_every_top_level_key() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
@@ -46,3 +46,21 @@ class NamedSpec(BaseModel):
     def options_json(self) -> str:
         """The options as JSON with sorted keys: a key to cache by."""
         return json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
+
+
+class LabelledSpec(NamedSpec):
+    """A named thing of which an experiment may have several.
+
+    label: what a leaderboard calls it; the name unless the user says otherwise.
+    """
+
+    label: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping) and "name" in value:
+            return {"label": str(value["name"]), **value}
+        return value

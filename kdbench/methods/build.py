@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError
 
 from kdbench.catalogue import resolve
+from kdbench.data.options import LabelledSpec
 from kdbench.errors import UserError, explain
 from kdbench.methods import METHODS
 from kdbench.methods.base import Method
@@ -18,25 +19,8 @@ from kdbench.search_space import Parameter, space_of
 NO_OVERRIDES: Mapping[str, Any] = MappingProxyType({})
 
 
-class MethodSpec(BaseModel):
-    """Which method: a name, or `{name: dkd, beta: 2.0}`. Keys beside `name` and `label` are parameters: pinned, never searched.
-
-    label: what a leaderboard calls it; the name unless the user says otherwise.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-    label: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
-        if isinstance(value, Mapping) and "name" in value:
-            return {"label": str(value["name"]), **value}
-        return value
+class MethodSpec(LabelledSpec):
+    """Which method: a name, or `{name: dkd, beta: 2.0}`. Keys beside `name` and `label` are parameters: pinned, never searched."""
 
     @property
     def pinned(self) -> dict[str, Any]:

@@ -9,38 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
 from kdbench.catalogue import known, nearest, resolve
+from kdbench.data.options import LabelledSpec
 from kdbench.errors import RunFailed, UserError, in_one_line
 from kdbench.models import MODELS
 from kdbench.models.inputs import InputSpec
 from kdbench.models.weights import load_weights
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(LabelledSpec):
     """Which network: `cifar_resnet8`, or `{name: resnet8x4, stem_stride: 2}`.
 
     Keys beside `name`, `label`, `pretrained` and `weights` go to the builder.
-    label: what a leaderboard calls it; the name unless the user says otherwise.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-    label: str = ""
     pretrained: bool = False
     weights: Path | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
-        if isinstance(value, Mapping) and "name" in value:
-            return {"label": str(value["name"]), **value}
-        return value
 
     @property
     def options(self) -> dict[str, Any]:
