@@ -20,6 +20,15 @@ quiet()
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the tests, a module at a time; whatever needs the shared Ray is one share, and the longest shares go first."""
+    for item in items:
+        shares_ray = "ray" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.location[0]))
+    long = {mark.args[0] for item in items if item.get_closest_marker("slow") for mark in item.iter_markers("xdist_group")}
+    items.sort(key=lambda item: next(item.iter_markers("xdist_group")).args[0] not in long)
+
+
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
     """One Ray instance for the whole test session: starting it is dear."""
