@@ -118,13 +118,19 @@ def _method_page(name: str, method: type[Method]) -> str:
         ("checked against", paper.checked_against or "its formula"),
         ("tasks", ", ".join(sorted(method.tasks))),
         ("teacher", teacher),
-        ("student's taps", ", ".join(method.student_taps) or "the prediction alone"),
-        ("teacher's taps", ", ".join(method.teacher_taps) or ("the prediction alone" if method.needs_teacher else "none")),
+        ("student's taps", _taps_of(method, method.student_taps)),
+        ("teacher's taps", _taps_of(method, method.teacher_taps) if method.needs_teacher else "none"),
     ]
     if method.batch_coupled:
         facts.append(("batch", "the loss compares samples: workers exchange theirs"))
     parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name, method)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _taps_of(method: type[Method], named: tuple[str, ...]) -> str:
+    if "student_taps" in method.Params.model_fields:
+        return "chosen for the pair, unless the experiment names them"
+    return ", ".join(named) or "the prediction alone"
 
 
 def _parameters(method: type[Method]) -> str:
@@ -225,6 +231,8 @@ def _documentation(thing: Any) -> str:
 
 
 def _value(value: Any) -> str:
+    if value == ():
+        return "none"
     if isinstance(value, float):
         return f"{value:.4g}"
     if hasattr(value, "model_dump"):

@@ -21,17 +21,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests, a module at a time; whatever needs the shared Ray is one share, and the longest shares go first."""
-    for item in items:
-        shares_ray = "ray" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.location[0]))
-    long = {mark.args[0] for item in items if item.get_closest_marker("slow") for mark in item.iter_markers("xdist_group")}
-    items.sort(key=lambda item: next(item.iter_markers("xdist_group")).args[0] not in long)
+    """Two processes share the tests, a file at a time; the longest files go first, so that neither ends long before the other."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
-    """One Ray instance for the whole test session: starting it is dear."""
+    """One Ray instance for all tests of a process: starting it is dear, so those that need it stand in distributed/test_tune.py."""
     import ray
 
     ray.init(

@@ -12,12 +12,11 @@ import pytest
 from kdbench import cli
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
-from kdbench.data.shapes import shapes
-from kdbench.data.sources import DataSpec, Source, open_source
+from kdbench.data.sources import DataSpec, open_source
 from kdbench.errors import UserError
-from kdbench.experiment import Experiment, load_experiment
+from kdbench.experiment import load_experiment
 from kdbench.results.store import ResultStore
-from tests.pages import ROOT, fenced
+from tests.pages import fenced
 
 EXAMPLES = {name: block for block in fenced("CONTRIBUTING.md") if (name := block.file_name)}
 EXPERIMENTS = sorted(name for name in EXAMPLES if name.endswith(".yaml"))
@@ -83,26 +82,3 @@ def test_a_method_goes_by_the_tasks_own_name_not_by_the_path_it_is_named_by(exam
         examples / "toys.yaml", [*SMALL, 'task.name="kdbench.tasks.classification:Classification"', "methods=[kd]", "task.val_size=80"]
     )
     assert run(taken, examples / "results", Unwatched()).failures == ()
-
-
-def where_the_command_was_started(file: Path) -> Source:
-    """Data that need a file, named relative to the working directory."""
-    assert file.is_file(), f"{Path.cwd()} is another folder"
-    return shapes(train=60, test=20, target="class")
-
-
-@pytest.mark.ray
-def test_a_relative_path_means_the_same_inside_a_trial(ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    experiment = Experiment.model_validate(
-        {
-            "name": "relative",
-            "task": {"name": "classification", "data": {"name": f"{__name__}:where_the_command_was_started", "file": "pyproject.toml"}},
-            "students": [{"name": "tiny_cnn", "width": 2}],
-            "methods": ["none"],
-            "recipe": {"epochs": 1, "batch_size": 10, "precision": "fp32", "memory_format": "contiguous"},
-            "search": {"trials": 1, "sampler": "random", "scheduler": "none", "also": {"recipe.lr": {"low": 0.01, "high": 0.2}}},
-            "seeds": 1,
-        }
-    )
-    assert run(experiment, tmp_path, Unwatched()).failures == ()

@@ -16,8 +16,9 @@ from kdbench.benchmark.watch import Phase
 from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
 from kdbench.errors import UserError, nearest
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated
-from kdbench.methods.build import MethodSpec, build_method, method_class, params_of, search_axes
+from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
+from kdbench.models.outputs import Shapes
 from kdbench.results.record import RunRecord
 from kdbench.search_space import Parameter, describe, is_whole
 from kdbench.tasks.base import Task
@@ -41,6 +42,8 @@ class Pair:
     recipe: Recipe  # nothing in it is `auto` any more
     protocol_hash: str
     split_hash: str
+    student_places: Shapes  # every place of the two networks that a method can look at
+    teacher_places: Shapes | None
 
     def unit(
         self,
@@ -54,6 +57,7 @@ class Pair:
         changes = {name.removeprefix("recipe."): value for name, value in params.items() if name.startswith("recipe.")}
         own = {name: value for name, value in params.items() if not name.startswith("recipe.")}
         experiment = self.experiment
+        params_here = fitted(spec, self.student_places, self.teacher_places, overrides=own).params
         return Unit(
             role=role,
             experiment=experiment.name,
@@ -62,7 +66,7 @@ class Pair:
             task=experiment.task,
             student=self.student,
             teacher=self.teacher,
-            method=MethodSpec.model_validate({"name": spec.name, "label": spec.label, **params_of(spec, own).model_dump(mode="json")}),
+            method=MethodSpec.model_validate({"name": spec.name, "label": spec.label, **params_here.model_dump(mode="json")}),
             method_version=method_class(spec).version,
             recipe=validated(Recipe, {**self.recipe.model_dump(), **changes}, "search.also"),
             seed=seed,

@@ -25,9 +25,10 @@ from kdbench.benchmark.watch import Phase, Watch
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, TeacherRef, TeacherSpec, Unit, content_hash, validated
-from kdbench.methods.build import MethodSpec, build_method, method_class, params_of
+from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
-from kdbench.models.taps import probe
+from kdbench.models.outputs import Shapes
+from kdbench.models.taps import places
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
 from kdbench.search_space import Choice
@@ -122,9 +123,12 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     task = build_task(experiment.task)
     splits = task.splits()
     students = [task.build_model(student) for student in experiment.students]
-    teacher = _ready_teacher(experiment, ledger, task, splits, students)
+    network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
+    teacher = _ready_teacher(experiment, ledger, task, splits, students, network) if network is not None else None
+    theirs = places(network, task.info.image_shape) if network is not None else None
     pairs = [
-        _pair(experiment, ledger, spec, model, teacher, task, splits) for spec, model in zip(experiment.students, students, strict=True)
+        _pair(experiment, ledger, spec, model, teacher, theirs, task, splits)
+        for spec, model in zip(experiment.students, students, strict=True)
     ]
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
@@ -166,13 +170,13 @@ def _device() -> torch.device:
 # --- teacher ---------------------------------------------------------------------------------------------------------
 
 
-def _ready_teacher(experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, students: Sequence[nn.Module]) -> TeacherRef | None:
+def _ready_teacher(
+    experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, students: Sequence[nn.Module], model: nn.Module
+) -> TeacherRef:
     """The teacher, trained: from the results folder, from its weights file, or now. Its metric is made known first of all."""
     spec = experiment.teacher
-    if spec is None:
-        return None
+    assert spec is not None
     ledger.watch.progress("teacher", 0, 1)
-    model = task.build_model(spec.model)
     recipe = settled(experiment.teacher_recipe(), model, task.info.image_shape, _device(), _memo(ledger, experiment, spec.model))
     unit = _teacher_unit(experiment, spec, recipe, splits)
     fits = partial(check_methods, experiment, task, students, model)
@@ -192,11 +196,12 @@ def _ready_teacher(experiment: Experiment, ledger: Ledger, task: Task, splits: S
 
 def check_methods(experiment: Experiment, task: Task, students: Sequence[nn.Module], teacher: nn.Module) -> None:
     """Build every method for every pair: what does not fit is known before the teacher is trained. Raises UserError."""
+    theirs = places(teacher, task.info.image_shape)
     for student in students:
+        ours = places(student, task.info.image_shape)
         for spec in experiment.methods:
-            method = build_method(spec, torch.Generator())
-            shapes = probe(teacher, task.info.image_shape, method.teacher_taps) if method.needs_teacher else None
-            method.build(probe(student, task.info.image_shape, method.student_taps), shapes, task.info)
+            method = fitted(spec, ours, theirs)
+            method.build(ours, theirs if method.needs_teacher else None, task.info)
 
 
 def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, splits: Splits) -> Unit:
@@ -281,6 +286,7 @@ def _pair(
     student: ModelSpec,
     model: nn.Module,
     teacher: TeacherRef | None,
+    theirs: Shapes | None,
     task: Task,
     splits: Splits,
 ) -> Pair:
@@ -297,7 +303,8 @@ def _pair(
         "search": experiment.search.model_dump(mode="json") if experiment.search else None,
         "teacher": teacher.sha if teacher else None,
     }
-    return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash)
+    ours = places(model, task.info.image_shape)
+    return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash, ours, theirs)
 
 
 def _cache(experiment: Experiment, ledger: Ledger, teacher: TeacherRef, task: Task, splits: Splits, recipe: Recipe) -> Path:

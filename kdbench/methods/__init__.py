@@ -8,5 +8,6 @@ METHODS: dict[str, Entry] = {
     "kd": Entry("kdbench.methods.kd:KD", "the teacher's softened class probabilities (Hinton et al., 2015)"),
     "nkd": Entry("kdbench.methods.nkd:NKD", "the label's probability, and the other classes normalised among themselves (ICCV 2023)"),
     "dkd": Entry("kdbench.methods.dkd:DKD", "the label and the other classes as two losses with weights of their own (CVPR 2022)"),
+    "fitnet": Entry("kdbench.methods.fitnet:FitNet", "the teacher's features at a middle stage, through a regressor (ICLR 2015)"),
     "tf_nkd": Entry("kdbench.methods.tf_nkd:TeacherFreeNKD", "the student's own confidence as a soft target; no teacher (2022)"),
 }

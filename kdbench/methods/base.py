@@ -59,8 +59,9 @@ class Method(nn.Module):
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})  # or ANY_TASK; ask `supports`
     needs_teacher: ClassVar[bool] = True
     batch_coupled: ClassVar[bool] = False  # the loss looks across samples: the frame gathers the batch of all workers first
-    student_taps: ClassVar[tuple[str, ...]] = ()
-    teacher_taps: ClassVar[tuple[str, ...]] = ()
+    needs_teacher_network: ClassVar[bool] = False  # beside its outputs, the frozen network itself: see `use_teacher`
+    student_taps: tuple[str, ...] = ()  # of the class, or of the instance where `choose_taps` finds them for the pair
+    teacher_taps: tuple[str, ...] = ()
 
     class Params(StrictOptions):
         """Defaults are the paper's; a Range says where to search, a pydantic Field what makes sense at all."""
@@ -75,8 +76,34 @@ class Method(nn.Module):
         self.params = params if params is not None else self.Params()
         self.generator = generator
 
+    @property
+    def taps_chosen(self) -> bool:
+        """Whether `student_taps` and `teacher_taps` are known already; otherwise `choose_taps` says which fit the pair."""
+        return True
+
+    def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
+        """The parameters with this pair's taps written in. student, teacher: every place that can be tapped (`models.taps.places`).
+
+        Raises UserError where the pair has no places that the method could compare.
+        """
+        return self.params
+
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        """Make the adapters, from probed shapes. Raises UserError where the pair can't work."""
+        """Make the adapters, from the shapes at the taps. Raises UserError where the pair can't work."""
+
+    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        """Take what the method needs of the frozen teacher, where it says `needs_teacher_network`; called after `build`.
+
+        What is kept must not become a submodule or a parameter: the teacher is neither trained nor saved with the student.
+        """
+
+    def adapt_student(self, student: nn.Module) -> nn.Module:
+        """The student as it is trained: itself, or with layers that `export_student` folds away again. Called after `build`."""
+        return student
+
+    def export_student(self, student: nn.Module) -> nn.Module:
+        """The student as it is deployed, from what `adapt_student` gave, trained: it keeps no trace of the method."""
+        return student
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         """Loss terms by name, weighted, scalar, float32 or wider. The task's own loss is added by the frame with `task_weight`."""

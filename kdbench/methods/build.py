@@ -14,6 +14,7 @@ from kdbench.data.options import LabelledSpec
 from kdbench.errors import UserError, explain
 from kdbench.methods import METHODS
 from kdbench.methods.base import Method
+from kdbench.models.outputs import Shapes
 from kdbench.search_space import Parameter, space_of
 
 NO_OVERRIDES: Mapping[str, Any] = MappingProxyType({})
@@ -54,6 +55,21 @@ def build_method(spec: MethodSpec, generator: torch.Generator | None, overrides:
     generator: the source of any randomness inside the loss.
     """
     return method_class(spec)(params_of(spec, overrides), generator)
+
+
+def fitted(
+    spec: MethodSpec,
+    student: Shapes,
+    teacher: Shapes | None,
+    generator: torch.Generator | None = None,
+    overrides: Mapping[str, Any] = NO_OVERRIDES,
+) -> Method:
+    """The method with its taps chosen for a pair, not yet built. student, teacher: every place of the two networks (`models.taps.places`).
+
+    Raises UserError where the pair has no places that the method could compare, or the user named one that is not there.
+    """
+    method = build_method(spec, generator, overrides)
+    return type(method)(method.choose_taps(student, teacher), generator)
 
 
 def search_axes(spec: MethodSpec) -> tuple[Parameter, ...]:

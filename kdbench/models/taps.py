@@ -53,7 +53,7 @@ class Taps:
         """
         self.model = model
         self.names = tuple(names)
-        self._taps: tuple[_Tap, ...] | None = None if self.names else ()
+        self._taps: tuple[Tap, ...] | None = None if self.names else ()
         if self.names and image_shape is not None:
             self._taps = self._find(image_shape)
 
@@ -73,7 +73,7 @@ class Taps:
                 raise UserError(f"tap {tap.name!r}: module {tap.path!r} did not run in this forward pass")
         return Outputs(prediction, maps)
 
-    def _find(self, image_shape: ImageShape) -> tuple[_Tap, ...]:
+    def _find(self, image_shape: ImageShape) -> tuple[Tap, ...]:
         seen = trace(self.model, image_shape)
         places = _places(self.model, seen)
         return tuple(_tap(self.model, seen, places, name) for name in self.names)
@@ -87,6 +87,20 @@ def probe(model: nn.Module, image_shape: ImageShape, names: Iterable[str] = ()) 
     seen = trace(model, image_shape)
     places = _places(model, seen)
     return Shapes(seen.prediction, {name: _tap(model, seen, places, name).shape for name in names})
+
+
+def places(model: nn.Module, image_shape: ImageShape) -> Shapes:
+    """Shapes of the prediction and of every place that can be tapped: by alias (`stage:0`, `stage:-1`, `block:2`, `pooled`) and by path."""
+    seen = trace(model, image_shape)
+    aliases = _places(model, seen)
+    pooled = ["pooled"] if seen.classifier is not None else []
+    return Shapes(seen.prediction, {name: _tap(model, seen, aliases, name).shape for name in [*aliases, *pooled, *seen.seen]})
+
+
+def locate(model: nn.Module, image_shape: ImageShape, name: str) -> Tap:
+    """Where one tap lies. Raises UserError for a name that the model has not, naming the nearest."""
+    seen = trace(model, image_shape)
+    return _tap(model, seen, _places(model, seen), name)
 
 
 def tap_table(model: nn.Module, image_shape: ImageShape) -> list[TapRow]:
@@ -106,7 +120,7 @@ def tap_table(model: nn.Module, image_shape: ImageShape) -> list[TapRow]:
 
 
 @dataclass(frozen=True)
-class _Tap:
+class Tap:
     """A name, resolved: where the hook goes and what it finds there."""
 
     name: str
@@ -128,15 +142,15 @@ class _Tap:
         return self.module.register_forward_pre_hook(before) if self.reads_input else self.module.register_forward_hook(after)
 
 
-def _tap(model: nn.Module, seen: Trace, places: dict[str, str], name: str) -> _Tap:
+def _tap(model: nn.Module, seen: Trace, places: dict[str, str], name: str) -> Tap:
     """Resolve one name. Raises UserError where it leads nowhere."""
     if name == "pooled" and seen.classifier is not None:
         path, width = seen.classifier
-        return _Tap(name, path, model.get_submodule(path), TapShape("vector", (width,)), reads_input=True)
+        return Tap(name, path, model.get_submodule(path), TapShape("vector", (width,)), reads_input=True)
     path = places.get(name, name)
     if path in seen.seen:
         output = seen.seen[path]
-        return _Tap(name, path, model.get_submodule(path), output.shape, output.channels_last)
+        return Tap(name, path, model.get_submodule(path), output.shape, output.channels_last)
     if path in seen.odd:
         raise UserError(f"tap {name!r}: module {path!r} {seen.odd[path]}")
     if path and path in dict(model.named_modules()):

@@ -17,9 +17,9 @@ from kdbench.data.loader import Loader
 from kdbench.errors import Diverged, UserError
 from kdbench.experiment import Unit
 from kdbench.methods.base import Method, Progress
-from kdbench.methods.build import build_method
+from kdbench.methods.build import build_method, fitted
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.models.taps import probe
+from kdbench.models.taps import places, probe
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.tasks.base import Splits, Task
@@ -30,7 +30,7 @@ from kdbench.training.optimization import Schedule, make_average, make_optimizer
 from kdbench.training.outcome import finished_record
 from kdbench.training.precision import autocast, images_for, place
 from kdbench.training.session import Session
-from kdbench.training.teacher import Teacher, open_teacher
+from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
 from kdbench.training.teacher_cache import TeacherCache
 
 # Method generators get a stream of their own, so that a method's randomness never shifts the student's initial weights.
@@ -126,13 +126,16 @@ def prepare(unit: Unit, session: Session) -> Training:
     torch.manual_seed(unit.seed)
     generator = torch.Generator().manual_seed(unit.seed ^ _METHOD_STREAM)
     student = place(task.build_model(unit.student), recipe.precision, recipe.memory_format, session.device)
-    method = build_method(unit.method, generator)
+    method = _fitting_method(unit, student, task, session, generator)
     if method.batch_coupled and recipe.accumulate > 1:
         raise UserError(
             f"method {unit.method.name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1"
         )
     teacher = _teacher_of(unit, method, task, session)
     method.build(probe(student, task.info.image_shape, method.student_taps), _shapes_of(teacher, method, task), task.info)
+    if method.needs_teacher_network:
+        method.use_teacher(_network_of(teacher, unit, task, session), task.info.image_shape)
+    student = place(method.adapt_student(student), recipe.precision, recipe.memory_format, session.device)
     method = method.to(session.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
     distiller = Distiller(student, method, task)
     optimizer = make_optimizer(distiller.parameters(), recipe)
@@ -162,6 +165,24 @@ def prepare(unit: Unit, session: Session) -> Training:
         loader=loader,
         generator=generator,
     )
+
+
+def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session, generator: torch.Generator) -> Method:
+    """The method, its taps chosen: a benchmark's units name them; for one that does not, both networks are asked here."""
+    method = build_method(unit.method, generator)
+    if method.taps_chosen:
+        return method
+    image_shape = task.info.image_shape
+    theirs = places(load_teacher(unit.teacher, task, session.device), image_shape) if unit.teacher is not None else None
+    return fitted(unit.method, places(student, image_shape), theirs, generator)
+
+
+def _network_of(teacher: Teacher | None, unit: Unit, task: Task, session: Session) -> nn.Module:
+    """The frozen network that a live teacher runs anyway, or that is loaded beside cached outputs."""
+    if isinstance(teacher, LiveTeacher):
+        return teacher.model
+    assert unit.teacher is not None, "a method that needs the network needs a teacher"
+    return load_teacher(unit.teacher, task, session.device)
 
 
 def _teacher_of(unit: Unit, method: Method, task: Task, session: Session) -> Teacher | None:

@@ -149,11 +149,11 @@ def _training_facts(run: Training) -> dict[str, object]:
 
 
 def _deployed(run: Training) -> nn.Module:
-    """The network that is kept: the last epoch's weights or the best epoch's, as the recipe says."""
+    """The network that is kept: the last epoch's weights or the best epoch's, as the recipe says, without what the method had put in."""
     model = run.evaluated
     if run.best is not None:
         model.load_state_dict(run.best)
-    return model
+    return run.distiller.method.export_student(model)
 
 
 def rederive(record: RunRecord, task: Task, predictions: bytes) -> dict[str, float]:

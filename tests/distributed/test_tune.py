@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import Summary, run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.data.shapes import shapes
+from kdbench.data.sources import Source
 from kdbench.experiment import Experiment, Unit
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import boards
@@ -274,3 +276,25 @@ def test_one_worker_that_fails_does_not_leave_the_others_waiting(tmp_path: Path)
     assert len(ran.summary.failures) == 1
     assert "none seed 0: ValueError: a mistake of this worker's" in ran.summary.failures[0]
     assert ran.finals == []
+
+
+def where_the_command_was_started(file: Path) -> Source:
+    """Data that need a file, named relative to the working directory."""
+    assert file.is_file(), f"{Path.cwd()} is another folder"
+    return shapes(train=60, test=20, target="class")
+
+
+def test_a_relative_path_means_the_same_inside_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    experiment = Experiment.model_validate(
+        {
+            "name": "relative",
+            "task": {"name": "classification", "data": {"name": f"{__name__}:where_the_command_was_started", "file": "pyproject.toml"}},
+            "students": [{"name": "tiny_cnn", "width": 2}],
+            "methods": ["none"],
+            "recipe": {"epochs": 1, "batch_size": 10, "precision": "fp32", "memory_format": "contiguous"},
+            "search": {"trials": 1, "sampler": "random", "scheduler": "none", "also": {"recipe.lr": {"low": 0.01, "high": 0.2}}},
+            "seeds": 1,
+        }
+    )
+    assert run(experiment, tmp_path, Unwatched()).failures == ()

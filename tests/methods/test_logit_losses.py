@@ -365,10 +365,12 @@ def test_a_pair_whose_logits_can_not_be_compared_is_refused(method: type[Method]
         method().build(Shapes(student, {}), None if teacher is None else Shapes(teacher, {}), task)
 
 
-def test_every_method_of_the_catalogue_builds_and_runs_on_its_defaults():
+def test_every_method_of_the_catalogue_that_needs_no_taps_builds_and_runs_on_its_defaults():
     student, teacher, labels = example()
     for name in METHODS:
         method = build_method(MethodSpec(name=name), None)
+        if not method.taps_chosen:
+            continue
         method.build(Shapes((5,), {}), Shapes((5,), {}), TaskInfo("classification", 5, (3, 8, 8)))
         terms = forward(method, student, teacher if method.needs_teacher else None, labels)
         assert all(value.dim() == 0 and value.isfinite() for value in terms.values())

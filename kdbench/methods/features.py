@@ -1,0 +1,124 @@
+"""What methods that look inside share: taps that a user may name, and that are chosen for the pair otherwise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kdbench.catalogue import nearest
+from kdbench.errors import UserError
+from kdbench.methods import METHODS
+from kdbench.methods.base import Method
+from kdbench.models.adapters import map_shape
+from kdbench.models.outputs import Shapes, TapShape
+
+Names = tuple[str, ...]
+_STAGES_OF_A_TRANSFORMER = 4  # one of a single resolution has no stages of its own: this many blocks, evenly spaced, stand for them
+
+
+class FeatureMethod(Method):
+    """A method that compares places of the student with places of the teacher, in pairs: `student_taps[k]` with `teacher_taps[k]`."""
+
+    class Params(Method.Params):
+        """student_taps, teacher_taps: what is compared with what, as many of the one as of the other; empty: chosen for the pair."""
+
+        student_taps: tuple[str, ...] = ()
+        teacher_taps: tuple[str, ...] = ()
+
+    params: Params
+
+    def __init__(self, params: Method.Params | None = None, generator: torch.Generator | None = None) -> None:
+        super().__init__(params, generator)
+        self.student_taps, self.teacher_taps = self.params.student_taps, self.params.teacher_taps
+
+    @property
+    def name(self) -> str:
+        """As a user calls the method."""
+        target = f"{type(self).__module__}:{type(self).__qualname__}"
+        return next((name for name, entry in METHODS.items() if entry.target == target), target)
+
+    @property
+    def taps_chosen(self) -> bool:
+        return bool(self.params.student_taps and self.params.teacher_taps)
+
+    def default_taps(self, student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
+        """The student's and the teacher's places that are compared unless the user names others."""
+        return ("stage:-1",), ("stage:-1",)
+
+    def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
+        if teacher is None:
+            raise UserError(f"method {self.name} needs a teacher, and there is none; add `teacher: {{model: ...}}`")
+        named = self.params.student_taps, self.params.teacher_taps
+        default = named if all(named) else self.default_taps(student, teacher)
+        ours, theirs = named[0] or default[0], named[1] or default[1]
+        for key, names, shapes in (("student_taps", ours, student), ("teacher_taps", theirs, teacher)):
+            if unknown := [name for name in names if name not in shapes.taps]:
+                raise UserError(f"method {self.name}: {key}: there is no tap {unknown[0]!r}{nearest(unknown[0], shapes.taps)}")
+        if len(ours) != len(theirs):
+            raise UserError(
+                f"method {self.name}: {len(ours)} student_taps ({', '.join(ours)}) can't be paired with "
+                f"{len(theirs)} teacher_taps ({', '.join(theirs)}); name as many of the one as of the other"
+            )
+        return self.params.model_copy(update={"student_taps": ours, "teacher_taps": theirs})
+
+    def pairs(self, student: Shapes, teacher: Shapes | None) -> list[tuple[TapShape, TapShape]]:
+        """What `build` gets, pair by pair."""
+        if teacher is None:
+            raise UserError(f"method {self.name} needs a teacher")
+        return [(student.taps[s], teacher.taps[t]) for s, t in zip(self.student_taps, self.teacher_taps, strict=True)]
+
+    def map_pairs(self, student: Shapes, teacher: Shapes | None) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+        """The pairs' [D, H, W], tokens read as maps. Raises UserError, naming both taps, where one can't be read so."""
+        found = []
+        for position, (ours, theirs) in enumerate(self.pairs(student, teacher)):
+            try:
+                found.append((map_shape(ours), map_shape(theirs)))
+            except UserError as error:
+                raise self.unfit(position, ours, theirs, str(error)) from error
+        return found
+
+    def unfit(self, position: int, student: TapShape, teacher: TapShape, way_out: str) -> UserError:
+        """The error for a pair of taps that can't be compared: names both with their shapes, and says what would work."""
+        ours, theirs = self.student_taps[position], self.teacher_taps[position]
+        return UserError(
+            f"method {self.name} can't compare the student's {ours!r} ({student.kind} {list(student.shape)}) "
+            f"with the teacher's {theirs!r} ({teacher.kind} {list(teacher.shape)}): {way_out}"
+        )
+
+
+def stages(shapes: Shapes) -> list[str]:
+    """Names of a network's stages, from fine to coarse; of a transformer with one resolution, blocks evenly spaced over its depth."""
+    named = _counted(shapes, "stage")
+    blocks = _counted(shapes, "block")
+    if len(named) > 1 or len(blocks) < 2 or shapes.taps[blocks[-1]].kind != "tokens":
+        return named
+    count = min(_STAGES_OF_A_TRANSFORMER, len(blocks))
+    return [blocks[(position + 1) * len(blocks) // count - 1] for position in range(count)]
+
+
+def paired_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
+    """The last stages of both, as many as the network with fewer has."""
+    ours, theirs = stages(student), stages(teacher)
+    count = min(len(ours), len(theirs))
+    return tuple(ours[len(ours) - count :]), tuple(theirs[len(theirs) - count :])
+
+
+def middle_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
+    """The teacher's middle stage, and the student's whose map is nearest to it in size: of two that are, the deeper one."""
+    theirs = stages(teacher)
+    hint = theirs[(len(theirs) - 1) // 2]
+    wanted = map_shape(teacher.taps[hint])[1]
+
+    def distance(name: str) -> float:
+        return abs(math.log(map_shape(student.taps[name])[1] / wanted))
+
+    return (min(reversed(stages(student)), key=distance),), (hint,)
+
+
+def _counted(shapes: Shapes, kind: str) -> list[str]:
+    """`stage:0`, `stage:1`, ... as far as they go."""
+    names: list[str] = []
+    while (name := f"{kind}:{len(names)}") in shapes.taps:
+        names.append(name)
+    return names
