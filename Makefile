@@ -9,7 +9,7 @@ run: $(READY)
 	$(VENV)/bin/kdbench run experiments/quickstart.yaml
 
 test: $(READY) lint
-	$(VENV)/bin/python -m pytest --numprocesses 2
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

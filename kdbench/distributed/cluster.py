@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,6 @@ ENVIRONMENT = {
 }
 # Nothing travels through the object store: units are small, data and caches are files.
 _OBJECT_STORE_BYTES = 256 * 2**20
-# On a cluster its own free resources say how many trainings run at once.
-_CLUSTER_DECIDES = 1_000
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,13 @@ def started(runtime: Runtime) -> Iterator[Slots]:
     import ray
 
     mine = not ray.is_initialized()
-    slots = slots_of(runtime)
     if mine:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if runtime.address is None:
             options |= {
                 "address": "local",  # else Ray joins a head that happens to run on this machine
                 "num_cpus": available_cpus(),
-                "resources": {"trial_slot": slots.concurrent},
+                "resources": {"trial_slot": slots_of(runtime, _here()).concurrent},
                 "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
                 "dashboard_host": "127.0.0.1",
                 "object_store_memory": _OBJECT_STORE_BYTES,
@@ -105,7 +102,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     try:
-        yield slots
+        yield slots_of(runtime, _here() if runtime.address is None else ray.cluster_resources())
     finally:
         if mine:
             ray.shutdown()
@@ -126,13 +123,26 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def slots_of(runtime: Runtime) -> Slots:
-    """One worker: the trial's process is the worker, and reserves its CPUs.
+def _here() -> dict[str, float]:
+    """CPUs and GPUs of this machine, under Ray's names."""
+    import torch
+
+    return {"CPU": available_cpus(), "GPU": torch.cuda.device_count()}
+
+
+def slots_of(runtime: Runtime, has: Mapping[str, float]) -> Slots:
+    """How many trainings run at once on what there is (`CPU`, `GPU`), unless the experiment says it, and what each holds.
+
+    One worker: the trial's process is the worker, and reserves its CPUs.
 
     Several: the trial only waits for them, and holds a slot instead of a CPU, or trials would keep each other's workers from starting.
     """
-    fit = available_cpus() // needed_cpus(runtime) if runtime.address is None else _CLUSTER_DECIDES
-    concurrent = max(1, min(runtime.concurrent or fit, fit))
+    fit = int(has.get("CPU", 1) // needed_cpus(runtime))
+    if runtime.gpus_per_worker:
+        fit = min(fit, int(has.get("GPU", 0) / (runtime.workers * runtime.gpus_per_worker)))
+    fit = max(1, fit)
+    # A cluster may grow: there `concurrent` may ask for more than it holds now.
+    concurrent = min(runtime.concurrent or fit, fit) if runtime.address is None else runtime.concurrent or fit
     if runtime.workers > 1:
         return Slots(concurrent, {"trial_slot": 1} if runtime.address is None else {"CPU": 0.01})
     resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}

@@ -7,7 +7,11 @@ through Tune's public Searcher and scheduler interfaces; a resumed run is a new 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import tempfile
+import time
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -43,18 +47,25 @@ log = logging.getLogger(__name__)
 
 # An actor that dies (out of memory, a lost node) is replaced and its unit taken up again this often.
 _RETRIES = 2
+# An actor imports torch in a few seconds; one that takes longer than this is not waited for.
+_START_SECONDS = 30.0
 
 
 def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
     """Empty the queue on Ray, which is running. Raises what the queue raised, or RunFailed where Tune itself could not go on."""
     desk = _Desk(work, layout)
+    first = desk.draw(slots.concurrent)
+    # Else Tune starts its actors one after the other, and it calls off one that still starts whenever another comes free: with trials
+    # shorter than the start of a process there would be a single actor for ever.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.concurrent)
     # Tune looks for result files of its own when it ends, and complains of each that it was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.CRITICAL)
     # All nodes of a cluster see the results folder; what Tune and Train note down about a run is thrown away with it.
     with tempfile.TemporaryDirectory(prefix=".ray-", dir=layout.root if runtime.address else None) as scratch:
         storage = Path(scratch).resolve()
         trainable = tune.with_resources(
-            partial(_train_unit, runtime=runtime.model_dump_json(), results=str(layout.root), storage=str(storage)), slots.trial_resources
+            partial(_train_unit, runtime=runtime.model_dump_json(), results=str(layout.root), storage=str(storage), first=first),
+            slots.trial_resources,
         )
         tuner = tune.Tuner(
             trainable,
@@ -90,14 +101,21 @@ class _Desk:
         self.layout = layout
         self.running: dict[str, Unit] = {}
         self.error: Exception | None = None
+        self._drawn: deque[Unit] = deque()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its searcher and scheduler for a restore that we never do; what is behind the desk stays in this process."""
         return (object, ())
 
+    def draw(self, count: int) -> int:
+        """Take the queue's first units out of it, `count` at most; returns how many can start at once."""
+        while len(self._drawn) < count and (unit := self.work.next()) is not None:
+            self._drawn.append(unit)
+        return len(self._drawn)
+
     def next(self, trial_id: str) -> Unit | None:
         try:
-            unit = self.work.next()
+            unit = self._drawn.popleft() if self._drawn else self.work.next()
         except Exception as error:
             self.error = error
             return None
@@ -190,14 +208,27 @@ class _Recoveries(tune.Callback):
         log.warning("%s: its process died; another one goes on with it", unit.title)
 
 
-def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str) -> None:
-    """What a Tune trial runs, in its actor."""
+def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str, first: int) -> None:
+    """What a Tune trial runs, in its actor. first: how many trials start with the first one."""
     unit, layout, how = Unit.model_validate_json(config["unit"]), Layout(Path(results)), Runtime.model_validate_json(runtime)
     if how.workers > 1:
         train_with_workers(unit, how, layout, Path(storage))
         return
+    _wait_for_the_others(Path(storage) / "actors", first)
     session = LocalSession(layout.checkpoint(unit.experiment, unit.key), _to_tune, threads=how.cpus_per_worker)
     tune.report(pack_ending(attempt(unit, session, layout)))
+
+
+def _wait_for_the_others(actors: Path, count: int) -> None:
+    """Hold a new actor's first training until `count` actors are up, or a while has passed: see `run_with_tune` for what happens else."""
+    me = actors / f"{socket.gethostname()}-{os.getpid()}"
+    if me.exists():
+        return
+    actors.mkdir(exist_ok=True)
+    me.touch()
+    deadline = time.monotonic() + _START_SECONDS
+    while len(list(actors.iterdir())) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _to_tune(metrics: Mapping[str, float]) -> None:

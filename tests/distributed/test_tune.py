@@ -12,18 +12,21 @@ import torch
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
+from torch import nn
 
 from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import Summary, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.data.shapes import shapes
 from kdbench.data.sources import Source
-from kdbench.experiment import Experiment, Unit
+from kdbench.distributed.cluster import slots_of
+from kdbench.experiment import Experiment, Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import boards
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
+from tests.training.units import smooth_net
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
 
@@ -298,3 +301,37 @@ def test_a_relative_path_means_the_same_inside_a_trial(tmp_path: Path, monkeypat
         }
     )
     assert run(experiment, tmp_path, Unwatched()).failures == ()
+
+
+def noted_net(num_classes: int, in_channels: int, folder: Path) -> nn.Module:
+    """A network that leaves a note of the process it was made in."""
+    Path(folder, str(os.getpid())).touch()
+    return smooth_net(num_classes, in_channels)
+
+
+def test_trials_shorter_than_the_start_of_a_process_still_use_every_slot(tmp_path: Path) -> None:
+    notes = tmp_path / "processes"
+    notes.mkdir()
+    student = {"name": f"{__name__}:noted_net", "folder": str(notes), "label": "noted"}
+    search = {"trials": 6, "sampler": "random", "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.2)}
+    short = RECIPE | {"epochs": 1}
+    assert run(experiment(students=[student], recipe=short, search=search, seeds=1), tmp_path / "results", Unwatched()).failures == ()
+    assert len({int(path.name) for path in notes.iterdir()} - {os.getpid()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("runtime", "has", "concurrent"),
+    [
+        ({}, {"CPU": 8}, 8),
+        ({"cpus_per_worker": 3}, {"CPU": 8}, 2),
+        ({"concurrent": 3}, {"CPU": 8}, 3),
+        ({"concurrent": 30}, {"CPU": 8}, 8),
+        ({"concurrent": 30, "address": "auto"}, {"CPU": 8}, 30),  # a cluster may grow
+        ({"address": "auto"}, {"CPU": 64, "GPU": 4}, 64),
+        ({"address": "auto", "gpus_per_worker": 0.25}, {"CPU": 64, "GPU": 4}, 16),
+        ({"gpus_per_worker": 1, "workers": 2}, {"CPU": 64, "GPU": 4}, 2),
+        ({"workers": 4}, {"CPU": 2}, 1),
+    ],
+)
+def test_as_many_trainings_run_at_once_as_fit(runtime: dict[str, Any], has: dict[str, float], concurrent: int) -> None:
+    assert slots_of(Runtime.model_validate(runtime), has).concurrent == concurrent
