@@ -57,8 +57,19 @@ def _example(command: str) -> str:
 
 
 @app.command(epilog=_example("run experiments/quickstart.yaml --set recipe.epochs=10"))
-def run(experiment: ExperimentFile, set_: Overrides = None, results: Results = None, no_mlflow: NoMlflow = False) -> None:
+def run(
+    experiment: ExperimentFile,
+    set_: Overrides = None,
+    results: Results = None,
+    no_mlflow: NoMlflow = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Train no student: say where the time of a step goes, method by method, and write traces.")
+    ] = False,
+) -> None:
     """Train the teacher, search every method, train the finals, print the board. Run it again after any interruption: it goes on."""
+    if profile:
+        _profile(experiment, set_, results)
+        return
     summary = _run_experiment(experiment, set_, results, no_mlflow, search_only=False)
     _end_with(summary.failures)
 
@@ -103,6 +114,26 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
         _print_boards(found, "table")
         _draw(found, folder / "boards" / f"{experiment.name}.png")
     return summary
+
+
+def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> None:
+    from kdbench.distributed.cluster import quiet
+
+    quiet()
+    from rich.console import Console
+
+    from kdbench.benchmark.run import profile
+    from kdbench.display import Display
+    from kdbench.experiment import load_experiment
+    from kdbench.pages import profile_page
+    from kdbench.results.layout import results_folder
+
+    experiment = load_experiment(path, overrides or ())
+    folder = results_folder(results, experiment.results)
+    with Display(Console(stderr=False)) as display:
+        profiles = profile(experiment, folder, display)
+    typer.echo(profile_page(profiles, experiment.recipe.batch_size))
+    typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
 
 
 def _draw(found: list[Board], path: Path) -> None:

@@ -16,6 +16,7 @@ from kdbench.results.record import RunRecord
 TITLES: dict[Phase, str] = {
     "teacher": "teacher",
     "cache": "teacher's outputs",
+    "profile": "profiles",
     "search": "search trials",
     "check": "winners, fresh seed",
     "final": "final seeds",

@@ -47,6 +47,7 @@ class Recipe(_Part):
     warmup_epochs: float = Field(default=0.0, ge=0)
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: measured once on the model and device, then kept
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: measured where a training is long enough for it to pay
     clip_grad: float | None = Field(default=None, gt=0)  # maximum norm of the gradient
     accumulate: int = Field(default=1, ge=1)  # micro-batches that one optimizer step is cut into
     ema: float | None = Field(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kdbench.methods.base import Method
     from kdbench.search_space import Dimension
     from kdbench.tasks.base import Task
+    from kdbench.training.profiling import StepProfile
 
 KINDS: dict[str, tuple[str, Mapping[str, Entry]]] = {
     "methods": ("method", METHODS),
@@ -239,6 +240,20 @@ def _value(value: Any) -> str:
         options = value.model_dump(mode="json")
         return str(options["name"]) if set(options) == {"name"} else json.dumps(options)
     return str(value)
+
+
+# --- profile ---------------------------------------------------------------------------------------------------------
+
+
+def profile_page(profiles: Mapping[str, StepProfile], batch_size: int) -> str:
+    """Milliseconds of a step and of its parts, a line each method, with each part's share."""
+    from kdbench.training.profiling import PARTS
+
+    rows: list[tuple[str, ...]] = [("method", "images/s", "ms a step", *PARTS)]
+    for name, profile in profiles.items():
+        cells = [f"{profile.milliseconds[part]:.2f} {profile.milliseconds[part] / profile.total:4.0%}" for part in PARTS]
+        rows.append((name, f"{1e3 * batch_size / profile.total:.0f}", f"{profile.total:.2f}", *cells))
+    return aligned(rows)
 
 
 # --- taps ------------------------------------------------------------------------------------------------------------

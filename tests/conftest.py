@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
-    """One Ray instance for all tests of a process: starting it is dear, so those that need it stand in distributed/test_tune.py."""
+    """One Ray instance for all tests of a process: starting it is dear."""
     import ray
 
     ray.init(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from kdbench.benchmark.ledger import Ledger
-from kdbench.benchmark.pair import Pair, PairWork, axes_of
+from kdbench.benchmark.pair import TRIAL_SEED, Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
@@ -35,13 +35,17 @@ from kdbench.search_space import Choice
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import file_sha256
+from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
 from kdbench.training.precision import settled
+from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import load_teacher
 from kdbench.training.teacher_cache import build_cache, cache_key, open_cache, view_count
 from kdbench.training.work import Work, run_here
+
+_PROFILED_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -119,17 +123,43 @@ def exclusive(lock: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
+def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, StepProfile]:
+    """Where the time of a step goes, for every method on every student: label -> profile. Trains no student and puts nothing on record.
+
+    The teacher is made ready as `run` does, since its outputs are a part of a step. The traces are in the results folder.
+    """
+    ledger = Ledger(experiment, results, watch, NoTracker())
+    check(experiment, ledger)
+    profiles = {}
+    with exclusive(ledger.layout.lock(experiment.name), experiment.name):
+        for pair in _pairs(experiment, ledger):
+            for spec in experiment.methods:
+                session = LocalSession(threads=experiment.runtime.cpus_per_worker)
+                torch.set_num_threads(session.threads)
+                training = prepare(pair.unit(spec, "trial", {}, TRIAL_SEED, 0), session)
+                name = spec.label if len(experiment.students) == 1 else f"{spec.label} · {pair.student.label}"
+                profiles[name] = profile_steps(training, _PROFILED_STEPS, ledger.layout.profile(experiment.name, name))
+                watch.progress("profile", len(profiles), len(experiment.methods) * len(experiment.students))
+    ledger.close()
+    return profiles
+
+
+def _pairs(experiment: Experiment, ledger: Ledger) -> list[Pair]:
+    """What is trained on what, with the teacher ready and its outputs cached."""
     task = build_task(experiment.task)
     splits = task.splits()
     students = [task.build_model(student) for student in experiment.students]
     network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
     teacher = _ready_teacher(experiment, ledger, task, splits, students, network) if network is not None else None
     theirs = places(network, task.info.image_shape) if network is not None else None
-    pairs = [
+    return [
         _pair(experiment, ledger, spec, model, teacher, theirs, task, splits)
         for spec, model in zip(experiment.students, students, strict=True)
     ]
+
+
+def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
+    pairs = _pairs(experiment, ledger)
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
@@ -177,7 +207,8 @@ def _ready_teacher(
     spec = experiment.teacher
     assert spec is not None
     ledger.watch.progress("teacher", 0, 1)
-    recipe = settled(experiment.teacher_recipe(), model, task.info.image_shape, _device(), _memo(ledger, experiment, spec.model))
+    asked, memo = experiment.teacher_recipe(), _memo(ledger, experiment, spec.model)
+    recipe = settled(asked, model, task.info.image_shape, len(splits.train), _device(), memo)
     unit = _teacher_unit(experiment, spec, recipe, splits)
     fits = partial(check_methods, experiment, task, students, model)
     record, weights = _given(ledger, spec.weights, unit) if spec.weights else _trained(experiment, ledger, unit, task, fits)
@@ -290,7 +321,8 @@ def _pair(
     task: Task,
     splits: Splits,
 ) -> Pair:
-    recipe = settled(experiment.recipe, model, task.info.image_shape, _device(), _memo(ledger, experiment, student))
+    memo = _memo(ledger, experiment, student)
+    recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), _device(), memo)
     if teacher is not None and view_count(recipe) is not None:
         teacher = teacher.model_copy(update={"cache": _cache(experiment, ledger, teacher, task, splits, recipe)})
     protocol = {

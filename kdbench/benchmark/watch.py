@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from kdbench.experiment import Unit
 from kdbench.results.record import RunRecord
 
-Phase = Literal["teacher", "cache", "search", "check", "final"]
+Phase = Literal["teacher", "cache", "profile", "search", "check", "final"]
 
 
 class Watch(Protocol):

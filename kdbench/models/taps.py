@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,13 +46,21 @@ class Taps:
     Hooks exist during a call only, so the model can be copied, wrapped or exported at any time, and costs nothing more without taps.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str] = (), image_shape: ImageShape | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str] = (),
+        image_shape: ImageShape | None = None,
+        call: Callable[[Tensor], Any] | None = None,
+    ) -> None:
         """image_shape: [C, H, W] to look the names up with, at once; without it that happens at the first call.
 
+        call: another way to run the same model, such as its compiled form; with names it is left aside, as hooks don't reach into it.
         Raises UserError, now or then, for a name that the model has not.
         """
         self.model = model
         self.names = tuple(names)
+        self._call = call if call is not None and not self.names else model
         self._taps: tuple[Tap, ...] | None = None if self.names else ()
         if self.names and image_shape is not None:
             self._taps = self._find(image_shape)
@@ -67,7 +75,7 @@ class Taps:
         with ExitStack() as hooks:
             for tap in self._taps:
                 hooks.enter_context(tap.attach(maps))
-            prediction = self.model(inputs)
+            prediction = self._call(inputs)
         for tap in self._taps:
             if tap.name not in maps:
                 raise UserError(f"tap {tap.name!r}: module {tap.path!r} did not run in this forward pass")

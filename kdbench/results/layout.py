@@ -56,6 +56,10 @@ class Layout:
         """A measured choice (precision, memory format), made once and kept."""
         return self.root / "choices" / f"{key}.json"
 
+    def profile(self, experiment: str, name: str) -> Path:
+        """The trace of a few training steps."""
+        return self.root / "profiles" / experiment / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}.json"
+
     def log(self, unit_key: str) -> Path:
         """The traceback of a training whose code failed."""
         return self.root / "logs" / f"{unit_key}.log"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed.nn.functional as exchange
@@ -18,12 +20,13 @@ from kdbench.tasks.base import Task
 class Distiller(nn.Module):
     """Runs the student and adds up the task's loss and the method's terms."""
 
-    def __init__(self, student: nn.Module, method: Method, task: Task) -> None:
+    def __init__(self, student: nn.Module, method: Method, task: Task, call: Callable[[Tensor], Any] | None = None) -> None:
+        """call: the student's compiled form, which runs in its place where the method has no taps on it."""
         super().__init__()
         self.student = student
         self.method = method
         self.task = task
-        self._taps = Taps(student, method.student_taps)
+        self._taps = Taps(student, method.student_taps, call=call)
 
     def forward(self, batch: Batch, teacher: Outputs | None, at: Progress, autocast: torch.autocast) -> dict[str, Tensor]:
         """Loss terms by name, with `total` to step on. The networks run under `autocast`, the losses outside it.
@@ -36,7 +39,8 @@ class Distiller(nn.Module):
         if self.method.batch_coupled and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             outputs, teacher, batch = _joined(outputs), _joined(teacher) if teacher else None, _joined_batch(batch)
         terms |= self.method(outputs, teacher, batch, at)
-        terms["total"] = torch.stack([term.sum() for term in terms.values()]).sum()
+        terms = {name: term.sum() for name, term in terms.items()}
+        terms["total"] = torch.stack(list(terms.values())).sum()
         return terms
 
 

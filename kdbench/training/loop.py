@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from kdbench.training.distiller import Distiller
 from kdbench.training.evaluate import predict
 from kdbench.training.optimization import Schedule, make_average, make_optimizer, make_schedule
 from kdbench.training.outcome import finished_record
-from kdbench.training.precision import autocast, images_for, place
+from kdbench.training.precision import autocast, compiled_call, images_for, place
 from kdbench.training.session import Session
 from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
 from kdbench.training.teacher_cache import TeacherCache
@@ -56,7 +57,8 @@ class Training:
     generator: torch.Generator
     epoch: int = 0
     step: int = 0  # inside the epoch
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of loss terms since the epoch began, on the device
+    sums: Tensor | None = None  # of each loss term since the epoch began, on the device, in the order of `terms`
+    terms: tuple[str, ...] = ()
     curve: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
     best_value: float = -math.inf
@@ -96,7 +98,7 @@ class Training:
             setattr(self, name, state["progress"][name])
 
 
-_PROGRESS = ("epoch", "step", "sums", "curve", "best", "best_value", "seconds", "kept_at")
+_PROGRESS = ("epoch", "step", "sums", "terms", "curve", "best", "best_value", "seconds", "kept_at")
 
 
 def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
@@ -137,7 +139,7 @@ def prepare(unit: Unit, session: Session) -> Training:
         method.use_teacher(_network_of(teacher, unit, task, session), task.info.image_shape)
     student = place(method.adapt_student(student), recipe.precision, recipe.memory_format, session.device)
     method = method.to(session.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
-    distiller = Distiller(student, method, task)
+    distiller = Distiller(student, method, task, compiled_call(student, session.device) if recipe.compile is True else None)
     optimizer = make_optimizer(distiller.parameters(), recipe)
     loader = Loader(
         splits.train if unit.role == "teacher" else splits.transfer,
@@ -206,9 +208,8 @@ def train_epoch(run: Training, epoch: int) -> None:
     run.wrapped.train()
     start = time.monotonic()
     for batch in run.loader.batches(epoch, run.step):
-        terms = train_step(run, batch)
-        for name, value in terms.items():
-            run.sums[name] = run.sums.get(name, 0) + value
+        losses = train_step(run, batch)
+        run.sums = losses if run.sums is None else run.sums + losses
         run.step += 1
         now = time.monotonic()
         run.seconds, start = run.seconds + now - start, now
@@ -216,23 +217,18 @@ def train_epoch(run: Training, epoch: int) -> None:
             run.session.report({}, run.state)
 
 
-def train_step(run: Training, batch: Batch) -> dict[str, Tensor]:
-    """One optimizer step on one global batch (this worker's share of it); returns the detached mean of each loss term."""
+def train_step(run: Training, batch: Batch) -> Tensor:
+    """One optimizer step on one global batch (this worker's share of it); returns each loss term's mean, in the order of `run.terms`."""
     recipe = run.unit.recipe
     done = run.epoch * run.loader.steps_per_epoch + run.step
     at = Progress(run.epoch + run.step / run.loader.steps_per_epoch, done, recipe.epochs * run.loader.steps_per_epoch)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.lr * run.schedule(done)
-    sums: dict[str, Tensor] = {}
     pieces = list(_micro_batches(batch, recipe.accumulate))
+    losses = []
     for position, piece in enumerate(pieces):
-        weight = len(piece) / len(batch)
-        if position + 1 < len(pieces):
-            with run.session.without_exchange(run.wrapped):
-                terms = _backward(run, piece, at, weight)
-        else:
-            terms = _backward(run, piece, at, weight)
-        sums = {name: sums.get(name, 0) + weight * value for name, value in terms.items()}
+        with run.session.without_exchange(run.wrapped) if position + 1 < len(pieces) else nullcontext():
+            losses.append(_backward(run, piece, at, len(piece) / len(batch)))
     if recipe.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
         torch.nn.utils.clip_grad_norm_(run.wrapped.parameters(), recipe.clip_grad)
@@ -241,7 +237,7 @@ def train_step(run: Training, batch: Batch) -> dict[str, Tensor]:
     run.optimizer.zero_grad()
     if run.average is not None:
         run.average.update_parameters(run.distiller.student)
-    return sums
+    return torch.stack(losses).sum(0)
 
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
@@ -253,20 +249,22 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
         yield replace(batch, inputs=batch.inputs[where], target=batch.target[where], index=batch.index[where])
 
 
-def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> dict[str, Tensor]:
+def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> Tensor:
+    """Add the gradients of one micro-batch; returns its loss terms times its `weight` in the batch."""
     recipe = run.unit.recipe
     batch = replace(batch, inputs=images_for(batch.inputs, recipe.precision, recipe.memory_format))
     teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
     terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device))
     run.scaler.scale(terms["total"] * weight).backward()
-    return {name: term.detach() for name, term in terms.items()}
+    run.terms = tuple(terms)
+    return torch.stack([term.detach() for term in terms.values()]) * weight
 
 
 def mean_losses(run: Training) -> dict[str, float]:
     """Each term's mean over the epoch and over all workers, who must agree on whether training goes on."""
-    local = torch.stack([value.double() for value in run.sums.values()]) / run.step
-    everywhere = run.session.gather(local[None]).mean(0)
-    return {f"train_{name}": value for name, value in zip(run.sums, everywhere.tolist(), strict=True)}
+    assert run.sums is not None, "an epoch has at least one step"
+    everywhere = run.session.gather(run.sums.double()[None] / run.step).mean(0)
+    return {f"train_{name}": value for name, value in zip(run.terms, everywhere.tolist(), strict=True)}
 
 
 def share_buffers(run: Training) -> None:
@@ -293,7 +291,7 @@ def close_epoch(run: Training) -> dict[str, float]:
     if unit.recipe.weights == "best" and (value if task.higher_is_better else -value) > run.best_value:
         run.best_value = value if task.higher_is_better else -value
         run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.evaluated.state_dict().items()}
-    run.epoch, run.step, run.sums = run.epoch + 1, 0, {}
+    run.epoch, run.step, run.sums = run.epoch + 1, 0, None
     run.seconds += time.monotonic() - start
     row = {"epoch": float(run.epoch), "lr": run.optimizer.param_groups[0]["lr"], "seconds": run.seconds}
     row |= losses | {f"val_{name}": number for name, number in metrics.items()}

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
-from kdbench.benchmark.run import run
+from kdbench.benchmark.run import profile, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment, load_experiment
+from kdbench.pages import profile_page
 from kdbench.results.leaderboard import boards
 from kdbench.results.rendering import render
 from kdbench.results.store import ResultStore
@@ -119,3 +120,15 @@ def test_a_teacher_from_a_file_is_measured_not_trained(tmp_path: Path) -> None:
         metrics.append((teacher.teacher_sha, teacher.test_metric))
     assert metrics[0] == metrics[1]
     assert teacher.curve == []
+
+
+def test_a_profile_covers_every_method_and_puts_no_student_on_record(tmp_path: Path) -> None:
+    asked = experiment("classification", methods=["none", "kd", "fitnet"])
+    profiles = profile(asked, tmp_path, Unwatched())
+    assert list(profiles) == ["none", "kd", "fitnet"]
+    assert profiles["none"].milliseconds["teacher"] == 0
+    assert profiles["kd"].milliseconds["teacher"] > 0
+    assert sorted(path.stem for path in (tmp_path / "profiles" / asked.name).iterdir()) == sorted(profiles)
+    assert {record.role for record in ResultStore(tmp_path).scan()} == {"teacher"}
+    table = profile_page(profiles, 20).splitlines()
+    assert [line.split()[0] for line in table] == ["method", *profiles]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit
@@ -187,3 +188,19 @@ def test_every_precision_trains(tmp_path: Path, precision: str) -> None:
     record = fit(unit(recipe={"precision": precision, "memory_format": "channels_last", "epochs": 3}), LocalSession(), layout(tmp_path))
     assert record.curve[-1]["train_total"] < record.curve[0]["train_total"]
     assert record.precision == precision
+
+
+def test_a_compiled_student_trains_to_the_same_bits_where_its_kernels_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    def traced(model: nn.Module, **options: object) -> nn.Module:
+        compiled.append(model)
+        return compile_model(model, backend="eager")  # the graph is captured, and run by the kernels that ran before
+
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    plain, fast = (unit(recipe={"compile": compile_}) for compile_ in (False, True))
+    for one, folder in ((plain, "plain"), (fast, "fast")):
+        fit(one, LocalSession(), layout(tmp_path / folder))
+    assert len(compiled) == 1
+    assert_equal_weights(weights_of(tmp_path / "plain", plain), weights_of(tmp_path / "fast", fast))

@@ -79,32 +79,64 @@ def test_a_measured_precision_is_written_down_and_not_measured_again(tmp_path: P
     seconds = {("fp32", "contiguous"): 1.0, ("fp32", "channels_last"): 0.9, ("bf16", "channels_last"): 0.5}
     measured: list[tuple[str, str]] = []
 
-    def pretend(model: nn.Module, images: torch.Tensor, name: str, memory_format: str, device: torch.device) -> float:
+    def pretend(
+        model: nn.Module, images: torch.Tensor, name: str, memory_format: str, device: torch.device, compiled: bool = False
+    ) -> float:
         measured.append((name, memory_format))
         return seconds[name, memory_format]
 
     monkeypatch.setattr(precision, "_step_seconds", pretend)
     memo, device = tmp_path / "choices" / "a.json", torch.device("cpu")
-    chosen = settled(recipe(), nn.Linear(1, 1), (1, 2, 2), device, memo)
+    chosen = settled(recipe(batch_size=50), nn.Linear(1, 1), (1, 2, 2), 100, device, memo)
     assert (chosen.precision, chosen.memory_format) == ("bf16", "channels_last")
-    assert json.loads(memo.read_text()) == {"precision": "bf16", "memory_format": "channels_last"}
+    assert json.loads(memo.read_text()) == {"precision": "bf16", "memory_format": "channels_last", "compile": {"20": False}}
     count = len(measured)
     seconds["bf16", "channels_last"] = 5.0
-    assert settled(recipe(), nn.Linear(1, 1), (1, 2, 2), device, memo) == chosen
+    assert settled(recipe(batch_size=50), nn.Linear(1, 1), (1, 2, 2), 100, device, memo) == chosen
     assert len(measured) == count
 
 
 def test_a_small_advantage_is_not_worth_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {("fp32", "contiguous"): 1.0, ("fp32", "channels_last"): 0.9, ("bf16", "channels_last"): 0.86}
     monkeypatch.setattr(precision, "_step_seconds", lambda model, images, name, memory_format, device: seconds[name, memory_format])
-    chosen = settled(recipe(), nn.Linear(1, 1), (1, 2, 2), torch.device("cpu"), tmp_path / "a.json")
+    asked = recipe(compile=False)
+    chosen = settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), tmp_path / "a.json")
     assert (chosen.precision, chosen.memory_format) == ("fp32", "contiguous")
 
 
 def test_a_precision_that_was_asked_for_is_kept(tmp_path: Path) -> None:
-    asked = recipe(precision="fp16", memory_format="auto")
-    chosen = settled(asked, nn.Linear(1, 1), (1, 2, 2), torch.device("cpu"), tmp_path / "a.json")
+    asked = recipe(precision="fp16", memory_format="auto", compile=False)
+    chosen = settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), tmp_path / "a.json")
     assert (chosen.precision, chosen.memory_format) == ("fp16", "contiguous")
-    whole = recipe(precision="bf16", memory_format="channels_last")
-    assert settled(whole, nn.Linear(1, 1), (1, 2, 2), torch.device("cpu"), tmp_path / "b.json") == whole
+    whole = recipe(precision="bf16", memory_format="channels_last", compile=False)
+    assert settled(whole, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), tmp_path / "b.json") == whole
     assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "compiled_step", "measures", "pays"),
+    [(1, 0.1, False, False), (100, 0.7, True, True), (100, 0.99, True, False), (100, 1.2, True, False)],
+)
+def test_compiling_is_chosen_where_its_own_time_is_won_back(
+    epochs: int, compiled_step: float, measures: bool, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 50))  # a measurement of the compiled model takes 50 seconds
+    tried: list[bool] = []
+
+    def pretend(
+        model: nn.Module, images: torch.Tensor, name: str, memory_format: str, device: torch.device, compiled: bool = False
+    ) -> float:
+        tried.append(compiled)
+        return compiled_step if compiled else 1.0
+
+    monkeypatch.setattr(precision, "_step_seconds", pretend)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
+    asked = recipe(epochs=epochs, batch_size=10, precision="fp32", memory_format="contiguous")
+    memo, device = tmp_path / "a.json", torch.device("cpu")
+    assert settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, device, memo).compile is pays
+    assert (True in tried) == measures
+    tried.clear()
+    assert settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, device, memo).compile is pays
+    assert not tried
+    longer = asked.model_copy(update={"epochs": 1000})
+    assert settled(longer, nn.Linear(1, 1), (1, 2, 2), 100, device, memo).compile is (compiled_step < 1.0)
