@@ -117,6 +117,7 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
 
 
 def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler announces every start and stop otherwise
     from kdbench.distributed.cluster import quiet
 
     quiet()
