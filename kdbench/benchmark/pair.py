@@ -85,6 +85,7 @@ class Pair:
                 "method": [spec.label, spec.name, spec.pinned, method_class(spec).version],
                 "recipe": self.recipe.model_dump(mode="json"),
                 "data_seed": self.experiment.data_seed,
+                "cache": self.experiment.cache.numbers,
                 "workers": self.experiment.runtime.workers,
                 "space": describe(axes),
                 "search": search.model_dump(mode="json", exclude={"trials", "top_k", "confirm_seeds", "also"}),
@@ -187,11 +188,19 @@ class PairWork:
         tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, "kdbench.protocol_hash": pair.protocol_hash}
         return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", key, tags)
 
+    def teacher_taps(self) -> list[tuple[str, ...]]:
+        """What each method that still has something to train looks at inside the teacher."""
+        methods = [build_method(self._trial(contender).method, None) for contender in self.contenders if not contender.done]
+        return [method.teacher_taps for method in methods if method.needs_teacher]
+
+    def _trial(self, contender: Contender) -> Unit:
+        return self.pair.unit(contender.spec, "trial", {}, TRIAL_SEED, 0)
+
     def check(self) -> None:
         """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
         for contender in self.contenders:
             if not contender.done:
-                self._check_objectives(prepare(self.pair.unit(contender.spec, "trial", {}, TRIAL_SEED, 0), LocalSession()))
+                self._check_objectives(prepare(self._trial(contender), LocalSession()))
 
     def _check_objectives(self, training: Training) -> None:
         costs = set(self.search.objectives) - {"train_seconds"} if self.search is not None else set()

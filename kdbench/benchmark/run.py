@@ -6,11 +6,9 @@ the same command after any interruption goes on.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdbench.benchmark.cache import fill_cache
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import TRIAL_SEED, Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
@@ -29,6 +28,7 @@ from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
+from kdbench.results.locks import Held, locked
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
 from kdbench.search_space import Choice
@@ -41,8 +41,7 @@ from kdbench.training.outcome import measured_teacher
 from kdbench.training.precision import settled
 from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.session import LocalSession
-from kdbench.training.teacher import load_teacher
-from kdbench.training.teacher_cache import build_cache, cache_key, open_cache, view_count
+from kdbench.training.teacher_cache import CacheSpec, view_count
 from kdbench.training.work import Work, run_here
 
 _PROFILED_STEPS = 30
@@ -109,18 +108,12 @@ def _searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
 
 @contextmanager
 def exclusive(lock: Path, name: str) -> Iterator[None]:
-    """Hold an experiment's lock; the operating system lets go of it when the process ends, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{name} is already running in this results folder (process {file.read().strip() or 'unknown'})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    """Hold an experiment's lock. Raises UserError where another process does."""
+    try:
+        with locked(lock):
+            yield
+    except Held as held:
+        raise UserError(f"{name} is already running in this results folder (process {held.process})") from None
 
 
 def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, StepProfile]:
@@ -163,9 +156,10 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
-            for work in queue.queues:
-                work.check()
-            _empty(queue, experiment, ledger)
+            with _cached_outputs(queue, ledger):
+                for work in queue.queues:
+                    work.check()
+                _empty(queue, experiment, ledger)
     finally:
         for work in queue.queues:
             work.close()
@@ -323,8 +317,10 @@ def _pair(
 ) -> Pair:
     memo = _memo(ledger, experiment, student)
     recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), _device(), memo)
-    if teacher is not None and view_count(recipe) is not None:
-        teacher = teacher.model_copy(update={"cache": _cache(experiment, ledger, teacher, task, splits, recipe)})
+    caching = teacher is not None and view_count(recipe) is not None
+    if teacher is not None and caching:
+        spec = _cache_spec(experiment, teacher, recipe)
+        teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
     protocol = {
         "task": experiment.task.model_dump(mode="json"),
         "task_version": task.version,
@@ -334,29 +330,27 @@ def _pair(
         "data_seed": experiment.data_seed,
         "search": experiment.search.model_dump(mode="json") if experiment.search else None,
         "teacher": teacher.sha if teacher else None,
+        "cache": experiment.cache.numbers if caching else None,
     }
     ours = places(model, task.info.image_shape)
     return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash, ours, theirs)
 
 
-def _cache(experiment: Experiment, ledger: Ledger, teacher: TeacherRef, task: Task, splits: Splits, recipe: Recipe) -> Path:
-    folder = ledger.layout.cache(cache_key(teacher, splits, recipe, experiment.data_seed))
-    _remove_damaged(folder, ledger.watch)
-    if not folder.exists():
-        model = load_teacher(teacher, task, _device())
-        for done, total in build_cache(folder, model, teacher, splits, recipe, experiment.data_seed, _device()):
-            ledger.watch.progress("cache", done, total)
-    return folder
+def _cache_spec(experiment: Experiment, teacher: TeacherRef, recipe: Recipe) -> CacheSpec:
+    return CacheSpec(teacher=teacher, task=experiment.task, recipe=recipe, data_seed=experiment.data_seed, options=experiment.cache)
 
 
-def _remove_damaged(cache: Path, watch: Watch) -> None:
-    """A cache can be made again at any time, so a damaged one stops nobody."""
-    if cache.exists():
-        try:
-            open_cache(cache)
-        except RunFailed:
-            watch.note(f"the teacher cache {cache} is damaged; it is made again")
-            shutil.rmtree(cache)
+@contextmanager
+def _cached_outputs(queue: InTurn, ledger: Ledger) -> Iterator[None]:
+    """While this is open the pairs that have something to train find their teacher's outputs in the cache."""
+    with ExitStack() as in_use:
+        for work in queue.queues:
+            pair = work.pair
+            if work.done or pair.teacher is None or pair.teacher.cache is None:
+                continue
+            spec = _cache_spec(pair.experiment, pair.teacher, pair.recipe)
+            in_use.enter_context(fill_cache(spec, work.teacher_taps(), ledger.layout, ledger.watch, _device(), lambda *_: None))
+        yield
 
 
 def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec) -> Path:
