@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 
 from kdbench.benchmark.watch import Watch
+from kdbench.distributed.cache import worth_ray, write_with_ray
+from kdbench.distributed.cluster import started
+from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef
 from kdbench.results.layout import Layout
 from kdbench.results.locks import Held, locked
 from kdbench.training.cache_build import Builder, Plan, build_here, cached_already, mend
@@ -19,6 +22,19 @@ from kdbench.training.top_k import BOUND, TEMPERATURES
 
 # Writes a plan's pieces somewhere else than in this process, yielding how many images after each; None where this process should.
 Elsewhere = Callable[[Builder, Plan, float], Iterator[int] | None]
+
+
+def cache_spec(experiment: Experiment, teacher: TeacherRef, recipe: Recipe) -> CacheSpec:
+    """The entry that students with this recipe read."""
+    return CacheSpec(teacher=teacher, task=experiment.task, recipe=recipe, data_seed=experiment.data_seed, options=experiment.cache)
+
+
+def on_ray(stack: ExitStack, runtime: Runtime, started_anyway: bool, builder: Builder, plan: Plan, seconds: float) -> Iterator[int] | None:
+    """An `Elsewhere`: Ray, where that is worth while. It then runs until the stack is closed, for the trainings to use it too."""
+    if not worth_ray(runtime, plan, seconds, started_anyway):
+        return None
+    stack.enter_context(started(runtime))
+    return write_with_ray(builder, plan, runtime)
 
 
 def fill_cache(

@@ -26,7 +26,7 @@ from kdbench.training.teacher_cache import LOGITS, TEST, CacheSpec, entry_text, 
 from kdbench.training.top_k import smallest_faithful
 
 BATCH = 256
-_TIMED, _MEASURED = 128, 512  # images that the estimate and the choice of top_k look at
+_MEASURED = 512  # images that the choice of top_k looks at
 
 TapSets = Iterable[tuple[str, ...]]  # what the methods ask for, one set a method
 
@@ -174,9 +174,9 @@ class Builder:
         """How long this process would need, from a few batches."""
         taps = sorted({tap for piece in plan.pieces for tap in piece.taps})
         teacher, part = self.teacher(tuple(taps)), self.spec.splits.transfer
-        (batch,) = in_order(part.select(torch.arange(min(_TIMED, len(part)))), _TIMED, self.device)
+        (batch,) = in_order(part.select(torch.arange(min(BATCH, len(part)))), BATCH, self.device)
         times = []
-        for _ in range(3):  # the first warms up; other load can only lengthen the others
+        for _ in range(3):  # the first warms up; other load can only lengthen the rest
             start = time.perf_counter()
             teacher(batch).logits.float().cpu()
             times.append(time.perf_counter() - start)

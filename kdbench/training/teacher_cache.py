@@ -87,11 +87,12 @@ class CacheSpec(StrictOptions):
 
 
 class Entry(StrictOptions):
-    """entry.json: what an entry is of, for whoever opens or lists it. index: checksum of index.npy."""
+    """entry.json: what an entry is of, for whoever opens or lists it. images: of the transfer part. index: checksum of index.npy."""
 
     facts: dict[str, Any]
     teacher: str
     data: str
+    images: int
     index: str
 
     def shows(self, recipe: Recipe, data_seed: int) -> bool:
@@ -195,5 +196,6 @@ def index_hash(index: np.ndarray) -> str:
 
 def entry_text(spec: CacheSpec, index: np.ndarray) -> str:
     """entry.json of a new entry."""
-    entry = Entry(facts=spec.facts, teacher=spec.teacher.model.label, data=build_task(spec.task).data_name, index=index_hash(index))
+    teacher, data = spec.teacher.model.label, build_task(spec.task).data_name
+    entry = Entry(facts=spec.facts, teacher=teacher, data=data, images=len(index), index=index_hash(index))
     return json.dumps(entry.model_dump(mode="json"), indent=1)
