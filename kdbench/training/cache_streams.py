@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from kdbench.data.options import StrictOptions
@@ -56,6 +56,7 @@ class Stream(StrictOptions):
     images: int
     precision: Literal["fp16", "fp32"]
     top_k: int | None = None
+    shard_rows: int = Field(default_factory=lambda: SHARD_ROWS)
 
     @property
     def rows(self) -> int:
@@ -82,8 +83,8 @@ class Stream(StrictOptions):
     def shards(self) -> Iterator[Shard]:
         number = 0
         for view in range(self.views):
-            for start in range(0, self.images, SHARD_ROWS):
-                yield Shard(number, view, start, min(start + SHARD_ROWS, self.images))
+            for start in range(0, self.images, self.shard_rows):
+                yield Shard(number, view, start, min(start + self.shard_rows, self.images))
                 number += 1
 
     def packed(self, outputs: Tensor) -> np.ndarray:

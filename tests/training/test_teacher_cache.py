@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from kdbench.tasks.base import TaskInfo
 from kdbench.tasks.build import build_task
 from kdbench.training import cache_streams
 from kdbench.training.cache_build import Builder, Plan, build_here, mend
-from kdbench.training.cache_streams import Stream
+from kdbench.training.cache_streams import Shard, Stream, StreamFiles
 from kdbench.training.evaluate import predict
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
@@ -287,10 +289,6 @@ def test_the_key_follows_all_that_decides_the_outputs(augmented: Unit) -> None:
 # --- the building ----------------------------------------------------------------------------------------------------
 
 
-class Broken(Exception):
-    pass
-
-
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("batches", [1, 4, 9, 20])
 def test_a_build_that_breaks_off_goes_on_at_the_first_missing_shard(
@@ -309,3 +307,146 @@ def test_a_build_that_breaks_off_goes_on_at_the_first_missing_shard(
     again.finish(rest)
     built(augmented, tmp_path / "whole", TAPS)
     assert content(folder) == content(tmp_path / "whole")
+
+
+def build_and_die(spec: CacheSpec, folder: Path, call: int) -> None:
+    """In a process of its own: killed after half of the `call`-th write."""
+    calls, write = 0, os.pwrite
+
+    def dying(file: int, data: memoryview, position: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            write(file, data[: len(data) // 2], position)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(file, data, position)
+
+    os.pwrite = dying  # type: ignore[assignment]
+    builder, plan = begun(spec, folder)
+    for _ in build_here(builder, plan):
+        pass
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("call", [1, 20, 60])
+def test_a_build_killed_in_the_middle_of_a_write_goes_on_to_the_same_bytes(tmp_path: Path, augmented: Unit, call: int) -> None:
+    spec, folder = spec_of(augmented), tmp_path / "cache"
+    build_task(spec.task)  # before the fork, or the child would read the data anew
+    child = os.fork()
+    if child == 0:
+        try:
+            build_and_die(spec, folder, call)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert open_cache(folder) is None
+    assert mend(folder) == []
+    builder, plan = begun(spec, folder)
+    assert plan.images < 900 + 2000 or call == 1
+    for _ in build_here(builder, plan):
+        pass
+    builder.finish(plan)
+    built(augmented, tmp_path / "whole", TAPS)
+    assert content(folder) == content(tmp_path / "whole")
+
+
+def test_a_tap_that_is_added_later_leaves_the_other_streams_alone(tmp_path: Path, augmented: Unit) -> None:
+    folder = tmp_path / "cache"
+    built(augmented, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert open_cache(folder, TAPS) is None
+    _, plan = begun(spec_of(augmented), folder, TAPS)
+    assert {name for piece in plan.pieces for name in piece.streams} == {"tap stage:-1", "tap pooled"}
+    assert plan.images == 900
+    assert open_cache(folder, TAPS) is None  # begun, not written
+    built(augmented, folder, TAPS)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    built(augmented, tmp_path / "at once", TAPS)
+    assert content(folder) == content(tmp_path / "at once")
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_pieces_written_in_any_order_by_several_builders_are_the_bytes_of_one(tmp_path: Path, augmented: Unit) -> None:
+    spec, folder = spec_of(augmented), tmp_path / "cache"
+    one, plan = begun(spec, folder)
+    other = Builder(CacheSpec.model_validate_json(spec.model_dump_json()), folder, CPU)
+    for number, piece in enumerate(reversed(plan.pieces)):
+        assert sum((one, other)[number % 2].write(piece)) == piece.images
+    one.finish(plan)
+    built(augmented, tmp_path / "serial", TAPS)
+    assert content(folder) == content(tmp_path / "serial")
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("logits.npy", 500), ("logits.npy", 10), ("logits.json", 5), ("entry.json", 0), ("index.npy", 200)]
+)
+def test_a_damaged_cache_is_named(tmp_path: Path, augmented: Unit, name: str, size: int) -> None:
+    folder = tmp_path / "cache"
+    built(augmented, folder)
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(RunFailed, match=f"teacher cache {folder} is damaged .*the next run mends it"):
+        open_cache(folder)
+    assert mend(folder) == ["entry.json" if name in ("entry.json", "index.npy") else "logits"]
+    assert open_cache(folder) is None
+    assert mend(folder) == []
+    built(augmented, folder)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_of_a_shard_with_other_bytes_that_one_alone_is_written_again(tmp_path: Path, augmented: Unit) -> None:
+    folder = tmp_path / "cache"
+    built(augmented, folder, TAPS)
+    whole = content(folder)
+    files = StreamFiles(folder, "tap pooled")
+    data = bytearray(files.data.read_bytes())
+    data[-1] ^= 1
+    files.data.write_bytes(data)
+    assert StreamFiles(folder, "logits").broken_shards() == []
+    broken = files.broken_shards()
+    assert broken == [Shard(14, 2, 256, 300)]
+    files.discard(broken)
+    assert open_cache(folder, TAPS) is None
+    assert open_cache(folder) is not None
+    _, plan = begun(spec_of(augmented), folder)
+    assert [(piece.shard, piece.streams) for piece in plan.pieces] == [(broken[0], ("tap pooled",))]
+    built(augmented, folder, TAPS)
+    assert content(folder) == whole
+
+
+# --- budget ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_the_budget_stays_live_the_largest_first(tmp_path: Path, augmented: Unit) -> None:
+    sets = [("stage:0",), ("stage:-1", "pooled"), ("pooled",), ()]
+    rows, test = 3 * 300, 2000
+    task = build_task(augmented.task)
+    shapes = probe(load_teacher(teacher_of(augmented), task, CPU), task.info.image_shape, ("stage:0", "stage:-1", "pooled"))
+    size = {tap: 2 * rows * int(np.prod(shape.shape)) for tap, shape in shapes.taps.items()}
+    base = 2 * 10 * (rows + test)
+
+    def plan(budget: int) -> Plan:
+        return Builder(spec_of(augmented, budget_gb=budget / 1e9), tmp_path / "cache", CPU).plan(sets)
+
+    assert size["pooled"] < size["stage:-1"] < size["stage:0"]
+    everything = base + sum(size.values())
+    assert plan(everything).too_big == {}
+    assert plan(everything).nbytes == everything
+    less = plan(everything - 1)
+    assert less.too_big == {("stage:0",): everything}
+    assert less.nbytes == everything - size["stage:0"]
+    assert {stream.name for stream in less.streams} == {"logits", "test", "tap pooled", "tap stage:-1"}
+    assert plan(base + size["pooled"]).too_big.keys() == {("stage:-1", "pooled"), ("stage:0",)}
+    nothing = plan(base - 1)
+    assert (nothing.too_big, nothing.streams, nothing.pieces) == ({(): base}, (), ())
+
+
+def test_what_is_there_already_is_used_though_the_budget_became_smaller(tmp_path: Path, augmented: Unit) -> None:
+    folder = tmp_path / "cache"
+    built(augmented, folder, TAPS)
+    plan = Builder(spec_of(augmented, budget_gb=0), folder, CPU).plan([TAPS])
+    assert (plan.pieces, plan.too_big) == ((), {})
