@@ -39,6 +39,7 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
     kind: Any = ray.remote(_Writer).options(
         num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=_RETRIES, max_task_retries=_RETRIES
     )
+    # They end when nothing refers to them any more. Killed, they would leave Ray with tasks to complain of.
     writers: list[Any] = [kind.remote(builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker) for _ in range(count)]
     # A writer gets pieces once it runs: one that other jobs on the cluster leave no room for holds up nobody.
     busy = {writer.ready.remote(): writer for writer in writers}
@@ -58,9 +59,6 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
         raise RunFailed(
             f"a process that wrote the teacher's outputs died {_RETRIES + 1} times; is there enough memory? The same command goes on"
         ) from error
-    finally:
-        for writer in writers:
-            ray.kill(writer)
 
 
 class _Writer:

@@ -15,6 +15,7 @@ import torch
 
 from kdbench.data.batch import Batch
 from kdbench.data.loader import in_order, view_batches
+from kdbench.data.views import Augment
 from kdbench.errors import RunFailed
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import probe
@@ -221,11 +222,11 @@ class Builder:
         return ShardWriter(files, manifest.stream, shard)
 
     def _batches(self, shard: Shard, test: bool) -> Iterator[Batch]:
-        splits, rows = self.spec.splits, torch.arange(shard.start, shard.stop)
+        splits, rows = self.spec.splits, range(shard.start, shard.stop)
         if test:
-            return in_order(splits.test.select(rows), BATCH, self.device)
-        part = splits.transfer.select(rows)
-        return view_batches(part, shard.view, self.spec.recipe.augment, self.spec.data_seed, BATCH, self.device)
+            return view_batches(splits.test, 0, Augment(), 0, BATCH, self.device, rows)
+        recipe = self.spec.recipe
+        return view_batches(splits.transfer, shard.view, recipe.augment, self.spec.data_seed, BATCH, self.device, rows)
 
 
 def build_here(builder: Builder, plan: Plan) -> Iterator[int]:
