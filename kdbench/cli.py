@@ -128,20 +128,10 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
 
 def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler announces every start and stop otherwise
-    from kdbench.distributed.cluster import quiet
+    with _watched(path, overrides, results) as (experiment, folder, display):
+        from kdbench.benchmark.run import profile
+        from kdbench.pages import profile_page
 
-    quiet()
-    from rich.console import Console
-
-    from kdbench.benchmark.run import profile
-    from kdbench.display import Display
-    from kdbench.experiment import load_experiment
-    from kdbench.pages import profile_page
-    from kdbench.results.layout import results_folder
-
-    experiment = load_experiment(path, overrides or ())
-    folder = results_folder(results, experiment.results)
-    with Display(Console(stderr=False)) as display:
         profiles = profile(experiment, folder, display)
     typer.echo(profile_page(profiles, experiment.recipe.batch_size))
     typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
