@@ -7,7 +7,8 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ import typer
 from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
 
 if TYPE_CHECKING:
+    from kdbench.display import Display
+    from kdbench.experiment import Experiment
     from kdbench.results.leaderboard import Board
 
 app = typer.Typer(
@@ -86,29 +89,36 @@ def tune(experiment: ExperimentFile, set_: Overrides = None, results: Results = 
     _end_with(summary.failures)
 
 
-def _run_experiment(path: Path, overrides: list[str] | None, results: Path | None, no_mlflow: bool, search_only: bool) -> Any:
+@contextmanager
+def _watched(path: Path, overrides: list[str] | None, results: Path | None) -> Iterator[tuple[Experiment, Path, Display]]:
+    """The experiment, its results folder and a display, for work that can be interrupted and gone on with."""
     from kdbench.distributed.cluster import quiet
 
     quiet()
     signal.signal(signal.SIGTERM, _interrupt)
     from rich.console import Console
 
-    from kdbench.benchmark.run import run as run_benchmark
     from kdbench.display import Display
     from kdbench.experiment import load_experiment
     from kdbench.results.layout import results_folder
-    from kdbench.results.tracking import MlflowTracker, NoTracker, tracking_uri
 
     experiment = load_experiment(path, overrides or ())
-    folder = results_folder(results, experiment.results)
-    tracker = NoTracker() if no_mlflow else MlflowTracker(tracking_uri(folder), experiment.name)
     try:
         with Display(Console(stderr=False)) as display:
-            summary = run_benchmark(experiment, folder, display, tracker, search_only)
+            yield experiment, results_folder(results, experiment.results), display
     except KeyboardInterrupt:
         again = " ".join(["kdbench", *sys.argv[1:]])
         typer.echo(f"\nStopped. What is finished is kept; to go on: {again}", err=True)
         raise typer.Exit(130) from None
+
+
+def _run_experiment(path: Path, overrides: list[str] | None, results: Path | None, no_mlflow: bool, search_only: bool) -> Any:
+    with _watched(path, overrides, results) as (experiment, folder, display):
+        from kdbench.benchmark.run import run as run_benchmark
+        from kdbench.results.tracking import MlflowTracker, NoTracker, tracking_uri
+
+        tracker = NoTracker() if no_mlflow else MlflowTracker(tracking_uri(folder), experiment.name)
+        summary = run_benchmark(experiment, folder, display, tracker, search_only)
     if not search_only:
         found = [board for protocol in summary.protocols for board in _boards(folder, {"protocol_hash": protocol})]
         _print_boards(found, "table")
@@ -118,20 +128,10 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
 
 def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler announces every start and stop otherwise
-    from kdbench.distributed.cluster import quiet
+    with _watched(path, overrides, results) as (experiment, folder, display):
+        from kdbench.benchmark.run import profile
+        from kdbench.pages import profile_page
 
-    quiet()
-    from rich.console import Console
-
-    from kdbench.benchmark.run import profile
-    from kdbench.display import Display
-    from kdbench.experiment import load_experiment
-    from kdbench.pages import profile_page
-    from kdbench.results.layout import results_folder
-
-    experiment = load_experiment(path, overrides or ())
-    folder = results_folder(results, experiment.results)
-    with Display(Console(stderr=False)) as display:
         profiles = profile(experiment, folder, display)
     typer.echo(profile_page(profiles, experiment.recipe.batch_size))
     typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
@@ -275,6 +275,77 @@ def export(
     typer.echo(f"input: {report.inputs}")
     typer.echo(f"output: {'x'.join(map(str, report.output_shape))} for each image")
     typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
+
+
+cache_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="The teacher's outputs, kept for all trainings: see, build, verify, prune."
+)
+app.add_typer(cache_app, name="cache", epilog=_example("cache ls"))
+
+
+@cache_app.command("ls", epilog=_example("cache ls"))
+def cache_ls(results: Results = None) -> None:
+    """Every entry: whose outputs, of which data, which streams, how large, when it was last used."""
+    from kdbench.pages import cache_page
+    from kdbench.results.layout import Layout, results_folder
+    from kdbench.training.cache_entries import entries
+
+    typer.echo(cache_page(entries(Layout(results_folder(results)))))
+
+
+@cache_app.command("build", epilog=_example("cache build experiments/quickstart.yaml"))
+def cache_build(experiment: ExperimentFile, set_: Overrides = None, results: Results = None) -> None:
+    """Write what the experiment's methods need of its teacher, which must be there already. Trains nothing; `run` does this by itself."""
+    with _watched(experiment, set_, results) as (read, folder, display):
+        from kdbench.benchmark.run import build_cache
+
+        build_cache(read, folder, display)
+
+
+@cache_app.command("verify", epilog=_example("cache verify 8ee9e9"))
+def cache_verify(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="An entry's key or the beginning of it. Default: all.")] = None,
+    results: Results = None,
+) -> None:
+    """Make all checksums anew. Exit code 1 where something is damaged; it is taken out, and the next run writes it again."""
+    from kdbench.results.layout import Layout, results_folder
+    from kdbench.training.cache_entries import chosen, verify
+
+    layout = Layout(results_folder(results))
+    damage = 0
+    for listed in chosen(layout, key):
+        problems = list(verify(layout, listed))
+        damage += len(problems)
+        typer.echo("\n".join(f"{listed.key}  {problem}" for problem in problems) or f"{listed.key}  ok")
+    if damage:
+        typer.echo("kdbench: what is damaged was taken out; the next run, or kdbench cache build, writes it again", err=True)
+        raise typer.Exit(1)
+
+
+@cache_app.command("prune", epilog=_example("cache prune --older-than 30 --dry-run"))
+def cache_prune(
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also what was not used for so long.", show_default=False)
+    ] = None,
+    keep_gb: Annotated[
+        float | None, typer.Option(min=0, help="Also the least recently used, until no more than this is left.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    results: Results = None,
+) -> None:
+    """Delete entries that no run can read or whose teacher is in no record. None that a run is using; what goes can be built again."""
+    from kdbench.results.layout import Layout, results_folder
+    from kdbench.results.store import ResultStore
+    from kdbench.training.cache_entries import disposable, entries, remove
+
+    layout = Layout(results_folder(results))
+    teachers = {record.teacher_sha for record in ResultStore(layout.root).scan(role="teacher") if record.teacher_sha}
+    freed = 0
+    for listed, reason in disposable(entries(layout), teachers, older_than, keep_gb):
+        gone = dry_run or remove(layout, listed)
+        freed += listed.nbytes if gone else 0
+        typer.echo(f"{listed.key}  {listed.nbytes / 1e6:.2f} MB  {reason}{'' if gone else ': in use, kept'}")
+    typer.echo(f"{freed / 1e6:.2f} MB {'would be freed' if dry_run else 'freed'}")
 
 
 @app.command(epilog=_example("doctor --results /data/results"))

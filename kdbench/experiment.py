@@ -135,6 +135,25 @@ class TeacherSpec(_Part):
     seed: int = 0
 
 
+def _top_k(value: Any) -> Any:
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"expected a whole number above 0, auto or null, got {value!r}")
+
+
+class CacheOptions(_Part):
+    """What is kept of the teacher's outputs."""
+
+    budget_gb: float = Field(default=8.0, ge=0)  # of an entry, in 10^9 bytes; what does not fit is computed anew at every step
+    precision: Literal["fp16", "fp32"] = "fp16"
+    top_k: Annotated[int | Literal["auto"] | None, BeforeValidator(_top_k)] = None  # of many classes; auto: as many as are needed
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What changes the outputs that a student sees."""
+        return self.model_dump(mode="json", exclude={"budget_gb"})
+
+
 class Runtime(_Part):
     """What one training uses, and where Ray is."""
 
@@ -158,6 +177,7 @@ class Experiment(_Part):
     search: Search | None = None
     seeds: int = Field(default=3, ge=1)
     data_seed: int = 0
+    cache: CacheOptions = CacheOptions()
     runtime: Runtime = Runtime()
     results: Path | None = None
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kdbench.methods.base import Method
     from kdbench.search_space import Dimension
     from kdbench.tasks.base import Task
+    from kdbench.training.cache_entries import Listed
     from kdbench.training.profiling import StepProfile
 
 KINDS: dict[str, tuple[str, Mapping[str, Entry]]] = {
@@ -43,6 +45,30 @@ def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """The rows as lines with columns of equal width, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+# --- cache ls --------------------------------------------------------------------------------------------------------
+
+
+def cache_page(found: Sequence[Listed]) -> str:
+    """The entries of a teacher cache, one a line, and their size together."""
+    if not found:
+        return "the cache is empty; kdbench run fills it, and so does kdbench cache build"
+    rows: list[tuple[str, ...]] = [("key", "teacher", "data", "views", "images", "kept as", "size", "last used (UTC)", "holds")]
+    for listed in found:
+        used = datetime.fromtimestamp(listed.used, UTC).strftime("%Y-%m-%d %H:%M")
+        holds = ", ".join([*listed.streams, *(f"{name} (unfinished)" for name in listed.unfinished)])
+        rows.append((listed.key, *_entry_cells(listed), f"{listed.nbytes / 1e6:.2f} MB", used, holds))
+    return f"{aligned(rows)}\n{len(found)} in all, {sum(listed.nbytes for listed in found) / 1e9:.3f} GB"
+
+
+def _entry_cells(listed: Listed) -> tuple[str, ...]:
+    entry = listed.entry
+    if entry is None:
+        return ("can't be read", "", "", "", "")
+    kept = entry.facts["kept"]
+    top = f", top {kept['top_k']}" if kept["top_k"] is not None else ""
+    return entry.teacher, entry.data, str(entry.facts["views"]), str(entry.images), f"{kept['precision']}{top}"
 
 
 # --- list ------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from kdbench.results.layout import Layout
 from kdbench.results.store import ResultStore
 from kdbench.search_space import Parameter, Range
 from kdbench.tasks import build as tasks
-from kdbench.training import precision, teacher_cache
+from kdbench.training import precision
 from kdbench.training.checkpoint import save_checkpoint, save_weights
 from kdbench.training.session import LocalSession
 from kdbench.training.work import Ending, attempt, pack_ending, unpack_ending
@@ -544,22 +544,28 @@ def test_damaged_weights_of_a_teacher_are_trained_again_and_nothing_else(kdbench
     assert [record.role for record in new] == ["teacher"]
 
 
-@pytest.mark.parametrize("kind", ["cut", "no manifest", "garbage", "other size"])
+@pytest.mark.parametrize("kind", ["cut", "empty", "garbage", "other size", "entry", "index"])
 def test_a_damaged_teacher_cache_is_made_again(kdbench: Kdbench, done: Path, kind: str) -> None:
-    views, manifest = next((done / "cache").rglob("views.npy")), next((done / "cache").rglob("manifest.json"))
-    whole = views.read_bytes()
+    logits, manifest, entry, index = (
+        next((done / "cache").rglob(name)) for name in ("logits.npy", "logits.json", "entry.json", "index.npy")
+    )
+    whole = {path: path.read_bytes() for path in (logits, manifest, entry, index)}
     if kind == "cut":
-        views.write_bytes(whole[:-100])
-    elif kind == "no manifest":
-        manifest.unlink()
+        logits.write_bytes(whole[logits][:-100])
+    elif kind == "empty":
+        logits.write_bytes(b"")
     elif kind == "garbage":
         manifest.write_text("{")
+    elif kind == "other size":
+        manifest.write_text(manifest.read_text().replace('"images": 200', '"images": 20'))
+    elif kind == "entry":
+        entry.write_text("[]")
     else:
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "views": [1, 10]}))
+        index.write_bytes(whole[index][:-1] + b"\xff")
     ended = run(kdbench, {"seeds": 2})
     assert ended.code == 0, ended.err
     assert "it is made again" in ended.out
-    assert views.read_bytes() == whole
+    assert {path: path.read_bytes() for path in whole} == whole
     assert len(results()) == 5
 
 
@@ -733,15 +739,18 @@ def test_an_interrupt_at_any_step_leaves_whole_results_only(kdbench: Kdbench, mo
     assert results() == WHOLE
 
 
-def test_an_interrupt_while_the_teachers_outputs_are_kept_leaves_no_half_cache(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_teachers_outputs_are_kept_leaves_what_the_next_run_goes_on_with(
+    kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache, "_predict", interrupted)
+        patch.setattr("kdbench.training.cache_streams.StreamFiles.mark", interrupted)
         assert run(kdbench).code == 130
-    assert list(Path("results/cache").iterdir()) == []
     assert results() == ["teacher teacher ok"]
+    assert run(kdbench).code == 0
+    assert results() == WHOLE
 
 
 def test_a_checkpoint_that_does_not_fit_says_that_the_disk_is_full(small_disk: Callable[[str], None]) -> None:

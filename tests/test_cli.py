@@ -35,7 +35,21 @@ from kdbench.training.checkpoint import save_weights
 from kdbench.training.export import find_run
 from tests.console import Kdbench
 
-COMMANDS = ("run", "tune", "leaderboard", "list", "show", "taps", "export", "doctor")
+COMMANDS = (
+    "run",
+    "tune",
+    "leaderboard",
+    "list",
+    "show",
+    "taps",
+    "export",
+    "cache",
+    "cache ls",
+    "cache build",
+    "cache verify",
+    "cache prune",
+    "doctor",
+)
 
 
 # --- help, imports, mistakes -----------------------------------------------------------------------------------------

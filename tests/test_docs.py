@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from kdbench.cli import app
 from kdbench.data.views import Augment
-from kdbench.experiment import Experiment, Recipe, Runtime, Search, TeacherSpec, load_experiment
+from kdbench.experiment import CacheOptions, Experiment, Recipe, Runtime, Search, TeacherSpec, load_experiment
 from kdbench.methods.build import MethodSpec
 from kdbench.models.build import ModelSpec
 from kdbench.pages import KINDS, show_page
@@ -161,6 +161,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Recipe": Recipe,
     "Augment": Augment,
     "Search": Search,
+    "Cache": CacheOptions,
     "Runtime": Runtime,
 }
 

@@ -76,6 +76,15 @@ class Pair:
             number=number,
         )
 
+    def sample(self, spec: MethodSpec) -> Unit:
+        """A training of the method, to see what it takes."""
+        return self.unit(spec, "trial", {}, TRIAL_SEED, 0)
+
+    def teacher_taps(self, specs: Sequence[MethodSpec]) -> list[tuple[str, ...]]:
+        """What each of the methods that has a teacher looks at inside it."""
+        methods = [build_method(self.sample(spec).method, None) for spec in specs]
+        return [method.teacher_taps for method in methods if method.needs_teacher]
+
     def study_id(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search) -> str:
         """Names all that decides a study's points and values, but not the number of trials: a longer search continues a shorter one."""
         return content_hash(
@@ -85,6 +94,7 @@ class Pair:
                 "method": [spec.label, spec.name, spec.pinned, method_class(spec).version],
                 "recipe": self.recipe.model_dump(mode="json"),
                 "data_seed": self.experiment.data_seed,
+                "cache": self.experiment.cache.numbers,
                 "workers": self.experiment.runtime.workers,
                 "space": describe(axes),
                 "search": search.model_dump(mode="json", exclude={"trials", "top_k", "confirm_seeds", "also"}),
@@ -187,11 +197,16 @@ class PairWork:
         tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, "kdbench.protocol_hash": pair.protocol_hash}
         return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", key, tags)
 
+    @property
+    def unfinished(self) -> list[MethodSpec]:
+        """The methods that have something left to train."""
+        return [contender.spec for contender in self.contenders if not contender.done]
+
     def check(self) -> None:
         """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
         for contender in self.contenders:
             if not contender.done:
-                self._check_objectives(prepare(self.pair.unit(contender.spec, "trial", {}, TRIAL_SEED, 0), LocalSession()))
+                self._check_objectives(prepare(self.pair.sample(contender.spec), LocalSession()))
 
     def _check_objectives(self, training: Training) -> None:
         costs = set(self.search.objectives) - {"train_seconds"} if self.search is not None else set()

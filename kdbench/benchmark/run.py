@@ -6,29 +6,30 @@ the same command after any interruption goes on.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from kdbench.benchmark.cache import cache_spec, fill_cache, on_ray
 from kdbench.benchmark.ledger import Ledger
-from kdbench.benchmark.pair import TRIAL_SEED, Pair, PairWork, axes_of
+from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
-from kdbench.experiment import Experiment, Recipe, TeacherRef, TeacherSpec, Unit, content_hash, validated
+from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated
 from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
+from kdbench.results.locks import Held, locked
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
 from kdbench.search_space import Choice
@@ -41,8 +42,7 @@ from kdbench.training.outcome import measured_teacher
 from kdbench.training.precision import settled
 from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.session import LocalSession
-from kdbench.training.teacher import load_teacher
-from kdbench.training.teacher_cache import build_cache, cache_key, open_cache, view_count
+from kdbench.training.teacher_cache import view_count
 from kdbench.training.work import Work, run_here
 
 _PROFILED_STEPS = 30
@@ -71,6 +71,22 @@ def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | 
     check(experiment, ledger)
     with exclusive(ledger.layout.lock(experiment.name), experiment.name):
         return _run(experiment, ledger, search_only)
+
+
+def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
+    """Fill the cache for all methods of an experiment whose teacher is there already; train nothing.
+
+    Raises UserError where there is no teacher yet, or nothing that can be cached.
+    """
+    if experiment.teacher is None:
+        raise UserError(f"{experiment.name}: there is nothing to cache: the experiment has no `teacher:`")
+    if view_count(experiment.recipe) is None:
+        raise UserError("recipe.views: null shows a new view every epoch, so nothing can be cached; set a number of views")
+    ledger = Ledger(experiment, results, watch, NoTracker())
+    check(experiment, ledger)
+    pairs = _pairs(experiment, ledger, may_train=False)
+    with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
+        pass
 
 
 def check(experiment: Experiment, ledger: Ledger) -> None:
@@ -109,18 +125,12 @@ def _searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
 
 @contextmanager
 def exclusive(lock: Path, name: str) -> Iterator[None]:
-    """Hold an experiment's lock; the operating system lets go of it when the process ends, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{name} is already running in this results folder (process {file.read().strip() or 'unknown'})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    """Hold an experiment's lock. Raises UserError where another process does."""
+    try:
+        with locked(lock):
+            yield
+    except Held as held:
+        raise UserError(f"{name} is already running in this results folder (process {held.process})") from None
 
 
 def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, StepProfile]:
@@ -132,11 +142,12 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
     check(experiment, ledger)
     profiles = {}
     with exclusive(ledger.layout.lock(experiment.name), experiment.name):
-        for pair in _pairs(experiment, ledger):
-            for spec in experiment.methods:
+        pairs = _pairs(experiment, ledger, may_train=True)
+        with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
+            for pair, spec in product(pairs, experiment.methods):
                 session = LocalSession(threads=experiment.runtime.cpus_per_worker)
                 torch.set_num_threads(session.threads)
-                training = prepare(pair.unit(spec, "trial", {}, TRIAL_SEED, 0), session)
+                training = prepare(pair.sample(spec), session)
                 name = spec.label if len(experiment.students) == 1 else f"{spec.label} · {pair.student.label}"
                 profiles[name] = profile_steps(training, _PROFILED_STEPS, ledger.layout.profile(experiment.name, name))
                 watch.progress("profile", len(profiles), len(experiment.methods) * len(experiment.students))
@@ -144,28 +155,15 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
     return profiles
 
 
-def _pairs(experiment: Experiment, ledger: Ledger) -> list[Pair]:
-    """What is trained on what, with the teacher ready and its outputs cached."""
-    task = build_task(experiment.task)
-    splits = task.splits()
-    students = [task.build_model(student) for student in experiment.students]
-    network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
-    teacher = _ready_teacher(experiment, ledger, task, splits, students, network) if network is not None else None
-    theirs = places(network, task.info.image_shape) if network is not None else None
-    return [
-        _pair(experiment, ledger, spec, model, teacher, theirs, task, splits)
-        for spec, model in zip(experiment.students, students, strict=True)
-    ]
-
-
 def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
-    pairs = _pairs(experiment, ledger)
+    pairs = _pairs(experiment, ledger, may_train=True)
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
-            for work in queue.queues:
-                work.check()
-            _empty(queue, experiment, ledger)
+            with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
+                for work in queue.queues:
+                    work.check()
+                _empty(queue, experiment, ledger)
     finally:
         for work in queue.queues:
             work.close()
@@ -177,12 +175,24 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 
 
+def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> list[Pair]:
+    """The experiment's teacher, trained now if need be, with each of its students."""
+    task = build_task(experiment.task)
+    splits = task.splits()
+    students = [task.build_model(student) for student in experiment.students]
+    network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
+    teacher = _ready_teacher(experiment, ledger, task, splits, students, network, may_train) if network is not None else None
+    theirs = places(network, task.info.image_shape) if network is not None else None
+    return [
+        _pair(experiment, ledger, spec, model, teacher, theirs, task, splits)
+        for spec, model in zip(experiment.students, students, strict=True)
+    ]
+
+
 def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool | None = None) -> None:
-    """One worker, no cluster and no search: no Ray. Else Ray, for all that is to do."""
+    """In this process, or on Ray, for all that is to do."""
     runtime = experiment.runtime
-    searching = experiment.search is not None if searching is None else searching
-    alone = runtime.workers == 1 and runtime.address is None and not runtime.gpus_per_worker
-    if alone and not searching and (runtime.concurrent or 1) == 1:
+    if not _needs_ray(runtime, experiment.search is not None if searching is None else searching):
         run_here(work, ledger.layout)
         return
     from kdbench.distributed.cluster import started
@@ -193,6 +203,12 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
         run_with_tune(work, ledger.layout, runtime, slots)
 
 
+def _needs_ray(runtime: Runtime, searching: bool) -> bool:
+    """One worker, no cluster and no search: no Ray."""
+    alone = runtime.workers == 1 and runtime.address is None and not runtime.gpus_per_worker
+    return not alone or searching or (runtime.concurrent or 1) > 1
+
+
 def _device() -> torch.device:
     return LocalSession().device
 
@@ -201,7 +217,7 @@ def _device() -> torch.device:
 
 
 def _ready_teacher(
-    experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, students: Sequence[nn.Module], model: nn.Module
+    experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, students: Sequence[nn.Module], model: nn.Module, may_train: bool
 ) -> TeacherRef:
     """The teacher, trained: from the results folder, from its weights file, or now. Its metric is made known first of all."""
     spec = experiment.teacher
@@ -210,7 +226,7 @@ def _ready_teacher(
     asked, memo = experiment.teacher_recipe(), _memo(ledger, experiment, spec.model)
     recipe = settled(asked, model, task.info.image_shape, len(splits.train), _device(), memo)
     unit = _teacher_unit(experiment, spec, recipe, splits)
-    fits = partial(check_methods, experiment, task, students, model)
+    fits = partial(check_methods, experiment, task, students, model) if may_train else partial(_refuse, experiment, ledger)
     record, weights = _given(ledger, spec.weights, unit) if spec.weights else _trained(experiment, ledger, unit, task, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
@@ -233,6 +249,13 @@ def check_methods(experiment: Experiment, task: Task, students: Sequence[nn.Modu
         for spec in experiment.methods:
             method = fitted(spec, ours, theirs)
             method.build(ours, theirs if method.needs_teacher else None, task.info)
+
+
+def _refuse(experiment: Experiment, ledger: Ledger) -> None:
+    raise UserError(
+        f"{experiment.name}: its teacher is not trained yet in {ledger.layout.root}; "
+        "train it with kdbench run, or name a file with teacher.weights"
+    )
 
 
 def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, splits: Splits) -> Unit:
@@ -323,8 +346,10 @@ def _pair(
 ) -> Pair:
     memo = _memo(ledger, experiment, student)
     recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), _device(), memo)
-    if teacher is not None and view_count(recipe) is not None:
-        teacher = teacher.model_copy(update={"cache": _cache(experiment, ledger, teacher, task, splits, recipe)})
+    caching = teacher is not None and view_count(recipe) is not None
+    if teacher is not None and caching:
+        spec = cache_spec(experiment, teacher, recipe)
+        teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
     protocol = {
         "task": experiment.task.model_dump(mode="json"),
         "task_version": task.version,
@@ -334,29 +359,23 @@ def _pair(
         "data_seed": experiment.data_seed,
         "search": experiment.search.model_dump(mode="json") if experiment.search else None,
         "teacher": teacher.sha if teacher else None,
+        "cache": experiment.cache.numbers if caching else None,
     }
     ours = places(model, task.info.image_shape)
     return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash, ours, theirs)
 
 
-def _cache(experiment: Experiment, ledger: Ledger, teacher: TeacherRef, task: Task, splits: Splits, recipe: Recipe) -> Path:
-    folder = ledger.layout.cache(cache_key(teacher, splits, recipe, experiment.data_seed))
-    _remove_damaged(folder, ledger.watch)
-    if not folder.exists():
-        model = load_teacher(teacher, task, _device())
-        for done, total in build_cache(folder, model, teacher, splits, recipe, experiment.data_seed, _device()):
-            ledger.watch.progress("cache", done, total)
-    return folder
-
-
-def _remove_damaged(cache: Path, watch: Watch) -> None:
-    """A cache can be made again at any time, so a damaged one stops nobody."""
-    if cache.exists():
-        try:
-            open_cache(cache)
-        except RunFailed:
-            watch.note(f"the teacher cache {cache} is damaged; it is made again")
-            shutil.rmtree(cache)
+@contextmanager
+def _cached_outputs(wanted: Iterable[tuple[Pair, Sequence[MethodSpec]]], experiment: Experiment, ledger: Ledger) -> Iterator[None]:
+    """While this is open these methods find the outputs of their pair's teacher in the cache."""
+    with ExitStack() as stack:
+        elsewhere = partial(on_ray, stack, experiment.runtime, _needs_ray(experiment.runtime, experiment.search is not None))
+        for pair, methods in wanted:
+            taps = pair.teacher_taps(methods)
+            if taps and pair.teacher is not None and pair.teacher.cache is not None:
+                spec = cache_spec(experiment, pair.teacher, pair.recipe)
+                stack.enter_context(fill_cache(spec, taps, ledger.layout, ledger.watch, _device(), elsewhere))
+        yield
 
 
 def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec) -> Path:

@@ -80,11 +80,23 @@ def in_order(part: Part, batch_size: int, device: torch.device = _CPU) -> Iterat
     return view_batches(part, 0, Augment(), 0, batch_size, device)
 
 
-def view_batches(part: Part, view: int, augment: Augment, data_seed: int, batch_size: int, device: torch.device = _CPU) -> Iterator[Batch]:
-    """One view of every sample once, in the part's order; the last batch may be smaller. What a teacher's cache is filled from."""
+def view_batches(
+    part: Part,
+    view: int,
+    augment: Augment,
+    data_seed: int,
+    batch_size: int,
+    device: torch.device = _CPU,
+    rows: range | None = None,
+) -> Iterator[Batch]:
+    """One view of every sample once, in the part's order; the last batch may be smaller. What a teacher's cache is filled from.
+
+    rows: only these of the part, one after the other; all by default.
+    """
     part = _on(part, device)
-    for rows in torch.arange(len(part), device=device).split(batch_size):
-        yield _batch(part, rows, view, augment, data_seed)
+    rows = range(len(part)) if rows is None else rows
+    for chosen in torch.arange(rows.start, rows.stop, device=device).split(batch_size):
+        yield _batch(part, chosen, view, augment, data_seed)
 
 
 def _batch(part: Part, rows: Tensor, view: int, spec: Augment, data_seed: int) -> Batch:

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kdbench.errors import UserError
 
@@ -37,6 +38,10 @@ class Layout:
 
     def cache(self, key: str) -> Path:
         return self.root / "cache" / key
+
+    def cache_lock(self, key: str, purpose: Literal["use", "build"]) -> Path:
+        """Shared by all that use an entry; held alone by who builds it. Outside of the entry, so that it outlives it."""
+        return self.lock(f"cache-{key}.{purpose}")
 
     def study(self, study_id: str) -> Path:
         return self.root / "studies" / f"{study_id}.journal"

@@ -192,14 +192,14 @@ def _teacher_of(unit: Unit, method: Method, task: Task, session: Session) -> Tea
         return None
     if unit.teacher is None:
         raise UserError(f"method {unit.method.name} learns from a teacher, and the experiment names none; add `teacher: {{model: ...}}`")
-    return open_teacher(unit.teacher, task, method.teacher_taps, session.device)
+    return open_teacher(unit.teacher, task, method.teacher_taps, session.device, unit.recipe, unit.data_seed)
 
 
 def _shapes_of(teacher: Teacher | None, method: Method, task: Task) -> Shapes | None:
     if teacher is None:
         return None
     if isinstance(teacher, TeacherCache):
-        return Shapes(teacher.prediction_shape, taps={})
+        return teacher.shapes
     return probe(teacher.model, task.info.image_shape, method.teacher_taps)
 
 

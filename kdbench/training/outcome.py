@@ -21,7 +21,7 @@ from kdbench.training.cost import measure, peak_memory_mb
 from kdbench.training.evaluate import predict
 from kdbench.training.precision import place
 from kdbench.training.session import Session
-from kdbench.training.teacher_cache import open_cache
+from kdbench.training.teacher_cache import cached_test
 
 if TYPE_CHECKING:
     from kdbench.training.loop import Training
@@ -56,8 +56,9 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
     packed = pack_predictions(prediction, splits.test.index)
     quality = task.metrics(prediction.float(), splits.test.target)  # of the rounded numbers that are kept, so that anyone can re-derive it
     alike: dict[str, float] = {}
-    if unit.teacher is not None and unit.teacher.cache is not None:
-        alike = task.agreement(prediction.float(), torch.from_numpy(open_cache(unit.teacher.cache).test.astype("float32")))
+    teacher = cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
+    if teacher is not None:
+        alike = task.agreement(prediction.float(), teacher)
     cost = measure(model, task.info.image_shape, session.device)
     where = layout.predictions(unit.key)
     write_atomically(layout.root / where, lambda temporary: temporary.write_bytes(packed))

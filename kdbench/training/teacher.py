@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from kdbench.data.batch import Batch
-from kdbench.experiment import TeacherRef
+from kdbench.experiment import Recipe, TeacherRef
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
 from kdbench.tasks.base import Task
-from kdbench.training.precision import autocast, place
-from kdbench.training.teacher_cache import TeacherCache, open_cache
+from kdbench.training.precision import autocast, images_for, place
+from kdbench.training.teacher_cache import TeacherCache, open_cache, read_entry
 
 
 def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module:
     """The frozen network: weights read strictly, eval mode, no gradients. Raises UserError where the weights don't fit the data."""
-    model = task.build_model(ref.model.model_copy(update={"weights": ref.weights}))
+    # Its initial weights are drawn only to be overwritten: a training draws the same numbers whether it loads the teacher or not.
+    with torch.random.fork_rng(devices=[]):
+        model = task.build_model(ref.model.model_copy(update={"weights": ref.weights}))
     return place(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
 
 
 class LiveTeacher:
     """Runs the network for every batch: for methods that look inside it, and for views that never repeat."""
 
-    def __init__(self, model: nn.Module, taps: tuple[str, ...], precision: str) -> None:
+    def __init__(self, model: nn.Module, taps: tuple[str, ...], precision: str, memory_format: str = "contiguous") -> None:
+        """precision, memory_format: what the model was placed with; a student's batch comes in its own."""
         self.model = model
         self.precision = precision
+        self.memory_format = memory_format
         self._taps = Taps(model, taps)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
         with autocast(self.precision, batch.inputs.device):
-            return self._taps(batch.inputs)
+            return self._taps(images_for(batch.inputs, self.precision, self.memory_format))
 
 
 Teacher = LiveTeacher | TeacherCache
 
 
-def open_teacher(ref: TeacherRef, task: Task, taps: tuple[str, ...], device: torch.device) -> Teacher:
-    """The cached teacher where there is a cache and no tap is asked for, else the live one."""
-    if ref.cache is not None and not taps:
-        return open_cache(ref.cache)
-    return LiveTeacher(load_teacher(ref, task, device), taps, ref.precision)
+def open_teacher(ref: TeacherRef, task: Task, taps: tuple[str, ...], device: torch.device, recipe: Recipe, data_seed: int) -> Teacher:
+    """The cached teacher where all that is asked for is in the cache, else the live one.
+
+    recipe, data_seed: what decides the views that the training sees.
+    """
+    cached = _cached(ref.cache, taps, recipe, data_seed) if ref.cache is not None else None
+    return cached or LiveTeacher(load_teacher(ref, task, device), taps, ref.precision, ref.memory_format)
+
+
+def _cached(folder: Path, taps: tuple[str, ...], recipe: Recipe, data_seed: int) -> TeacherCache | None:
+    entry = read_entry(folder)
+    return open_cache(folder, taps) if entry is not None and entry.shows(recipe, data_seed) else None

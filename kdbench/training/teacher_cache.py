@@ -1,49 +1,40 @@
 """Teacher outputs computed once for a whole sweep: memory-mapped, one copy for all trials and workers of a node.
 
-An entry is a folder named by what decides its content (teacher's weights, data, views, precision), written under a temporary name
-and renamed when whole, so that a stale or half-written entry can't be read.
+An entry is a folder named by the hash of all that decides its content (teacher, data, views, precision), so that a stale one can't be
+read. It holds a stream for the logits, one for the test part and one for each tap (`cache_streams`); `cache_build` writes them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.data.loader import in_order, view_batches
-from kdbench.errors import RunFailed, in_one_line, not_written
-from kdbench.experiment import Recipe, TeacherRef, content_hash
-from kdbench.models.inputs import model_inputs
-from kdbench.models.outputs import Outputs
+from kdbench.data.options import StrictOptions
+from kdbench.errors import RunFailed, in_one_line
+from kdbench.experiment import CacheOptions, Recipe, TeacherRef, content_hash
+from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.tasks.base import Splits
-from kdbench.training.precision import autocast, images_for
+from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.training.cache_streams import ENTRY, Stream, StreamFiles, damaged
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+LOGITS, TEST = "logits", "test"  # names of streams
 
 
-def cache_key(teacher: TeacherRef, splits: Splits, recipe: Recipe, data_seed: int) -> str:
-    """What decides a cached teacher's outputs; two entries with one key are the same."""
-    return content_hash(
-        {
-            "format": FORMAT_VERSION,
-            "teacher": teacher.sha,
-            "precision": teacher.precision,
-            "split": splits.hash,
-            "data": splits.data_hash,
-            "augment": recipe.augment.model_dump(),
-            "views": view_count(recipe),
-            "data_seed": data_seed,
-        }
-    )
+def tap_stream(tap: str) -> str:
+    """A tap's stream. A module may well be called `logits`."""
+    return f"tap {tap}"
 
 
 def view_count(recipe: Recipe) -> int | None:
@@ -51,103 +42,160 @@ def view_count(recipe: Recipe) -> int | None:
     return 1 if recipe.augment.none else recipe.views
 
 
+class CacheSpec(StrictOptions):
+    """What an entry holds the outputs of, as plain data that travels to any process."""
+
+    teacher: TeacherRef
+    task: TaskSpec
+    recipe: Recipe  # of the students: its augmentation and its views
+    data_seed: int
+    options: CacheOptions = CacheOptions()
+
+    @property
+    def views(self) -> int:
+        count = view_count(self.recipe)
+        assert count is not None, "a fresh view each epoch can't be cached"
+        return count
+
+    @property
+    def splits(self) -> Splits:
+        return build_task(self.task).splits()
+
+    @property
+    def key(self) -> str:
+        """Names the entry; two entries with one key hold the same."""
+        return content_hash(self.facts)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides an entry's content."""
+        teacher, splits = self.teacher, self.splits
+        return {
+            "format": FORMAT_VERSION,
+            # The weights' hash alone is not enough: options such as a stride change the outputs, and no tensor's shape.
+            "model": teacher.model.model_dump(mode="json", exclude={"label", "weights"}),
+            "teacher": teacher.sha,
+            "precision": teacher.precision,
+            "memory_format": teacher.memory_format,
+            "split": splits.hash,
+            "data": splits.data_hash,
+            "augment": self.recipe.augment.model_dump(mode="json"),
+            "views": self.views,
+            "data_seed": self.data_seed,
+            "kept": self.options.numbers,
+        }
+
+
+class Entry(StrictOptions):
+    """entry.json: what an entry is of, for whoever opens or lists it. images: of the transfer part. index: checksum of index.npy."""
+
+    facts: dict[str, Any]
+    teacher: str
+    data: str
+    images: int
+    index: str
+
+    def shows(self, recipe: Recipe, data_seed: int) -> bool:
+        """Whether it holds the views that a training with this recipe sees. A search may vary what a view is."""
+        facts, views = self.facts, view_count(recipe)
+        same = (facts["augment"], facts["data_seed"]) == (recipe.augment.model_dump(mode="json"), data_seed)
+        return same and views is not None and views <= facts["views"]
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """None where there is no entry. Raises RunFailed where it can't be read."""
+    try:
+        return Entry.model_validate_json((folder / ENTRY).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise damaged(folder, in_one_line(error)) from error
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A stream's rows, memory-mapped."""
+
+    stream: Stream
+    rows: np.ndarray
+
+    def get(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """float32 [B, *shape] for row numbers [B]."""
+        return self.stream.unpacked(self.rows[rows], device)
+
+
 @dataclass(frozen=True)
 class TeacherCache:
-    """Reads an entry: predictions for (index, view) of the transfer part, and for the clean test part."""
+    """Called with a batch it gives what the teacher gave for these samples through this view, in float32."""
 
-    views: np.ndarray  # float16 [K * N, ...], view after view, memory-mapped
-    test: np.ndarray  # float16 [M, ...], memory-mapped
-    rows: int  # N, the samples of the transfer part
+    logits: Mapped
+    taps: Mapping[str, Mapped]
     row_of: Tensor  # position in the source data set -> row of a view, -1 where there is none
 
     @property
-    def prediction_shape(self) -> tuple[int, ...]:
-        """Of one sample."""
-        return self.views.shape[1:]
-
-    def get(self, index: Tensor, view: int) -> Tensor:
-        """Teacher predictions [B, ...] float32 for the samples at `index` [B] seen through `view`."""
-        rows = view * self.rows + self.row_of[index.cpu()]
-        return torch.from_numpy(self.views[rows.numpy()].astype(np.float32))
+    def shapes(self) -> Shapes:
+        """As a probe of the teacher would find them."""
+        taps = {name: TapShape(tap.stream.kind, tap.stream.shape) for name, tap in self.taps.items() if tap.stream.kind != "prediction"}
+        return Shapes(self.logits.stream.shape, taps)
 
     def __call__(self, batch: Batch) -> Outputs:
-        return Outputs(self.get(batch.index, batch.view).to(batch.inputs.device, non_blocking=True))
+        rows = self._rows(batch.index, batch.view)
+        device = batch.inputs.device
+        return Outputs(self.logits.get(rows, device), {name: tap.get(rows, device) for name, tap in self.taps.items()})
+
+    def _rows(self, index: Tensor, view: int) -> np.ndarray:
+        rows = self.row_of[index.cpu()]
+        if view >= self.logits.stream.views or bool((rows < 0).any()):
+            raise RunFailed(
+                f"the teacher cache has no view {view} of some of these samples; kdbench cache prune makes the next run build it"
+            )
+        return (rows + view * self.logits.stream.images).numpy()
 
 
-def open_cache(folder: Path) -> TeacherCache:
-    """Map a finished entry. Raises RunFailed, naming the folder, where it is damaged."""
+def open_cache(folder: Path, taps: Sequence[str] = ()) -> TeacherCache | None:
+    """Map what is cached of the logits and of these taps; None where one of them is not there.
+
+    Cheap: sizes and manifests are checked, not checksums. Raises RunFailed, naming the folder, where it is damaged.
+    """
+    entry = read_entry(folder)
+    mapped = {name: _mapped(folder, name) for name in (LOGITS, *map(tap_stream, taps))}
+    there = {name: stream for name, stream in mapped.items() if stream is not None}
+    if entry is None or len(there) < len(mapped):
+        return None
+    return TeacherCache(there[LOGITS], {tap: there[tap_stream(tap)] for tap in taps}, row_of(folder, entry))
+
+
+def cached_test(folder: Path) -> Tensor | None:
+    """The teacher's predictions for the clean test part, float32 [M, ...] in its order; None where they are not there."""
+    test = _mapped(folder, TEST) if read_entry(folder) is not None else None
+    return test.get(np.arange(test.stream.rows), torch.device("cpu")) if test is not None else None
+
+
+def _mapped(folder: Path, name: str) -> Mapped | None:
+    files = StreamFiles(folder, name)
+    rows, manifest = files.open(), files.read()
+    return Mapped(manifest.stream, rows) if rows is not None and manifest is not None else None
+
+
+def row_of(folder: Path, entry: Entry) -> Tensor:
+    """Position in the source data set -> row of a view, from index.npy. Raises RunFailed where that is not what was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        views, test, index = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("views", "test", "index"))
-        whole = [list(views.shape), list(test.shape)] == [manifest["views"], manifest["test"]]
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-        raise RunFailed(f"the teacher cache {folder} can't be read ({in_one_line(error)}); the next run makes it again") from error
-    if not whole:
-        raise RunFailed(f"the teacher cache {folder} is damaged: its files have another size than was written; the next run makes it again")
-    row_of = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
-    row_of[torch.from_numpy(np.array(index))] = torch.arange(len(index))
-    return TeacherCache(views, test, len(index), row_of)
+        index = np.load(folder / "index.npy")
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(folder, in_one_line(error)) from error
+    if index_hash(index) != entry.index:
+        raise damaged(folder, "index.npy is not what was written")
+    rows = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64)
+    rows[torch.from_numpy(index)] = torch.arange(len(index))
+    return rows
 
 
-def build_cache(
-    folder: Path, teacher: torch.nn.Module, ref: TeacherRef, splits: Splits, recipe: Recipe, data_seed: int, device: torch.device
-) -> Iterator[tuple[int, int]]:
-    """Write the entry, yielding (images done, images in all) as it goes. A folder that is there already is left alone."""
-    count = view_count(recipe)
-    assert count is not None, "a fresh view each epoch can't be cached"
-    total = count * len(splits.transfer) + len(splits.test)
-    if folder.exists():
-        yield total, total
-        return
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        scratch.mkdir(parents=True)
-        yield from _write_entry(scratch, teacher, ref, splits, recipe, data_seed, device, count, total)
-        scratch.rename(folder)
-    except OSError as error:
-        if not folder.exists():  # else another process finished the same entry first
-            raise not_written(error, folder) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def index_hash(index: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(index).data).hexdigest()
 
 
-def _write_entry(
-    scratch: Path,
-    teacher: torch.nn.Module,
-    ref: TeacherRef,
-    splits: Splits,
-    recipe: Recipe,
-    data_seed: int,
-    device: torch.device,
-    views: int,
-    total: int,
-) -> Iterator[tuple[int, int]]:
-    done = 0
-    shapes: dict[str, list[int]] = {}
-    passes = {
-        "views": [view_batches(splits.transfer, view, recipe.augment, data_seed, 256, device) for view in range(views)],
-        "test": [in_order(splits.test, 256, device)],
-    }
-    sizes = {"views": views * len(splits.transfer), "test": len(splits.test)}
-    for name, rounds in passes.items():
-        # Written, not mapped: a disk that fills up is then an error of the write, and not a signal that kills the process.
-        with (scratch / f"{name}.npy").open("wb") as file:
-            for batch in chain.from_iterable(rounds):
-                prediction = _predict(teacher, batch, ref.precision, device)
-                if name not in shapes:
-                    shapes[name] = [sizes[name], *prediction.shape[1:]]
-                    header = {"descr": prediction.dtype.str, "fortran_order": False, "shape": tuple(shapes[name])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(prediction.tobytes())
-                done += len(batch)
-                yield done, total
-            file.flush()
-            os.fsync(file.fileno())
-    np.save(scratch / "index.npy", splits.transfer.index.numpy())
-    (scratch / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "teacher": ref.sha, **shapes}))
-
-
-@torch.no_grad()
-def _predict(teacher: torch.nn.Module, batch: Batch, precision: str, device: torch.device) -> np.ndarray:
-    with autocast(precision, device):
-        return teacher(model_inputs(teacher, images_for(batch.inputs, precision))).half().cpu().numpy()
+def entry_text(spec: CacheSpec, index: np.ndarray) -> str:
+    """entry.json of a new entry."""
+    teacher, data = spec.teacher.model.label, build_task(spec.task).data_name
+    entry = Entry(facts=spec.facts, teacher=teacher, data=data, images=len(index), index=index_hash(index))
+    return json.dumps(entry.model_dump(mode="json"), indent=1)

@@ -72,6 +72,14 @@ def test_views_repeat_after_k_epochs_and_never_without_k():
     assert next(loader(views=2).batches(3)).view == 1
 
 
+def test_some_rows_of_a_view_are_those_of_the_whole_view():
+    (whole,) = view_batches(part(20), 2, AUGMENT, 5, 20)
+    some = list(view_batches(part(20), 2, AUGMENT, 5, 4, rows=range(7, 17)))
+    assert [len(batch) for batch in some] == [4, 4, 2]
+    assert torch.equal(torch.cat([batch.inputs for batch in some]), whole.inputs[7:17])
+    assert torch.equal(torch.cat([batch.index for batch in some]), whole.index[7:17])
+
+
 def test_batches_are_the_augmented_views_that_a_cache_would_hold():
     batch = next(loader().batches(1))
     (cached,) = view_batches(part(20), 1, AUGMENT, 5, 20)

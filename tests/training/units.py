@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.experiment import TeacherRef, Unit
+from kdbench.experiment import CacheOptions, TeacherRef, Unit
 from kdbench.models.build import ModelSpec
 from kdbench.results.layout import Layout
 from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.training.cache_build import Builder, build_here
 from kdbench.training.checkpoint import save_weights
-from kdbench.training.teacher import load_teacher
-from kdbench.training.teacher_cache import build_cache
+from kdbench.training.teacher_cache import CacheSpec
 
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 300}
 STUDENT = {"name": "tests.training.units:smooth_net"}
@@ -59,22 +59,27 @@ def unit(method: str | dict[str, Any] = "none", teacher: TeacherRef | None = Non
     )
 
 
-def saved_teacher(folder: Path, precision: str = "fp32") -> TeacherRef:
+def saved_teacher(folder: Path, precision: str = "fp32", model: dict[str, Any] | None = None) -> TeacherRef:
     """An untrained but fixed teacher on disk."""
     torch.manual_seed(7)
     task = build_task(TaskSpec.model_validate(TASK))
-    spec = ModelSpec.model_validate(TEACHER)
+    spec = ModelSpec.model_validate(model or TEACHER)
     weights = folder / "teacher.safetensors"
     sha = save_weights(task.build_model(spec).state_dict(), weights)
     return TeacherRef(model=spec, weights=weights, sha=sha, precision=precision)
 
 
-def with_cache(ref: TeacherRef, unit_: Unit, folder: Path) -> TeacherRef:
-    """The teacher with the cached outputs that the unit's views need."""
-    task = build_task(unit_.task)
-    device = torch.device("cpu")
-    for _ in build_cache(folder, load_teacher(ref, task, device), ref, task.splits(), unit_.recipe, unit_.data_seed, device):
+def with_cache(ref: TeacherRef, unit_: Unit, folder: Path, taps: tuple[str, ...] = (), options: dict[str, Any] | None = None) -> TeacherRef:
+    """The teacher with the cached outputs that the unit's views and the taps need."""
+    spec = CacheSpec(
+        teacher=ref, task=unit_.task, recipe=unit_.recipe, data_seed=unit_.data_seed, options=CacheOptions.model_validate(options or {})
+    )
+    builder = Builder(spec, folder, torch.device("cpu"))
+    plan = builder.plan([taps])
+    builder.begin(plan)
+    for _ in build_here(builder, plan):
         pass
+    builder.finish(plan)
     return ref.model_copy(update={"cache": folder})
 
 

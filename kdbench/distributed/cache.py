@@ -1,0 +1,95 @@
+"""A teacher's cache filled by Ray: writers on all nodes, each with the teacher loaded once, take piece after piece."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdbench.distributed.cluster import available_cpus
+from kdbench.errors import KDBenchError, RunFailed
+from kdbench.experiment import Runtime
+from kdbench.training.cache_build import Builder, Piece, Plan
+from kdbench.training.session import LocalSession
+from kdbench.training.teacher_cache import CacheSpec
+
+# Starting Ray's processes takes about ten seconds, so that a build must be long before several of them end sooner than one.
+LONG_SECONDS = 60.0
+_RETRIES = 2  # of a writer whose process died; what it had finished stays
+
+
+def worth_ray(runtime: Runtime, plan: Plan, seconds: float, started_anyway: bool) -> bool:
+    """Whether Ray should write it: always on a cluster; on one machine where it is long, several writers fit and Ray is used after it."""
+    if len(plan.pieces) < 2:
+        return False
+    return runtime.address is not None or (started_anyway and seconds > LONG_SECONDS and _fit_here(runtime) > 1)
+
+
+def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[int]:
+    """Write all pieces on Ray, which is running, yielding how many images after each piece.
+
+    Raises what a writer raised (DiskFull, say), or RunFailed where writers keep dying.
+    """
+    import ray
+
+    count = min(len(plan.pieces), _fit_here(runtime) if runtime.address is None else _fit_on_cluster(runtime))
+    kind: Any = ray.remote(_Writer).options(
+        num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=_RETRIES, max_task_retries=_RETRIES
+    )
+    # They end when nothing refers to them any more. Killed, they would leave Ray with tasks to complain of.
+    writers: list[Any] = [kind.remote(builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker) for _ in range(count)]
+    # A writer gets pieces once it runs: one that other jobs on the cluster leave no room for holds up nobody.
+    busy = {writer.ready.remote(): writer for writer in writers}
+    todo, left = deque(plan.pieces), len(plan.pieces)
+    try:
+        while left:
+            (ready,), _ = ray.wait(list(busy), num_returns=1)
+            writer, images = busy.pop(ready), ray.get(ready)
+            if isinstance(images, KDBenchError):
+                raise images
+            if images:
+                left -= 1
+                yield images
+            if todo:
+                busy[writer.write.remote(todo.popleft())] = writer
+    except ray.exceptions.RayActorError as error:
+        raise RunFailed(
+            f"a process that wrote the teacher's outputs died {_RETRIES + 1} times; is there enough memory? The same command goes on"
+        ) from error
+
+
+class _Writer:
+    """A Ray actor: one process that holds the teacher. A mistake is returned, as Ray would wrap what is raised in a traceback."""
+
+    def __init__(self, spec: str, folder: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._builder = Builder(CacheSpec.model_validate_json(spec), Path(folder), LocalSession().device)
+
+    def ready(self) -> int:
+        return 0
+
+    def write(self, piece: Piece) -> int | KDBenchError:
+        try:
+            return sum(self._builder.write(piece))
+        except KDBenchError as error:
+            return error
+
+
+def _fit_here(runtime: Runtime) -> int:
+    return _fit({"CPU": available_cpus(), "GPU": torch.cuda.device_count()}, runtime)
+
+
+def _fit_on_cluster(runtime: Runtime) -> int:
+    import ray
+
+    return max(1, sum(_fit(node["Resources"], runtime) for node in ray.nodes() if node["Alive"]))
+
+
+def _fit(resources: dict[str, float], runtime: Runtime) -> int:
+    """How many writers fit on a node; each reserves what one worker of a training does."""
+    cpus = resources.get("CPU", 0) // runtime.cpus_per_worker
+    gpus = resources.get("GPU", 0) // runtime.gpus_per_worker if runtime.gpus_per_worker else cpus
+    return int(min(cpus, gpus))

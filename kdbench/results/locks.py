@@ -1,0 +1,34 @@
+"""Locks between processes: files that the operating system lets go of when their holder ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Held(Exception):
+    """Another process holds the lock. `process` is its number, `unknown` where it did not write one."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__(process)
+        self.process = process
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold the lock alone, or with others that share it. Raises Held where it is taken, unless `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise Held(file.read().strip() or "unknown") from None
+        if not shared:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield

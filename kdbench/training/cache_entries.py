@@ -1,0 +1,132 @@
+"""The entries of a results folder's teacher cache as a whole: what there is, whether its bytes are right, what can go."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdbench.catalogue import nearest
+from kdbench.errors import RunFailed, UserError, not_written
+from kdbench.experiment import content_hash
+from kdbench.results.layout import Layout
+from kdbench.results.locks import Held, locked
+from kdbench.training.cache_build import mend
+from kdbench.training.cache_streams import ENTRY, StreamFiles, streams_in
+from kdbench.training.teacher_cache import FORMAT_VERSION, Entry, read_entry
+
+DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An entry as `kdbench cache ls` shows it. entry: None where it can't be read, as one of an older format. used: seconds since 1970."""
+
+    key: str
+    entry: Entry | None
+    streams: tuple[str, ...]  # finished ones
+    unfinished: tuple[str, ...]
+    nbytes: int
+    used: float
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return self.entry.facts if self.entry is not None else {}
+
+
+def entries(layout: Layout) -> list[Listed]:
+    """All entries, the last used first."""
+    folder = layout.cache("")
+    found = [_listed(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=lambda listed: -listed.used)
+
+
+def _listed(folder: Path) -> Listed:
+    finished: list[str] = []
+    unfinished: list[str] = []
+    for name in streams_in(folder):
+        try:
+            manifest = StreamFiles(folder, name).read()
+        except RunFailed:
+            manifest = None
+        (finished if manifest is not None and manifest.finished else unfinished).append(name)
+    try:
+        entry = read_entry(folder)
+    except RunFailed:
+        entry = None
+    nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    stamp = folder / ENTRY
+    return Listed(folder.name, entry, tuple(finished), tuple(unfinished), nbytes, (stamp if stamp.exists() else folder).stat().st_mtime)
+
+
+def chosen(layout: Layout, beginning: str | None) -> list[Listed]:
+    """The entry whose key begins so, or all of them. Raises UserError where there is not exactly one."""
+    found = entries(layout)
+    if beginning is None:
+        return found
+    matching = [listed for listed in found if listed.key.startswith(beginning)]
+    if len(matching) == 1:
+        return matching
+    if matching:
+        raise UserError(f"cache entry {beginning!r}: {len(matching)} keys begin so; give more of it")
+    hint = nearest(beginning, [listed.key for listed in found]) if found else "; the cache is empty"
+    raise UserError(f"cache entry {beginning!r}: there is none in {layout.root}{hint}")
+
+
+def verify(layout: Layout, listed: Listed) -> Iterator[str]:
+    """What is wrong with an entry, one line each: every shard is read and its checksum made anew.
+
+    What is damaged is taken out, so that the next run writes it again, and it alone. An entry that is being written is waited for.
+    """
+    folder = layout.cache(listed.key)
+    with locked(layout.cache_lock(listed.key, "build"), wait=True):
+        yield from (f"{name}: can't be read" for name in mend(folder))
+        entry = read_entry(folder)
+        if entry is not None and content_hash(entry.facts) != listed.key:
+            (folder / ENTRY).unlink()
+            yield f"{ENTRY}: of another entry than {listed.key}"
+        for name in streams_in(folder):
+            files = StreamFiles(folder, name)
+            broken = files.broken_shards()
+            if broken:
+                files.discard(broken)
+            yield from (f"{name}: shard {s.number} (view {s.view}, images {s.start} to {s.stop - 1}) has other bytes" for s in broken)
+
+
+def disposable(
+    found: Sequence[Listed], teachers: Collection[str], older_than: float | None, keep_gb: float | None
+) -> list[tuple[Listed, str]]:
+    """Which entries to prune, and why, the least recently used first.
+
+    Those that no run can read, those of teachers not in `teachers` (SHA-256), those not used for `older_than` days, and of the rest as
+    many as it takes to get down to `keep_gb`.
+    """
+    reasons: dict[str, str] = {}
+    now, kept = time.time(), 0
+    for listed in found:  # the last used first
+        days = (now - listed.used) / DAY
+        if listed.facts.get("format") != FORMAT_VERSION:
+            reasons[listed.key] = "can't be read by this version"
+        elif listed.facts["teacher"] not in teachers:
+            reasons[listed.key] = "its teacher is in no record"
+        elif older_than is not None and days > older_than:
+            reasons[listed.key] = f"not used for {days:.0f} days"
+        elif keep_gb is not None and kept + listed.nbytes > keep_gb * 1e9:
+            reasons[listed.key] = f"more than {keep_gb:g} GB"
+        else:
+            kept += listed.nbytes
+    return [(listed, reasons[listed.key]) for listed in reversed(found) if listed.key in reasons]
+
+
+def remove(layout: Layout, listed: Listed) -> bool:
+    """Delete an entry; False where a run uses it. Raises RunFailed where it can't be deleted."""
+    try:
+        with locked(layout.cache_lock(listed.key, "use")):
+            shutil.rmtree(layout.cache(listed.key))
+    except Held:
+        return False
+    except OSError as error:
+        raise not_written(error, layout.cache(listed.key)) from error
+    return True
