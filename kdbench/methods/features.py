@@ -92,7 +92,7 @@ class FeatureMethod(Method):
         return found
 
     def read_maps(self, s: Outputs, t: Outputs | None) -> list[tuple[Tensor, Tensor]]:
-        """What the networks gave at the pairs of taps, as maps [B, D, H, W], tokens on their grid: in float32, or as wide as the student's."""
+        """What the networks gave at the pairs of taps, as maps [B, D, H, W], tokens on their grid; float32, or as wide as the student's."""
         assert t is not None, "`pairs` refuses a pair without a teacher"
         found = []
         for ours, theirs in zip(self.student_taps, self.teacher_taps, strict=True):

@@ -74,9 +74,11 @@ def to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return F.adaptive_avg_pool2d(first, size), F.adaptive_avg_pool2d(second, size)
 
 
-def to_size(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map [B, D, *, *] at height and width `size`, interpolated linearly between the centres of its positions."""
-    return features if features.shape[-2:] == size else F.interpolate(features, size, mode="bilinear", align_corners=False)
+def to_size_of(other: Tensor, features: Tensor) -> Tensor:
+    """Features [B, D, *, *] at the height and width of the map `other`, interpolated linearly between the centres of positions."""
+    if features.shape[-2:] == other.shape[-2:]:
+        return features
+    return F.interpolate(features, other.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def to_width(student: int, teacher: int) -> nn.Module:
