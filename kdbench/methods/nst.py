@@ -22,11 +22,10 @@ def neuron_selectivity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared maximum mean discrepancy between the two networks' channels, each one a sample in space, under the kernel (a . b)^2.
 
     student, teacher: [B, D_s, H_s, W_s] and [B, D_t, H_t, W_t]; where the sizes differ, the larger is averaged down. A channel is brought
-    to length 1 over space. Returns a scalar, float32 or wider, 0 where the channels are the same in any order. The teacher's own part
-    takes no gradient. Memory: B * D * D.
+    to length 1 over space. Returns a scalar, float32 or wider, 0 where the channels are the same in any order. Memory: B * D * D.
     """
     student, teacher = (F.normalize(x.flatten(2), dim=2) for x in to_smaller(*loss_precision(student, teacher)))
-    return _mean_kernel(teacher, teacher).detach() + _mean_kernel(student, student) - 2 * _mean_kernel(student, teacher)
+    return _mean_kernel(teacher, teacher) + _mean_kernel(student, student) - 2 * _mean_kernel(student, teacher)
 
 
 def _mean_kernel(first: Tensor, second: Tensor) -> Tensor:
