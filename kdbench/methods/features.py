@@ -78,7 +78,7 @@ class FeatureMethod(Method):
         """The pairs' [D, H, W], tokens read as maps.
 
         over_space: the method compares the positions of a map with each other. Raises UserError, naming both taps, where one can't be
-        read as a map, or has a single position.
+        read as a map; with `over_space` also where every pair has come down to a single position.
         """
         found = []
         for position, (ours, theirs) in enumerate(self.pairs(student, teacher)):
@@ -86,9 +86,9 @@ class FeatureMethod(Method):
                 found.append((map_shape(ours), map_shape(theirs)))
             except UserError as error:
                 raise self.unfit(position, ours, theirs, str(error)) from error
-            if over_space and any(height * width < 2 for _, height, width in found[-1]):
-                way_out = "it compares positions of a map, and there is a single one; name taps nearer to the image"
-                raise self.unfit(position, ours, theirs, way_out)
+        if over_space and found and all(min(ours[1] * ours[2], theirs[1] * theirs[2]) == 1 for ours, theirs in found):
+            way_out = "it compares positions of a map, and there is a single one; name taps nearer to the image"
+            raise self.unfit(0, *self.pairs(student, teacher)[0], way_out)
         return found
 
     def read_maps(self, s: Outputs, t: Outputs | None) -> list[tuple[Tensor, Tensor]]:

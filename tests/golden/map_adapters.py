@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from read_golden import Case
-from result import Result, load_weights, map_terms, read_inputs, result, total
+from result import Result, load_weights, map_terms, read_inputs, result, terms, total
 from torch import Tensor
 
 from kdbench.methods.ab import boundary_loss, stage_weights
@@ -44,15 +44,16 @@ def nst(case: Case) -> Result:
 
 def pkd(case: Case) -> Result:
     x = read_inputs(case)
-    side = "student" if case.hp["resize_stu"] else "teacher"
+    side = "student" if case.hp.get("resize_stu", True) else "teacher"
     _, found = map_terms(PKD, {"weight": case.hp["loss_weight"], "resize": side}, x)
     return result(case, x, {"total": found()["correlation"]})
 
 
 def cwd(case: Case) -> Result:
+    """Maps come in as a dense prediction does."""
     x = read_inputs(case)
-    _, found = map_terms(CWD, {"weight": case.hp["loss_weight"], "temperature": case.hp["tau"]}, x)
-    return result(case, x, {"total": found()["cwd"]})
+    method = CWD(CWD.Params(weight=case.hp["loss_weight"], temperature=case.hp["tau"]))
+    return result(case, x, {"total": terms(method, {"logits_s": x["feat_s"], "logits_t": x["feat_t"]})["cwd"]})
 
 
 def fsp(case: Case) -> Result:

@@ -463,6 +463,10 @@ def test_cwd_compares_features_where_they_are_named_or_where_logits_are_no_maps(
     assert named.student_taps == named.teacher_taps == ("stage:0",)
     other = Shapes((6, 8, 8), teacher.taps)
     assert fitted(MethodSpec(name="cwd"), student, other).teacher_taps == ("stage:0",)
+    ours, theirs = maps()
+    torch.testing.assert_close(
+        run_method(prepared("cwd", ours, theirs), {"x": ours}, {"x": theirs})["cwd"], 3.0 * channel_divergence(ours, theirs, 4.0)
+    )
 
 
 def test_mgd_adds_cwds_loss_where_the_prediction_is_dense() -> None:
