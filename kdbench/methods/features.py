@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError
 from kdbench.methods import METHODS
-from kdbench.methods.base import Method
-from kdbench.models.adapters import map_shape
-from kdbench.models.outputs import Shapes, TapShape
+from kdbench.methods.base import Method, loss_precision
+from kdbench.models.adapters import as_map, map_shape, shape_of
+from kdbench.models.outputs import Outputs, Shapes, TapShape
 
 Names = tuple[str, ...]
 _STAGES_OF_A_TRANSFORMER = 4  # one of a single resolution has no stages of its own: this many blocks, evenly spaced, stand for them
@@ -50,7 +51,10 @@ class FeatureMethod(Method):
         if teacher is None:
             raise UserError(f"method {self.name} needs a teacher, and there is none; add `teacher: {{model: ...}}`")
         named = self.params.student_taps, self.params.teacher_taps
-        default = named if all(named) else self.default_taps(student, teacher)
+        try:
+            default = named if all(named) else self.default_taps(student, teacher)
+        except UserError as error:
+            raise UserError(f"method {self.name}: {error}; name student_taps and teacher_taps") from error
         ours, theirs = named[0] or default[0], named[1] or default[1]
         for key, names, shapes in (("student_taps", ours, student), ("teacher_taps", theirs, teacher)):
             if unknown := [name for name in names if name not in shapes.taps]:
@@ -68,14 +72,32 @@ class FeatureMethod(Method):
             raise UserError(f"method {self.name} needs a teacher")
         return [(student.taps[s], teacher.taps[t]) for s, t in zip(self.student_taps, self.teacher_taps, strict=True)]
 
-    def map_pairs(self, student: Shapes, teacher: Shapes | None) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
-        """The pairs' [D, H, W], tokens read as maps. Raises UserError, naming both taps, where one can't be read so."""
+    def map_pairs(
+        self, student: Shapes, teacher: Shapes | None, over_space: bool = False
+    ) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+        """The pairs' [D, H, W], tokens read as maps.
+
+        over_space: the method compares the positions of a map with each other. Raises UserError, naming both taps, where one can't be
+        read as a map; with `over_space` also where every pair has come down to a single position.
+        """
         found = []
         for position, (ours, theirs) in enumerate(self.pairs(student, teacher)):
             try:
                 found.append((map_shape(ours), map_shape(theirs)))
             except UserError as error:
                 raise self.unfit(position, ours, theirs, str(error)) from error
+        if over_space and found and all(min(ours[1] * ours[2], theirs[1] * theirs[2]) == 1 for ours, theirs in found):
+            way_out = "it compares positions of a map, and there is a single one; name taps nearer to the image"
+            raise self.unfit(0, *self.pairs(student, teacher)[0], way_out)
+        return found
+
+    def read_maps(self, s: Outputs, t: Outputs | None) -> list[tuple[Tensor, Tensor]]:
+        """What the networks gave at the pairs of taps, as maps [B, D, H, W], tokens on their grid; float32, or as wide as the student's."""
+        assert t is not None, "`pairs` refuses a pair without a teacher"
+        found = []
+        for ours, theirs in zip(self.student_taps, self.teacher_taps, strict=True):
+            (student,) = loss_precision(as_map(s.maps[ours], shape_of(s.maps[ours])))
+            found.append((student, as_map(t.maps[theirs], shape_of(t.maps[theirs])).to(student.dtype)))
         return found
 
     def unfit(self, position: int, student: TapShape, teacher: TapShape, way_out: str) -> UserError:
@@ -88,20 +110,36 @@ class FeatureMethod(Method):
 
 
 def stages(shapes: Shapes) -> list[str]:
-    """Names of a network's stages, from fine to coarse; of a transformer with one resolution, blocks evenly spaced over its depth."""
+    """Names of a network's stages, from fine to coarse; of a transformer with one resolution, blocks evenly spaced over its depth.
+
+    Raises UserError where it has none.
+    """
     named = _counted(shapes, "stage")
     blocks = _counted(shapes, "block")
     if len(named) > 1 or len(blocks) < 2 or shapes.taps[blocks[-1]].kind != "tokens":
+        if not named:
+            raise UserError(f"there is no stage in a network whose places are {', '.join(shapes.taps) or 'none'}")
         return named
     count = min(_STAGES_OF_A_TRANSFORMER, len(blocks))
     return [blocks[(position + 1) * len(blocks) // count - 1] for position in range(count)]
 
 
 def paired_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
-    """The last stages of both, as many as the network with fewer has."""
+    """The last stages of both, as many as the network with fewer has. Raises UserError where one has none."""
     ours, theirs = stages(student), stages(teacher)
     count = min(len(ours), len(theirs))
     return tuple(ours[len(ours) - count :]), tuple(theirs[len(theirs) - count :])
+
+
+def paired_spatial_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
+    """`paired_stages`, without those where a map has shrunk to a single position: there is nothing to compare over space.
+
+    Where all have, they stay, so that `map_pairs` can say so.
+    """
+    paired = list(zip(*paired_stages(student, teacher), strict=True))
+    spatial = [(ours, theirs) for ours, theirs in paired if min(_positions(student.taps[ours]), _positions(teacher.taps[theirs])) > 1]
+    kept = spatial or paired
+    return tuple(ours for ours, _ in kept), tuple(theirs for _, theirs in kept)
 
 
 def middle_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
@@ -114,6 +152,11 @@ def middle_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
         return abs(math.log(map_shape(student.taps[name])[1] / wanted))
 
     return (min(reversed(stages(student)), key=distance),), (hint,)
+
+
+def _positions(shape: TapShape) -> int:
+    """Over how many places of the image a stage's output is spread."""
+    return shape.shape[0] if shape.kind == "tokens" else math.prod(shape.shape[1:])
 
 
 def _counted(shapes: Shapes, kind: str) -> list[str]:

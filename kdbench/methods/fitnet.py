@@ -10,10 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import ANY_TASK, Paper, Progress
 from kdbench.methods.features import FeatureMethod, Names, middle_stages
-from kdbench.models.adapters import as_map
-from kdbench.models.outputs import Outputs, Shapes, TapShape
+from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search_space import Range
 from kdbench.tasks.base import TaskInfo
 
@@ -70,21 +69,16 @@ class FitNet(FeatureMethod):
         return middle_stages(student, teacher)
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        self._shapes: list[tuple[TapShape, TapShape]] = self.pairs(student, teacher)
         regressors = []
         for position, (ours, theirs) in enumerate(self.map_pairs(student, teacher)):
             try:
                 regressors.append(Regressor(ours, theirs))
             except ValueError as error:
                 way_out = f"{error}; name taps of which the student's is as large as the teacher's, larger, or half as large"
-                raise self.unfit(position, *self._shapes[position], way_out) from error
+                raise self.unfit(position, *self.pairs(student, teacher)[position], way_out) from error
         self.regressors = nn.ModuleList(regressors)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        assert t is not None
-        losses = []
-        taps = zip(self.student_taps, self.teacher_taps, self._shapes, self.regressors, strict=True)
-        for student, teacher, (ours, theirs), regressor in taps:
-            feature, hint = loss_precision(as_map(s.maps[student], ours), as_map(t.maps[teacher], theirs))
-            losses.append(F.mse_loss(regressor(feature), hint))
+        pairs = zip(self.regressors, self.read_maps(s, t), strict=True)
+        losses = [F.mse_loss(regressor(feature), hint) for regressor, (feature, hint) in pairs]
         return {"hint": self.params.weight * torch.stack(losses).sum()}

@@ -1,16 +1,23 @@
-"""Reading one tap as another kind: tokens as a map, a map as tokens, either as a vector; and bringing two maps to one size."""
+"""Reading one tap as another kind: tokens as a map, a map as tokens, either as a vector; and bringing two maps to one size or width."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdbench.errors import UserError
 from kdbench.models.outputs import TapShape
 
 _PREFIXES = (0, 1, 2)  # a transformer's class and distillation tokens stand before its patches
+
+
+def shape_of(features: Tensor) -> TapShape:
+    """The shape, without the batch, of what was tapped: [B, D, H, W], [B, N, D] or [B, D]."""
+    kinds: dict[int, Literal["map", "tokens", "vector"]] = {4: "map", 3: "tokens", 2: "vector"}
+    return TapShape(kinds[features.dim()], tuple(features.shape[1:]))
 
 
 def map_shape(shape: TapShape) -> tuple[int, int, int]:
@@ -65,3 +72,15 @@ def to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first, second
     size = min(first.shape[-2], second.shape[-2]), min(first.shape[-1], second.shape[-1])
     return F.adaptive_avg_pool2d(first, size), F.adaptive_avg_pool2d(second, size)
+
+
+def to_size_of(other: Tensor, features: Tensor) -> Tensor:
+    """Features [B, D, *, *] at the height and width of the map `other`, interpolated linearly between the centres of positions."""
+    if features.shape[-2:] == other.shape[-2:]:
+        return features
+    return F.interpolate(features, other.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def to_width(student: int, teacher: int) -> nn.Module:
+    """A pointwise convolution from the student's number of channels to the teacher's; nothing where they are the same."""
+    return nn.Identity() if student == teacher else nn.Conv2d(student, teacher, kernel_size=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from kdbench.data.batch import Batch
 from kdbench.methods.base import Method, Progress
 from kdbench.methods.features import FeatureMethod
-from kdbench.models.outputs import Outputs, Shapes, TapShape
+from kdbench.models.adapters import shape_of
+from kdbench.models.outputs import Outputs, Shapes
 from kdbench.tasks.base import TaskInfo
 
 AFTER_WARMUP = Progress(epoch=1.0, step=1, total_steps=1)
@@ -93,7 +93,7 @@ def map_terms(
 
     Maps are the inputs `feat_s`, `feat_t` or `feat_s0`, `feat_t0`, `feat_s1`, ...; logits and label go along where the case has them.
     """
-    names = [name.removeprefix("feat_s") for name in sorted(x) if name.startswith("feat_s")]
+    names = sorted((name.removeprefix("feat_s") for name in x if name.startswith("feat_s")), key=lambda name: (len(name), name))
     ours, theirs = ({f"map{name}": x[f"feat_{side}{name}"] for name in names} for side in "st")
     taps = tuple(f"map{name}" for name in names)
     method = kind(kind.Params.model_validate({**params, "student_taps": taps, "teacher_taps": taps}))
@@ -106,6 +106,4 @@ def map_terms(
 
 def shapes_of(outputs: Outputs) -> Shapes:
     """What a probe would have found: of one sample, by the number of dimensions."""
-    kinds: dict[int, Literal["map", "tokens", "vector"]] = {4: "map", 3: "tokens", 2: "vector"}
-    taps = {name: TapShape(kinds[value.dim()], tuple(value.shape[1:])) for name, value in outputs.maps.items()}
-    return Shapes(tuple(outputs.logits.shape[1:]), taps)
+    return Shapes(tuple(outputs.logits.shape[1:]), {name: shape_of(value) for name, value in outputs.maps.items()})
