@@ -7,6 +7,7 @@ from collections.abc import Callable
 from feature_adapters import FEATURES
 from logit_adapters import LOGITS
 from read_golden import Case
+from relation_adapters import RELATIONS
 from result import Result
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**LOGITS, **FEATURES}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {**LOGITS, **FEATURES, **RELATIONS}
