@@ -23,7 +23,8 @@ def inter_class_loss(student: Tensor, teacher: Tensor, temperature: float, valid
     """T^2 (1 - the mean correlation of the two distributions over classes), of each sample or pixel.
 
     student, teacher: logits [B, C] or [B, C, H, W]; valid: None or boolean [B, H, W], the pixels that count.
-    Returns a scalar, float32 or wider: 0 where the distributions agree up to scale and shift, at most 2 T^2.
+    Returns a scalar, float32 or wider: 0 where the distributions agree up to scale and shift, at most 2 T^2. Uniform predictions correlate
+    with nothing; near them the gradient is finite, but steep.
     """
     ours, theirs = (_probabilities(logits, temperature) for logits in (student, teacher))
     correlation = _cosine(ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True), dim=1)

@@ -21,7 +21,7 @@ _EPSILON = 1e-7
 def standardised(logits: Tensor) -> Tensor:
     """Each row of logits [B, C] less its mean, over its deviation (unbiased, of C - 1 degrees of freedom); float32 or wider.
 
-    A row of equal logits becomes 0, without a gradient.
+    A row of equal logits becomes 0; the gradient there is finite, but steep, as for any row with a small deviation.
     """
     (logits,) = loss_precision(logits)
     return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + _EPSILON)
