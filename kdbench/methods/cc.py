@@ -60,6 +60,6 @@ class CC(FeatureMethod):
         losses = []
         taps = zip(self.student_taps, self.teacher_taps, self.student_embeddings, self.teacher_embeddings, strict=True)
         for student, teacher, embed_student, embed_teacher in taps:
-            ours, theirs = loss_precision(as_vector(s.maps[student]), as_vector(t.maps[teacher]))
-            losses.append(neighbour_product_loss(embed_student(ours), embed_teacher(theirs)))
+            ours, theirs = loss_precision(s.maps[student], t.maps[teacher])
+            losses.append(neighbour_product_loss(embed_student(as_vector(ours)), embed_teacher(as_vector(theirs))))
         return {"cc": self.params.weight * torch.stack(losses).sum()}

@@ -63,8 +63,9 @@ class Contrast(nn.Module):
 
         A sample's own row stands first. Moves the memory of the batch's samples towards what they are now.
         """
-        student, teacher = loss_precision(as_vector(student), as_vector(teacher))
-        ours, theirs = F.normalize(self.embed_student(student), dim=1), F.normalize(self.embed_teacher(teacher), dim=1)
+        student, teacher = loss_precision(student, teacher)
+        ours = F.normalize(self.embed_student(as_vector(student)), dim=1)
+        theirs = F.normalize(self.embed_teacher(as_vector(teacher)), dim=1)
         scores = [
             # Autograd needs the memory as it was, and it moves before the backward pass.
             (embedding @ memory.clone().T).gather(1, candidates) / temperature

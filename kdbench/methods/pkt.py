@@ -61,6 +61,8 @@ class PKT(FeatureMethod):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
-        taps = zip(self.student_taps, self.teacher_taps, strict=True)
-        losses = [neighbourhood_loss(as_vector(s.maps[ours]), as_vector(t.maps[theirs])) for ours, theirs in taps]
+        losses = []
+        for student, teacher in zip(self.student_taps, self.teacher_taps, strict=True):
+            ours, theirs = loss_precision(s.maps[student], t.maps[teacher])
+            losses.append(neighbourhood_loss(as_vector(ours), as_vector(theirs)))
         return {"pkt": self.params.weight * torch.stack(losses).sum()}
