@@ -9,7 +9,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from kdbench.data.batch import Batch
+from kdbench.data.batch import Batch, Part
 from kdbench.data.options import StrictOptions
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search_space import Range
@@ -95,6 +95,12 @@ class Method(nn.Module):
         """Take what the method needs of the frozen teacher, where it says `needs_teacher_network`; called after `build`.
 
         What is kept must not become a submodule or a parameter: the teacher is neither trained nor saved with the student.
+        """
+
+    def use_samples(self, samples: Part) -> None:
+        """Take what the method needs to know of the samples that the student learns from, such as how many; called after `build`.
+
+        `Batch.index` holds positions in the source data set, of which these samples may be a few.
         """
 
     def adapt_student(self, student: nn.Module) -> nn.Module:

@@ -142,6 +142,12 @@ def paired_spatial_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Name
     return tuple(ours for ours, _ in kept), tuple(theirs for _, theirs in kept)
 
 
+def embeddings(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
+    """What each classifier reads, one vector a sample; the last stage of a network in which that can't be told."""
+    ours, theirs = ("pooled" if "pooled" in shapes.taps else "stage:-1" for shapes in (student, teacher))
+    return (ours,), (theirs,)
+
+
 def middle_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
     """The teacher's middle stage, and the student's whose map is nearest to it in size: of two that are, the deeper one."""
     theirs = stages(teacher)

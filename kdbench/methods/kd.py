@@ -16,7 +16,7 @@ from kdbench.search_space import Range
 from kdbench.tasks.base import TaskInfo
 
 
-def softened_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+def softened_divergence(student: Tensor, teacher: Tensor, temperature: float | Tensor, valid: Tensor | None = None) -> Tensor:
     """T^2 mean KL(softmax(teacher / T) || softmax(student / T)), over samples or pixels; T^2 keeps the gradient's scale (section 2).
 
     student, teacher: logits [B, C] or [B, C, H, W]; valid: None or boolean [B, H, W], the pixels that count.

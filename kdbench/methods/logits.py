@@ -22,12 +22,15 @@ def label_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def other_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B, C - 1]: logits [B, C] without each row's label, int64 [B], the rest in order.
+    """[B, C - K]: logits [B, C] without each row's labels, int64 [B] or [B, K] with no two alike in a row, the rest in order.
 
-    The entry is left out, not masked by a large negative number: exact at any logits, with shapes that are known beforehand.
+    The entries are left out, not masked by a large negative number: exact at any logits, with shapes that are known beforehand.
     """
-    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
-    return logits.gather(1, columns + (columns >= labels.unsqueeze(1)))
+    left_out = labels.reshape(len(labels), -1).sort(dim=1).values
+    columns = torch.arange(logits.shape[1] - left_out.shape[1], device=logits.device).expand(len(labels), -1)
+    for label in left_out.split(1, dim=1):
+        columns = columns + (columns >= label)
+    return logits.gather(1, columns)
 
 
 def mean_over(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed.nn.functional as exchange
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.data.batch import Batch
 from kdbench.methods.base import Method, Progress
@@ -27,6 +28,10 @@ class Distiller(nn.Module):
         self.method = method
         self.task = task
         self._taps = Taps(student, method.student_taps, call=call)
+        if method.batch_coupled:
+            # All workers compute them from the joined batch, so they are equal without being sent round at every step.
+            buffers = [f"method.{name}" for name, _ in method.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
     def forward(self, batch: Batch, teacher: Outputs | None, at: Progress, autocast: torch.autocast) -> dict[str, Tensor]:
         """Loss terms by name, with `total` to step on. The networks run under `autocast`, the losses outside it.

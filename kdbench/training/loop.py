@@ -137,12 +137,14 @@ def prepare(unit: Unit, session: Session) -> Training:
     method.build(probe(student, task.info.image_shape, method.student_taps), _shapes_of(teacher, method, task), task.info)
     if method.needs_teacher_network:
         method.use_teacher(_network_of(teacher, unit, task, session), task.info.image_shape)
+    samples = splits.train if unit.role == "teacher" else splits.transfer
+    method.use_samples(samples)
     student = place(method.adapt_student(student), recipe.precision, recipe.memory_format, session.device)
     method = method.to(session.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
     distiller = Distiller(student, method, task, compiled_call(student, session.device) if recipe.compile is True else None)
     optimizer = make_optimizer(distiller.parameters(), recipe)
     loader = Loader(
-        splits.train if unit.role == "teacher" else splits.transfer,
+        samples,
         recipe.batch_size,
         augment=recipe.augment,
         views=None if unit.role == "teacher" else recipe.views,

@@ -8,6 +8,7 @@ from feature_adapters import FEATURES
 from logit_adapters import LOGITS
 from map_adapters import MAPS
 from read_golden import Case
+from relation_adapters import RELATIONS
 from result import Result
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**LOGITS, **FEATURES, **MAPS}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **RELATIONS}

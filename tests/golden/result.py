@@ -36,13 +36,13 @@ def read_inputs(case: Case) -> dict[str, Tensor]:
     return {name: x.double().requires_grad_() if x.is_floating_point() else x.long() for name, x in tensors.items()}
 
 
-def terms(method: Method, x: dict[str, Tensor]) -> dict[str, Tensor]:
+def terms(method: Method, x: dict[str, Tensor], at: Progress = AFTER_WARMUP) -> dict[str, Tensor]:
     """The method's terms for logits and label, as training gets them; where a case has no label, none may be looked at."""
     student = Outputs(x["logits_s"])
     teacher = Outputs(x["logits_t"]) if method.needs_teacher else None
     samples = torch.arange(len(student.logits))
     label = x["label"].detach() if "label" in x else torch.full_like(samples, -1)
-    return method(student, teacher, Batch(inputs=samples, target=label, index=samples), AFTER_WARMUP)
+    return method(student, teacher, Batch(inputs=samples, target=label, index=samples), at)
 
 
 def cross_entropy(x: dict[str, Tensor]) -> Tensor:

@@ -91,7 +91,7 @@ class NotAMethod:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("dkt", "unknown method 'dkt'; did you mean 'dkd'?"),
+        ("dkdd", "unknown method 'dkdd'; did you mean 'dkd'?"),
         ({"name": "dkd", "betta": 2}, "method 'dkd': unknown key 'betta'; did you mean 'beta'?"),
         (
             {"name": "dkd", "beta": "much"},
