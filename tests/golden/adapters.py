@@ -8,5 +8,6 @@ from feature_adapters import FEATURES
 from logit_adapters import LOGITS
 from read_golden import Case
 from result import Result
+from transformer_adapters import TRANSFORMERS
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**LOGITS, **FEATURES}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {**LOGITS, **FEATURES, **TRANSFORMERS}
