@@ -9,7 +9,11 @@ METHODS: dict[str, Entry] = {
     "nkd": Entry("kdbench.methods.nkd:NKD", "the label's probability, and the other classes normalised among themselves (ICCV 2023)"),
     "dkd": Entry("kdbench.methods.dkd:DKD", "the label and the other classes as two losses with weights of their own (CVPR 2022)"),
     "fitnet": Entry("kdbench.methods.fitnet:FitNet", "the teacher's features at a middle stage, through a regressor (ICLR 2015)"),
-    "ofa": Entry("kdbench.methods.ofa:OneForAll", "exits at the student's stages learn the teacher's logits, for any two architectures (NeurIPS 2023)"),
+    "ofa": Entry(
+        "kdbench.methods.ofa:OneForAll",
+        "exits of any student learn the logits of any teacher (NeurIPS 2023)",
+    ),
+    "scalekd": Entry("kdbench.methods.scalekd:ScaleKD", "features in two views, as the teacher itself goes on with them (NeurIPS 2024)"),
     "vitkd": Entry("kdbench.methods.vitkd:ViTKD", "a transformer's first blocks imitated, its last features generated (2022)"),
     "tf_nkd": Entry("kdbench.methods.tf_nkd:TeacherFreeNKD", "the student's own confidence as a soft target; no teacher (2022)"),
 }

@@ -1,8 +1,9 @@
-"""One-for-all distillation, OFA-KD: exits of the student speak the teacher's language, logits (Hao et al., NeurIPS 2023, arXiv 2310.19444)."""
+"""One-for-all distillation, OFA-KD: exits of the student learn the teacher's logits (Hao et al., NeurIPS 2023, arXiv 2310.19444)."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -109,7 +110,9 @@ class OneForAll(Method):
             ("widths", params.widths, exits),
         ):
             if len(entries) != wanted:
-                raise UserError(f"method ofa: {key} has {len(entries)} entries, expected {wanted} for the exits {', '.join(self.student_taps)}")
+                raise UserError(
+                    f"method ofa: {key} has {len(entries)} entries, expected {wanted} for the exits {', '.join(self.student_taps)}"
+                )
         self.projectors = nn.ModuleList()
         for name, behind, width in zip(self.student_taps, params.stages_behind, params.widths, strict=True):
             shape = student.taps[name]
@@ -162,7 +165,7 @@ class MapProjector(nn.Module):
     def __init__(self, shape: TapShape, convolutions: int, width: int, classes: int) -> None:
         super().__init__()
         channels = [shape.channels * 2**step for step in range(convolutions)] + [width]
-        chain = [SeparableConvolution(*pair) for pair in zip(channels[:-1], channels[1:], strict=True)]
+        chain = [SeparableConvolution(*pair) for pair in pairwise(channels)]
         self.reduce = nn.Sequential(*chain) if chain else nn.Conv2d(shape.channels, width, kernel_size=1)
         self.classifier = nn.Linear(width, classes)
 
@@ -189,10 +192,13 @@ def _separable(channels: int, width: int, stride: int) -> list[nn.Module]:
 
 
 class TokenProjector(nn.Module):
-    """Tokens [B, N, D] -> logits [B, classes]: patches merged to a grid of at least 7 a side, then blocks; the class token decides, or the mean."""
+    """Tokens [B, N, D] -> logits [B, classes]: patches merged to a grid of at least 7 a side, blocks, a linear layer.
+
+    That reads the class tokens' mean where there are any, the mean of all tokens otherwise.
+    """
 
     def __init__(self, shape: TapShape, blocks: int, width: int, classes: int) -> None:
-        """width: of merged tokens; where the grid is too small to merge, they keep their own. Raises UserError for tokens without a grid."""
+        """width: of merged tokens; where there are too few to merge, they keep theirs. Raises UserError for tokens without a grid."""
         super().__init__()
         from timm.models.vision_transformer import Block  # takes seconds to import, which a student that has maps need not pay
 
@@ -200,7 +206,7 @@ class TokenProjector(nn.Module):
         side = map_shape(shape)[1]
         merges = max(0, int(math.log2(side / _MERGED_GRID)))
         channels = [shape.channels] + [width] * merges
-        self.merging = nn.ModuleList(PatchMerging(*pair) for pair in zip(channels[:-1], channels[1:], strict=True))
+        self.merging = nn.ModuleList(PatchMerging(*pair) for pair in pairwise(channels))
         inner, self._side = channels[-1], side
         self.blocks = nn.Sequential(*(Block(inner, math.gcd(_HEADS, inner), _MLP_RATIO) for _ in range(max(blocks, 1))))
         self.classifier = nn.Linear(inner, classes)
@@ -211,7 +217,8 @@ class TokenProjector(nn.Module):
             grid = merge(grid)
             if step == 0 or step + 1 < len(self.merging):  # the last of several is linear
                 grid = F.gelu(grid)
-        seen = self.blocks(torch.cat([tokens[:, : self.prefix], grid.flatten(1, 2)], dim=1))
+        patches = grid.flatten(1, 2)
+        seen = self.blocks(torch.cat([tokens[:, : self.prefix], patches], dim=1) if self.prefix else patches)
         logits: Tensor = self.classifier((seen[:, : self.prefix] if self.prefix else seen).mean(1))
         return logits
 

@@ -52,7 +52,7 @@ class ViTKD(FeatureMethod):
         "ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation",
         arxiv="2209.02432",
         venue="CVPR 2024 workshops",
-        formula="L = w_task CE + alpha sum_{l=0,1} |W_l s_l - t_l|^2 + beta / lambda |M (G(mask(W s)) - t)|^2, sums over tokens and channels",
+        formula="L = w_task CE + alpha sum_{l=0,1} |W_l s_l - t_l|^2 + beta / lambda |M (G(mask(W s)) - t)|^2, |.|^2 summed",
         checked_against="yzd-v/cls_KD@1e5d48f",
         published=(
             Published("deit3_small", "deit_tiny", "ImageNet", "top-1", 74.42, 76.06),
@@ -62,8 +62,8 @@ class ViTKD(FeatureMethod):
     )
 
     class Params(FeatureMethod.Params):
-        """alpha, beta: weights of sums over all tokens and channels of the teacher. The defaults are for 196 tokens of 384 to 1024 channels;
-        for other sizes they mean the same times 196 * 384 / (tokens * channels).
+        """alpha, beta: weights of sums over all tokens and channels of the teacher. The defaults are for 196 tokens of 384
+        channels or more; for other sizes, times 196 * 384 / (tokens * channels) they mean the same.
 
         removed: share of the student's tokens that are hidden from the generator. The taps are in pairs, the last features last.
         """
