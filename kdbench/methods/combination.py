@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field, create_model, field_validator
@@ -26,46 +26,50 @@ class Combination(Method):
     def __init__(self, params: Method.Params | None = None, generator: torch.Generator | None = None) -> None:
         super().__init__(params, generator)
         self.parts = nn.ModuleList(kind(getattr(self.params, name), generator) for name, kind in self.kinds.items())
-        self.student_taps, self.teacher_taps = _union(self._methods(), "student_taps"), _union(self._methods(), "teacher_taps")
+        methods = list(self._named().values())
+        self.student_taps, self.teacher_taps = _union(methods, "student_taps"), _union(methods, "teacher_taps")
 
-    def _methods(self) -> list[Method]:
-        return [part for part in self.parts if isinstance(part, Method)]
+    def _named(self) -> dict[str, Method]:
+        return dict(zip(self.kinds, cast(Iterable[Method], self.parts), strict=True))
 
     @property
     def taps_chosen(self) -> bool:
-        return all(part.taps_chosen for part in self._methods())
+        return all(part.taps_chosen for part in self._named().values())
 
     def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
-        chosen = {name: part.choose_taps(student, teacher) for name, part in zip(self.kinds, self._methods(), strict=True)}
+        chosen = {name: part.choose_taps(student, teacher) for name, part in self._named().items()}
         return self.params.model_copy(update=chosen)
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        for part in self._methods():
+        for part in self._named().values():
             part.build(student, teacher if part.needs_teacher else None, task)
 
     def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        for part in self._methods():
+        for part in self._named().values():
             if part.needs_teacher_network:
                 part.use_teacher(network, image_shape)
 
     def adapt_student(self, student: nn.Module) -> nn.Module:
-        for part in self._methods():
+        for part in self._named().values():
             student = part.adapt_student(student)
         return student
 
     def export_student(self, student: nn.Module) -> nn.Module:
-        for part in reversed(self._methods()):
+        for part in reversed(self._named().values()):
             student = part.export_student(student)
         return student
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         """The terms of all parts; those whose name several parts use have the part's name and a dot in front."""
-        found = [(name, part(s, t if part.needs_teacher else None, batch, at)) for name, part in zip(self.kinds, self._methods(), strict=True)]
+        found = [
+            (name, part(s, t if part.needs_teacher else None, batch, at))
+            for name, part in zip(self.kinds, self._named().values(), strict=True)
+        ]
         uses = Counter(term for _, terms in found for term in terms)
         return {term if uses[term] == 1 else f"{name}.{term}": value for name, terms in found for term, value in terms.items()}
 
     def warmup_epochs(self, total_epochs: float) -> float:
-        return max(part.warmup_epochs(total_epochs) for part in self._methods())
+        return max(part.warmup_epochs(total_epochs) for part in self._named().values())
 
 
 @cache
@@ -79,7 +83,7 @@ def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
         "paper": Paper(
             "; ".join(method.paper.title for method in methods),
             formula=f"L = w_task L_task + the terms of {names}, each with its own weights",
-            checked_against="; ".join(method.paper.checked_against or "its formula" for method in methods),
+            checked_against="; ".join(dict.fromkeys(method.paper.checked_against or "its formula" for method in methods)),
         ),
         "version": sum(method.version for method in methods),  # rises with any part's
         "tasks": frozenset.intersection(*tasks) if tasks else ANY_TASK,
@@ -103,7 +107,8 @@ def _params(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Method.Params]:
     parts = {name: _without_task_weight(kind) for name, kind in kinds}
     documentation = "\n".join(f"{name}: {inspect.cleandoc(kind.Params.__doc__)}" for name, kind in kinds if kind.Params.__doc__)
     fields: dict[str, Any] = {name: (part, Field(default_factory=part)) for name, part in parts.items()}
-    return create_model("Params", __base__=Method.Params, __doc__=documentation, task_weight=(weight.annotation, weight), **fields)
+    fields["task_weight"] = (weight.annotation, weight)
+    return create_model("Params", __base__=Method.Params, __doc__=documentation, **fields)
 
 
 def _without_task_weight(kind: type[Method]) -> type[Method.Params]:
@@ -113,5 +118,6 @@ def _without_task_weight(kind: type[Method]) -> type[Method.Params]:
         raise ValueError("there is one task_weight for all parts; write it beside `name`")
 
     hidden: Any = (float, Field(default=1.0, exclude=True, validate_default=False))
-    validators: Any = {"refuse": field_validator("task_weight", mode="before")(refuse)}
-    return create_model(kind.Params.__qualname__, __base__=kind.Params, __doc__=kind.Params.__doc__, __validators__=validators, task_weight=hidden)
+    checks: Any = {"refuse": field_validator("task_weight", mode="before")(refuse)}
+    theirs = kind.Params
+    return create_model(theirs.__qualname__, __base__=theirs, __doc__=theirs.__doc__, __validators__=checks, task_weight=hidden)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
-from kdbench.methods.base import Paper, Progress, Published, loss_precision
+from kdbench.methods.base import Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, output_place
 from kdbench.models.adapters import as_tokens
 from kdbench.models.outputs import Outputs, Shapes, TapShape
@@ -54,11 +54,6 @@ class ViTKD(FeatureMethod):
         venue="CVPR 2024 workshops",
         formula="L = w_task CE + alpha sum_{l=0,1} |W_l s_l - t_l|^2 + beta / lambda |M (G(mask(W s)) - t)|^2, |.|^2 summed",
         checked_against="yzd-v/cls_KD@1e5d48f",
-        published=(
-            Published("deit3_small", "deit_tiny", "ImageNet", "top-1", 74.42, 76.06),
-            Published("deit3_base", "deit_small", "ImageNet", "top-1", 80.55, 81.95),
-            Published("deit3_large", "deit_base", "ImageNet", "top-1", 81.76, 83.46),
-        ),
     )
 
     class Params(FeatureMethod.Params):
