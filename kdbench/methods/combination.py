@@ -61,12 +61,9 @@ class Combination(Method):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         """The terms of all parts; those whose name several parts use have the part's name and a dot in front."""
-        found = [
-            (name, part(s, t if part.needs_teacher else None, batch, at))
-            for name, part in zip(self.kinds, self._named().values(), strict=True)
-        ]
-        uses = Counter(term for _, terms in found for term in terms)
-        return {term if uses[term] == 1 else f"{name}.{term}": value for name, terms in found for term, value in terms.items()}
+        found = {name: part(s, t if part.needs_teacher else None, batch, at) for name, part in self._named().items()}
+        uses = Counter(term for terms in found.values() for term in terms)
+        return {term if uses[term] == 1 else f"{name}.{term}": value for name, terms in found.items() for term, value in terms.items()}
 
     def warmup_epochs(self, total_epochs: float) -> float:
         return max(part.warmup_epochs(total_epochs) for part in self._named().values())
