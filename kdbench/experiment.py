@@ -18,8 +18,7 @@ from kdbench.catalogue import known, nearest
 from kdbench.data.options import StrictOptions
 from kdbench.data.views import Augment
 from kdbench.errors import UserError, explain
-from kdbench.methods import METHODS
-from kdbench.methods.build import MethodSpec, method_class
+from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
 from kdbench.search_space import Choice, Dimension, Range
 from kdbench.tasks import TASKS
@@ -186,8 +185,10 @@ class Experiment(_Part):
         if not known("task", self.task.name, TASKS):
             raise ValueError(f"task: unknown task {self.task.name!r}{nearest(self.task.name, TASKS)}")
         for method in self.methods:
-            if not known("method", method.name, METHODS):
-                raise ValueError(f"methods: unknown method {method.name!r}{nearest(method.name, METHODS)}")
+            try:
+                check_method_name(method.name)
+            except UserError as error:
+                raise ValueError(f"methods: {error}") from error
         for key, labels in (("methods", [m.label for m in self.methods]), ("students", [s.label for s in self.students])):
             if twice := sorted({label for label in labels if labels.count(label) > 1}):
                 raise ValueError(f"{key}: {twice[0]!r} stands twice; give one of them another `label`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
@@ -19,6 +19,9 @@ from kdbench.models import MODELS
 from kdbench.tasks import TASKS
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
     from kdbench.methods.base import Method
     from kdbench.search_space import Dimension
     from kdbench.tasks.base import Task
@@ -32,7 +35,7 @@ KINDS: dict[str, tuple[str, Mapping[str, Entry]]] = {
     "models": ("model", MODELS),
 }
 _ALSO = {
-    "methods": "Also: your own subclass of kdbench.methods.base.Method, by dotted path `package.module:Class`.",
+    "methods": "Also: your own subclass of kdbench.methods.base.Method, by dotted path `package.module:Class`; several at once: kd+nkd.",
     "tasks": "Also: your own subclass of kdbench.tasks.base.Task, by dotted path `package.module:Class`.",
     "data": "Also: your own function that returns a kdbench.data.sources.Source, by dotted path `package.module:function`.",
     "models": "Also: any name that timm knows, such as resnet18, and any nn.Module by dotted path `package.module:Class`.",
@@ -112,6 +115,10 @@ def show_page(name: str) -> str:
 
 def _find(name: str) -> tuple[str, Any, str]:
     """Which kind of thing the name is, the thing, and its sentence in the catalogue."""
+    if "+" in name:
+        from kdbench.methods.build import MethodSpec, method_class
+
+        return "methods", method_class(MethodSpec(name=name)), ""
     if ":" in name:
         return _told_apart(load("name", name))
     for kind, (singular, table) in KINDS.items():
@@ -145,8 +152,8 @@ def _method_page(name: str, method: type[Method]) -> str:
         ("checked against", paper.checked_against or "its formula"),
         ("tasks", ", ".join(sorted(method.tasks))),
         ("teacher", teacher),
-        ("student's taps", _taps_of(method, method.student_taps)),
-        ("teacher's taps", _taps_of(method, method.teacher_taps) if method.needs_teacher else "none"),
+        ("student's taps", _taps_of(method, "student_taps")),
+        ("teacher's taps", _taps_of(method, "teacher_taps") if method.needs_teacher else "none"),
     ]
     if method.batch_coupled:
         facts.append(("batch", "the loss compares samples: workers exchange theirs"))
@@ -154,10 +161,10 @@ def _method_page(name: str, method: type[Method]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _taps_of(method: type[Method], named: tuple[str, ...]) -> str:
-    if "student_taps" in method.Params.model_fields:
+def _taps_of(method: type[Method], side: Literal["student_taps", "teacher_taps"]) -> str:
+    if any(name.rpartition(".")[2] == side for name, _ in _fields(method.Params)):
         return "chosen for the pair, unless the experiment names them"
-    return ", ".join(named) or "the prediction alone"
+    return ", ".join(getattr(method, side)) or "the prediction alone"
 
 
 def _parameters(method: type[Method]) -> str:
@@ -166,9 +173,20 @@ def _parameters(method: type[Method]) -> str:
 
     searched = {axis.name: _dimension(axis.dimension) for axis in space_of(method.Params())}
     rows = [("parameter", "default", "searched", "allowed")]
-    for name, field in method.Params.model_fields.items():
+    for name, field in _fields(method.Params):
         rows.append((name, _value(field.default), searched.get(name, "no"), _allowed(field.annotation, field.metadata)))
-    return aligned(rows) + (f"\n{method.Params.__doc__}" if method.Params.__doc__ else "")
+    return aligned(rows) + (f"\n{inspect.cleandoc(method.Params.__doc__)}" if method.Params.__doc__ else "")
+
+
+def _fields(params: type[BaseModel], part: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every parameter by its dotted name, those of a combination's parts too."""
+    from pydantic import BaseModel
+
+    for name, field in params.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{part}{name}.")
+        elif not field.exclude:
+            yield f"{part}{name}", field
 
 
 def _dimension(dimension: Dimension) -> str:
@@ -191,6 +209,8 @@ def _allowed(annotation: Any, limits: Sequence[Any] = ()) -> str:
         return _allowed(inner, [*limits, *extras])
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is tuple:
+        return "list of " + ", ".join(dict.fromkeys(_allowed(entry) for entry in get_args(annotation) if entry is not Ellipsis))
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(_allowed(option, limits) for option in get_args(annotation))
     flat = [limit for item in limits for limit in getattr(item, "metadata", (item,))]

@@ -72,7 +72,7 @@ def space_of(params: BaseModel, fixed: frozenset[str] = frozenset()) -> tuple[Pa
     """The axes of `params`: each field annotated with a Range or a Choice, the field's present value as its default.
 
     `fixed` names fields that the user pinned: they keep their value and are not searched, and conditions on them are settled here.
-    An axis with a condition comes after the axis that it looks at.
+    An axis with a condition comes after the axis that it looks at. A field that has fields of its own adds theirs, by dotted names.
     """
     searched: dict[str, Parameter] = {}
     for name, field in type(params).model_fields.items():
@@ -82,7 +82,26 @@ def space_of(params: BaseModel, fixed: frozenset[str] = frozenset()) -> tuple[Pa
     axes: list[Parameter] = []
     for axis in searched.values():
         _place(axis, searched, params, axes)
+    for name in type(params).model_fields:
+        if isinstance(part := getattr(params, name), BaseModel):
+            own = frozenset(key.removeprefix(f"{name}.") for key in fixed if key.startswith(f"{name}."))
+            axes += [_under(name, axis) for axis in space_of(part, own)]
     return tuple(axes)
+
+
+def _under(part: str, axis: Parameter) -> Parameter:
+    """The axis under the dotted name that it has outside its part, its condition too."""
+    when = axis.dimension.when
+    dimension = axis.dimension if when is None else replace(axis.dimension, when=replace(when, name=f"{part}.{when.name}"))
+    return replace(axis, name=f"{part}.{axis.name}", dimension=dimension)
+
+
+def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by dotted name: `{kd: {temperature: 2}}` as `{kd.temperature: 2}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": inner for key, inner in dotted(value).items()} if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _place(axis: Parameter, searched: Mapping[str, Parameter], params: BaseModel, axes: list[Parameter]) -> None:

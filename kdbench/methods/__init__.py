@@ -27,6 +27,12 @@ METHODS: dict[str, Entry] = {
     "pkt": Entry("kdbench.methods.pkt:PKT", "which samples of a batch are each other's neighbours, as probabilities (ECCV 2018)"),
     "cc": Entry("kdbench.methods.cc:CC", "embeddings of samples that follow each other in a batch (ICCV 2019)"),
     "crd": Entry("kdbench.methods.crd:CRD", "telling a sample's embedding from those of other classes, kept in a memory (ICLR 2020)"),
+    "ofa": Entry(
+        "kdbench.methods.ofa:OneForAll",
+        "exits of any student learn the logits of any teacher (NeurIPS 2023)",
+    ),
+    "scalekd": Entry("kdbench.methods.scalekd:ScaleKD", "features in two views, as the teacher itself goes on with them (NeurIPS 2024)"),
+    "vitkd": Entry("kdbench.methods.vitkd:ViTKD", "a transformer's first blocks imitated, its last features generated (2022)"),
     "tf_nkd": Entry("kdbench.methods.tf_nkd:TeacherFreeNKD", "the student's own confidence as a soft target; no teacher (2022)"),
     "uskd": Entry("kdbench.methods.uskd:USKD", "soft labels from the student and from a weak head on its middle; no teacher (ICCV 2023)"),
 }

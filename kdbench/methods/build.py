@@ -1,4 +1,4 @@
-"""From what a user writes (`dkd`, or `{name: dkd, beta: 2.0}`) to a method with its parameters and its search space."""
+"""From what a user writes (`dkd`, `{name: dkd, beta: 2.0}`, `vitkd+nkd`) to a method with its parameters and its search space."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from kdbench.catalogue import resolve
+from kdbench.catalogue import known, nearest, resolve
 from kdbench.data.options import LabelledSpec
 from kdbench.errors import UserError, explain
 from kdbench.methods import METHODS
 from kdbench.methods.base import Method
+from kdbench.methods.combination import combined
 from kdbench.models.outputs import Shapes
-from kdbench.search_space import Parameter, space_of
+from kdbench.search_space import Parameter, dotted, space_of
 
+PLUS = "+"  # between the names of methods that are used together
 NO_OVERRIDES: Mapping[str, Any] = MappingProxyType({})
 
 
 class MethodSpec(LabelledSpec):
-    """Which method: a name, or `{name: dkd, beta: 2.0}`. Keys beside `name` and `label` are parameters: pinned, never searched."""
+    """Which method: a name, or `{name: dkd, beta: 2.0}`. Keys beside `name` and `label` are parameters: pinned, never searched.
+
+    A name such as `vitkd+nkd` is several methods at once, with parameters by part: `{name: vitkd+nkd, nkd: {temperature: 1.0}}`.
+    """
 
     @property
     def pinned(self) -> dict[str, Any]:
@@ -31,20 +36,41 @@ class MethodSpec(LabelledSpec):
 
 def method_class(spec: MethodSpec) -> type[Method]:
     """The class behind the name. Raises UserError for an unknown name, or for a dotted path to something that is no method."""
-    found = resolve("method", spec.name, METHODS)
+    check_method_name(spec.name)
+    kinds = tuple((name, _class_called(name)) for name in spec.name.split(PLUS))
+    return kinds[0][1] if len(kinds) == 1 else combined(kinds)
+
+
+def _class_called(name: str) -> type[Method]:
+    found = resolve("method", name, METHODS)
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UserError(f"method {spec.name!r} is no subclass of kdbench.methods.base.Method")
+        raise UserError(f"method {name!r} is no subclass of kdbench.methods.base.Method")
     return found
 
 
+def check_method_name(name: str) -> None:
+    """Raise UserError where no method is called so, or of several joined by `+` one is not known or stands twice. Imports none of them."""
+    parts = name.split(PLUS)
+    where = f" in {name!r}" if len(parts) > 1 else ""
+    for part in parts:
+        if not known("method", part, METHODS):
+            raise UserError(f"unknown method {part!r}{where}{nearest(part, METHODS)}")
+        if parts.count(part) > 1:
+            raise UserError(f"method {part!r} stands twice{where}; a method can be combined with others, not with itself")
+
+
 def params_of(spec: MethodSpec, overrides: Mapping[str, Any] = NO_OVERRIDES) -> Method.Params:
-    """The method's parameters: its defaults, then what the user pinned, then `overrides` (a trial's values).
+    """The method's parameters: its defaults, then what the user pinned, then `overrides` (a trial's values, by dotted name).
 
     Raises UserError, one line a problem, for an unknown key, a wrong type or a value outside the parameter's domain.
     """
     params = method_class(spec).Params
+    values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in spec.pinned.items()}
+    for name, value in overrides.items():
+        part, dot, own = name.rpartition(".")
+        (values.setdefault(part, {}) if dot else values)[own] = value
     try:
-        return params.model_validate({**spec.pinned, **overrides})
+        return params.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, _described(spec), params)) from error
 
@@ -74,7 +100,7 @@ def fitted(
 
 def search_axes(spec: MethodSpec) -> tuple[Parameter, ...]:
     """What a search varies: the parameters with a Range or a Choice that the user did not pin."""
-    return space_of(params_of(spec), fixed=frozenset(spec.pinned))
+    return space_of(params_of(spec), fixed=frozenset(dotted(spec.pinned)))
 
 
 def _described(spec: MethodSpec) -> str:

@@ -171,3 +171,14 @@ def _counted(shapes: Shapes, kind: str) -> list[str]:
     while (name := f"{kind}:{len(names)}") in shapes.taps:
         names.append(name)
     return names
+
+
+def output_place(shapes: Shapes) -> str:
+    """Where a network's features leave its body: behind the norm that follows the last stage, or at that stage where there is none.
+
+    It is the last place, in forward order, of the last stage's shape. Raises UserError where the network has no stage.
+    """
+    last = stages(shapes)[-1:]
+    if not last:
+        raise UserError("a network has no stage or block")
+    return [name for name, shape in shapes.taps.items() if shape == shapes.taps[last[0]]][-1]

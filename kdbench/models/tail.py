@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,15 +19,19 @@ class Tail:
     cut, at the price of 1 / B of a forward pass. It is no module, so that a method that keeps one neither trains nor saves the teacher.
     """
 
-    def __init__(self, network: nn.Module, tap: str, image_shape: ImageShape) -> None:
-        """network: in eval mode, without gradients of its own. Raises UserError for a tap that it has not."""
+    def __init__(self, network: nn.Module, tap: str, image_shape: ImageShape, until: str | None = None) -> None:
+        """network: in eval mode, without gradients of its own. until: a later tap, which is then read in place of the prediction.
+
+        Raises UserError for a tap that it has not.
+        """
         self.network = network
         self.tap = tap
         self._place = locate(network, image_shape, tap)
+        self._end = locate(network, image_shape, until) if until is not None else None
         self._image_shape = image_shape
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The network's prediction, [B, classes]."""
+        """The network's prediction, [B, classes], or what is at `until`, as a tap there gives it."""
         place = self._place
         stored = features.permute(0, 2, 3, 1) if place.channels_last else features
 
@@ -39,6 +44,7 @@ class Tail:
         weight = next(self.network.parameters())
         image = torch.zeros(1, *self._image_shape, device=features.device, dtype=weight.dtype)
         handle = place.module.register_forward_pre_hook(before) if place.reads_input else place.module.register_forward_hook(after)
-        with handle:
+        maps: dict[str, Tensor] = {}
+        with handle, self._end.attach(maps) if self._end is not None else nullcontext():
             prediction: Tensor = self.network(model_inputs(self.network, image))
-        return prediction
+        return prediction if self._end is None else maps[self._end.name]

@@ -14,6 +14,7 @@ from kdbench.errors import KDBenchError
 from kdbench.experiment import Unit
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord, new_run_id
+from kdbench.search_space import dotted
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
@@ -122,7 +123,7 @@ def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
         method=unit.method.name,
         label=unit.method.label,
         method_version=unit.method_version,
-        params=unit.method.pinned,
+        params=dotted(unit.method.pinned),
         seed=unit.seed,
         data_seed=unit.data_seed,
         primary=task.primary,

@@ -10,5 +10,6 @@ from map_adapters import MAPS
 from read_golden import Case
 from relation_adapters import RELATIONS
 from result import Result
+from transformer_adapters import TRANSFORMERS
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **RELATIONS}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **RELATIONS, **TRANSFORMERS}

@@ -52,3 +52,14 @@ def test_own_features_give_the_own_prediction_and_other_features_another(name: s
 def test_a_tap_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="unknown tap 'stage:9'"):
         Tail(network("tiny_cnn"), "stage:9", IMAGE)
+
+
+def test_a_tail_can_end_at_a_later_tap() -> None:
+    model = network("cifar_resnet8")
+    outputs = Taps(model, ("stage:0", "stage:2"))(torch.rand(4, *IMAGE))
+    features = outputs.maps["stage:0"].clone().requires_grad_()
+    seen = Tail(model, "stage:0", IMAGE, until="stage:2")(features)
+    torch.testing.assert_close(seen, outputs.maps["stage:2"])
+    seen.sum().backward()
+    assert features.grad is not None
+    assert features.grad.abs().sum() > 0

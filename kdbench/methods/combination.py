@@ -1,0 +1,120 @@
+"""Several methods at once: `vitkd+nkd` adds up the terms of its parts, which keep parameters of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import Field, create_model, field_validator
+from torch import Tensor, nn
+
+from kdbench.data.batch import Batch
+from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.models.outputs import Outputs, Shapes
+from kdbench.tasks.base import TaskInfo
+
+
+class Combination(Method):
+    """What all combinations do; `combined` makes the class of one. `Params` has `task_weight` and, under each part's name, that part's."""
+
+    kinds: ClassVar[Mapping[str, type[Method]]] = {}
+
+    def __init__(self, params: Method.Params | None = None, generator: torch.Generator | None = None) -> None:
+        super().__init__(params, generator)
+        self.parts = nn.ModuleList(kind(getattr(self.params, name), generator) for name, kind in self.kinds.items())
+        methods = list(self._named().values())
+        self.student_taps, self.teacher_taps = _union(methods, "student_taps"), _union(methods, "teacher_taps")
+
+    def _named(self) -> dict[str, Method]:
+        return dict(zip(self.kinds, cast(Iterable[Method], self.parts), strict=True))
+
+    @property
+    def taps_chosen(self) -> bool:
+        return all(part.taps_chosen for part in self._named().values())
+
+    def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
+        chosen = {name: part.choose_taps(student, teacher) for name, part in self._named().items()}
+        return self.params.model_copy(update=chosen)
+
+    def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
+        for part in self._named().values():
+            part.build(student, teacher if part.needs_teacher else None, task)
+
+    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        for part in self._named().values():
+            if part.needs_teacher_network:
+                part.use_teacher(network, image_shape)
+
+    def adapt_student(self, student: nn.Module) -> nn.Module:
+        for part in self._named().values():
+            student = part.adapt_student(student)
+        return student
+
+    def export_student(self, student: nn.Module) -> nn.Module:
+        for part in reversed(self._named().values()):
+            student = part.export_student(student)
+        return student
+
+    def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
+        """The terms of all parts; those whose name several parts use have the part's name and a dot in front."""
+        found = {name: part(s, t if part.needs_teacher else None, batch, at) for name, part in self._named().items()}
+        uses = Counter(term for terms in found.values() for term in terms)
+        return {term if uses[term] == 1 else f"{name}.{term}": value for name, terms in found.items() for term, value in terms.items()}
+
+    def warmup_epochs(self, total_epochs: float) -> float:
+        return max(part.warmup_epochs(total_epochs) for part in self._named().values())
+
+
+@cache
+def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
+    """The method that is all of `kinds`, (name, class) in the order in which they were written, at once."""
+    names, methods = " and ".join(name for name, _ in kinds), [kind for _, kind in kinds]
+    tasks = [method.tasks for method in methods if method.tasks != ANY_TASK]
+    facts = {
+        "__doc__": f"The losses of {names} together; the task's own counts once.",
+        "kinds": dict(kinds),
+        "paper": Paper(
+            "; ".join(method.paper.title for method in methods),
+            formula=f"L = w_task L_task + the terms of {names}, each with its own weights",
+            checked_against="; ".join(dict.fromkeys(method.paper.checked_against or "its formula" for method in methods)),
+        ),
+        "version": sum(method.version for method in methods),  # rises with any part's
+        "tasks": frozenset.intersection(*tasks) if tasks else ANY_TASK,
+        "needs_teacher": any(method.needs_teacher for method in methods),
+        "needs_teacher_network": any(method.needs_teacher_network for method in methods),
+        "batch_coupled": any(method.batch_coupled for method in methods),
+        "student_taps": _union(methods, "student_taps"),
+        "teacher_taps": _union(methods, "teacher_taps"),
+        "Params": _params(kinds),
+    }
+    return type("+".join(name for name, _ in kinds), (Combination,), facts)
+
+
+def _union(methods: list[Any], taps: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for method in methods for name in getattr(method, taps)))
+
+
+def _params(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Method.Params]:
+    """One `task_weight`, the first part's with its range, and each part's parameters under its name."""
+    weight = kinds[0][1].Params.model_fields["task_weight"]
+    parts = {name: _without_task_weight(kind) for name, kind in kinds}
+    documentation = "\n".join(f"{name}: {inspect.cleandoc(kind.Params.__doc__)}" for name, kind in kinds if kind.Params.__doc__)
+    fields: dict[str, Any] = {name: (part, Field(default_factory=part)) for name, part in parts.items()}
+    fields["task_weight"] = (weight.annotation, weight)
+    return create_model("Params", __base__=Method.Params, __doc__=documentation, **fields)
+
+
+def _without_task_weight(kind: type[Method]) -> type[Method.Params]:
+    """The parameters of a part: the one that all share is neither set, searched nor shown there."""
+
+    def refuse(value: object) -> object:
+        raise ValueError("there is one task_weight for all parts; write it beside `name`")
+
+    hidden: Any = (float, Field(default=1.0, exclude=True, validate_default=False))
+    checks: Any = {"refuse": field_validator("task_weight", mode="before")(refuse)}
+    theirs = kind.Params
+    return create_model(theirs.__qualname__, __base__=theirs, __doc__=theirs.__doc__, __validators__=checks, task_weight=hidden)
