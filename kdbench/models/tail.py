@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -27,18 +25,8 @@ class Tail:
 
     def __call__(self, features: Tensor) -> Tensor:
         """The network's prediction, [B, classes]."""
-        place = self._place
-        stored = features.permute(0, 2, 3, 1) if place.channels_last else features
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (stored, *args[1:])
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return stored
-
         weight = next(self.network.parameters())
         image = torch.zeros(1, *self._image_shape, device=features.device, dtype=weight.dtype)
-        handle = place.module.register_forward_pre_hook(before) if place.reads_input else place.module.register_forward_hook(after)
-        with handle:
+        with self._place.change(lambda _: features):
             prediction: Tensor = self.network(model_inputs(self.network, image))
         return prediction
