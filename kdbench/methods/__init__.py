@@ -9,5 +9,11 @@ METHODS: dict[str, Entry] = {
     "nkd": Entry("kdbench.methods.nkd:NKD", "the label's probability, and the other classes normalised among themselves (ICCV 2023)"),
     "dkd": Entry("kdbench.methods.dkd:DKD", "the label and the other classes as two losses with weights of their own (CVPR 2022)"),
     "fitnet": Entry("kdbench.methods.fitnet:FitNet", "the teacher's features at a middle stage, through a regressor (ICLR 2015)"),
+    "adain": Entry(
+        "kdbench.methods.adain:AdaIN", "the teacher judges its features in the student's channel statistics; after the paper (2020)"
+    ),
+    "ofd": Entry("kdbench.methods.ofd:OFD", "features before their activation, beyond a margin where they are negative (ICCV 2019)"),
+    "srrl": Entry("kdbench.methods.srrl:SRRL", "the teacher's classifier reads the student's last features (ICLR 2021)"),
+    "reviewkd": Entry("kdbench.methods.reviewkd:ReviewKD", "each stage of the teacher from the student's same and deeper ones (CVPR 2021)"),
     "tf_nkd": Entry("kdbench.methods.tf_nkd:TeacherFreeNKD", "the student's own confidence as a soft target; no teacher (2022)"),
 }

@@ -116,6 +116,12 @@ def middle_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
     return (min(reversed(stages(student)), key=distance),), (hint,)
 
 
+def before_activation(shapes: Shapes, names: Names) -> Names:
+    """For each place, what the last activation of its shape reads; the place itself where no activation there is a module."""
+    readings = {shape: name for name, shape in shapes.taps.items() if name.startswith("before:")}
+    return tuple(readings.get(shapes.taps[name], name) for name in names)
+
+
 def _counted(shapes: Shapes, kind: str) -> list[str]:
     """`stage:0`, `stage:1`, ... as far as they go."""
     names: list[str] = []

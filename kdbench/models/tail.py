@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
@@ -16,17 +18,25 @@ class Tail:
     cut, at the price of 1 / B of a forward pass. It is no module, so that a method that keeps one neither trains nor saves the teacher.
     """
 
-    def __init__(self, network: nn.Module, tap: str, image_shape: ImageShape) -> None:
-        """network: in eval mode, without gradients of its own. Raises UserError for a tap that it has not."""
+    def __init__(self, network: nn.Module, tap: str, image_shape: ImageShape, until: str | None = None) -> None:
+        """network: in eval mode, without gradients of its own. until: a later tap, to get what is there and not the prediction.
+
+        Raises UserError for a tap that it has not.
+        """
         self.network = network
         self.tap = tap
         self._place = locate(network, image_shape, tap)
+        self._until = locate(network, image_shape, until) if until is not None else None
         self._image_shape = image_shape
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The network's prediction, [B, classes]."""
+        """The network's prediction, [B, classes], or the features at `until`."""
         weight = next(self.network.parameters())
         image = torch.zeros(1, *self._image_shape, device=features.device, dtype=weight.dtype)
-        with self._place.change(lambda _: features):
+        maps: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            hooks.enter_context(self._place.change(lambda _: features))
+            if self._until is not None:
+                hooks.enter_context(self._until.attach(maps))
             prediction: Tensor = self.network(model_inputs(self.network, image))
-        return prediction
+        return maps[self._until.name] if self._until is not None else prediction

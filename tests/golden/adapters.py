@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from feature_adapters import FEATURES
 from logit_adapters import LOGITS
+from network_adapters import NETWORK
 from read_golden import Case
 from result import Result
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**LOGITS, **FEATURES}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {**LOGITS, **FEATURES, **NETWORK}

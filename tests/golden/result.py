@@ -87,13 +87,13 @@ def result(case: Case, x: dict[str, Tensor], outputs: dict[str, Tensor], weights
 
 
 def map_terms(
-    kind: type[FeatureMethod], params: Mapping[str, object], x: dict[str, Tensor]
+    kind: type[FeatureMethod], params: Mapping[str, object], x: dict[str, Tensor], at: Progress = AFTER_WARMUP
 ) -> tuple[Method, Callable[[], dict[str, Tensor]]]:
     """A feature method built for the case's maps, and what computes its terms, once the case's weights are in it.
 
     Maps are the inputs `feat_s`, `feat_t` or `feat_s0`, `feat_t0`, `feat_s1`, ...; logits and label go along where the case has them.
     """
-    names = [name.removeprefix("feat_s") for name in sorted(x) if name.startswith("feat_s")]
+    names = sorted((name.removeprefix("feat_s") for name in x if name.startswith("feat_s")), key=lambda number: int(number or 0))
     ours, theirs = ({f"map{name}": x[f"feat_{side}{name}"] for name in names} for side in "st")
     taps = tuple(f"map{name}" for name in names)
     method = kind(kind.Params.model_validate({**params, "student_taps": taps, "teacher_taps": taps}))
@@ -101,7 +101,7 @@ def map_terms(
     method.build(shapes_of(student), shapes_of(teacher), TaskInfo("classification", student.logits.shape[1], (3, 32, 32)))
     samples = torch.arange(len(next(iter(ours.values()))))
     batch = Batch(inputs=samples, target=x["label"].detach() if "label" in x else samples, index=samples)
-    return method, lambda: method(student, teacher, batch, AFTER_WARMUP)
+    return method, lambda: method(student, teacher, batch, at)
 
 
 def shapes_of(outputs: Outputs) -> Shapes:

@@ -52,3 +52,10 @@ def test_own_features_give_the_own_prediction_and_other_features_another(name: s
 def test_a_tap_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="unknown tap 'stage:9'"):
         Tail(network("tiny_cnn"), "stage:9", IMAGE)
+
+
+def test_the_way_to_a_later_tap_gives_what_is_there() -> None:
+    model = network("cifar_resnet8")
+    outputs = Taps(model, ("stage:0", "stage:1", "pooled"))(torch.rand(4, *IMAGE))
+    for until in ("stage:1", "pooled"):
+        torch.testing.assert_close(Tail(model, "stage:0", IMAGE, until=until)(outputs.maps["stage:0"]), outputs.maps[until])

@@ -197,7 +197,9 @@ class TestValues:
 
     @pytest.mark.parametrize("inplace", [False, True])
     def test_what_an_activation_reads_is_tapped_before_it_acts(self, inplace: bool) -> None:
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        )
         images = torch.rand(2, 3, 8, 8)
         outputs = Taps(model, ("before:1", "1"))(images)
         torch.testing.assert_close(outputs.maps["before:1"], model[0](images), rtol=0, atol=0)
