@@ -12,6 +12,8 @@ METHODS: dict[str, Entry] = {
     "adain": Entry(
         "kdbench.methods.adain:AdaIN", "the teacher judges its features in the student's channel statistics; after the paper (2020)"
     ),
+    "kdsvd": Entry("kdbench.methods.kdsvd:KDSVD", "how the singular vectors of consecutive stages relate (ECCV 2018)"),
+    "norm": Entry("kdbench.methods.norm:NORM", "the teacher's last map many times over, in a layer that is folded away (ICLR 2023)"),
     "ofd": Entry("kdbench.methods.ofd:OFD", "features before their activation, beyond a margin where they are negative (ICCV 2019)"),
     "srrl": Entry("kdbench.methods.srrl:SRRL", "the teacher's classifier reads the student's last features (ICLR 2021)"),
     "reviewkd": Entry("kdbench.methods.reviewkd:ReviewKD", "each stage of the teacher from the student's same and deeper ones (CVPR 2021)"),

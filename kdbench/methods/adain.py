@@ -13,7 +13,7 @@ from kdbench.data.batch import Batch
 from kdbench.methods.base import Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages, stages
 from kdbench.methods.kd import softened_divergence
-from kdbench.models.adapters import as_map, map_shape
+from kdbench.models.adapters import as_map
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.tail import Tail
 from kdbench.models.taps import locate, places
@@ -78,17 +78,16 @@ class AdaIN(FeatureMethod):
         return paired_stages(student, teacher)
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        self._shapes: list[TapShape] = [ours for ours, _ in self.pairs(student, teacher)]
-        adapters: list[nn.Module] = []
-        for position, (ours, theirs) in enumerate(self.pairs(student, teacher)):
-            if theirs.kind != "map":
-                raise self.unfit(position, ours, theirs, "the teacher's tap must be a map, whose channels have statistics over space")
-        for position, (ours, theirs) in enumerate(self.map_pairs(student, teacher)):
-            if not self.params.adapter and ours[0] != theirs[0]:
+        pairs = self.pairs(student, teacher)
+        self._shapes: list[TapShape] = [ours for ours, _ in pairs]
+        self.adapters = nn.ModuleList()
+        for position, ((channels, *_), (wanted, *_)) in enumerate(self.map_pairs(student, teacher)):
+            if pairs[position][1].kind != "map":
+                raise self.unfit(position, *pairs[position], "the teacher's tap must be a map, whose channels have statistics over space")
+            if not self.params.adapter and channels != wanted:
                 way_out = "without an adapter both need the same number of channels; leave out `adapter: false`"
-                raise self.unfit(position, *self.pairs(student, teacher)[position], way_out)
-            adapters.append(nn.Conv2d(ours[0], theirs[0], kernel_size=1, bias=False) if self.params.adapter else nn.Identity())
-        self.adapters = nn.ModuleList(adapters)
+                raise self.unfit(position, *pairs[position], way_out)
+            self.adapters.append(nn.Conv2d(channels, wanted, kernel_size=1, bias=False) if self.params.adapter else nn.Identity())
 
     def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
         self._judges = [Tail(network, tap, image_shape) for tap in self.teacher_taps]
@@ -114,7 +113,8 @@ class AdaIN(FeatureMethod):
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.params.judgement == "logit_kl":
             return softened_divergence(student, teacher, self.params.temperature)
-        return F.mse_loss(*loss_precision(student, teacher))
+        student, teacher = loss_precision(student, teacher)
+        return F.mse_loss(student, teacher)
 
 
 def _next_stage(network: nn.Module, image_shape: tuple[int, int, int], tap: str) -> str:

@@ -6,12 +6,10 @@ import math
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.errors import UserError
 from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, before_activation, paired_stages
 from kdbench.models.adapters import as_map, to_smaller
@@ -107,7 +105,7 @@ class OFD(FeatureMethod):
 
 
 def _norm_before(network: nn.Module, image_shape: tuple[int, int, int], tap: str) -> nn.BatchNorm2d | None:
-    """The batch norm whose output is tapped, or the last one in front of the tapped activation's input inside the module that holds both."""
+    """The batch norm whose output is tapped, or the last one in front of the tapped activation, inside the module that holds both."""
     place = locate(network, image_shape, tap)
     if not place.reads_input:
         return place.module if type(place.module) is nn.BatchNorm2d else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from read_golden import Case
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.methods.adain import AdaIN
-from kdbench.methods.base import Progress
+from kdbench.methods.base import Method, Progress
 from kdbench.methods.features import FeatureMethod
+from kdbench.methods.kdsvd import KDSVD
+from kdbench.methods.norm import NORM
 from kdbench.methods.ofd import OFD
 from kdbench.methods.reviewkd import ReviewKD
 from kdbench.methods.srrl import SRRL
 from kdbench.models.outputs import Outputs
-from kdbench.models.taps import Taps
+from kdbench.models.taps import Taps, probe
 from kdbench.tasks.base import TaskInfo
 
 Terms = Callable[[], dict[str, Tensor]]
@@ -126,6 +129,56 @@ def adain(case: Case) -> Result:
     return result(case, x, {"total": weighted["judged"] + weighted["style"], "adain": plain["judged"], "stat": plain["style"]}, weights)
 
 
+def kdsvd(case: Case) -> Result:
+    x = read_inputs(case)
+    _, found = map_terms(KDSVD, {"weight": case.hp["weight"], "vectors": case.hp["k"]}, x)
+    return result(case, x, {"total": found()["kdsvd"]})
+
+
+class AveragedStage(Averaged):
+    """The same behind a stage that gives back what it gets."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(weight, bias)
+        self.stage = nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(self.stage(features))
+
+
+def norm(case: Case) -> Result:
+    x, hp = read_inputs(case), case.hp
+    params = {"gamma": hp["gamma"], "alpha": hp["alpha"], "beta": hp["beta"], "segments": hp["N"], "temperature": hp["kd_T"]}
+    params |= {"logit_scale": hp["ceta"], "schedule": hp["dataset"].removesuffix("100")}
+    epochs = {"cifar100": 240, "imagenet": 100}[hp["dataset"]]
+    at = Progress(epoch=hp["epoch"], step=hp["epoch"], total_steps=epochs)
+    if "feat_s" not in x:
+        expanded = {name.replace("f_expanded_s", "feat_s"): value for name, value in x.items()}
+        method, found = map_terms(NORM, params, expanded, at)
+        return norm_result(case, x, method, found, {})
+    weights = {name.removeprefix("net."): torch.from_numpy(value) for name, value in case.weights.items()}
+    plain = AveragedStage(weights["fc.weight"], weights["fc.bias"])
+    method = NORM(NORM.Params.model_validate({**params, "student_taps": ("stage",), "teacher_taps": ("map",)}))
+    teacher = Outputs(x["logits_t"].detach(), {"map": x["feat_t"].detach()})
+    shape = tuple(x["feat_s"].shape[1:])
+    method.build(probe(plain, shape, ("stage",)), shapes_of(teacher), TaskInfo("classification", hp["num_classes"], shape))
+    student = method.adapt_student(plain)
+    places_of = {"net.fc.": "network.fc.", "net.layer31.": "expand.", "net.layer32.": "contract."} if hp["N"] > 1 else {"net.fc.": "fc."}
+    used = {name: value for name, value in case.weights.items() if name.startswith(tuple(places_of))}  # net.alpha has no use
+    trained = load_weights(student, replace(case, arrays={**case.arrays, "w": used}), places_of)
+    samples = torch.arange(len(x["feat_s"]))
+    batch = Batch(inputs=samples, target=x["label"].detach(), index=samples)
+    outputs = Taps(student, method.student_taps)(x["feat_s"])
+    return norm_result(case, x, method, lambda: method(outputs, teacher, batch, at), trained)
+
+
+def norm_result(case: Case, x: dict[str, Tensor], method: Method, found: Terms, weights: Mapping[str, Tensor]) -> Result:
+    """The case gives the terms without their weights, beside the weighted total."""
+    weighted = found()
+    method.params = method.params.model_copy(update={"gamma": 1.0, "alpha": 1.0, "beta": 1.0, "schedule": "constant"})
+    return result(case, x, {"total": torch.stack(list(weighted.values())).sum(), **found()}, weights)
+
+
 def network_terms(
     kind: type[FeatureMethod],
     params: Mapping[str, object],
@@ -154,4 +207,4 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-NETWORK = {"adain": adain, "ofd": ofd, "reviewkd": reviewkd, "srrl": srrl}
+NETWORK = {"adain": adain, "kdsvd": kdsvd, "norm": norm, "ofd": ofd, "reviewkd": reviewkd, "srrl": srrl}
