@@ -6,6 +6,7 @@ the same command after any interruption goes on.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import shutil
@@ -233,6 +234,9 @@ def check_methods(experiment: Experiment, task: Task, students: Sequence[nn.Modu
         for spec in experiment.methods:
             method = fitted(spec, ours, theirs)
             method.build(ours, theirs if method.needs_teacher else None, task.info)
+            if method.needs_teacher_network:
+                method.use_teacher(teacher, task.info.image_shape)
+            method.adapt_student(copy.deepcopy(student))
 
 
 def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, splits: Splits) -> Unit:

@@ -103,7 +103,11 @@ class Method(nn.Module):
         """
 
     def adapt_student(self, student: nn.Module) -> nn.Module:
-        """The student as it is trained: itself, or with layers that `export_student` folds away again. Called after `build`."""
+        """The student as it is trained: itself, or with layers that `export_student` folds away again. Called after `build`.
+
+        What is tapped may be one of those layers: `student_taps` is then changed here, as shapes were asked of the plain student.
+        Raises UserError where the student can't be changed so.
+        """
         return student
 
     def export_student(self, student: nn.Module) -> nn.Module:
