@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,11 @@ def unit(method: str | dict[str, Any] = "none", teacher: TeacherRef | None = Non
     )
 
 
-def saved_teacher(folder: Path, precision: str = "fp32") -> TeacherRef:
+def saved_teacher(folder: Path, precision: str = "fp32", model: Mapping[str, Any] = TEACHER) -> TeacherRef:
     """An untrained but fixed teacher on disk."""
     torch.manual_seed(7)
     task = build_task(TaskSpec.model_validate(TASK))
-    spec = ModelSpec.model_validate(TEACHER)
+    spec = ModelSpec.model_validate(model)
     weights = folder / "teacher.safetensors"
     sha = save_weights(task.build_model(spec).state_dict(), weights)
     return TeacherRef(model=spec, weights=weights, sha=sha, precision=precision)
