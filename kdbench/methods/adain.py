@@ -24,23 +24,23 @@ Judgement = Literal["logit_mse", "logit_kl", "feature_mse"]
 _EPSILON = 1e-5
 
 
-def style(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, [B, D, 1, 1] each, of every channel of [B, D, H, W] over its positions; the variance is biased, plus 1e-5."""
+def style(features: Tensor, epsilon: float = _EPSILON) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, [B, D, 1, 1] each, of every channel of [B, D, H, W] over its positions; the variance is biased, plus epsilon."""
     (features,) = loss_precision(features)
     variance, mean = torch.var_mean(features, dim=(2, 3), correction=0, keepdim=True)
-    return mean, (variance + _EPSILON).sqrt()
+    return mean, (variance + epsilon).sqrt()
 
 
-def restyled(content: Tensor, styled: Tensor) -> Tensor:
+def restyled(content: Tensor, styled: Tensor, epsilon: float = _EPSILON) -> Tensor:
     """AdaIN: `content` [B, D, H, W] with means and deviations of `styled` [B, D, h, w]; float32 or wider."""
     content, styled = loss_precision(content, styled)
-    (mean, deviation), (wanted_mean, wanted_deviation) = style(content), style(styled)
+    (mean, deviation), (wanted_mean, wanted_deviation) = style(content, epsilon), style(styled, epsilon)
     return wanted_deviation * (content - mean) / deviation + wanted_mean
 
 
-def style_distance(student: Tensor, teacher: Tensor) -> Tensor:
+def style_distance(student: Tensor, teacher: Tensor, epsilon: float = _EPSILON) -> Tensor:
     """Mean over samples and channels of the squared differences of means and of deviations, added; a scalar."""
-    (mean_s, deviation_s), (mean_t, deviation_t) = style(student), style(teacher)
+    (mean_s, deviation_s), (mean_t, deviation_t) = style(student, epsilon), style(teacher, epsilon)
     return ((mean_s - mean_t).square() + (deviation_s - deviation_t).square()).mean()
 
 
@@ -48,6 +48,7 @@ class AdaIN(FeatureMethod):
     """Put the student's channel statistics into the teacher's features, and let the rest of the teacher judge the difference.
 
     After the paper, of which no code was published: the judgement, the places, both weights and the adapter are our reading of it.
+    The judge's probabilities are the default because a distance between its logits grows without bound, and trainings diverged of it.
     At a place that is followed by nothing but averaging and a linear layer, deviations make no difference to the judge.
     """
 
@@ -67,9 +68,10 @@ class AdaIN(FeatureMethod):
 
         weight: Annotated[float, Range(0.01, 100.0, log=True), Field(ge=0)] = 1.0
         style_weight: Annotated[float, Range(0.0, 1.0), Field(ge=0)] = 0.0
-        judgement: Annotated[Judgement, Choice(get_args(Judgement))] = "logit_mse"
+        judgement: Annotated[Judgement, Choice(get_args(Judgement))] = "logit_kl"
         temperature: Annotated[float, Range(1.0, 4.0, log=True, when=When("judgement", ("logit_kl",))), Field(gt=0)] = 1.0
         adapter: bool = True
+        epsilon: Annotated[float, Field(gt=0)] = _EPSILON
 
     params: Params
 
@@ -96,14 +98,14 @@ class AdaIN(FeatureMethod):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
-        judged, distances = [], []
+        judged, distances, epsilon = [], [], self.params.epsilon
         levels = zip(self.student_taps, self.teacher_taps, self._shapes, self.adapters, self._judges, strict=True)
         for student, teacher, ours, adapter, judge in levels:
             feature, content = loss_precision(as_map(s.maps[student], ours), t.maps[teacher])
             feature = adapter(feature)
             # Both in one call: what is the same is then judged the same to the last bit.
-            judged.append(self._distance(*judge(torch.cat([restyled(content, feature), content])).chunk(2)))
-            distances.append(style_distance(feature, content))
+            judged.append(self._distance(*judge(torch.cat([restyled(content, feature, epsilon), content])).chunk(2)))
+            distances.append(style_distance(feature, content, epsilon))
         params = self.params
         return {
             "judged": params.weight * torch.stack(judged).sum(),

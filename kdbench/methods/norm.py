@@ -139,12 +139,12 @@ class NORM(FeatureMethod):
 
     def default_taps(self, student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
         """What the student averages in front of its classifier, as far as shapes tell, and the teacher's last stage."""
-        pooled = student.taps.get("pooled")
-        last = "stage:-1"
-        for name, shape in student.taps.items():
-            if pooled is not None and shape.kind == "map" and shape.shape[1:] != (1, 1) and not name.startswith("before:"):
-                last = name if shape.channels == pooled.channels else last
-        return (last,), ("stage:-1",)
+        stage, pooled = student.taps["stage:-1"], student.taps.get("pooled")
+        alike: list[str] = []
+        if pooled is not None and stage.kind == "map":
+            averaged = TapShape("map", (pooled.channels, *stage.shape[1:]))
+            alike = [name for name, shape in student.taps.items() if shape == averaged and not name.startswith("before:")]
+        return (alike[-1] if alike else "stage:-1",), ("stage:-1",)
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         require_same_classes(self.name, student, teacher)

@@ -120,6 +120,7 @@ def adain(case: Case) -> Result:
         "judgement": {"feat_mse": "feature_mse"}.get(hp["evaluator"], hp["evaluator"]),
         "temperature": hp["T"],
         "adapter": hp["adapter"],
+        "epsilon": hp["eps"],
     }
     method, found = network_terms(AdaIN, params, student, teacher, ("place",), x["feat_t"].detach(), x)
     weights = load_weights(method, case, {"adapter.": "adapters.0."})
@@ -149,8 +150,8 @@ class AveragedStage(Averaged):
 def norm(case: Case) -> Result:
     x, hp = read_inputs(case), case.hp
     params = {"gamma": hp["gamma"], "alpha": hp["alpha"], "beta": hp["beta"], "segments": hp["N"], "temperature": hp["kd_T"]}
-    params |= {"logit_scale": hp["ceta"], "schedule": hp["dataset"].removesuffix("100")}
-    epochs = {"cifar100": 240, "imagenet": 100}[hp["dataset"]]
+    params |= {"logit_scale": hp["ceta"], "schedule": "imagenet" if hp["dataset"] == "imagenet" else "cifar"}
+    epochs = {"cifar": 240, "imagenet": 100}[params["schedule"]]
     at = Progress(epoch=hp["epoch"], step=hp["epoch"], total_steps=epochs)
     if "feat_s" not in x:
         expanded = {name.replace("f_expanded_s", "feat_s"): value for name, value in x.items()}
