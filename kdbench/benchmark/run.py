@@ -6,6 +6,7 @@ the same command after any interruption goes on.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -249,6 +250,9 @@ def check_methods(experiment: Experiment, task: Task, students: Sequence[nn.Modu
         for spec in experiment.methods:
             method = fitted(spec, ours, theirs)
             method.build(ours, theirs if method.needs_teacher else None, task.info)
+            if method.needs_teacher_network:
+                method.use_teacher(teacher, task.info.image_shape)
+            method.adapt_student(copy.deepcopy(student))
 
 
 def _refuse(experiment: Experiment, ledger: Ledger) -> None:

@@ -33,6 +33,14 @@ METHODS: dict[str, Entry] = {
     ),
     "scalekd": Entry("kdbench.methods.scalekd:ScaleKD", "features in two views, as the teacher itself goes on with them (NeurIPS 2024)"),
     "vitkd": Entry("kdbench.methods.vitkd:ViTKD", "a transformer's first blocks imitated, its last features generated (2022)"),
+    "adain": Entry(
+        "kdbench.methods.adain:AdaIN", "the teacher judges its features in the student's channel statistics; after the paper (2020)"
+    ),
+    "kdsvd": Entry("kdbench.methods.kdsvd:KDSVD", "how the singular vectors of consecutive stages relate (ECCV 2018)"),
+    "norm": Entry("kdbench.methods.norm:NORM", "the teacher's last map many times over, in a layer that is folded away (ICLR 2023)"),
+    "ofd": Entry("kdbench.methods.ofd:OFD", "features before their activation, beyond a margin where they are negative (ICCV 2019)"),
+    "srrl": Entry("kdbench.methods.srrl:SRRL", "the teacher's classifier reads the student's last features (ICLR 2021)"),
+    "reviewkd": Entry("kdbench.methods.reviewkd:ReviewKD", "each stage of the teacher from the student's same and deeper ones (CVPR 2021)"),
     "tf_nkd": Entry("kdbench.methods.tf_nkd:TeacherFreeNKD", "the student's own confidence as a soft target; no teacher (2022)"),
     "uskd": Entry("kdbench.methods.uskd:USKD", "soft labels from the student and from a weak head on its middle; no teacher (ICCV 2023)"),
 }

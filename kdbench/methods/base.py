@@ -50,6 +50,11 @@ class Progress:
     step: int
     total_steps: int
 
+    def ramp(self, share: float) -> float:
+        """What a loss is multiplied by that rises from 0 to 1 over this share of the training: the same in a short run as in a long one."""
+        steps = share * self.total_steps
+        return min(1.0, self.step / steps) if steps > 0 else 1.0
+
 
 class Method(nn.Module):
     """One way of training a student. Subclasses state their taps and `Params`, and return named, weighted float32 terms."""
@@ -104,7 +109,11 @@ class Method(nn.Module):
         """
 
     def adapt_student(self, student: nn.Module) -> nn.Module:
-        """The student as it is trained: itself, or with layers that `export_student` folds away again. Called after `build`."""
+        """The student as it is trained: itself, or with layers that `export_student` folds away again. Called after `build`.
+
+        What is tapped may be one of those layers: `student_taps` is then changed here, as shapes were asked of the plain student.
+        Raises UserError where the student can't be changed so.
+        """
         return student
 
     def export_student(self, student: nn.Module) -> nn.Module:

@@ -75,15 +75,11 @@ class DKD(Method):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
-        params, strength = self.params, self._strength(at)
+        params, strength = self.params, at.ramp(self.params.warmup_share)
         return {
             "tckd": strength * params.alpha * target_class_loss(s.logits, t.logits, batch.target, params.temperature),
             "nckd": strength * params.beta * nontarget_class_loss(s.logits, t.logits, batch.target, params.temperature),
         }
-
-    def _strength(self, at: Progress) -> float:
-        warmup_steps = self.params.warmup_share * at.total_steps
-        return min(1.0, at.step / warmup_steps) if warmup_steps > 0 else 1.0
 
     def warmup_epochs(self, total_epochs: float) -> float:
         return self.params.warmup_share * total_epochs

@@ -165,6 +165,12 @@ def _positions(shape: TapShape) -> int:
     return shape.shape[0] if shape.kind == "tokens" else math.prod(shape.shape[1:])
 
 
+def before_activation(shapes: Shapes, names: Names) -> Names:
+    """For each place, what the last activation of its shape reads; the place itself where no activation there is a module."""
+    readings = {shape: name for name, shape in shapes.taps.items() if name.startswith("before:")}
+    return tuple(readings.get(shapes.taps[name], name) for name in names)
+
+
 def _counted(shapes: Shapes, kind: str) -> list[str]:
     """`stage:0`, `stage:1`, ... as far as they go."""
     names: list[str] = []

@@ -66,6 +66,7 @@ class CifarMobileNetV2(nn.Module):
             channels = width
         self.blocks = nn.Sequential(*stages)
         self.widen = _conv_bn(channels, self._LAST_CHANNELS)
+        self.relu = nn.ReLU()  # a module, so that the map that is averaged can be tapped
         self.classifier = nn.Linear(self._LAST_CHANNELS, num_classes)
         he_by_fan_out(self)
         small_head(self.classifier)
@@ -73,7 +74,7 @@ class CifarMobileNetV2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = self.blocks(F.relu(self.stem(images)))
-        return self.classifier(F.relu(self.widen(x)).mean(dim=(2, 3)))
+        return self.classifier(self.relu(self.widen(x)).mean(dim=(2, 3)))
 
 
 class ShuffleV1Block(nn.Module):
@@ -174,6 +175,7 @@ class CifarShuffleNetV2(nn.Module):
         self.layer2 = self._stage(116, 232, 7)
         self.layer3 = self._stage(232, 464, 3)
         self.widen = _conv_bn(464, 1024)
+        self.relu = nn.ReLU()  # a module, so that the map that is averaged can be tapped
         self.classifier = nn.Linear(1024, num_classes)
 
     @staticmethod
@@ -183,7 +185,7 @@ class CifarShuffleNetV2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.stem(images)))))
-        return self.classifier(F.relu(self.widen(x)).mean(dim=(2, 3)))
+        return self.classifier(self.relu(self.widen(x)).mean(dim=(2, 3)))
 
 
 def mobilenetv2_half(*, num_classes: int, in_channels: int) -> CifarMobileNetV2:

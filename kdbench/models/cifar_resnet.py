@@ -27,11 +27,12 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+        self.relu = nn.ReLU()  # a module, so that what it reads can be tapped
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H / stride, W / stride], after the ReLU."""
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + self.shortcut(x))
+        return self.relu(residual + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -68,10 +69,11 @@ class PreActivationBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = _conv3x3(out_channels, out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if in_channels != out_channels else None
+        self.relu = nn.ReLU()  # a module, so that what it reads can be tapped
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H / stride, W / stride]. A convolved shortcut reads the activated input, an identity the raw one."""
-        activated = F.relu(self.bn1(x))
+        activated = self.relu(self.bn1(x))
         residual = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
@@ -89,6 +91,7 @@ class WideResNet(nn.Module):
         self.layer2 = _stage(PreActivationBlock, blocks, 16 * widen, 32 * widen, 2)
         self.layer3 = _stage(PreActivationBlock, blocks, 32 * widen, 64 * widen, 2)
         self.bn = nn.BatchNorm2d(64 * widen)
+        self.relu = nn.ReLU()
         self.fc = nn.Linear(64 * widen, num_classes)
         he_by_fan_out(self)
         nn.init.zeros_(self.fc.bias)
@@ -96,7 +99,7 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        return self.fc(F.relu(self.bn(x)).mean(dim=(2, 3)))
+        return self.fc(self.relu(self.bn(x)).mean(dim=(2, 3)))
 
 
 def _stage(block: Callable[[int, int, int], nn.Module], count: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

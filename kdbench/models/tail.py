@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +19,24 @@ class Tail:
     """
 
     def __init__(self, network: nn.Module, tap: str, image_shape: ImageShape, until: str | None = None) -> None:
-        """network: in eval mode, without gradients of its own. until: a later tap, which is then read in place of the prediction.
+        """network: in eval mode, without gradients of its own. until: a later tap, to get what is there and not the prediction.
 
         Raises UserError for a tap that it has not.
         """
         self.network = network
         self.tap = tap
         self._place = locate(network, image_shape, tap)
-        self._end = locate(network, image_shape, until) if until is not None else None
+        self._until = locate(network, image_shape, until) if until is not None else None
         self._image_shape = image_shape
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The network's prediction, [B, classes], or what is at `until`, as a tap there gives it."""
-        place = self._place
-        stored = features.permute(0, 2, 3, 1) if place.channels_last else features
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (stored, *args[1:])
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return stored
-
+        """The network's prediction, [B, classes], or the features at `until`."""
         weight = next(self.network.parameters())
         image = torch.zeros(1, *self._image_shape, device=features.device, dtype=weight.dtype)
-        handle = place.module.register_forward_pre_hook(before) if place.reads_input else place.module.register_forward_hook(after)
         maps: dict[str, Tensor] = {}
-        with handle, self._end.attach(maps) if self._end is not None else nullcontext():
+        with ExitStack() as hooks:
+            hooks.enter_context(self._place.change(lambda _: features))
+            if self._until is not None:
+                hooks.enter_context(self._until.attach(maps))
             prediction: Tensor = self.network(model_inputs(self.network, image))
-        return prediction if self._end is None else maps[self._end.name]
+        return maps[self._until.name] if self._until is not None else prediction

@@ -3,7 +3,8 @@
 `stage:0`, `stage:-1`: the last module at each resolution, from fine to coarse (a transformer of one resolution has one stage);
 `block:2`, `block:-2`: residual and transformer blocks, in forward order;
 `pooled`: what the classifier reads, one vector a sample;
-`layer3.0.conv1`: any module, by its path.
+`layer3.0.conv1`: any module, by its path;
+`before:layer3.0.relu`: what an activation reads, features before their nonlinearity.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.trace import Trace, trace
 
 ImageShape = tuple[int, int, int]
+
+_BEFORE = "before:"
+# What acts on each number by itself, so that what goes in has the shape of what comes out.
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,15 @@ def probe(model: nn.Module, image_shape: ImageShape, names: Iterable[str] = ()) 
 
 
 def places(model: nn.Module, image_shape: ImageShape) -> Shapes:
-    """Shapes of the prediction and of every place that can be tapped: by alias (`stage:0`, `stage:-1`, `block:2`, `pooled`) and by path."""
+    """Shapes of the prediction and of every place that can be tapped: by alias (`stage:0`, `stage:-1`, `block:2`, `pooled`) and by path.
+
+    Paths, and what activations read, are in forward order.
+    """
     seen = trace(model, image_shape)
     aliases = _places(model, seen)
     pooled = ["pooled"] if seen.classifier is not None else []
-    return Shapes(seen.prediction, {name: _tap(model, seen, aliases, name).shape for name in [*aliases, *pooled, *seen.seen]})
+    names = [*aliases, *pooled, *seen.seen, *(_BEFORE + path for path in seen.seen if _is_activation(model, path))]
+    return Shapes(seen.prediction, {name: _tap(model, seen, aliases, name).shape for name in names})
 
 
 def locate(model: nn.Module, image_shape: ImageShape, name: str) -> Tap:
@@ -141,13 +150,30 @@ class Tap:
     def attach(self, maps: dict[str, Tensor]) -> RemovableHandle:
         """Put what passes into `maps` under this tap's name, from now until the handle is removed."""
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            maps[self.name] = args[0]
+        def keep(features: Tensor) -> Tensor:
+            maps[self.name] = features
+            return features
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            maps[self.name] = output.permute(0, 3, 1, 2) if self.channels_last else output
+        return self.change(keep)
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Let the network go on with `function` of what passes, from now until the handle is removed: [B, D, H, W], [B, N, D] or [B, D]."""
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            changed = self._stored(function(self._channels_first(args[0])))
+            # An activation that works in place would overwrite what was kept.
+            return (changed.clone() if getattr(module, "inplace", False) else changed, *args[1:])
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return self._stored(function(self._channels_first(output)))
 
         return self.module.register_forward_pre_hook(before) if self.reads_input else self.module.register_forward_hook(after)
+
+    def _channels_first(self, stored: Tensor) -> Tensor:
+        return stored.permute(0, 3, 1, 2) if self.channels_last else stored
+
+    def _stored(self, features: Tensor) -> Tensor:
+        return features.permute(0, 2, 3, 1) if self.channels_last else features
 
 
 def _tap(model: nn.Module, seen: Trace, places: dict[str, str], name: str) -> Tap:
@@ -155,6 +181,10 @@ def _tap(model: nn.Module, seen: Trace, places: dict[str, str], name: str) -> Ta
     if name == "pooled" and seen.classifier is not None:
         path, width = seen.classifier
         return Tap(name, path, model.get_submodule(path), TapShape("vector", (width,)), reads_input=True)
+    path = name.removeprefix(_BEFORE)
+    if path != name and path in seen.seen and _is_activation(model, path):
+        output = seen.seen[path]
+        return Tap(name, path, model.get_submodule(path), output.shape, output.channels_last, reads_input=True)
     path = places.get(name, name)
     if path in seen.seen:
         output = seen.seen[path]
@@ -170,6 +200,10 @@ def _tap(model: nn.Module, seen: Trace, places: dict[str, str], name: str) -> Ta
         raise UserError(f"unknown tap {name!r}; the model has {there_is}")
     pooled = ["pooled"] if seen.classifier is not None else []
     raise UserError(f"unknown tap {name!r}{nearest(name, [*places, *pooled, *seen.seen])}")
+
+
+def _is_activation(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path), _ACTIVATIONS)
 
 
 def _places(model: nn.Module, seen: Trace) -> dict[str, str]:

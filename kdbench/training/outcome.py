@@ -35,7 +35,7 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
     """
     unit, task = run.unit, run.task
     model = _deployed(run)
-    record = base_record(unit, task, run.splits).model_copy(update=_training_facts(run))
+    record = base_record(unit, task, run.splits).model_copy(update=_training_facts(run, model))
     if not unit.evaluates_test:
         return record
     facts = _test_facts(model, unit, task, run.splits, run.session, layout)
@@ -131,8 +131,9 @@ def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
     )
 
 
-def _training_facts(run: Training) -> dict[str, object]:
+def _training_facts(run: Training, deployed: nn.Module) -> dict[str, object]:
     """Validation and cost of the training itself."""
+    trained, kept = (sum(p.numel() for p in module.parameters()) for module in (run.distiller, deployed))
     recipe, curve = run.unit.recipe, run.curve
     values = [row[f"val_{run.task.primary}"] for row in curve]
     best = max(values) if run.task.higher_is_better else min(values)
@@ -144,7 +145,7 @@ def _training_facts(run: Training) -> dict[str, object]:
         "device_hours": run.seconds * run.session.world_size / 3600,
         "samples_per_second": images / run.seconds,
         "peak_memory_mb": peak_memory_mb(run.session.device),
-        "adapter_params": sum(p.numel() for p in run.distiller.method.parameters()),
+        "adapter_params": trained - kept,
         "devices": [torch.cuda.get_device_name(run.session.device) if run.session.device.type == "cuda" else "cpu"]
         * run.session.world_size,
     }

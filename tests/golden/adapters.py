@@ -7,9 +7,10 @@ from collections.abc import Callable
 from feature_adapters import FEATURES
 from logit_adapters import LOGITS
 from map_adapters import MAPS
+from network_adapters import NETWORK
 from read_golden import Case
 from relation_adapters import RELATIONS
 from result import Result
 from transformer_adapters import TRANSFORMERS
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **RELATIONS, **TRANSFORMERS}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **NETWORK, **RELATIONS, **TRANSFORMERS}

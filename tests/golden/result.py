@@ -87,7 +87,7 @@ def result(case: Case, x: dict[str, Tensor], outputs: dict[str, Tensor], weights
 
 
 def map_terms(
-    kind: type[FeatureMethod], params: Mapping[str, object], x: dict[str, Tensor]
+    kind: type[FeatureMethod], params: Mapping[str, object], x: dict[str, Tensor], at: Progress = AFTER_WARMUP
 ) -> tuple[Method, Callable[[], dict[str, Tensor]]]:
     """A feature method built for the case's maps, and what computes its terms, once the case's weights are in it.
 
@@ -101,7 +101,7 @@ def map_terms(
     method.build(shapes_of(student), shapes_of(teacher), TaskInfo("classification", student.logits.shape[1], (3, 32, 32)))
     samples = torch.arange(len(next(iter(ours.values()))))
     batch = Batch(inputs=samples, target=x["label"].detach() if "label" in x else samples, index=samples)
-    return method, lambda: method(student, teacher, batch, AFTER_WARMUP)
+    return method, lambda: method(student, teacher, batch, at)
 
 
 def shapes_of(outputs: Outputs) -> Shapes:

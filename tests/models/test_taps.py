@@ -19,7 +19,7 @@ from kdbench.models import MODELS
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import TapShape
-from kdbench.models.taps import TapRow, Taps, probe, tap_table
+from kdbench.models.taps import TapRow, Taps, places, probe, tap_table
 from kdbench.models.trace import describe
 
 GREY = (1, 28, 28)
@@ -194,6 +194,29 @@ class TestValues:
         assert outputs.maps["pooled"].equal(last.mean(dim=(2, 3)))
         assert outputs.logits.equal(model.fc(last.mean(dim=(2, 3))))
         assert set(outputs.maps) == {"stage:-1", "stage:0", "pooled", "layer2.0.bn2"}
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_what_an_activation_reads_is_tapped_before_it_acts(self, inplace: bool) -> None:
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        )
+        images = torch.rand(2, 3, 8, 8)
+        outputs = Taps(model, ("before:1", "1"))(images)
+        torch.testing.assert_close(outputs.maps["before:1"], model[0](images), rtol=0, atol=0)
+        torch.testing.assert_close(outputs.maps["1"], model[0](images).relu(), rtol=0, atol=0)
+        assert outputs.maps["before:1"].min() < 0
+        torch.testing.assert_close(outputs.prediction, model(images), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("name", ["cifar_resnet14", "wrn_16_1", "vgg8"])
+    def test_our_networks_show_what_the_last_activation_of_each_stage_reads(self, name: str) -> None:
+        found = places(build(name, 1, 28), GREY)
+        stages = [shape for tap, shape in found.taps.items() if tap.startswith("stage:") and "-" not in tap]
+        before = [shape for tap, shape in found.taps.items() if tap.startswith("before:")]
+        assert all(shape in before for shape in stages)
+
+    def test_only_an_activations_input_can_be_tapped(self) -> None:
+        with pytest.raises(UserError, match="unknown tap 'before:layer1'"):
+            probe(build("tiny_cnn", 1, 28), GREY, ("before:layer1",))
 
     def test_gradients_flow_through_maps_to_weights_before_them_only(self) -> None:
         model = build("cifar_resnet8", 1, 28)
