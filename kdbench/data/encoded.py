@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
+import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kdbench.data.batch import Part
@@ -90,27 +91,19 @@ class EncodedImages:
         if bits is not None:
             box = parts(height, width, bits[None], smallest)[0].tolist()
             return transforms.resized_crop(image, *box, size=[self.size, self.size], antialias=True)
-        ratio = self.resize / min(height, width)
-        sides = [max(self.resize, round(side * ratio)) for side in (height, width)]
-        return transforms.center_crop(transforms.resize(image, sides, antialias=True), [self.size, self.size])
+        return transforms.center_crop(transforms.resize(image, [self.resize], antialias=True), [self.size, self.size])
 
 
 def _decoded(content: bytes, name: str) -> Tensor:
-    """uint8 [3, H, W] of a JPEG, PNG, WebP or GIF."""
-    from torchvision.io import ImageReadMode, decode_image
-
-    if not content:
-        raise UserError(f"{name} is empty")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # it is only read
-        encoded = torch.frombuffer(content, dtype=torch.uint8)
+    """uint8 [3, H, W] of any picture that PIL reads; of an animation the first."""
     try:
-        image = decode_image(encoded, mode=ImageReadMode.RGB)
-    except RuntimeError as error:
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
+                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+                return torch.from_numpy(grey).expand(3, -1, -1)
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of them for damaged files
         raise UserError(f"{name} can't be decoded as an image: {in_one_line(error)}") from error
-    if image.ndim != 3:
-        raise UserError(f"{name} is an animation; expected one picture")
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).byte()  # of a PNG with 16 bits a channel
 
 
 def decoded_ahead(

@@ -1,0 +1,60 @@
+"""Mixup and cutmix through the whole of a training: every method takes soft labels, and the cached teacher saw the same mixtures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdbench.data.loader import Loader
+from kdbench.methods import METHODS
+from kdbench.tasks.build import build_task
+from kdbench.training.loop import prepare, train_epoch
+from kdbench.training.session import LocalSession
+from kdbench.training.teacher import LiveTeacher, load_teacher
+from kdbench.training.teacher_cache import open_cache
+from tests.training.units import saved_teacher, unit, with_cache
+
+CPU = torch.device("cpu")
+MIXED = {"augment": {"crop": 2, "flip": True, "mixup": 0.4, "cutmix": 1.0}, "views": 2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_from_mixed_labels(tmp_path: Path, method: str) -> None:
+    described = unit(method, saved_teacher(tmp_path), student={"name": "tiny_cnn", "width": 4}, recipe=MIXED)
+    run = prepare(described, LocalSession(device=CPU))
+    first = next(run.loader.batches(0))
+    assert first.target.shape == (60, 10)
+    assert (first.target.amax(1) < 1).sum() > 30
+    train_epoch(run, 0)
+    once = {name: value.item() / run.step for name, value in run.sums.items()}
+    assert all(math.isfinite(value) for value in once.values())
+    run.epoch, run.step, run.sums = 0, 0, {}
+    for _ in range(3):  # the same view again and again
+        run.step, run.sums = 0, {}
+        train_epoch(run, 0)
+    assert run.sums["total"].item() / run.step < once["total"]
+
+
+def test_the_cached_teacher_saw_the_mixtures_that_the_student_sees(tmp_path: Path) -> None:
+    ref = saved_teacher(tmp_path)
+    described = unit("kd", ref, recipe=MIXED)
+    task = build_task(described.task)
+    cache = open_cache(with_cache(ref, described, tmp_path / "cache").cache or Path())
+    live = LiveTeacher(load_teacher(ref, task, CPU), (), "fp32")
+    for rank in (0, 1):
+        loader = Loader(
+            task.splits().transfer,
+            60,
+            augment=described.recipe.augment,
+            views=2,
+            data_seed=0,
+            order_seed=3,
+            rank=rank,
+            world_size=2,
+        )
+        for epoch in (0, 1):
+            for batch in loader.batches(epoch):
+                torch.testing.assert_close(cache(batch).logits, live(batch).logits.half().float())
