@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, unique
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +15,7 @@ from kdbench.data.hashing import below, hash64
 QUANTILES = 4096  # entries of a table that stands for a distribution: each is as likely as any other
 
 
+@unique
 class Decision(IntEnum):
     """What a hash is for. Two decisions never share a number, and a number never changes: the views of old results would."""
 
