@@ -81,7 +81,7 @@ class EncodedImages:
     def decode(self, row: int, bits: Tensor | None = None, smallest: float = 1.0) -> Tensor:
         """One image, uint8 [3, size, size]: its centre, or the random part that `bits` [3] stand for (see `resizing.parts`).
 
-        Raises UserError, naming the image, where it can't be decoded.
+        Always the same for the same versions of PIL and torchvision. Raises UserError, naming the image, where it can't be decoded.
         """
         from torchvision.transforms.v2 import functional as transforms  # takes two seconds, so only who has files pays
 

