@@ -148,7 +148,7 @@ def _level_tables(images: Tensor, kind: Tensor, factor: Tensor, magnitude: float
     dropped = round(_BITS * level)
     threshold = 256 - round(256 * level)
     changed = {
-        "brightness": blend(torch.zeros_like(values), values, factor),
+        "brightness": blend(values.new_zeros(1), values, factor),
         "contrast": blend(mean_grey(images)[:, :, :, 0], values, factor),
         "posterize": values >> dropped << dropped,
         "solarize": torch.where(values >= threshold, 255 - values, values),

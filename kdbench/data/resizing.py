@@ -32,13 +32,13 @@ def resized(images: Tensor, boxes: Tensor) -> Tensor:
     """Each part at the size of the whole image, uint8 [B, C, H, W], by bilinear sampling in whole numbers; boxes: int64 [B, 4]."""
     height, width = images.shape[-2:]
     (up, down, below_share), (left, right, right_share) = _neighbours(boxes[:, 0::2], height), _neighbours(boxes[:, 1::2], width)
-    total = torch.full((1,), 1 << 15, dtype=torch.int32, device=images.device)
+    total = torch.full_like(images, 1 << 15, dtype=torch.int32)
     for rows, row_weight in ((up, 256 - below_share), (down, below_share)):
         for columns, column_weight in ((left, 256 - right_share), (right, right_share)):
             places = rows[:, :, None] * width + columns[:, None, :]
             weight = (row_weight[:, :, None] * column_weight[:, None, :]).int()
-            total = total + taken(images, places).int() * weight[:, None]
-    return (total >> 16).byte()
+            total += taken(images, places) * weight[:, None]
+    return total.bitwise_right_shift_(16).byte()
 
 
 def resized_labels(labels: Tensor, boxes: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _recoloured(images: Tensor, draws: Draws, strength: float) -> Tensor:
     def factor(decision: Decision) -> Tensor:
         return (UNIT - most + draws.below(decision, 2 * most + 1))[:, None, None, None]
 
-    images = blend(torch.zeros_like(images), images, factor(Decision.BRIGHTNESS))
+    images = blend(images.new_zeros(1), images, factor(Decision.BRIGHTNESS))
     images = blend(mean_grey(images), images, factor(Decision.CONTRAST))
     return blend(grey(images), images, factor(Decision.SATURATION)) if images.shape[1] > 1 else images
 
