@@ -16,10 +16,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from kdbench.data import encoded
 from kdbench.data.batch import Part
+from kdbench.data.draws import Draws
 from kdbench.data.encoded import EncodedImages
 from kdbench.data.image_folder import image_folder
 from kdbench.data.loader import Loader, in_order, view_batches
 from kdbench.data.parquet import parquet
+from kdbench.data.resizing import part_bits, parts
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.data.views import Augment, augment, unit_range
 from kdbench.errors import UserError
@@ -107,6 +109,16 @@ def test_in_memory_holds_what_evaluation_would_decode(folder: Path) -> None:
     rest = EVERYTHING.model_copy(update={"resized_crop": None})
     for one, other in zip(seen(lazy, rest), seen(ready, rest), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_random_part_is_cut_out_once_and_resized(folder: Path) -> None:
+    source = image_folder(folder, SIZE)
+    inputs, _ = seen(source, Augment(resized_crop=0.2), view=3)
+    bits = part_bits(Draws(7, source.train.index, 3))
+    for row, name in enumerate(sorted(path for path in (folder / "train").rglob("*.*"))):
+        image = transforms.pil_to_tensor(Image.open(name).convert("RGB"))
+        (box,) = parts(*image.shape[1:], bits[row : row + 1], 0.2).tolist()
+        torch.testing.assert_close(inputs[row], unit_range(transforms.resized_crop(image, *box, size=[SIZE, SIZE])))
 
 
 def test_a_random_part_is_cropped_from_the_file_before_it_is_made_small(folder: Path) -> None:
@@ -240,7 +252,8 @@ def test_a_selection_has_a_hash_of_its_own_and_decodes_nothing(folder: Path) -> 
         path.unlink()
     some = part.select(torch.tensor([3, 1]))
     assert [len(some), *some.inputs.shape] == [2, 2, 3, SIZE, SIZE]
-    assert some.sha256() not in (part.sha256(), part.select(torch.tensor([3, 2])).sha256())
+    hashes = {part.select(torch.tensor(rows)).inputs.sha256() for rows in ([3, 1], [3, 2], [1, 3], [3])}
+    assert len({*hashes, part.inputs.sha256()}) == 5
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -359,6 +372,9 @@ def test_a_row_without_an_image_and_a_broken_one_are_named(table: dict[str, Path
         list(in_order(source.test, 2))
     with pytest.raises(UserError, match=r"test\.parquet row 4 can't be decoded"):
         list(in_order(source.test.select(torch.tensor([0, 4])), 2))
+    write(table["train"] / "1.parquet", [content(k) if k != 4 else b"" for k in range(5)], [0, 1, 2, 0, 1])
+    with pytest.raises(UserError, match=r"train/1\.parquet row 4 can't be decoded"):
+        list(in_order(parquet(**table, size=SIZE).train, 4))
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
