@@ -23,6 +23,7 @@ from kdbench.benchmark.cache import cache_spec, fill_cache, on_ray
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
+from kdbench.data.loader import check_views
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated
@@ -106,8 +107,10 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
     workers = experiment.runtime.workers
+    train = task.splits().train
     for recipe in [experiment.recipe, experiment.teacher_recipe(), *_searched_recipes(experiment)]:
         check_optimization(recipe)
+        check_views(train, recipe.augment)
         if recipe.batch_size % workers:
             raise UserError(
                 f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; "

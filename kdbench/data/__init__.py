@@ -1,4 +1,4 @@
-"""Data sets that fit in memory. `DATA` is the catalogue: name -> the function that makes the `Source`, and what it is."""
+"""Data sets, in memory or in files. `DATA` is the catalogue: name -> the function that makes the `Source`, and what it is."""
 
 from kdbench.catalogue import Entry
 
@@ -8,4 +8,8 @@ DATA: dict[str, Entry] = {
         "grey clothes 28x28, 10 classes; 14,000 images ship, all 70,000 with size: full",
     ),
     "shapes": Entry("kdbench.data.shapes:shapes", "coloured geometric shapes on a noisy ground, drawn from a seed; masks or classes"),
+    "image_folder": Entry(
+        "kdbench.data.image_folder:image_folder", "your image files in ImageNet's layout: train/<class>/* and val/<class>/*"
+    ),
+    "parquet": Entry("kdbench.data.parquet:parquet", "your images in Parquet files: a column of encoded images and one of labels"),
 }

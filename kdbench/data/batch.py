@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kdbench.data.encoded import EncodedImages
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,47 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Samples that fit in memory: uint8 images [N, C, H, W], their targets [N, ...], and their positions in the source data set [N]."""
+    """Some of a data set's samples.
 
-    inputs: Tensor
+    inputs:  images uint8 [N, C, H, W], or `EncodedImages`, which stand for such a tensor and are decoded when they are asked for.
+    target:  [N, ...].
+    index:   int64 [N], the positions in the source data set.
+    classes: of how many classes a target [N] names one; None where nobody said, and then labels can't be mixed.
+    """
+
+    inputs: Tensor | EncodedImages
     target: Tensor
     index: Tensor
+    classes: int | None = None
+    _moved: dict[torch.device, Part] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def pixels(self) -> Tensor:
+        """The images of a part that is in memory, uint8 [N, C, H, W]."""
+        assert isinstance(self.inputs, Tensor), "these images are still encoded"
+        return self.inputs
+
     def select(self, rows: Tensor) -> Part:
-        return Part(self.inputs[rows], self.target[rows], self.index[rows])
+        return Part(self.inputs[rows], self.target[rows], self.index[rows], self.classes)
+
+    def on(self, device: torch.device) -> Part:
+        """The part with its tensors on the device: copied once, and kept there as long as this part is. Encoded images stay on the CPU."""
+        if not isinstance(self.inputs, Tensor) or self.index.device == device:
+            return self
+        if device not in self._moved:
+            self._moved[device] = Part(self.inputs.to(device), self.target.to(device), self.index.to(device), self.classes)
+        return self._moved[device]
 
     def sha256(self) -> str:
-        """Content hash of images, targets and positions."""
+        """Content hash of images, targets and positions; of encoded images see `EncodedImages.sha256`."""
         digest = hashlib.sha256()
-        for tensor in (self.inputs, self.target, self.index):
-            digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+        for content in (self.inputs, self.target, self.index):
+            digest.update(str((tuple(content.shape), content.dtype)).encode())
+            if isinstance(content, Tensor):
+                digest.update(content.contiguous().numpy().tobytes())
+            else:
+                digest.update(content.sha256().encode())
         return digest.hexdigest()

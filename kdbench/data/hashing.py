@@ -19,7 +19,7 @@ def hash64(seed: int, *counters: Tensor | int) -> Tensor:
     return state
 
 
-def below(bits: Tensor, limit: int) -> Tensor:
+def below(bits: Tensor, limit: int | Tensor) -> Tensor:
     """Map hashed bits to whole numbers 0 .. limit - 1, uniformly (the bias is limit / 2**63)."""
     return _shifted(bits, 1) % limit
 

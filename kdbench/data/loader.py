@@ -1,15 +1,18 @@
-"""Batches of a set that lies in memory: shuffled and augmented for training, in order for evaluation."""
+"""Batches of a part, in memory or in files: shuffled and augmented for training, in order for evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from kdbench.data.batch import Batch, Part
+from kdbench.data.draws import Draws
+from kdbench.data.encoded import decoded_ahead
 from kdbench.data.hashing import hash64
-from kdbench.data.views import Augment, augment
+from kdbench.data.mixing import partners
+from kdbench.data.views import Augment, augment, augment_mixed
 from kdbench.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -20,10 +23,10 @@ class Loader:
 
     `batch_size` counts the samples of all workers together: rank r takes the r-th of `world_size` equal chunks, so the workers' batches
     joined in rank order are the batch that a single worker would see. An incomplete last batch is dropped; a set smaller than one batch
-    gives one batch of what it has. The images stay uint8 on `device`.
+    gives one batch of what it has. Images in memory stay uint8 on `device`; files are decoded ahead by threads.
 
     views: epoch e shows view e mod `views` of every sample; None shows a new view every epoch. Without augmentation the view is always 0.
-    Raises UserError where the batch can't be cut evenly.
+    Raises UserError where the batch can't be cut evenly, and where `check_views` does.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class Loader:
         self.batch_size = min(batch_size, len(part) // world_size * world_size)
         if not self.batch_size:
             raise UserError(f"{len(part)} training samples are too few for {world_size} workers")
-        self.part = _on(part, device)
+        check_views(part, augment)
+        self.part, self.device = part.on(device), device
         self.augment, self.views = augment, views
         self.data_seed, self.order_seed = data_seed, order_seed
         self.rank, self.world_size = rank, world_size
@@ -65,9 +69,9 @@ class Loader:
         """The epoch's batches from `start_step` on: what a resumed run still has to see."""
         order = self._order(epoch)
         share = self.batch_size // self.world_size
-        for step in range(start_step, self.steps_per_epoch):
-            first = step * self.batch_size + self.rank * share
-            yield _batch(self.part, order[first : first + share], self.view(epoch), self.augment, self.data_seed)
+        firsts = (step * self.batch_size + self.rank * share for step in range(start_step, self.steps_per_epoch))
+        plan = (order[first : first + share] for first in firsts)
+        return _batches(self.part, plan, self.view(epoch), self.augment, self.data_seed, self.device)
 
     def _order(self, epoch: int) -> Tensor:
         # Drawn on the CPU whatever the device, so that every machine sees the same order; the hash keeps (1, 2) and (2, 1) apart.
@@ -91,19 +95,40 @@ def view_batches(
 ) -> Iterator[Batch]:
     """One view of every sample once, in the part's order; the last batch may be smaller. What a teacher's cache is filled from.
 
-    rows: only these of the part, one after the other; all by default.
+    part: the very one that a `Loader` is given, since mixup and cutmix draw a sample's partner from all of it.
+    rows: only these of the part, one after the other; all by default. Raises UserError where `check_views` does.
     """
-    part = _on(part, device)
+    check_views(part, augment)
+    part = part.on(device)
     rows = range(len(part)) if rows is None else rows
-    for chosen in torch.arange(rows.start, rows.stop, device=device).split(batch_size):
-        yield _batch(part, chosen, view, augment, data_seed)
+    plan = torch.arange(rows.start, rows.stop, device=part.index.device).split(batch_size)
+    return _batches(part, plan, view, augment, data_seed, device)
 
 
-def _batch(part: Part, rows: Tensor, view: int, spec: Augment, data_seed: int) -> Batch:
-    chosen = part.select(rows)
-    inputs, target = augment(chosen.inputs, chosen.target, chosen.index, view, data_seed, spec)
-    return Batch(inputs, target, chosen.index, view)
+def check_views(part: Part, augment: Augment) -> None:
+    """Raise UserError where samples of the part can't be augmented so."""
+    if augment.mixes and (part.target.ndim != 1 or part.classes is None):
+        key = "mixup" if augment.mixup else "cutmix"
+        raise UserError(f"recipe.augment.{key} mixes the labels of two images, so it needs one label per image; this task has others")
 
 
-def _on(part: Part, device: torch.device) -> Part:
-    return Part(part.inputs.to(device), part.target.to(device), part.index.to(device))
+def _batches(part: Part, plan: Iterable[Tensor], view: int, spec: Augment, data_seed: int, device: torch.device) -> Iterator[Batch]:
+    """A batch for the rows of each entry of `plan`; rows and part lie on one device."""
+    if spec.mixes:
+        plan = (torch.cat([rows, partners(rows, len(part), Draws(data_seed, part.index[rows], view))]) for rows in plan)
+    if isinstance(part.inputs, Tensor):
+        yield from (_augmented(part.select(rows), view, spec, data_seed) for rows in plan)
+        return
+    rest = spec.model_copy(update={"resized_crop": None})  # which is done where a file is decoded
+    for chosen in decoded_ahead(part, plan, view, data_seed, spec.resized_crop, device):
+        yield _augmented(chosen, view, rest, data_seed)
+
+
+def _augmented(chosen: Part, view: int, spec: Augment, data_seed: int) -> Batch:
+    """The batch of samples that are in memory; with mixup or cutmix the second half of them are the partners of the first."""
+    if not spec.mixes:
+        inputs, target = augment(chosen.pixels, chosen.target, chosen.index, view, data_seed, spec)
+        return Batch(inputs, target, chosen.index, view)
+    assert chosen.classes is not None
+    inputs, target = augment_mixed(chosen.pixels, chosen.target, chosen.index, view, data_seed, spec, chosen.classes)
+    return Batch(inputs, target, chosen.index[: len(inputs)], view)

@@ -230,7 +230,7 @@ def _part(seed: int, indices: range, size: int, most: int, target: Literal["mask
 def _statistics(part: Part) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel in [0, 1], from whole numbers: exact, so the same on every machine."""
     values = torch.arange(256)
-    counts = [torch.bincount(part.inputs[:, channel].flatten().long(), minlength=256) for channel in range(part.inputs.shape[1])]
+    counts = [torch.bincount(part.pixels[:, channel].flatten().long(), minlength=256) for channel in range(part.pixels.shape[1])]
     means = [int((count * values).sum()) / int(count.sum()) for count in counts]
     squares = [int((count * values * values).sum()) / int(count.sum()) for count in counts]
     deviations = [math.sqrt(square - mean * mean) for square, mean in zip(squares, means, strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdbench.catalogue import resolve
 from kdbench.data import DATA
 from kdbench.data.batch import Part
+from kdbench.data.encoded import EncodedImages
 from kdbench.data.options import NamedSpec
 from kdbench.errors import KDBenchError, UserError, explain, in_one_line
 
@@ -24,9 +25,10 @@ _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of meg
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in memory.
+    """A data set, in memory or in files.
 
-    train, test: images uint8 [N, C, H, W]; targets int64 [N], or uint8 or int64 [N, H, W]; positions int64 [N], no two alike in the source.
+    train, test: images uint8 [N, C, H, W], or `EncodedImages` that stand for them; targets int64 [N], or uint8 or int64 [N, H, W];
+    positions int64 [N], no two alike in the source.
     mean, std: one number a channel, of images in [0, 1]. ignore_index: the label of pixels that don't count, None where all do.
     """
 
@@ -125,5 +127,5 @@ def _part_problem(part: Part, source: Source) -> str | None:
     return None
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+def _shape(images: Tensor | EncodedImages) -> str:
+    return str(list(images.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -54,7 +55,9 @@ def cut(source: Source, options: SplitOptions) -> Splits:
     # Pixels of all classes are in nearly every image, so that masks need no strata.
     classes = source.train.target if source.train.target.ndim == 1 else torch.zeros(total, dtype=torch.long)
     val_rows, train_rows = stratified(classes, val_size, options.split_seed)
-    train, val = source.train.select(train_rows), source.train.select(val_rows)
+    # What is said here is what lets two labels be mixed.
+    whole = replace(source.train, classes=source.num_classes) if source.train.target.ndim == 1 else source.train
+    train, val = whole.select(train_rows), whole.select(val_rows)
     transfer = train
     if options.transfer_size is not None:
         if options.transfer_size > len(train_rows):

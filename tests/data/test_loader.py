@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from kdbench.data.views import Augment, augment
 from kdbench.errors import UserError
 
 AUGMENT = Augment(crop=2, flip=True)
+_CPU = torch.device("cpu")
 
 
 def part(count: int) -> Part:
@@ -86,6 +89,27 @@ def test_batches_are_the_augmented_views_that_a_cache_would_hold():
     rows = batch.index - 100
     assert torch.equal(batch.inputs, cached.inputs[rows])
     assert torch.equal(batch.target, cached.target[rows])
+
+
+def test_a_part_is_copied_to_a_device_once():
+    data = part(6)
+    other = torch.device("meta")
+    assert data.on(_CPU) is data
+    assert data.on(other).inputs.device == other
+    assert data.on(other) is data.on(other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_batch_waits_for_the_gpu():
+    everything = Augment(resized_crop=0.2, crop=2, flip=True, operations=2, color=0.3, erase=0.5, mixup=0.2, cutmix=1.0)
+    data = replace(part(60), classes=3)
+    batches = Loader(data, 6, augment=everything, views=2, data_seed=5, order_seed=7, device=torch.device("cuda")).batches(0)
+    next(batches)  # copies the order and the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert sum(len(batch) for batch in batches) == 54
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_evaluation_sees_every_sample_once_in_order_and_untouched():

@@ -1,0 +1,164 @@
+"""Images that stay files until they are looked at: decoded ahead of the training by background threads, always in the same order.
+
+`EncodedImages` stands where a `Part` otherwise holds a uint8 tensor. What it stands for, [N, 3, size, size], is too large to hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kdbench.data.batch import Part
+from kdbench.data.draws import Draws
+from kdbench.data.resizing import part_bits, parts
+from kdbench.errors import UserError, in_one_line
+
+# Of ImageNet's training images: what pretrained networks were normalised with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_BATCHES_AHEAD = 2  # decoded before they are asked for
+_DECODED_AT_ONCE = 256
+
+
+class Store(Protocol):
+    """Encoded images by row. `read` is called from several threads at once."""
+
+    def read(self, row: int) -> bytes:
+        """The file that a row holds. Raises UserError, naming it, where it can't be read."""
+        ...
+
+    def name(self, row: int) -> str:
+        """What an error calls a row: a path, or a file and a row in it."""
+        ...
+
+    def sha256(self) -> str:
+        """What tells the store from another, without reading all of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images of a store. Seen without augmentation, the shorter side is `resize` pixels and the centre `size` x `size` is shown.
+
+    rows: int64 [N], which of the store's images. Indexing selects images, as it does with a tensor; nothing is decoded by it.
+    """
+
+    store: Store
+    rows: Tensor
+    size: int
+    resize: int
+
+    dtype = torch.uint8
+    ndim = 4
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), 3, self.size, self.size))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor) -> EncodedImages:
+        return replace(self, rows=self.rows[rows])
+
+    def sha256(self) -> str:
+        """Hash of what the store says of itself, of the rows and of the sizes: reading every file would take hours."""
+        digest = hashlib.sha256(f"{self.store.sha256()} {self.size} {self.resize}".encode())
+        digest.update(self.rows.numpy().tobytes())
+        return digest.hexdigest()
+
+    def decode(self, row: int, bits: Tensor | None = None, smallest: float = 1.0) -> Tensor:
+        """One image, uint8 [3, size, size]: its centre, or the random part that `bits` [3] stand for (see `resizing.parts`).
+
+        Always the same for the same versions of PIL and torchvision. Raises UserError, naming the image, where it can't be decoded.
+        """
+        from torchvision.transforms.v2 import functional as transforms  # takes two seconds, so only who has files pays
+
+        where = int(self.rows[row])
+        image = _decoded(self.store.read(where), self.store.name(where))
+        height, width = image.shape[-2:]
+        if bits is not None:
+            box = parts(height, width, bits[None], smallest)[0].tolist()
+            return transforms.resized_crop(image, *box, size=[self.size, self.size], antialias=True)
+        return transforms.center_crop(transforms.resize(image, [self.resize], antialias=True), [self.size, self.size])
+
+
+def _decoded(content: bytes, name: str) -> Tensor:
+    """uint8 [3, H, W] of any picture that PIL reads; of an animation the first."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
+                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+                return torch.from_numpy(grey).expand(3, -1, -1)
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of them for damaged files
+        raise UserError(f"{name} can't be decoded as an image: {in_one_line(error)}") from error
+
+
+def decoded_ahead(
+    part: Part, plan: Iterable[Tensor], view: int, data_seed: int, smallest: float | None, device: torch.device
+) -> Iterator[Part]:
+    """For the rows of each entry of `plan`, the part's samples with decoded images, on the device.
+
+    The images are decoded by as many threads as the kernels have (`torch.get_num_threads`), a few batches before they are asked for.
+    What comes out depends neither on their number nor on who is faster. smallest: as `Augment.resized_crop`; None shows the centre.
+    """
+    with closing(_Decoders(torch.get_num_threads())) as decoders:
+        ahead: deque[tuple[Part, list[Future[Tensor]]]] = deque()
+        for rows in plan:
+            chosen = part.select(rows)
+            ahead.append((chosen, decoders.start(chosen, view, data_seed, smallest)))
+            if len(ahead) > _BATCHES_AHEAD:
+                yield _collected(*ahead.popleft(), device)
+        while ahead:
+            yield _collected(*ahead.popleft(), device)
+
+
+class _Decoders:
+    """The threads; closing them drops what nobody waits for any more."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def start(self, chosen: Part, view: int, data_seed: int, smallest: float | None) -> list[Future[Tensor]]:
+        images: Any = chosen.inputs
+        if smallest is None:
+            return [self._pool.submit(images.decode, row) for row in range(len(chosen))]
+        bits = part_bits(Draws(data_seed, chosen.index, view))
+        return [self._pool.submit(images.decode, row, bits[row], smallest) for row in range(len(chosen))]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _collected(chosen: Part, images: list[Future[Tensor]], device: torch.device) -> Part:
+    """The decoded batch; on its way to a GPU from pinned memory, so that nobody waits for the copy."""
+    pinned = device.type == "cuda"
+    pixels = torch.empty(chosen.inputs.shape, dtype=torch.uint8, pin_memory=pinned)
+    for place, image in zip(pixels, images, strict=True):
+        place.copy_(image.result())
+    tensors = (pixels, *(tensor.pin_memory() if pinned else tensor for tensor in (chosen.target, chosen.index)))
+    inputs, target, index = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return Part(inputs, target, index, chosen.classes)
+
+
+def encoded_part(store: Store, labels: np.ndarray, first: int, size: int, resize: int | None, in_memory: bool) -> Part:
+    """All images of a store with their labels, [N]; positions begin at `first`. in_memory: decoded now, as they are seen in evaluation."""
+    rows = torch.arange(len(labels))
+    images = EncodedImages(store, rows, size, resize or round(size / 0.875))
+    part = Part(images, torch.from_numpy(labels.astype(np.int64)), rows + first)
+    if not in_memory:
+        return part
+    chosen = decoded_ahead(part, rows.split(_DECODED_AT_ONCE), 0, 0, None, torch.device("cpu"))
+    return replace(part, inputs=torch.cat([some.pixels for some in chosen]))

@@ -1,0 +1,76 @@
+"""A whole run on image files: from a folder to a board, with every augmentation, and what is wrong said before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdbench.benchmark.run import run
+from kdbench.benchmark.watch import Unwatched
+from kdbench.errors import KDBenchError, UserError
+from kdbench.experiment import Experiment
+from kdbench.results.store import ResultStore
+
+EVERYTHING = {"resized_crop": 0.3, "crop": 2, "flip": True, "operations": 1, "color": 0.3, "erase": 0.3, "mixup": 0.2, "cutmix": 1.0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Reddish and bluish noise: 20 training and 4 test images of each."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 4)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (tmp_path / "colours" / part / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = random.integers(0, 120, (24, 30, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(tmp_path / "colours" / part / name / f"{k}.jpg")
+    return tmp_path / "colours"
+
+
+def experiment(folder: Path, **changes: Any) -> Experiment:
+    return Experiment.model_validate(
+        {
+            "name": "colours",
+            "task": {"name": "classification", "data": {"name": "image_folder", "path": str(folder), "size": 16}, "val_size": 8},
+            "teacher": {"model": "tiny_cnn"},
+            "students": [{"name": "tiny_cnn", "width": 4}],
+            "methods": ["none", "kd"],
+            "recipe": {"epochs": 3, "batch_size": 8, "precision": "fp32", "memory_format": "contiguous", "augment": EVERYTHING, "views": 2},
+            "seeds": 1,
+            **changes,
+        }
+    )
+
+
+def test_teacher_cache_and_students_learn_from_files(folder: Path, tmp_path: Path) -> None:
+    summary = run(experiment(folder), tmp_path / "results", Unwatched())
+    assert summary.failures == ()
+    records = {record.label: record for record in ResultStore(tmp_path / "results").scan() if record.role == "final"}
+    assert set(records) == {"none", "kd"}
+    assert records["kd"].agreement is not None  # with the cached outputs for the test images
+    again = run(experiment(folder), tmp_path / "results", Unwatched())
+    assert (again.trained, again.found) == (0, summary.trained)
+
+
+def test_mixtures_of_masks_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    masks = {
+        "task": {"name": "segmentation", "data": {"name": "shapes", "train": 20, "test": 5}},
+        "teacher": {"model": "tiny_fcn"},
+        "students": ["tiny_fcn"],
+        "recipe": {"augment": {"mixup": 0.2}},
+    }
+    with pytest.raises(UserError, match=r"recipe\.augment\.mixup .* needs one label per image"):
+        run(experiment(tmp_path, **masks), tmp_path / "results", Unwatched())
+    assert ResultStore(tmp_path / "results").scan() == []
+
+
+def test_a_broken_image_ends_the_run_with_its_name(folder: Path, tmp_path: Path) -> None:
+    (folder / "train/red/3.jpg").write_bytes(b"no image")
+    with pytest.raises(KDBenchError, match=r"colours/train/red/3\.jpg can't be decoded") as caught:
+        run(experiment(folder), tmp_path / "results", Unwatched())
+    assert "\n" not in str(caught.value)

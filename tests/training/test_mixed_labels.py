@@ -1,0 +1,70 @@
+"""Mixup and cutmix through the whole of a training: every method takes soft labels, and the cached teacher saw the same mixtures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdbench.data.loader import Loader
+from kdbench.errors import UserError
+from kdbench.methods import METHODS
+from kdbench.tasks.build import build_task
+from kdbench.training.loop import close_epoch, mean_losses, prepare, train_epoch
+from kdbench.training.session import LocalSession
+from kdbench.training.teacher import LiveTeacher, load_teacher
+from kdbench.training.teacher_cache import open_cache
+from tests.training.units import saved_teacher, unit, with_cache
+
+CPU = torch.device("cpu")
+MIXED = {"augment": {"crop": 2, "flip": True, "mixup": 0.4, "cutmix": 1.0}, "views": 2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_mixed_labels(tmp_path: Path, method: str) -> None:
+    described = unit(method, saved_teacher(tmp_path), student={"name": "tiny_cnn", "width": 4}, recipe=MIXED)
+    try:
+        run = prepare(described, LocalSession(device=CPU))
+    except UserError as error:
+        pytest.skip(f"not for this pair: {error}")
+    first = next(run.loader.batches(0))
+    assert first.target.shape == (60, 10)
+    assert (first.target.amax(1) < 1).sum() > 30
+    before = [parameter.clone() for parameter in run.distiller.student.parameters()]
+    train_epoch(run, 0)
+    assert all(math.isfinite(value) for value in mean_losses(run).values())
+    assert any(not torch.equal(old, new) for old, new in zip(before, run.distiller.student.parameters(), strict=True))
+
+
+def test_a_loss_on_mixed_labels_falls(tmp_path: Path) -> None:
+    repeated = MIXED | {"epochs": 4, "views": 1}
+    run = prepare(unit("none", student={"name": "tiny_cnn", "width": 4}, recipe=repeated), LocalSession(device=CPU))
+    for epoch in range(4):
+        train_epoch(run, epoch)
+        close_epoch(run)
+    losses = [row["train_total"] for row in run.curve]
+    assert losses[-1] < losses[0]
+
+
+def test_the_cached_teacher_saw_the_mixtures_that_the_student_sees(tmp_path: Path) -> None:
+    ref = saved_teacher(tmp_path)
+    described = unit("kd", ref, recipe=MIXED)
+    task = build_task(described.task)
+    cache = open_cache(with_cache(ref, described, tmp_path / "cache").cache or Path())
+    live = LiveTeacher(load_teacher(ref, task, CPU), (), "fp32")
+    for rank in (0, 1):
+        loader = Loader(
+            task.splits().transfer,
+            60,
+            augment=described.recipe.augment,
+            views=2,
+            data_seed=0,
+            order_seed=3,
+            rank=rank,
+            world_size=2,
+        )
+        for epoch in (0, 1):
+            for batch in loader.batches(epoch):
+                torch.testing.assert_close(cache(batch).logits, live(batch).logits.half().float())
