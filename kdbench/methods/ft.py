@@ -72,7 +72,7 @@ class FT(FeatureMethod):
     class Params(FeatureMethod.Params):
         """weight: of a mean over positions, of values that are smaller the larger the map. rate: the factor's channels in the teacher's."""
 
-        weight: Annotated[float, Range(20.0, 2000.0, log=True), Field(ge=0)] = 200.0
+        weight: Annotated[float, Range(5.0, 2000.0, log=True), Field(ge=0)] = 200.0
         rate: Annotated[float, Range(0.25, 1.0), Field(gt=0)] = 0.5
         power: Annotated[int, Field(ge=1)] = 2
         norm: Annotated[int, Field(ge=1, le=2)] = 1

@@ -44,7 +44,7 @@ class NST(FeatureMethod):
     tasks = ANY_TASK
 
     class Params(FeatureMethod.Params):
-        weight: Annotated[float, Range(5.0, 500.0, log=True), Field(ge=0)] = 50.0
+        weight: Annotated[float, Range(1.0, 500.0, log=True), Field(ge=0)] = 50.0
 
     params: Params
 

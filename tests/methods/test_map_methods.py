@@ -23,7 +23,7 @@ from kdbench.errors import UserError
 from kdbench.methods.ab import AB, boundary_loss, stage_weights
 from kdbench.methods.at import attention_loss, attention_map
 from kdbench.methods.base import Method, Progress
-from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
+from kdbench.methods.build import MethodSpec, fitted, method_class, params_of, search_axes
 from kdbench.methods.cwd import CWD, channel_divergence
 from kdbench.methods.fsp import flow_loss
 from kdbench.methods.ft import FT, Paraphraser, factor_loss
@@ -221,8 +221,8 @@ def test_gaussian_loss_is_the_negative_log_likelihood_without_its_constant() -> 
 
 
 def test_a_guess_begins_with_the_variance_it_was_given() -> None:
-    for variance in (0.01, 5.0, 100.0):
-        torch.testing.assert_close(Guess(3, 4, 2, variance, 1e-5).variance, torch.full((4,), variance))
+    for variance, least in ((0.01, 1e-5), (0.01, 0.009), (5.0, 1e-5), (100.0, 1e-5)):
+        torch.testing.assert_close(Guess(3, 4, 2, variance, least).variance, torch.full((4,), variance))
 
 
 def test_generation_loss_is_a_sum_over_features_and_a_mean_over_samples() -> None:
@@ -591,6 +591,15 @@ def test_a_training_moves_adapters_and_student_and_leaves_the_teacher_and_the_fi
     body = [parameter for key, parameter in student.named_parameters() if key.startswith("layer1")]
     gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), body)
     assert all(gradient.isfinite().all() and gradient.count_nonzero() for gradient in gradients)
+
+
+def test_a_search_varies_the_weights_and_what_decides_how_much_is_seen() -> None:
+    own = {name: {axis.name for axis in search_axes(MethodSpec(name=name))} - {"task_weight"} for name in NAMES}
+    assert own == {name: {"weight"} for name in NAMES} | {
+        "cwd": {"weight", "temperature"},
+        "ft": {"weight", "rate"},
+        "mgd": {"alpha", "masked", "mask"},
+    }
 
 
 def test_defaults_are_the_published_ones() -> None:
