@@ -252,6 +252,8 @@ def test_patch_merging_joins_two_by_two_neighbours():
     difference = (merging(grid) - merging(moved)).abs().sum(3)
     assert difference[:, 1, 1].min() > 0
     assert difference.sum() == difference[:, 1, 1].sum()
+    first = torch.cat([grid[:, 0, 0], grid[:, 1, 0], grid[:, 0, 1], grid[:, 1, 1]], dim=1)  # columns after rows, as in Swin
+    torch.testing.assert_close(merging(grid)[:, 0, 0], merging.reduction(merging.norm(first)))
 
 
 def test_a_class_token_decides_where_there_is_one_and_the_mean_where_there_is_none():
