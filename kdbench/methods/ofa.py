@@ -93,8 +93,7 @@ class OneForAll(Method):
         if not taps:
             raise UserError("method ofa: the student has no stage or block to put an exit at; name places as student_taps")
         for name in taps:
-            if name not in student.taps:
-                raise UserError(f"method ofa: student_taps: there is no tap {name!r}{nearest(name, student.taps)}")
+            _check_exit(name, student)
         behind = params.stages_behind or tuple(_stages_behind(name, found, student) for name in taps)
         ours, theirs = _last_width(student), _last_width(teacher)
         widths = params.widths or tuple(_projector_width(student.taps[name], ours, theirs) for name in taps)
@@ -116,8 +115,6 @@ class OneForAll(Method):
         self.projectors = nn.ModuleList()
         for name, behind, width in zip(self.student_taps, params.stages_behind, params.widths, strict=True):
             shape = student.taps[name]
-            if shape.kind == "vector":
-                raise UserError(f"method ofa: student_taps: {name!r} is a vector of {shape.channels} numbers; name a stage or a block")
             kind = MapProjector if shape.kind == "map" else TokenProjector
             self.projectors.append(kind(shape, behind, width, student.prediction[0]))
 
@@ -133,6 +130,16 @@ class OneForAll(Method):
         }
 
 
+def _check_exit(name: str, student: Shapes) -> None:
+    """Raise UserError where the student has no such place, or one that no projector can start from."""
+    if name not in student.taps:
+        raise UserError(f"method ofa: student_taps: there is no tap {name!r}{nearest(name, student.taps)}")
+    try:
+        map_shape(student.taps[name])
+    except UserError as error:
+        raise UserError(f"method ofa: student_taps: {name!r}: {error}") from error
+
+
 def _stages_behind(name: str, found: list[str], student: Shapes) -> int:
     """How many of the student's stages, `found`, come after the place `name`: by its order, or by its resolution if it is none of them."""
     if name in found:
@@ -146,7 +153,8 @@ def _positions(shape: TapShape) -> int:
 
 def _last_width(shapes: Shapes) -> int:
     """Channels of what the classifier reads, or of the last stage where that is not known."""
-    return shapes.taps["pooled" if "pooled" in shapes.taps else stages(shapes)[-1]].channels
+    names = ["pooled"] if "pooled" in shapes.taps else stages(shapes)[-1:]
+    return max((shapes.taps[name].channels for name in names), default=1)
 
 
 def _projector_width(shape: TapShape, student: int, teacher: int) -> int:
@@ -198,7 +206,7 @@ class TokenProjector(nn.Module):
     """
 
     def __init__(self, shape: TapShape, blocks: int, width: int, classes: int) -> None:
-        """width: of merged tokens; where there are too few to merge, they keep theirs. Raises UserError for tokens without a grid."""
+        """width: of merged tokens; where there are too few to merge, they keep theirs."""
         super().__init__()
         from timm.models.vision_transformer import Block  # takes seconds to import, which a student that has maps need not pay
 

@@ -7,8 +7,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from kdbench.errors import UserError
 from kdbench.models.inputs import model_inputs
 from kdbench.models.taps import ImageShape, locate
+
+_SAMPLES = 2
 
 
 class Tail:
@@ -21,13 +24,20 @@ class Tail:
     def __init__(self, network: nn.Module, tap: str, image_shape: ImageShape, until: str | None = None) -> None:
         """network: in eval mode, without gradients of its own. until: a later tap, to get what is there and not the prediction.
 
-        Raises UserError for a tap that it has not.
+        Raises UserError for a tap that it has not, and for an `until` that does not follow from `tap`.
         """
         self.network = network
         self.tap = tap
         self._place = locate(network, image_shape, tap)
         self._until = locate(network, image_shape, until) if until is not None else None
         self._image_shape = image_shape
+        if until is not None and len(self(self._two_samples())) != _SAMPLES:
+            raise UserError(f"tap {until!r} does not come after {tap!r}")
+
+    def _two_samples(self) -> Tensor:
+        """Features of no meaning: what does not follow from them has the batch size of the front part's image."""
+        weight = next(self.network.parameters())
+        return torch.zeros(_SAMPLES, *self._place.shape.shape, device=weight.device, dtype=weight.dtype)
 
     def __call__(self, features: Tensor) -> Tensor:
         """The network's prediction, [B, classes], or the features at `until`."""

@@ -148,9 +148,10 @@ class StandInTeacher(nn.Module):
 
 def _scalekd_whole(case: Case) -> Result:
     x, hp = read_inputs(case), case.hp
+    kd_weight = hp["kd_alpha"] if hp["kd"] else 0.0
     params = ScaleKD.Params(
-        task_weight=1 - hp["kd_alpha"],
-        kd_weight=hp["kd_alpha"],
+        task_weight=1 - kd_weight,
+        kd_weight=kd_weight,
         temperature=hp["kd_temp"],
         spatial_weight=(hp["alpha_s3"][0], hp["alpha_s4"][0]),
         frequency_weight=(hp["alpha_s3"][1], hp["alpha_s4"][1]),
@@ -169,6 +170,9 @@ def _scalekd_whole(case: Case) -> Result:
     names = {"student.head.fc.": "head.", "teacher.head.fc.": "teacher.fc.", "teacher.backbone.": "teacher."}
     for stage, ours in (("3", "perceived"), ("4", "last")):
         names |= _projector_names(f"distill_losses.loss_fmd_s{stage}.", f"method.{ours}.")
+    # Queries that the authors' last stage may have learned, although it is always given some: ours has none there.
+    names |= {f"distill_losses.loss_fmd_s4.projector_{view}.query.weight": f"replaced.{view}" for view in (0, 1)}
+    named["replaced"] = nn.ParameterList(torch.zeros(x["feat_t4"][0, 0].numel(), x["feat_t4"].shape[1]) for _ in range(2))
     weights = load_weights(nn.ModuleDict(named), case, names)
     method.use_teacher(network.eval().requires_grad_(False), image_shape)
     x["logits_s"] = head(x["feat_s4"].mean((2, 3)))

@@ -252,6 +252,8 @@ def test_patch_merging_joins_two_by_two_neighbours():
     difference = (merging(grid) - merging(moved)).abs().sum(3)
     assert difference[:, 1, 1].min() > 0
     assert difference.sum() == difference[:, 1, 1].sum()
+    first = torch.cat([grid[:, 0, 0], grid[:, 1, 0], grid[:, 0, 1], grid[:, 1, 1]], dim=1)  # columns after rows, as in Swin
+    torch.testing.assert_close(merging(grid)[:, 0, 0], merging.reduction(merging.norm(first)))
 
 
 def test_a_class_token_decides_where_there_is_one_and_the_mean_where_there_is_none():
@@ -427,10 +429,21 @@ def test_scalekd_has_one_head_for_64_channels_unless_it_is_told():
         ),
         ({"name": "vitkd", "student_taps": ["head"], "teacher_taps": ["norm"]}, "vit", "vit", "vector of 5 numbers can't be read as a map"),
         ({"name": "ofa", "student_taps": ["stage:7"]}, "cnn", "vit", "method ofa: student_taps: there is no tap 'stage:7'; did you mean"),
-        ({"name": "ofa", "student_taps": ["pooled"]}, "vit", "cnn", "'pooled' is a vector of 16 numbers; name a stage or a block"),
+        (
+            {"name": "ofa", "student_taps": ["pooled"]},
+            "vit",
+            "cnn",
+            "student_taps: 'pooled': a vector of 16 numbers can't be read",
+        ),
         ({"name": "ofa", "eps": [1.0, 1.5]}, "cnn", "vit", "eps has 2 entries, expected 4 for the exits stage:0, stage:1, stage:2"),
         ({"name": "ofa", "widths": [8]}, "cnn", "vit", "widths has 1 entries, expected 3"),
         ({"name": "scalekd", "student_taps": ["stage:-1"], "teacher_taps": ["norm"]}, "cnn", "vit", "two places of each network"),
+        (
+            {"name": "scalekd", "student_taps": ["stage:1", "stage:2"], "teacher_taps": ["stage:1", "stage:0"]},
+            "cnn",
+            "swin",
+            "tap 'stage:0' does not come after 'stage:1'",
+        ),
         ({"name": "scalekd", "heads": [1, 3]}, "cnn", "swin", "heads: 3 do not divide the 32 channels of the teacher's 'norm'"),
     ],
 )
