@@ -1,9 +1,10 @@
-# make run: the quickstart benchmark; make test: what CI runs. Both make the environment first if it is not there.
+# make run: the quickstart benchmark; make test: what CI runs; make bench: how fast kdbench is (ARGS=--quick, --only a,b, --help).
+# All make the environment first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test lint format clean
+.PHONY: run test bench lint format clean
 
 run: $(READY)
 	$(VENV)/bin/kdbench run experiments/quickstart.yaml
@@ -11,10 +12,13 @@ run: $(READY)
 test: $(READY) lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+bench: $(READY)
+	$(VENV)/bin/python -m benchmarks $(ARGS)
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy kdbench
+	$(VENV)/bin/mypy kdbench benchmarks
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -29,7 +29,15 @@ from kdbench.tasks.classification import Classification
 from kdbench.tasks.segmentation import Segmentation
 from tests.pages import ROOT, Block, fenced, page_text
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/experiment.md", "docs/leaderboard.md", "docs/design-notes.md", "CHANGELOG.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/experiment.md",
+    "docs/leaderboard.md",
+    "docs/design-notes.md",
+    "docs/benchmarks.md",
+    "CHANGELOG.md",
+)
 
 YAML = [block for page in PAGES for block in fenced(page) if block.language == "yaml"]
 
@@ -92,7 +100,7 @@ def test_links_and_quoted_files_of_this_project_exist() -> None:
         text = page_text(page)
         links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
         assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == [], page
-        files = re.findall(r"`((?:kdbench|tests|docs|experiments|scripts)/[\w/.-]+\.\w+)`", text)
+        files = re.findall(r"`((?:kdbench|benchmarks|tests|docs|experiments|scripts)/[\w/.-]+\.\w+)`", text)
         assert [file for file in files if not (ROOT / file).exists()] == [], page
 
 
