@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Ledger:
         self.trained = 0
         self.found = 0
         self.failures: list[str] = []
+        self.held = ExitStack()  # what stays open until the run ends: Ray, once something has needed it
         self._context = {"config": to_yaml(experiment), **describe_environment()}
         self._curves: dict[str, list[dict[str, float]]] = {}
         self._live: dict[str, LiveRun] = {}

@@ -71,7 +71,7 @@ def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | 
         raise UserError(f"{experiment.name}: there is nothing to tune: the experiment has no `search:`")
     ledger = Ledger(experiment, results, watch, tracker or NoTracker())
     check(experiment, ledger)
-    with exclusive(ledger.layout.lock(experiment.name), experiment.name):
+    with exclusive(ledger.layout.lock(experiment.name), experiment.name), ledger.held:
         return _run(experiment, ledger, search_only)
 
 
@@ -86,9 +86,10 @@ def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
         raise UserError("recipe.views: null shows a new view every epoch, so nothing can be cached; set a number of views")
     ledger = Ledger(experiment, results, watch, NoTracker())
     check(experiment, ledger)
-    pairs = _pairs(experiment, ledger, may_train=False)
-    with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
-        pass
+    with ledger.held:
+        pairs = _pairs(experiment, ledger, may_train=False)
+        with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
+            pass
 
 
 def check(experiment: Experiment, ledger: Ledger) -> None:
@@ -145,7 +146,7 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
     ledger = Ledger(experiment, results, watch, NoTracker())
     check(experiment, ledger)
     profiles = {}
-    with exclusive(ledger.layout.lock(experiment.name), experiment.name):
+    with exclusive(ledger.layout.lock(experiment.name), experiment.name), ledger.held:
         pairs = _pairs(experiment, ledger, may_train=True)
         with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
             for pair, spec in product(pairs, experiment.methods):
@@ -201,10 +202,10 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
         return
     from kdbench.distributed.cluster import started
 
-    with started(runtime) as slots:
-        from kdbench.distributed.tune import run_with_tune
+    slots = ledger.held.enter_context(started(runtime))
+    from kdbench.distributed.tune import run_with_tune
 
-        run_with_tune(work, ledger.layout, runtime, slots)
+    run_with_tune(work, ledger.layout, runtime, slots)
 
 
 def _needs_ray(runtime: Runtime, searching: bool) -> bool:
@@ -376,7 +377,7 @@ def _pair(
 def _cached_outputs(wanted: Iterable[tuple[Pair, Sequence[MethodSpec]]], experiment: Experiment, ledger: Ledger) -> Iterator[None]:
     """While this is open these methods find the outputs of their pair's teacher in the cache."""
     with ExitStack() as stack:
-        elsewhere = partial(on_ray, stack, experiment.runtime, _needs_ray(experiment.runtime, experiment.search is not None))
+        elsewhere = partial(on_ray, ledger.held, experiment.runtime, _needs_ray(experiment.runtime, experiment.search is not None))
         for pair, methods in wanted:
             taps = pair.teacher_taps(methods)
             if taps and pair.teacher is not None and pair.teacher.cache is not None:

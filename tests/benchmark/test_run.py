@@ -11,13 +11,16 @@ import pytest
 from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import profile, run
 from kdbench.benchmark.watch import Unwatched
-from kdbench.experiment import Experiment, load_experiment
+from kdbench.distributed.cluster import Slots
+from kdbench.experiment import Experiment, Runtime, load_experiment
 from kdbench.pages import profile_page
+from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import boards
 from kdbench.results.rendering import render
 from kdbench.results.store import ResultStore
 from kdbench.tasks.build import build_task
 from kdbench.training.outcome import rederive
+from kdbench.training.work import Work, run_here
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,3 +135,29 @@ def test_a_profile_covers_every_method_and_puts_no_student_on_record(tmp_path: P
     assert {record.role for record in ResultStore(tmp_path).scan()} == {"teacher"}
     table = profile_page(profiles, 20).splitlines()
     assert [line.split()[0] for line in table] == ["method", *profiles]
+
+
+def test_ray_is_started_once_for_the_teacher_the_search_and_the_finals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, starts, queues = False, 0, []
+
+    def start(**options: object) -> None:
+        nonlocal running, starts
+        running, starts = True, starts + 1
+
+    def stop() -> None:
+        nonlocal running
+        running = False
+
+    def empty(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
+        assert running
+        queues.append(type(work).__name__)
+        run_here(work, layout)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: running)
+    monkeypatch.setattr("ray.init", start)
+    monkeypatch.setattr("ray.shutdown", stop)
+    monkeypatch.setattr("kdbench.distributed.tune.run_with_tune", empty)
+    summary = run(experiment("classification", runtime={"concurrent": 2}), tmp_path, Unwatched())
+    assert summary.failures == ()
+    assert queues == ["TeacherWork", "InTurn"]
+    assert (starts, running) == (1, False)
