@@ -29,7 +29,7 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def densified(values: Tensor, classes: Tensor, rest: Tensor, count: int) -> Tensor:
     """Logits [B, count] from what `largest` gave."""
     others = rest - math.log(count - values.shape[1])
-    return others[:, None].repeat(1, count).scatter(1, classes, values)
+    return others[:, None].expand(-1, count).clone().scatter_(1, classes, values)
 
 
 def smallest_faithful(logits: Tensor) -> tuple[int | None, Mapping[str, float]]:
