@@ -40,8 +40,9 @@ class AB(FeatureMethod):
     """Have units active for the same inputs as the teacher's, at every stage; how much so doesn't matter.
 
     The student's features go through a pointwise convolution and a batch norm, trained along: they have values on both sides of the
-    boundary, whatever activation the tap stands behind. Where sizes differ, they are interpolated to the teacher's. The authors train with
-    this loss alone before they train on labels; here both are trained together.
+    boundary, whatever activation the tap stands behind. Where sizes differ, they are interpolated to the teacher's. The batch norm sees
+    a worker's own samples, as the student's do. The authors train with this loss alone before they train on labels; here both are trained
+    together.
     """
 
     paper = Paper(

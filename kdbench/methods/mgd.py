@@ -70,7 +70,7 @@ class MGD(FeatureMethod):
 
         For segmentation they have mask pixel, alpha 2e-5, masked 0.75, logit_weight 3; for detectors mask pixel and alpha 2e-5, masked 0.65
         (one stage) or 5e-7, 0.45 (two). alpha: of a sum over channels and positions, so for the same effect it is halved where the
-        teacher's map has twice as many values; 7e-5 belongs to 25,088, and 1.2e-3 to about 16,000. masked: share that is hidden.
+        teacher's map has twice as many values; 7e-5 belongs to 25,088. masked: share that is hidden.
         logit_weight: of CWD's loss on logits that are maps, at logit_temperature.
         """
 
