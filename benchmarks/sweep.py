@@ -99,54 +99,63 @@ def experiment(
 # --- wall time ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Sweep:
+    """What is timed. run_trials: those of kdbench's that are really run; repeats: of the whole measurement."""
+
+    title: str
+    images: int
+    run_trials: int
+    repeats: int
+    scheduler: str
+    goal: Goal
+
+    @property
+    def needs_full_set(self) -> bool:
+        return self.images > 12_000
+
+
+def _sweeps(bench: Bench, trials: int) -> list[_Sweep]:
+    repeats = bench.pick(quick=1, usual=2, full=5)
+    small = bench.pick(quick=1_000, usual=_SMALL, full=_SMALL)
+    title = f"sweep of {trials} x {EPOCHS} epochs at {{:,}} images, wall: torchdistill + Optuna / kdbench"
+    found = [_Sweep(title.format(small), small, trials, repeats, "none", SMALL_GOAL)]
+    if bench.scale != "quick":
+        asha = f"the same at {small:,} images with ASHA, which stops trials early: less work"
+        found.append(_Sweep(asha, small, trials, 1, "asha", ASHA_GOAL))
+        found.append(_Sweep(title.format(_LARGE), _LARGE, bench.pick(quick=2, usual=4, full=trials), 1, "none", LARGE_GOAL))
+    return found
+
+
 def _walls(bench: Bench, python: Path) -> Iterator[Row]:
     trials = bench.pick(quick=4, usual=TRIALS, full=TRIALS)
-    repeats = bench.pick(quick=1, usual=2, full=5)
-    sizes = bench.pick(quick=(1_000,), usual=(_SMALL, _LARGE), full=(_SMALL, _LARGE))
-    weights = random_teacher(bench.scratch, experiment(sizes[0], BIG_TEACHER.teacher, Path())["task"], BIG_TEACHER.teacher).weights
-    for images in sizes:
-        large = images > 12_000
-        what = f"sweep of {trials} x {EPOCHS} epochs at {images:,} images, wall: torchdistill + Optuna / kdbench"
-        goal = LARGE_GOAL if large else SMALL_GOAL
-        if large and full_set_folder() is None:
-            yield not_measured(what, "the full Fashion-MNIST is not on this machine (apt-get install dataset-fashion-mnist)", goal)
-            continue
-        bench.say(f"sweep at {images:,} images: torchdistill")
-        peer = _Peer(bench, python, experiment(images, BIG_TEACHER.teacher, weights, full=large), f"wall-{images}")
-        run_trials = bench.pick(quick=trials, usual=4, full=trials) if large else trials
-        yield _wall_row(bench, peer, images, weights, trials, run_trials, 1 if large else repeats, "none", what, goal)
-        if not large and bench.scale != "quick":
-            asha = f"the same with ASHA (less work: it stops trials early), {images:,} images"
-            yield _wall_row(bench, peer, images, weights, trials, trials, 1, "asha", asha, ASHA_GOAL)
+    teacher = BIG_TEACHER.teacher
+    weights = random_teacher(bench.scratch, experiment(1_000, teacher, Path())["task"], teacher).weights
+    for sweep in _sweeps(bench, trials):
+        if sweep.needs_full_set and full_set_folder() is None:
+            yield not_measured(sweep.title, "the full Fashion-MNIST is not here (apt-get install dataset-fashion-mnist)", sweep.goal)
+        else:
+            yield _wall(bench, python, sweep, weights, trials)
 
 
-def _wall_row(
-    bench: Bench,
-    peer: _Peer,
-    images: int,
-    weights: Path,
-    trials: int,
-    run_trials: int,
-    repeats: int,
-    scheduler: str,
-    what: str,
-    goal: Goal,
-) -> Row:
-    ratios: list[float] = []
+def _wall(bench: Bench, python: Path, sweep: _Sweep, weights: Path, trials: int) -> Row:
+    folder = bench.scratch / f"{sweep.scheduler}-{sweep.images}"
+    folder.mkdir()
+    settings = experiment(
+        sweep.images, BIG_TEACHER.teacher, weights, trials=sweep.run_trials, scheduler=sweep.scheduler, full=sweep.needs_full_set
+    )
+    bench.say(f"{sweep.title}: torchdistill gets ready")
+    peer = _Peer(bench, python, settings, folder)
     ours: list[float] = []
     theirs: list[float] = []
-    for repeat in range(repeats):
-        bench.say(f"sweep at {images:,} images: kdbench, {scheduler}, {repeat + 1} of {repeats}")
-        settings = experiment(
-            images, BIG_TEACHER.teacher, weights, trials=run_trials, scheduler=scheduler, seed=repeat, full=images > 12_000
-        )
-        mine = _timeline(bench.scratch / f"{scheduler}-{images}-{repeat}", settings).extrapolated(trials)
-        its = peer.sweep_seconds(trials)
-        ours, theirs, ratios = [*ours, mine], [*theirs, its], [*ratios, its / mine]
-    how = [] if run_trials == trials else [f"kdbench extrapolated from {run_trials} of its {trials} trials"]
-    how.append(peer.how)
-    said = f"{Sample(tuple(ours)).median:.0f} s against {Sample(tuple(theirs)).median:.0f} s; {'; '.join(how)}"
-    return Row(what, Sample(tuple(ratios)), goal=goal, note=said)
+    for repeat in range(sweep.repeats):
+        bench.say(f"{sweep.title}: kdbench, {repeat + 1} of {sweep.repeats}")
+        ours.append(_timeline(folder / str(repeat), settings).extrapolated(trials))
+        bench.say(f"{sweep.title}: torchdistill, {repeat + 1} of {sweep.repeats}")
+        theirs.append(peer.sweep_seconds(trials))
+    how = [f"kdbench extrapolated from {sweep.run_trials} of its {trials} trials"] if sweep.run_trials < trials else []
+    said = f"{Sample(tuple(ours)).median:.0f} s against {Sample(tuple(theirs)).median:.0f} s; {'; '.join([*how, peer.how])}"
+    return Row(sweep.title, Sample(tuple(its / mine for its, mine in zip(theirs, ours, strict=True))), goal=sweep.goal, note=said)
 
 
 def _timeline(folder: Path, settings: dict[str, Any]) -> Timeline:
@@ -174,10 +183,8 @@ def _timeline(folder: Path, settings: dict[str, Any]) -> Timeline:
 class _Peer:
     """What a sweep takes torchdistill, from its start, its rate and its validation. It gets as many threads as make it fastest."""
 
-    def __init__(self, bench: Bench, python: Path, settings: dict[str, Any], name: str) -> None:
-        self._bench, self._python = bench, python
-        self._folder = bench.scratch / name
-        self._folder.mkdir()
+    def __init__(self, bench: Bench, python: Path, settings: dict[str, Any], folder: Path) -> None:
+        self._bench, self._python, self._folder = bench, python, folder
         self._job = _job(settings, self._folder)
         self._steps = settings["task"]["transfer_size"] // settings["recipe"]["batch_size"]
         self.how = (
