@@ -9,12 +9,23 @@ from torch import Tensor
 _INCREMENT = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
+_ALL = (1 << 64) - 1
 
 
 def hash64(seed: int, *counters: Tensor | int) -> Tensor:
     """64 well-mixed bits for (seed, counters), as int64; tensor counters broadcast against each other."""
-    state = _mix(torch.tensor(_signed(seed)))
-    for counter in counters:
+    # Whole numbers are mixed as such: on a batch of samples a tensor operation costs more than its arithmetic.
+    whole = _mix_whole(seed)
+    numbers = iter(counters)
+    state: Tensor | None = None
+    for counter in numbers:
+        if isinstance(counter, Tensor):
+            state = _mix(counter + _signed(whole))
+            break
+        whole = _mix_whole(whole + counter)
+    if state is None:
+        return torch.tensor(_signed(whole))
+    for counter in numbers:
         state = _mix(state + counter)
     return state
 
@@ -31,6 +42,14 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ _shifted(state, _LAST_SHIFT)
 
 
+def _mix_whole(state: int) -> int:
+    """`_mix` of one number, its 64 bits as a whole number that is not negative."""
+    state = (state + _INCREMENT) & _ALL
+    for shift, multiplier in _ROUNDS:
+        state = ((state ^ (state >> shift)) * multiplier) & _ALL
+    return state ^ (state >> _LAST_SHIFT)
+
+
 def _shifted(state: Tensor, count: int) -> Tensor:
     """Logical right shift: torch's own drags the sign bit along."""
     return (state >> count) & ((1 << (64 - count)) - 1)
@@ -38,5 +57,5 @@ def _shifted(state: Tensor, count: int) -> Tensor:
 
 def _signed(value: int) -> int:
     """The low 64 bits of `value` as torch's int64 holds them."""
-    value &= (1 << 64) - 1
+    value &= _ALL
     return value - (1 << 64) if value >> 63 else value

@@ -39,7 +39,9 @@ def tap_stream(tap: str) -> str:
 
 def view_count(recipe: Recipe) -> int | None:
     """How many different copies of an image training sees; None where every epoch has a fresh one and nothing can be cached."""
-    return 1 if recipe.augment.none else recipe.views
+    if recipe.augment.none:
+        return 1
+    return min(recipe.views, recipe.epochs) if recipe.views is not None else None
 
 
 class CacheSpec(StrictOptions):

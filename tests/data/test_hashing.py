@@ -19,12 +19,13 @@ def test_hash_of_a_seed_alone_is_the_published_first_number_of_splitmix64():
     assert int(hash64(1234567)) & MASK == 6457827717110365317
 
 
-@given(st.integers(0, MASK), st.lists(st.integers(0, 2**62), min_size=1, max_size=3))
+@given(st.integers(0, MASK), st.lists(st.tuples(st.integers(0, 2**62), st.booleans()), min_size=1, max_size=4))
 def test_hash_equals_unbounded_arithmetic_on_every_input(seed, counters):
     expected = splitmix(seed)
-    for counter in counters:
+    for counter, _ in counters:
         expected = splitmix((expected + counter) & MASK)
-    assert int(hash64(seed, *counters)) & MASK == expected
+    as_given = [torch.tensor([counter]) if is_tensor else counter for counter, is_tensor in counters]
+    assert int(hash64(seed, *as_given)) & MASK == expected
 
 
 def test_counters_are_told_apart_by_their_place():
