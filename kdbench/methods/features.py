@@ -118,7 +118,7 @@ def stages(shapes: Shapes) -> list[str]:
     blocks = _counted(shapes, "block")
     if len(named) > 1 or len(blocks) < 2 or shapes.taps[blocks[-1]].kind != "tokens":
         if not named:
-            raise UserError(f"there is no stage in a network whose places are {', '.join(shapes.taps) or 'none'}")
+            raise UserError(f"there is no stage in one of the networks{nearest('stage:-1', shapes.taps)}")
         return named
     count = min(_STAGES_OF_A_TRANSFORMER, len(blocks))
     return [blocks[(position + 1) * len(blocks) // count - 1] for position in range(count)]

@@ -147,7 +147,9 @@ def test_a_network_without_stages_is_told_to_name_taps() -> None:
     flat = Shapes((7,), {"fc1": TapShape("vector", (5,)), "fc2": TapShape("vector", (7,))})
     with pytest.raises(UserError) as caught:
         fitted(method("at"), flat, shapes("cnn"))
-    assert str(caught.value) == ("method at: there is no stage in a network whose places are fc1, fc2; name student_taps and teacher_taps")
+    assert str(caught.value) == (
+        "method at: there is no stage in one of the networks; there is: fc1, fc2; name student_taps and teacher_taps"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -36,11 +35,7 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places
 from kdbench.tasks.base import TaskInfo
-from kdbench.training import loop
-from kdbench.training.loop import Training, fit, prepare
-from kdbench.training.session import LocalSession
-from kdbench.training.teacher import LiveTeacher
-from tests.training.units import layout, saved_teacher, unit
+from tests.methods.trainings import check_training
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -561,36 +556,7 @@ def test_a_parameter_outside_its_domain_is_named(value: dict[str, Any], message:
 def test_a_training_moves_adapters_and_student_and_leaves_the_teacher_and_the_file_alone(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[Training] = []
-    before: list[dict[str, Tensor]] = []
-
-    def watched(*args: Any) -> Training:
-        runs.append(prepare(*args))
-        assert isinstance(runs[0].teacher, LiveTeacher)
-        before.extend({k: v.clone() for k, v in part.state_dict().items()} for part in (runs[0].distiller.method, runs[0].teacher.model))
-        return runs[0]
-
-    monkeypatch.setattr(loop, "prepare", watched)
-    asked = unit({"name": name}, saved_teacher(tmp_path), student={"name": "tiny_cnn", "width": 6}, recipe={"epochs": 1})
-    record = fit(asked, LocalSession(), layout(tmp_path))
-    (run,) = runs
-    assert isinstance(run.teacher, LiveTeacher)
-    assert math.isfinite(record.curve[-1]["train_total"])
-    learned = dict(run.distiller.method.named_parameters())
-    assert all(not torch.equal(before[0][key], value) for key, value in learned.items())
-    assert bool(learned) == (name not in ("at", "nst"))
-    assert all(torch.equal(before[1][key], value) for key, value in run.teacher.model.state_dict().items())
-    plain = run.task.build_model(asked.student).state_dict()
-    assert load_file(layout(tmp_path).student(asked.key)).keys() == plain.keys()
-    batch = next(iter(run.loader.batches(0)))
-    images = batch.inputs.float() / 255
-    index = torch.arange(len(images))
-    student = run.distiller.student
-    s, t = Taps(student, run.distiller.method.student_taps)(images), run.teacher(Batch(images, index, index))
-    terms = run.distiller.method(s, t, batch, DONE)
-    body = [parameter for key, parameter in student.named_parameters() if key.startswith("layer1")]
-    gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), body)
-    assert all(gradient.isfinite().all() and gradient.count_nonzero() for gradient in gradients)
+    check_training(name, tmp_path, monkeypatch)
 
 
 def test_a_search_varies_the_weights_and_what_decides_how_much_is_seen() -> None:
