@@ -247,7 +247,7 @@ def trained(tmp_path: Path) -> Trained:
     task = build_task(experiment.task)
     torch.manual_seed(0)
     model = task.build_model(experiment.students[0])
-    images = unit_range(task.splits().test.inputs)
+    images = unit_range(task.splits().test.pixels)
     model(model_inputs(model, images))  # batch norm statistics that are not those of a new model
     save_weights(model.state_dict(), Layout(folder).student(record.unit_key))
     ResultStore(folder).append(record)

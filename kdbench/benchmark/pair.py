@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,7 @@ class Pair:
     split_hash: str
     student_places: Shapes  # every place of the two networks that a method can look at
     teacher_places: Shapes | None
+    mapped_data: Path | None = None  # where trainings in other processes find the data set
 
     def unit(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
 from kdbench.data.options import StrictOptions
+from kdbench.data.sources import Source
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
 
@@ -51,6 +52,7 @@ class Task(ABC):
     class Options(StrictOptions):
         """The keys that `task:` takes in an experiment beside `name`."""
 
+    source: Source | None = None  # the data set, where it is one that other processes may map
     info: TaskInfo
     data_name: str  # what records and boards call the data set
 

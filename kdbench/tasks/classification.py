@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.sources import DataSpec, open_source
+from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
@@ -30,7 +30,7 @@ class Classification(Task):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.source = open_source(options.data)
+        self.source: Source = open_source(options.data)
         if self.source.train.target.ndim != 1:
             raise UserError(f"task 'classification' needs one label per image; data {self.source.name!r} gives one per pixel")
         self.data_name = self.source.name

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.sources import DataSpec, open_source
+from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.data.views import IGNORED
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
@@ -31,7 +31,7 @@ class Segmentation(Task):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.source = open_source(options.data)
+        self.source: Source = open_source(options.data)
         if self.source.train.target.ndim != 3:
             raise UserError(f"task 'segmentation' needs one label per pixel; data {self.source.name!r} gives one per image")
         if self.source.ignore_index not in (None, IGNORED):

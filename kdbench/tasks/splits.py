@@ -57,7 +57,7 @@ def cut(source: Source, options: SplitOptions) -> Splits:
     val_rows, train_rows = stratified(classes, val_size, options.split_seed)
     # What is said here is what lets two labels be mixed.
     whole = replace(source.train, classes=source.num_classes) if source.train.target.ndim == 1 else source.train
-    train, val = whole.select(train_rows), whole.select(val_rows)
+    train, val = whole.within(train_rows), whole.within(val_rows)
     transfer = train
     if options.transfer_size is not None:
         if options.transfer_size > len(train_rows):
@@ -66,7 +66,7 @@ def cut(source: Source, options: SplitOptions) -> Splits:
                 f"that are left for training after {val_size} went to validation"
             )
         chosen, _ = stratified(classes[train_rows], options.transfer_size, options.split_seed)
-        transfer = train.select(chosen)
+        transfer = train.within(chosen)
     digest = hashlib.sha256(source.sha256.encode())
     for part in (train, transfer, val, source.test):
         digest.update(len(part).to_bytes(8, "little") + part.index.numpy().tobytes())

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kdbench.data.batch import Batch
 from kdbench.data.loader import Loader
+from kdbench.data.mapped import adopt
 from kdbench.errors import Diverged, UserError
 from kdbench.experiment import Unit
 from kdbench.methods.base import Method, Progress
@@ -108,6 +109,8 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
     Raises Diverged where a loss is no longer finite, UserError where the pair can't work.
     """
     torch.set_num_threads(session.threads)
+    if unit.mapped_data is not None:
+        adopt(unit.mapped_data)
     run = prepare(unit, session)
     kept = session.resume()
     if kept is not None and kept["unit"] == unit.key:
