@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, create_model, field_validator
 from torch import Tensor, nn
 
-from kdbench.data.batch import Batch
+from kdbench.data.batch import Batch, Part
 from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.tasks.base import TaskInfo
@@ -48,6 +48,10 @@ class Combination(Method):
         for part in self._named().values():
             if part.needs_teacher_network:
                 part.use_teacher(network, image_shape)
+
+    def use_samples(self, samples: Part) -> None:
+        for part in self._named().values():
+            part.use_samples(samples)
 
     def adapt_student(self, student: nn.Module) -> nn.Module:
         for part in self._named().values():

@@ -119,8 +119,6 @@ class USKD(Method):
                 raise UserError(f"method uskd: student_taps: there is no tap {named!r}{nearest(named, student.taps)}")
             return self.params
         names = stages(student)
-        if not names:
-            raise UserError("method uskd: the student has no stages; name one of its modules in student_taps")
         middle = names[(len(names) - 1) // 2] if names[0].startswith("block:") else names[max(0, len(names) - 2)]
         return self.params.model_copy(update={"student_taps": (middle,)})
 

@@ -346,6 +346,15 @@ def test_a_killed_training_with_crd_continues_to_the_same_bits(tmp_path: Path) -
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
+def test_crd_beside_another_method_has_its_memory_too() -> None:
+    student, teacher = network("tiny_cnn", width=6).eval(), network("tiny_cnn", width=8).eval()
+    method = built({"name": "kd+crd", "crd": {"negatives": 8}}, student, teacher)
+    images, labels = torch.rand(3, *IMAGE), torch.arange(3)
+    s, t = Taps(student, method.student_taps)(images), Taps(teacher, method.teacher_taps)(images)
+    assert method(s, t, Batch(images, labels, 3 * labels), DONE).keys() == {"kd", "crd"}
+    assert method.batch_coupled
+
+
 # USKD
 
 
@@ -578,7 +587,7 @@ def test_uskd_refuses_a_student_without_classes_to_rank_or_tokens_it_can_not_pla
         method.build(Shapes((1,), {"block:0": TapShape("tokens", (17, 6))}), None, TaskInfo("classification", 1, IMAGE))
     with pytest.raises(UserError, match="method uskd can't read the student's 'block:0': 15 tokens make no square grid"):
         method.build(Shapes((5,), {"block:0": TapShape("tokens", (15, 6))}), None, TaskInfo("classification", 5, IMAGE))
-    with pytest.raises(UserError, match="the student has no stages; name one of its modules"):
+    with pytest.raises(UserError, match="there is no stage in a network"):
         USKD().choose_taps(Shapes((5,), {}), None)
 
 
