@@ -60,7 +60,8 @@ def adopt(folder: Path) -> None:
     except FileNotFoundError:
         return
     sha = facts.pop("sha256")
-    source = Source(**{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    source = Source(**known)
     source.__dict__["sha256"] = sha  # known from who wrote it; hashing would read all of the data in every process
     assert source.made_by is not None
     sources.MAPPED.setdefault(source.made_by, source)

@@ -13,6 +13,7 @@ from pydantic import Field, create_model, field_validator
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
+from kdbench.errors import UserError
 from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.tasks.base import TaskInfo
@@ -54,8 +55,17 @@ class Combination(Method):
             part.use_samples(samples)
 
     def adapt_student(self, student: nn.Module) -> nn.Module:
-        for part in self._named().values():
-            student = part.adapt_student(student)
+        """Raises UserError where a part changes the student and another looks inside it: its places were those of the plain one."""
+        parts = self._named()
+        for name, part in parts.items():
+            adapted = part.adapt_student(student)
+            if adapted is not student and (inside := [other for other in parts if other != name and parts[other].student_taps]):
+                raise UserError(
+                    f"method {'+'.join(parts)}: {name} changes the student, so {inside[0]} would not find what it looks at there; "
+                    f"combine {name} with methods that read predictions alone"
+                )
+            student = adapted
+        self.student_taps = _union(list(parts.values()), "student_taps")
         return student
 
     def export_student(self, student: nn.Module) -> nn.Module:

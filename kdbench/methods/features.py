@@ -137,7 +137,7 @@ def paired_spatial_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Name
     Where all have, they stay, so that `map_pairs` can say so.
     """
     paired = list(zip(*paired_stages(student, teacher), strict=True))
-    spatial = [(ours, theirs) for ours, theirs in paired if min(_positions(student.taps[ours]), _positions(teacher.taps[theirs])) > 1]
+    spatial = [(ours, theirs) for ours, theirs in paired if min(positions(student.taps[ours]), positions(teacher.taps[theirs])) > 1]
     kept = spatial or paired
     return tuple(ours for ours, _ in kept), tuple(theirs for _, theirs in kept)
 
@@ -160,7 +160,7 @@ def middle_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
     return (min(reversed(stages(student)), key=distance),), (hint,)
 
 
-def _positions(shape: TapShape) -> int:
+def positions(shape: TapShape) -> int:
     """Over how many places of the image a stage's output is spread."""
     return shape.shape[0] if shape.kind == "tokens" else math.prod(shape.shape[1:])
 
@@ -184,7 +184,5 @@ def output_place(shapes: Shapes) -> str:
 
     It is the last place, in forward order, of the last stage's shape. Raises UserError where the network has no stage.
     """
-    last = stages(shapes)[-1:]
-    if not last:
-        raise UserError("a network has no stage or block")
-    return [name for name, shape in shapes.taps.items() if shape == shapes.taps[last[0]]][-1]
+    last = shapes.taps[stages(shapes)[-1]]
+    return [name for name, shape in shapes.taps.items() if shape == last and not name.startswith("before:")][-1]

@@ -15,7 +15,7 @@ from kdbench.catalogue import nearest
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.methods.base import Method, Paper, Progress, loss_precision
-from kdbench.methods.features import stages
+from kdbench.methods.features import positions, stages
 from kdbench.methods.logits import hard_labels, require_same_classes
 from kdbench.models.adapters import class_tokens, map_shape
 from kdbench.models.outputs import Outputs, Shapes, TapShape
@@ -88,10 +88,12 @@ class OneForAll(Method):
     def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
         require_same_classes("ofa", student, teacher)
         assert teacher is not None, "refused in the line above"
-        found, params = stages(student), self.params
+        params = self.params
+        try:
+            found = stages(student)
+        except UserError as error:
+            raise UserError(f"method ofa puts exits at the student's stages: {error}") from error
         taps = params.student_taps or tuple(found)
-        if not taps:
-            raise UserError("method ofa: the student has no stage or block to put an exit at; name places as student_taps")
         for name in taps:
             _check_exit(name, student)
         behind = params.stages_behind or tuple(_stages_behind(name, found, student) for name in taps)
@@ -144,17 +146,12 @@ def _stages_behind(name: str, found: list[str], student: Shapes) -> int:
     """How many of the student's stages, `found`, come after the place `name`: by its order, or by its resolution if it is none of them."""
     if name in found:
         return len(found) - 1 - found.index(name)
-    return sum(_positions(student.taps[stage]) < _positions(student.taps[name]) for stage in found)
-
-
-def _positions(shape: TapShape) -> int:
-    return shape.shape[0] if shape.kind == "tokens" else math.prod(shape.shape[1:])
+    return sum(positions(student.taps[stage]) < positions(student.taps[name]) for stage in found)
 
 
 def _last_width(shapes: Shapes) -> int:
-    """Channels of what the classifier reads, or of the last stage where that is not known."""
-    names = ["pooled"] if "pooled" in shapes.taps else stages(shapes)[-1:]
-    return max((shapes.taps[name].channels for name in names), default=1)
+    """Channels of what the classifier reads, or of the last stage; 1 where neither is known."""
+    return next((shapes.taps[name].channels for name in ("pooled", "stage:-1") if name in shapes.taps), 1)
 
 
 def _projector_width(shape: TapShape, student: int, teacher: int) -> int:

@@ -163,7 +163,7 @@ class ScaleKD(FeatureMethod):
         """The last stage but one, and the place behind the last."""
         for name, shapes in (("student", student), ("teacher", teacher)):
             if len(stages(shapes)) < 2:
-                raise UserError(f"method scalekd compares two stages, and the {name} has fewer; name two places as {name}_taps")
+                raise UserError(f"it compares two stages, and the {name} has one")
         return (stages(student)[-2], output_place(student)), (stages(teacher)[-2], output_place(teacher))
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:

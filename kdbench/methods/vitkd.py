@@ -73,7 +73,7 @@ class ViTKD(FeatureMethod):
         """The first two blocks, and the place behind the final norm."""
         for name, shapes in (("student", student), ("teacher", teacher)):
             if not shapes.taps.keys() >= set(_LOW_BLOCKS):
-                raise UserError(f"method vitkd imitates two blocks, and the {name} has not as many; use a transformer")
+                raise UserError(f"it imitates the first two blocks of a transformer, and the {name} has fewer")
         return (*_LOW_BLOCKS, output_place(student)), (*_LOW_BLOCKS, output_place(teacher))
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:

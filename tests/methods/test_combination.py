@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdbench.data.batch import Batch
+from kdbench.data.batch import Batch, Part
 from kdbench.distributed.study import MethodStudy
 from kdbench.errors import UserError
 from kdbench.experiment import Unit, load_experiment, to_yaml
@@ -46,20 +46,11 @@ def logits(samples: int = 4) -> tuple[Outputs, Outputs, Batch]:
     return Outputs(student), Outputs(teacher), Batch(index, index % 5, index)
 
 
-class Marked(nn.Module):
-    """A student with something around it."""
-
-    def __init__(self, inner: nn.Module, mark: str) -> None:
-        super().__init__()
-        self.inner, self.mark = inner, mark
-
-
-class Wrapping(Method):
-    """Looks at one place, wraps the student, learns one number, and sees its teacher only if it asks for one."""
+class Simple(Method):
+    """Has a condition in its space, learns one number, and sees a teacher only if it asks for one."""
 
     paper = Paper("a method of the tests")
     tasks = ANY_TASK
-    mark = ""
 
     class Params(Method.Params):
         form: Annotated[str, Choice(("plain", "bent"))] = "plain"
@@ -73,23 +64,15 @@ class Wrapping(Method):
         self.saw_teacher = teacher is not None
         self.number = nn.Parameter(torch.ones(()))
 
-    def adapt_student(self, student: nn.Module) -> nn.Module:
-        return Marked(student, self.mark)
-
-    def export_student(self, student: nn.Module) -> nn.Module:
-        assert isinstance(student, Marked)
-        assert student.mark == self.mark
-        inner = student.inner
-        assert isinstance(inner, nn.Module)
-        return inner
+    def use_samples(self, samples: Part) -> None:
+        self.samples = len(samples)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert (t is not None) == self.needs_teacher
         return {"number": self.number * s.logits.mean()}
 
 
-class Inner(Wrapping):
-    mark = "inner"
+class Inner(Simple):
     version = 3
     student_taps = ("stage:0", "stage:1")
     teacher_taps = ("stage:-1",)
@@ -99,8 +82,7 @@ class Inner(Wrapping):
         self.given = [network]
 
 
-class Outer(Wrapping):
-    mark = "outer"
+class Outer(Simple):
     version = 2
     student_taps = ("stage:1", "pooled")
     needs_teacher = False
@@ -165,12 +147,56 @@ def test_its_warm_up_is_the_longest():
     assert build_method(spec("kd+nkd"), None).warmup_epochs(24) == 0
 
 
-def test_students_are_wrapped_in_order_and_unwrapped_in_reverse():
-    method, student = BOTH(), nn.Linear(3, 3)
-    wrapped = method.adapt_student(student)
-    assert isinstance(wrapped, Marked)
-    assert wrapped.mark == "outer"
-    assert method.export_student(wrapped) is student
+class Marked(nn.Module):
+    """A student with something around it."""
+
+    def __init__(self, inner: nn.Module, mark: str) -> None:
+        super().__init__()
+        self.inner, self.mark = inner, mark
+
+
+class Wrapping(Simple):
+    """Wraps the student, and looks at the layer that it adds."""
+
+    def adapt_student(self, student: nn.Module) -> nn.Module:
+        self.student_taps = self.own_taps
+        return Marked(student, self.mark)
+
+    def export_student(self, student: nn.Module) -> nn.Module:
+        assert isinstance(student, Marked)
+        assert student.mark == self.mark
+        inner = student.inner
+        assert isinstance(inner, nn.Module)
+        return inner
+
+    mark = "first"
+    own_taps: tuple[str, ...] = ()
+
+
+class SecondWrapping(Wrapping):
+    mark = "second"
+    own_taps = ("added",)
+
+
+def test_students_are_changed_in_order_and_changed_back_in_reverse():
+    method, student = combined((("first", Wrapping), ("second", SecondWrapping)))(), nn.Linear(3, 3)
+    changed = method.adapt_student(student)
+    assert isinstance(changed, Marked)
+    assert changed.mark == "second"
+    assert method.student_taps == ("added",)
+    assert method.export_student(changed) is student
+
+
+def test_a_part_that_changes_the_student_goes_with_none_that_looks_inside():
+    for parts in ((("wrap", Wrapping), ("inner", Inner)), (("inner", Inner), ("wrap", Wrapping))):
+        with pytest.raises(UserError, match=r"wrap changes the student, so inner would not find what it looks at there; combine wrap"):
+            combined(parts)().adapt_student(nn.Linear(3, 3))
+
+
+def test_all_parts_are_told_of_the_samples():
+    method = BOTH()
+    method.use_samples(Part(*(torch.arange(7) for _ in range(3))))
+    assert [part.samples for part in method.parts] == [7, 7]
 
 
 def test_adapters_of_all_parts_are_in_its_state_and_come_back():

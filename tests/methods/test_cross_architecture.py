@@ -244,6 +244,18 @@ def test_a_token_projector_merges_down_to_a_grid_of_seven(side: int, prefix: int
     assert seen == [(2, merged * merged + prefix, width if side > 7 else 8)]
 
 
+@pytest.mark.parametrize(("side", "merges"), [(14, 1), (28, 2)])
+def test_between_merges_there_is_an_activation_and_behind_a_single_one_too(side: int, merges: int):
+    projector = TokenProjector(TapShape("tokens", (side * side, 4)), blocks=1, width=6, classes=3)
+    tokens = torch.randn(2, side * side, 4)
+    grid = F.gelu(projector.merging[0](tokens.unflatten(1, (side, side))))
+    assert len(projector.merging) == merges
+    if merges == 2:
+        grid = projector.merging[1](grid)
+    wanted = projector.classifier(projector.blocks(grid.flatten(1, 2)).mean(1))
+    torch.testing.assert_close(projector(tokens), wanted)
+
+
 def test_patch_merging_joins_two_by_two_neighbours():
     merging = PatchMerging(3, 5)
     grid = torch.randn(2, 4, 4, 3)
@@ -336,6 +348,7 @@ def test_ofa_looks_at_every_stage_of_the_student_and_at_none_of_the_teacher():
     assert method.params.widths == (64, 64, 64)
     assert built("ofa", "small vit", "resnet").params.stages_behind == (3, 2, 1, 0)  # type: ignore[attr-defined]
     assert built("ofa", "small vit", "resnet").params.widths == (8,) * 4  # type: ignore[attr-defined]
+    assert built("ofa", "cnn", "mixer").params.widths == (512,) * 3  # type: ignore[attr-defined]
     named = built({"name": "ofa", "student_taps": ["layer1", "stage:-1"]}, "cnn", "vit")
     assert named.params.stages_behind == (2, 0)  # type: ignore[attr-defined]
 
@@ -420,7 +433,7 @@ def test_scalekd_has_one_head_for_64_channels_unless_it_is_told():
 @pytest.mark.parametrize(
     ("method", "student", "teacher", "message"),
     [
-        ("vitkd", "cnn", "vit", r"the student has not as many; use a transformer"),
+        ("vitkd", "cnn", "vit", r"^method vitkd: it imitates the first two blocks of a transformer, and the student has fewer; name"),
         (
             "vitkd",
             "mixer",
@@ -455,7 +468,7 @@ def test_what_does_not_fit_is_said_in_one_line(method: str | dict[str, Any], stu
 
 def test_a_network_without_two_stages_is_refused():
     flat = Shapes((CLASSES,), {"stage:0": TapShape("map", (4, 3, 3)), "stage:-1": TapShape("map", (4, 3, 3))})
-    with pytest.raises(UserError, match="scalekd compares two stages, and the student has fewer"):
+    with pytest.raises(UserError, match="method scalekd: it compares two stages, and the student has one; name student_taps"):
         ScaleKD().choose_taps(flat, whole("swin"))
     with pytest.raises(UserError, match="needs a teacher"):
         ViTKD().choose_taps(whole("vit"), None)
