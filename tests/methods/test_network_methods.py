@@ -38,7 +38,7 @@ from tests.training.units import layout, saved_teacher, unit
 NAMES = ("adain", "kdsvd", "norm", "ofd", "reviewkd", "srrl")
 GREY = (1, 28, 28)
 STUDENT = {"name": "tiny_cnn", "width": 8}
-TEACHER = {"name": "cifar_resnet8", "width": 8, "stem_stride": 2}
+TEACHER: dict[str, Any] = {"name": "cifar_resnet8", "width": 8, "stem_stride": 2}
 LATE = Progress(epoch=1.0, step=1, total_steps=2)
 every_method = pytest.mark.parametrize("name", NAMES)
 
