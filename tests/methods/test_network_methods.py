@@ -358,6 +358,13 @@ def test_ofd_takes_its_margins_from_the_norm_in_front_of_each_stages_activation(
     assert not any(name.startswith("margin") for name in method.state_dict())
 
 
+def test_a_norm_behind_the_tapped_activation_is_not_taken_for_the_one_in_front():
+    named = {"name": "ofd", "student_taps": ["stage:0"], "teacher_taps": ["before:block0.2"]}
+    method, _, theirs = at_work(named, teacher={"name": "vgg13"})
+    norm = theirs.get_submodule("block0.1")
+    torch.testing.assert_close(method.get_buffer("margin0"), margins(norm.weight, norm.bias).float())
+
+
 # what is deployed
 
 
