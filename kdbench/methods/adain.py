@@ -13,8 +13,7 @@ from kdbench.data.batch import Batch
 from kdbench.methods.base import Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages, stages
 from kdbench.methods.kd import softened_divergence
-from kdbench.models.adapters import as_map
-from kdbench.models.outputs import Outputs, Shapes, TapShape
+from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.tail import Tail
 from kdbench.models.taps import locate, places
 from kdbench.search_space import Choice, Range, When
@@ -81,7 +80,6 @@ class AdaIN(FeatureMethod):
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         pairs = self.pairs(student, teacher)
-        self._shapes: list[TapShape] = [ours for ours, _ in pairs]
         self.adapters = nn.ModuleList()
         for position, ((channels, *_), (wanted, *_)) in enumerate(self.map_pairs(student, teacher)):
             if pairs[position][1].kind != "map":
@@ -97,11 +95,8 @@ class AdaIN(FeatureMethod):
             self._judges = [Tail(network, tap, image_shape, until=_next_stage(network, image_shape, tap)) for tap in self.teacher_taps]
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        assert t is not None
         judged, distances, epsilon = [], [], self.params.epsilon
-        levels = zip(self.student_taps, self.teacher_taps, self._shapes, self.adapters, self._judges, strict=True)
-        for student, teacher, ours, adapter, judge in levels:
-            feature, content = loss_precision(as_map(s.maps[student], ours), t.maps[teacher])
+        for (feature, content), adapter, judge in zip(self.read_maps(s, t), self.adapters, self._judges, strict=True):
             feature = adapter(feature)
             # Both in one call: what is the same is then judged the same to the last bit.
             judged.append(self._distance(*judge(torch.cat([restyled(content, feature, epsilon), content])).chunk(2)))

@@ -14,8 +14,8 @@ from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
-from kdbench.models.adapters import as_tokens, map_shape
-from kdbench.models.outputs import Outputs, Shapes, TapShape
+from kdbench.models.adapters import map_shape
+from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search_space import Range
 from kdbench.tasks.base import TaskInfo
 
@@ -96,11 +96,11 @@ class KDSVD(FeatureMethod):
         return tuple(s for s, _ in chosen), tuple(t for _, t in chosen)
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        self._shapes: list[tuple[TapShape, TapShape]] = self.pairs(student, teacher)
+        pairs = self.pairs(student, teacher)
         for position, (ours, theirs) in enumerate(self.map_pairs(student, teacher)):
             if (obstacle := self._obstacle(ours, theirs)) is not None:
-                raise self.unfit(position, *self._shapes[position], obstacle)
-        if len(self._shapes) < 2:
+                raise self.unfit(position, *pairs[position], obstacle)
+        if len(pairs) < 2:
             raise UserError(f"method {self.name} relates consecutive places; name at least two student_taps and teacher_taps")
 
     def _obstacle(self, student: tuple[int, int, int], teacher: tuple[int, int, int]) -> str | None:
@@ -114,13 +114,11 @@ class KDSVD(FeatureMethod):
         return None
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        assert t is not None
         directions = []
-        for student, teacher, (ours, theirs) in zip(self.student_taps, self.teacher_taps, self._shapes, strict=True):
-            values, goal = singular_vectors(as_tokens(t.maps[teacher], theirs).detach(), self.params.vectors)
-            _, found = singular_vectors(as_tokens(s.maps[student], ours), self.params.vectors + _SPARE)
-            scale = F.normalize(values, dim=1).unsqueeze(1).to(found.dtype)
-            goal = goal.to(found.dtype)
+        for ours, theirs in self.read_maps(s, t):
+            values, goal = singular_vectors(theirs.flatten(2).mT, self.params.vectors)
+            _, found = singular_vectors(ours.flatten(2).mT, self.params.vectors + _SPARE)
+            scale = F.normalize(values, dim=1).unsqueeze(1)
             directions.append((aligned(found, goal) * scale, goal * scale))
         distances = [
             (correlation(student, before_s) - correlation(teacher, before_t)).square().sum()

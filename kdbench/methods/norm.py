@@ -16,7 +16,6 @@ from kdbench.methods.base import Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names
 from kdbench.methods.kd import softened_divergence
 from kdbench.methods.logits import require_same_classes
-from kdbench.models.adapters import as_map
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.tail import Tail
 from kdbench.models.taps import ImageShape, Tap, locate, places
@@ -148,11 +147,12 @@ class NORM(FeatureMethod):
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         require_same_classes(self.name, student, teacher)
-        self._shapes: list[tuple[TapShape, TapShape]] = self.pairs(student, teacher)
         self._image_shape: ImageShape = task.image_shape
         for position, (ours, theirs) in enumerate(self.map_pairs(student, teacher)):
             if self.params.segments == 1 and ours[0] != theirs[0]:
-                raise self.unfit(position, *self._shapes[position], "with `segments: 1` both need the same number of channels")
+                raise self.unfit(
+                    position, *self.pairs(student, teacher)[position], "with `segments: 1` both need the same number of channels"
+                )
             self._width = self.params.segments * theirs[0]
 
     def adapt_student(self, student: nn.Module) -> nn.Module:
@@ -178,10 +178,7 @@ class NORM(FeatureMethod):
         assert t is not None
         params = self.params
         student, teacher = normalised_logits(s.logits, params.logit_scale), normalised_logits(t.logits, params.logit_scale)
-        distances = [
-            matching_distance(as_map(s.maps[ours], shape), as_map(t.maps[theirs], goal))
-            for ours, theirs, (shape, goal) in zip(self.student_taps, self.teacher_taps, self._shapes, strict=True)
-        ]
+        distances = [matching_distance(ours, theirs) for ours, theirs in self.read_maps(s, t)]
         return {
             "ce": params.gamma * F.cross_entropy(student, batch.target),
             "kl": params.alpha * softened_divergence(student, teacher, params.temperature),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdbench.data.batch import Batch
 from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, before_activation, paired_stages
-from kdbench.models.adapters import as_map, to_smaller
+from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import locate
 from kdbench.search_space import Range
@@ -94,13 +94,10 @@ class OFD(FeatureMethod):
             self.register_buffer(f"margin{position}", margins(norm.weight, norm.bias).float(), persistent=False)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        assert t is not None
         losses = []
-        levels = zip(self.student_taps, self.teacher_taps, self._shapes, self.connectors, strict=True)
-        for position, (student, teacher, (ours, theirs), connector) in enumerate(levels):
-            feature, goal = loss_precision(as_map(s.maps[student], ours), as_map(t.maps[teacher], theirs))
+        for position, ((feature, goal), connector) in enumerate(zip(self.read_maps(s, t), self.connectors, strict=True)):
             distance = partial_distance(*to_smaller(connector(feature), goal), self.get_buffer(f"margin{position}"))
-            losses.append(distance / 2 ** (len(self._shapes) - position - 1))
+            losses.append(distance / 2 ** (len(self.connectors) - position - 1))
         return {"partial": self.params.weight * torch.stack(losses).sum()}
 
 

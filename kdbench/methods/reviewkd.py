@@ -112,7 +112,8 @@ class ReviewKD(FeatureMethod):
         losses, passed = [], None
         levels = zip(self.student_taps, self.teacher_taps, self._shapes, self.fusions, strict=True)
         for student, teacher, (ours, theirs), fusion in reversed(list(levels)):
-            feature, hint = loss_precision(_as_level(s.maps[student], ours), _as_level(t.maps[teacher], theirs))
+            (feature,) = loss_precision(_as_level(s.maps[student], ours))
+            hint = _as_level(t.maps[teacher], theirs).to(feature.dtype)
             explained, passed = fusion(feature, passed, hint.shape[-2:])
             losses.append(hierarchical_context_loss(explained, hint))
         return {"review": self.params.weight * at.ramp(self.params.warmup_share) * torch.stack(losses).sum()}

@@ -66,8 +66,9 @@ class SRRL(FeatureMethod):
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
         (student,), (teacher,) = self.student_taps, self.teacher_taps
-        feature, goal, logits = loss_precision(as_map(s.maps[student], self._shape), t.maps[teacher], t.logits)
+        (feature,) = loss_precision(as_map(s.maps[student], self._shape))
         pooled = as_vector(self.connector(feature))
+        goal, logits = (x.to(pooled.dtype) for x in (t.maps[teacher], t.logits))
         return {
             "feature": self.params.alpha * F.mse_loss(pooled, goal),
             "regression": self.params.beta * F.mse_loss(self._classifier(pooled), logits),

@@ -40,13 +40,14 @@ class Tail:
         return torch.zeros(_SAMPLES, *self._place.shape.shape, device=weight.device, dtype=weight.dtype)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The network's prediction, [B, classes], or the features at `until`."""
+        """The network's prediction, [B, classes], or the features at `until`: in the precision of `features`, whatever the network's."""
         weight = next(self.network.parameters())
+        given = features.to(weight.dtype)
         image = torch.zeros(1, *self._image_shape, device=features.device, dtype=weight.dtype)
         maps: dict[str, Tensor] = {}
         with ExitStack() as hooks:
-            hooks.enter_context(self._place.change(lambda _: features))
+            hooks.enter_context(self._place.change(lambda _: given))
             if self._until is not None:
                 hooks.enter_context(self._until.attach(maps))
             prediction: Tensor = self.network(model_inputs(self.network, image))
-        return maps[self._until.name] if self._until is not None else prediction
+        return (maps[self._until.name] if self._until is not None else prediction).to(features.dtype)

@@ -38,7 +38,7 @@ from tests.training.units import layout, saved_teacher, unit
 NAMES = ("adain", "kdsvd", "norm", "ofd", "reviewkd", "srrl")
 GREY = (1, 28, 28)
 STUDENT = {"name": "tiny_cnn", "width": 8}
-TEACHER = {"name": "cifar_resnet8", "width": 8, "stem_stride": 2}
+TEACHER: dict[str, Any] = {"name": "cifar_resnet8", "width": 8, "stem_stride": 2}
 LATE = Progress(epoch=1.0, step=1, total_steps=2)
 every_method = pytest.mark.parametrize("name", NAMES)
 
@@ -356,6 +356,13 @@ def test_ofd_takes_its_margins_from_the_norm_in_front_of_each_stages_activation(
         norm = theirs.get_submodule(path)
         torch.testing.assert_close(method.get_buffer(f"margin{position}"), margins(norm.weight, norm.bias).float())
     assert not any(name.startswith("margin") for name in method.state_dict())
+
+
+def test_a_norm_behind_the_tapped_activation_is_not_taken_for_the_one_in_front():
+    named = {"name": "ofd", "student_taps": ["stage:0"], "teacher_taps": ["before:block0.2"]}
+    method, _, theirs = at_work(named, teacher={"name": "vgg13"})
+    norm = theirs.get_submodule("block0.1")
+    torch.testing.assert_close(method.get_buffer("margin0"), margins(norm.weight, norm.bias).float())
 
 
 # what is deployed

@@ -63,3 +63,11 @@ def test_a_tail_can_end_at_a_later_tap() -> None:
     seen.sum().backward()
     assert features.grad is not None
     assert features.grad.abs().sum() > 0
+
+
+def test_features_in_another_precision_come_back_in_theirs() -> None:
+    model = network("tiny_cnn")
+    features = Taps(model, ("stage:1",))(torch.rand(2, *IMAGE)).maps["stage:1"]
+    wide = Tail(model, "stage:1", IMAGE)(features.double())
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), Tail(model, "stage:1", IMAGE)(features))
