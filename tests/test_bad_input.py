@@ -577,7 +577,7 @@ def test_a_damaged_choice_of_precision_is_measured_again(kdbench: Kdbench, monke
     for content in ("", "{", "[]", '{"precision": "fp9", "memory_format": "contiguous"}'):
         choice.write_text(content)
         assert run(kdbench, changes).code == 0
-        assert json.loads(choice.read_text()) == {"precision": "fp32", "memory_format": "contiguous"}
+        assert json.loads(choice.read_text()) == {"precision": "fp32", "memory_format": "contiguous", "compile": {"2": False}}
     assert results() == ["final none ok"]
 
 

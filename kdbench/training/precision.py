@@ -85,7 +85,10 @@ def compiling_pays(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int
     It is measured only where it could: where the best that was ever seen of it would save more than the least that it ever took.
     """
     images = torch.rand(min(recipe.batch_size, 128), *image_shape, device=device)
-    plain = _step_seconds(copy.deepcopy(model), images, recipe.precision, recipe.memory_format, device)
+    try:
+        plain = _step_seconds(copy.deepcopy(model), images, recipe.precision, recipe.memory_format, device)
+    except Exception:  # a user's model may fail in training mode: the training says how, with its name and a traceback in a log
+        return False
     if plain * steps * _BEST_SAVING < _LEAST_COMPILE_SECONDS:
         return False
     start = time.perf_counter()
