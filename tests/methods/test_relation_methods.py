@@ -587,7 +587,7 @@ def test_uskd_refuses_a_student_without_classes_to_rank_or_tokens_it_can_not_pla
         method.build(Shapes((1,), {"block:0": TapShape("tokens", (17, 6))}), None, TaskInfo("classification", 1, IMAGE))
     with pytest.raises(UserError, match="method uskd can't read the student's 'block:0': 15 tokens make no square grid"):
         method.build(Shapes((5,), {"block:0": TapShape("tokens", (15, 6))}), None, TaskInfo("classification", 5, IMAGE))
-    with pytest.raises(UserError, match="there is no stage in a network"):
+    with pytest.raises(UserError, match="there is no stage in one of the networks"):
         USKD().choose_taps(Shapes((5,), {}), None)
 
 
