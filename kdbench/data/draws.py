@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, unique
 from functools import lru_cache
 
@@ -46,9 +47,22 @@ class Draws:
     data_seed: int
     index: Tensor
     view: int
+    drawn: Mapping[Decision, Tensor] = field(default_factory=dict)  # bits that are known already, int64 [B] each
+
+    def ahead(self, decisions: Sequence[Decision]) -> Draws:
+        """The same, with the bits of these decisions drawn at once: for batch after batch of a whole part, `at` then looks them up."""
+        counters = torch.tensor([int(decision) for decision in decisions], device=self.index.device)
+        bits = hash64(self.data_seed, self.index[:, None], self.view, counters)
+        return replace(self, drawn=dict(zip(decisions, bits.unbind(1), strict=True)))
+
+    def at(self, rows: Tensor) -> Draws:
+        """Those of some of the samples. rows: int64, where they stand among these."""
+        return Draws(self.data_seed, self.index[rows], self.view, {decision: bits[rows] for decision, bits in self.drawn.items()})
 
     def bits(self, decision: Decision, rounds: int | None = None) -> Tensor:
         """64 bits a sample, int64 [B]; of a decision that is taken several times, [B, rounds]."""
+        if rounds is None and decision in self.drawn:
+            return self.drawn[decision]
         if rounds is None:
             return hash64(self.data_seed, self.index, self.view, int(decision))
         counters = torch.arange(rounds, device=self.index.device)

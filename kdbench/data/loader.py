@@ -12,7 +12,7 @@ from kdbench.data.draws import Draws
 from kdbench.data.encoded import decoded_ahead
 from kdbench.data.hashing import hash64
 from kdbench.data.mixing import partners
-from kdbench.data.views import Augment, augment, augment_mixed
+from kdbench.data.views import Augment, augment_drawn, augment_mixed, drawn_ahead
 from kdbench.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -114,21 +114,22 @@ def check_views(part: Part, augment: Augment) -> None:
 
 def _batches(part: Part, plan: Iterable[Tensor], view: int, spec: Augment, data_seed: int, device: torch.device) -> Iterator[Batch]:
     """A batch for the rows of each entry of `plan`; rows and part lie on one device."""
+    draws = drawn_ahead(data_seed, part.index, view, spec)
     if spec.mixes:
-        plan = (torch.cat([rows, partners(rows, len(part), Draws(data_seed, part.index[rows], view))]) for rows in plan)
+        plan = (torch.cat([rows, partners(rows, len(part), draws.at(rows))]) for rows in plan)
     if isinstance(part.inputs, Tensor):
-        yield from (_augmented(part.select(rows), view, spec, data_seed) for rows in plan)
+        yield from (_augmented(part.select(rows), draws.at(rows), spec) for rows in plan)
         return
     rest = spec.model_copy(update={"resized_crop": None})  # which is done where a file is decoded
     for chosen in decoded_ahead(part, plan, view, data_seed, spec.resized_crop, device):
-        yield _augmented(chosen, view, rest, data_seed)
+        yield _augmented(chosen, Draws(data_seed, chosen.index, view), rest)
 
 
-def _augmented(chosen: Part, view: int, spec: Augment, data_seed: int) -> Batch:
+def _augmented(chosen: Part, draws: Draws, spec: Augment) -> Batch:
     """The batch of samples that are in memory; with mixup or cutmix the second half of them are the partners of the first."""
     if not spec.mixes:
-        inputs, target = augment(chosen.pixels, chosen.target, chosen.index, view, data_seed, spec)
-        return Batch(inputs, target, chosen.index, view)
+        inputs, target = augment_drawn(chosen.pixels, chosen.target, draws, spec)
+        return Batch(inputs, target, chosen.index, draws.view)
     assert chosen.classes is not None
-    inputs, target = augment_mixed(chosen.pixels, chosen.target, chosen.index, view, data_seed, spec, chosen.classes)
-    return Batch(inputs, target, chosen.index[: len(inputs)], view)
+    inputs, target = augment_mixed(chosen.pixels, chosen.target, draws, spec, chosen.classes)
+    return Batch(inputs, target, chosen.index[: len(inputs)], draws.view)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.data.draws import Decision, Draws, inside, rectangles
-from kdbench.data.hashing import below, hash64
 from kdbench.data.mixing import mixed, mixed_labels
 from kdbench.data.operations import LARGEST_MAGNITUDE, operate
 from kdbench.data.options import StrictOptions
@@ -26,6 +25,7 @@ IGNORED = 255  # the label of a pixel that has none: a crop brings them in from 
 # Of the erased rectangle: the paper's share of the image's area and ratio of sides.
 _ERASED_AREA = (0.02, 0.4)
 _ERASED_RATIO = (0.3, 1 / 0.3)
+_MOVES = (Decision.DOWN, Decision.ACROSS, Decision.MIRROR)
 
 
 class Augment(StrictOptions):
@@ -62,22 +62,32 @@ def augment(images: Tensor, target: Tensor, index: Tensor, view: int, data_seed:
     which move with the image and come back as int64, IGNORED where nothing of the image is seen. index: int64 [B], on the images' device.
     Returns float32 [B, C, H, W] in [0, 1] and the target, the same bits in every batch and on every device.
     """
-    images, target = _changed(images, target, Draws(data_seed, index, view), spec)
+    return augment_drawn(images, target, Draws(data_seed, index, view), spec)
+
+
+def augment_drawn(images: Tensor, target: Tensor, draws: Draws, spec: Augment) -> tuple[Tensor, Tensor]:
+    """`augment` with draws that are there already."""
+    images, target = _changed(images, target, draws, spec)
     return unit_range(images), target
 
 
-def augment_mixed(
-    images: Tensor, target: Tensor, index: Tensor, view: int, data_seed: int, spec: Augment, classes: int
-) -> tuple[Tensor, Tensor]:
-    """As `augment` with mixup or cutmix. The first half of the samples is returned, the second half holds the partner of each.
+def drawn_ahead(data_seed: int, index: Tensor, view: int, spec: Augment) -> Draws:
+    """The draws of a whole part, the commonest ones made at once: on a batch hashing them would cost more than the crop itself."""
+    draws = Draws(data_seed, index, view)
+    return draws.ahead(_MOVES) if spec.crop or spec.flip else draws
 
-    images: uint8 [2B, C, H, W]; target, index: int64 [2B]. Returns float32 [B, C, H, W] in [0, 1] and soft labels, float32 [B, classes].
+
+def augment_mixed(images: Tensor, target: Tensor, draws: Draws, spec: Augment, classes: int) -> tuple[Tensor, Tensor]:
+    """As `augment_drawn` with mixup or cutmix. The first half of the samples is returned, the second half holds the partner of each.
+
+    images: uint8 [2B, C, H, W]; target: int64 [2B]. Returns float32 [B, C, H, W] in [0, 1] and soft labels, float32 [B, classes].
     Both of a pair are first seen through the view as they are alone.
     """
-    changed, _ = _changed(images, target, Draws(data_seed, index, view), spec)
+    changed, _ = _changed(images, target, draws, spec)
     own, other = changed.chunk(2)
     label, other_label = target.chunk(2)
-    inputs, share = mixed(own, other, Draws(data_seed, index.chunk(2)[0], view), spec.mixup, spec.cutmix)
+    first = torch.arange(len(own), device=draws.index.device)
+    inputs, share = mixed(own, other, draws.at(first), spec.mixup, spec.cutmix)
     return inputs, mixed_labels(label, other_label, share, classes)
 
 
@@ -91,7 +101,7 @@ def _changed(images: Tensor, target: Tensor, draws: Draws, spec: Augment) -> tup
         images = resized(images, boxes)
         target = resized_labels(target, boxes) if dense else target
     if spec.crop or spec.flip:
-        source = _source_pixels(images.shape[-2:], draws.index, draws.view, draws.data_seed, spec)
+        source = _source_pixels(images.shape[-2:], draws, spec)
         images = taken(F.pad(images, (spec.crop,) * 4), source)
         if dense:
             target = taken(F.pad(target, (spec.crop,) * 4, value=IGNORED).unsqueeze(1), source).squeeze(1)
@@ -128,16 +138,14 @@ def _erased(shape: torch.Size, draws: Draws, probability: float) -> Tensor:
     return inside((height, width), top, left, sides) & draws.chosen(Decision.ERASED, probability)[:, None, None]
 
 
-def _source_pixels(shape: torch.Size, index: Tensor, view: int, data_seed: int, spec: Augment) -> Tensor:
+def _source_pixels(shape: torch.Size, draws: Draws, spec: Augment) -> Tensor:
     """For each sample and output pixel, the pixel of the padded image that it shows: int64 [B, H, W], row-major."""
     height, width = shape
-    decisions = torch.arange(3, device=index.device)
-    bits = hash64(data_seed, index[:, None], view, decisions)
-    shifts = below(bits, 2 * spec.crop + 1)
-    rows = torch.arange(height, device=index.device) + shifts[:, Decision.DOWN, None]
-    columns = torch.arange(width, device=index.device).expand(len(index), -1)
+    device, steps = draws.index.device, 2 * spec.crop + 1
+    rows = torch.arange(height, device=device) + draws.below(Decision.DOWN, steps)[:, None]
+    columns = torch.arange(width, device=device).expand(len(draws.index), -1)
     if spec.flip:
-        mirrored = below(bits[:, Decision.MIRROR, None], 2).bool()
+        mirrored = draws.below(Decision.MIRROR, 2).bool()[:, None]
         columns = torch.where(mirrored, width - 1 - columns, columns)
-    columns = columns + shifts[:, Decision.ACROSS, None]
+    columns = columns + draws.below(Decision.ACROSS, steps)[:, None]
     return rows[:, :, None] * (width + 2 * spec.crop) + columns[:, None, :]

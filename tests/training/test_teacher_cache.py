@@ -36,7 +36,7 @@ from kdbench.training.teacher_cache import CacheSpec, TeacherCache, cached_test,
 from tests.training.units import STUDENT, layout, saved_teacher, unit, with_cache
 
 CPU = torch.device("cpu")
-AUGMENTED = {"augment": {"crop": 2, "flip": True}, "views": 3}
+AUGMENTED = {"augment": {"crop": 2, "flip": True}, "views": 3, "epochs": 4}
 TAPS = ("stage:-1", "pooled")
 
 
