@@ -157,7 +157,7 @@ def _method_page(name: str, method: type[Method]) -> str:
     ]
     if method.batch_coupled:
         facts.append(("batch", "the loss compares samples: workers exchange theirs"))
-    parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name, method)]
+    parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -224,22 +224,19 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _published(name: str, method: type[Method]) -> str:
-    """Figures of papers: those that kdbench ships, else those that the method itself quotes."""
+def _published(name: str) -> str:
+    """Figures of papers, apart from anything that kdbench measured."""
     from kdbench.results.published import load_published
 
-    shipped = [figure for figure in load_published() if figure.method == name]
-    rows: list[tuple[str, str, str, str, float | None, float, str]]
-    rows = [(f.teacher or "no teacher", f.student, f.data, f.metric, f.undistilled, f.distilled, f.citation) for f in shipped]
-    if not rows:
-        own = method.paper.published
-        rows = [(f.teacher, f.student, f.data, f.metric, f.undistilled, f.distilled, method.paper.title) for f in own]
-    if not rows:
+    figures = [figure for figure in load_published() if figure.method == name]
+    if not figures:
         return ""
-    lines = [("teacher", "student", "data", "metric", "undistilled", "distilled", "gain", "source")]
-    for teacher, student, data, metric, undistilled, distilled, source in rows:
-        before, gain = ("-", "-") if undistilled is None else (f"{undistilled:.2f}", f"{distilled - undistilled:+.2f}")
-        lines.append((teacher, student, data, metric, before, f"{distilled:.2f}", gain, source))
+    lines = [("teacher", "student", "data", "metric", "undistilled", "distilled", "gain", "source", "protocol")]
+    for figure in figures:
+        before, after = ("-" if value is None else f"{value:.2f}" for value in (figure.before, figure.distilled))
+        gain = "-" if figure.points is None else f"{figure.points:+.2f}"
+        teacher = figure.teacher or "no teacher"
+        lines.append((teacher, figure.student, figure.data, figure.metric, before, after, gain, figure.citation, figure.protocol))
     return "published (other protocols than ours)\n" + aligned(lines, indent="  ")
 
 
