@@ -126,7 +126,7 @@ COSTS = ("train_seconds", "nll", "ece")
 
 
 class TeacherSpec(_Part):
-    """The teacher: trained here with `recipe` (keys that differ from the experiment's), or read from `weights`."""
+    """The teacher: trained here with `recipe` (keys that differ from the experiment's), or read from `weights`, a file or timm's own."""
 
     model: ModelSpec
     recipe: dict[str, Any] = Field(default_factory=dict)

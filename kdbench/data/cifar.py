@@ -115,8 +115,8 @@ def _first(inside: Sequence[str], there: Callable[[Path], bool]) -> Path | None:
 
 def _download(folder: Path) -> Path:
     """Fetch the archive into `folder`."""
-    if forbidden():
-        raise _nowhere("KDBENCH_OFFLINE forbids downloads")
+    if reason := forbidden():
+        raise _nowhere(reason)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True)) as progress:

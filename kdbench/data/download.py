@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -22,9 +24,24 @@ class NotFetched(Exception):
     """No address had the file whole; the message says what each gave."""
 
 
-def forbidden() -> bool:
-    """Whether `KDBENCH_OFFLINE` is set: nothing is downloaded then."""
-    return bool(os.environ.get("KDBENCH_OFFLINE"))
+_DRY: ContextVar[bool] = ContextVar("dry", default=False)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Inside, nothing is downloaded."""
+    token = _DRY.set(True)
+    try:
+        yield
+    finally:
+        _DRY.reset(token)
+
+
+def forbidden() -> str | None:
+    """Why nothing may be downloaded now, None where it may."""
+    if _DRY.get():
+        return "a dry run downloads nothing"
+    return "KDBENCH_OFFLINE forbids downloads" if os.environ.get("KDBENCH_OFFLINE") else None
 
 
 def fetch(addresses: Iterable[str], destination: Path, check: Callable[[Path], object], progress: Progress) -> Path:

@@ -155,8 +155,8 @@ def _content(path: Path, file: _File) -> bytes:
 
 def _download(folder: Path) -> dict[str, Path]:
     """Fetch what `folder` lacks; returns the four files."""
-    if forbidden():
-        raise _nowhere("KDBENCH_OFFLINE forbids downloads")
+    if reason := forbidden():
+        raise _nowhere(reason)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True)) as progress:
