@@ -7,6 +7,7 @@ Methods are built and run for real, on random outputs of the shapes that the two
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.benchmark.pair import axes_of
 from kdbench.benchmark.run import check_plan
-from kdbench.data.batch import Batch
+from kdbench.data.batch import Batch, Part
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, TeacherSpec
 from kdbench.methods.base import Method, Progress
-from kdbench.methods.build import MethodSpec, fitted
+from kdbench.methods.build import MethodSpec, fitted, method_class
 from kdbench.models.build import ModelSpec, without_weights
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs, Shapes
@@ -48,7 +49,7 @@ _TIMED_BATCH = 16  # images of the largest networks that are timed; smaller ones
 _TIMED_STEPS = 3
 _COUNTED_BATCH = 4  # more than one, as batch norms need it
 _FORWARD_AND_BACKWARD = 3  # the gradients of inputs and of weights cost as much as the forward pass each
-_REAL_PARAMETERS = 30_000_000  # a teacher up to this size is built for real where a method works with the network itself
+_REAL_PARAMETERS = 30_000_000  # a network up to this size is built for real where a method works with the network itself
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,18 @@ class _Opened:
 
     task: Task
     teacher_images: int
-    student_images: int
+    samples: Part  # what students learn from: labels and positions as they are, or as many of them
+
+    @property
+    def student_images(self) -> int:
+        return len(self.samples)
 
 
 def _open(experiment: Experiment, notes: list[str]) -> _Opened:
     try:
         task = build_task(experiment.task)
         splits = task.splits()
-        return _Opened(task, len(splits.train), len(splits.transfer))
+        return _Opened(task, len(splits.train), splits.transfer)
     except NotHere as missing:
         notes.append(str(missing))
         return _stand_in(experiment.task, missing.facts)
@@ -167,7 +172,8 @@ def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
         changes |= {"val_size": 0.5, "transfer_size": None}
     task = build_task(TaskSpec.model_validate(given | changes))
     task.data_name = facts.name
-    return _Opened(task, images, students)
+    blank = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(students, -1, -1, -1)
+    return _Opened(task, images, Part(blank, torch.arange(students) % facts.classes, torch.arange(students)))
 
 
 def _note(notes: list[str], check: Callable[[], None]) -> None:
@@ -217,6 +223,10 @@ class Network:
     def real(self) -> nn.Module:
         return self.task.build_model(self.spec)
 
+    @property
+    def small(self) -> bool:
+        return self.cost.params <= _REAL_PARAMETERS
+
     @cached_property
     def places(self) -> Shapes:
         return places(self.outline, self.task.info.image_shape)
@@ -226,11 +236,16 @@ class Network:
         return measure(self.outline, self.task.info.image_shape, _device(self.outline), repeats=1)
 
 
+    @cached_property
+    def forward_cost(self) -> tuple[float, float]:
+        return forward_cost(self.outline, self.task.info.image_shape)
+
+
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _forward_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[float, float]:
+def forward_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[float, float]:
     """FLOPs of a training-mode forward pass, and bytes that are kept for its backward pass, both an image."""
     model = copy.deepcopy(model).train()
     images = torch.zeros(_COUNTED_BATCH, *image_shape, device=_device(model))
@@ -262,13 +277,16 @@ def _kept() -> Iterator[dict[int, int]]:
 def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened) -> MethodEstimate:
     recipe, task = experiment.recipe, opened.task
     batch = recipe.batch_size
-    small = teacher is None or teacher.cost.params <= _REAL_PARAMETERS
-    network = None if teacher is None else teacher.real if small and _asks_for_the_network(spec, student, teacher) else teacher.outline
-    method, trained = _assembled(spec, task, student, student.outline, teacher, network)
+    kind = method_class(spec)
+    base = student.real if kind.adapt_student is not Method.adapt_student and student.small else student.outline
+    network = None if teacher is None else teacher.real if kind.needs_teacher_network and teacher.small else teacher.outline
+    method, trained = _assembled(spec, opened, student, base, teacher, network)
     extra = _parameters(trained, method) - _parameters(student.outline)
-    trained = trained if trained is student.outline else copy.deepcopy(trained).to(_device(student.outline))
-    own, own_bytes = _own_cost(method, trained, teacher, task, _device(network) if network is not None and not small else None)
-    forward, kept = _forward_cost(trained, task.info.image_shape)
+    ours, (forward, kept) = student.places, student.forward_cost
+    if _parameters(trained) > _parameters(student.outline):
+        trained = copy.deepcopy(trained).to(_device(student.outline))
+        ours, (forward, kept) = probe(trained, task.info.image_shape, method.student_taps), forward_cost(trained, task.info.image_shape)
+    own, own_bytes = _own_cost(method, ours, teacher, opened, META if kind.needs_teacher_network and not (teacher is None or teacher.small) else None)
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     flops = _FORWARD_AND_BACKWARD * forward + (own or 0.0) + (teacher.cost.flops if live and teacher else 0)
     axes = axes_of(spec, experiment.search, recipe)
@@ -291,21 +309,17 @@ def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher:
     )
 
 
-def _asks_for_the_network(spec: MethodSpec, student: Network, teacher: Network) -> bool:
-    return fitted(spec, student.places, teacher.places).needs_teacher_network
-
-
 def _assembled(
-    spec: MethodSpec, task: Task, student: Network, base: nn.Module, teacher: Network | None, network: nn.Module | None
+    spec: MethodSpec, opened: _Opened, student: Network, base: nn.Module, teacher: Network | None, network: nn.Module | None
 ) -> tuple[Method, nn.Module]:
-    """The method, built for the pair, and the student as it is trained. base, network: the student's and the teacher's module to use."""
-    theirs = teacher.places if teacher is not None else None
+    """The method, built for the pair, and a copy of the student as it is trained. base, network: the two networks' modules to use."""
+    theirs, info = teacher.places if teacher is not None else None, opened.task.info
     method = fitted(spec, student.places, theirs, torch.Generator().manual_seed(0))
-    method.build(student.places, theirs if method.needs_teacher else None, task.info)
+    method.build(student.places, theirs if method.needs_teacher else None, info)
+    method.use_samples(opened.samples)
     if method.needs_teacher_network and network is not None:
-        method.use_teacher(network.eval().requires_grad_(False), task.info.image_shape)
-    adapted = method.adapt_student(copy.deepcopy(base))
-    return method, base if _parameters(adapted) == _parameters(base) else adapted
+        method.use_teacher(network.eval().requires_grad_(False), info.image_shape)
+    return method, method.adapt_student(copy.deepcopy(base))
 
 
 def _parameters(*modules: nn.Module) -> int:
@@ -314,20 +328,19 @@ def _parameters(*modules: nn.Module) -> int:
 
 
 def _own_cost(
-    method: Method, student: nn.Module, teacher: Network | None, task: Task, device: torch.device | None
+    method: Method, student: Shapes, teacher: Network | None, opened: _Opened, device: torch.device | None
 ) -> tuple[float | None, float]:
     """FLOPs and kept bytes of the method's own terms, forwards and backwards, an image, on random outputs of the networks.
 
-    device: where the method's loss has to run because the teacher's network, too large to be built, is only outlined there.
-    FLOPs are None where a loss can't be run without numbers.
+    student: the shapes at its taps. device: where the method's loss has to run because the teacher's network, too large to be built, is
+    only outlined there. FLOPs are None where a loss can't be run without numbers.
     """
-    shape = task.info.image_shape
     home = device or torch.device("cpu")
-    ours = _random_outputs(probe(student, shape, method.student_taps), home, trained=True)
+    ours = _random_outputs(student, method.student_taps, home, trained=True)
     theirs = None
     if teacher is not None and method.needs_teacher:
-        theirs = _random_outputs(probe(teacher.outline, shape, method.teacher_taps), home, trained=False)
-    batch, method = _random_batch(task, _COUNTED_BATCH).to(home), copy.deepcopy(method).to(home).train()
+        theirs = _random_outputs(teacher.places, method.teacher_taps, home, trained=False)
+    batch, method = _random_batch(opened, _COUNTED_BATCH).to(home), copy.deepcopy(method).to(home).train()
     try:
         with FlopCounterMode(display=False) as counter, _kept() as kept:
             terms = method(ours, theirs, batch, Progress(epoch=1.0, step=1, total_steps=2))
@@ -341,18 +354,18 @@ def _own_cost(
     return counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH
 
 
-def _random_outputs(shapes: Shapes, device: torch.device, trained: bool) -> Outputs:
+def _random_outputs(shapes: Shapes, taps: tuple[str, ...], device: torch.device, trained: bool) -> Outputs:
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.rand(_COUNTED_BATCH, *shape, device=device, requires_grad=trained)
 
-    return Outputs(draw(shapes.prediction), {name: draw(tap.shape) for name, tap in shapes.taps.items()})
+    return Outputs(draw(shapes.prediction), {name: draw(shapes.taps[name].shape) for name in taps})
 
 
-def _random_batch(task: Task, size: int) -> Batch:
-    """Noise with the labels of the first training images."""
-    part = task.splits().transfer
-    size = min(size, len(part))
-    return Batch(torch.rand(size, *task.info.image_shape), part.target[:size].long(), part.index[:size])
+def _random_batch(opened: _Opened, size: int) -> Batch:
+    """Noise with the labels of the first samples."""
+    size = min(size, opened.student_images)
+    samples = opened.samples
+    return Batch(torch.rand(size, *opened.task.info.image_shape), samples.target[:size].long(), samples.index[:size])
 
 
 def _cacheable(method: Method, teacher: Network, experiment: Experiment, images: int) -> bool:
@@ -360,17 +373,10 @@ def _cacheable(method: Method, teacher: Network, experiment: Experiment, images:
     views = view_count(experiment.recipe)
     if views is None:
         return False
-    shapes = probe(teacher.outline, teacher.task.info.image_shape, method.teacher_taps)
-    numbers = sum(_count(shape) for shape in (shapes.prediction, *(tap.shape for tap in shapes.taps.values())))
+    shapes = [teacher.places.prediction, *(teacher.places.taps[name].shape for name in method.teacher_taps)]
+    numbers = sum(map(math.prod, shapes))
     width = 4 if experiment.cache.precision == "fp32" else 2
     return width * numbers * images * views <= 1e9 * experiment.cache.budget_gb
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _optimizer_state(recipe: Recipe) -> float:
@@ -408,12 +414,11 @@ def _step_seconds(experiment: Experiment, spec: MethodSpec, student: Network, te
     """The shortest of a few whole steps on noise, of a smaller batch, scaled to the recipe's."""
     recipe, task = experiment.recipe, opened.task
     network = teacher.real if teacher is not None else None
-    base = copy.deepcopy(student.real)
-    method, trained = _assembled(spec, task, student, base, teacher, network)
+    method, trained = _assembled(spec, opened, student, student.real, teacher, network)
     distiller = Distiller(trained, method, task).train()
     optimizer = make_optimizer(distiller.parameters(), recipe)
     flops = student.cost.flops + (teacher.cost.flops if teacher is not None else 0)
-    batch = _random_batch(task, min(recipe.batch_size, int(_TIMED_BATCH * TIMED_FLOPS / flops)))
+    batch = _random_batch(opened, min(recipe.batch_size, int(_TIMED_BATCH * TIMED_FLOPS / flops)))
     theirs = _teacher_outputs(network, method, batch)
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     times = []
