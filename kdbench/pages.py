@@ -310,7 +310,9 @@ def dry_run_page(found: DryRun) -> str:
     sizes = f"{found.data}: a teacher learns from {found.teacher_images:,} images, a student from {found.student_images:,}"
     networks = [("network", "", "parameters", "FLOPs an image", "weights")]
     networks += [(n.role, n.label, f"{n.params:,}", f"{n.flops:.3g}", n.fact) for n in found.networks]
-    lines = [("method", "student", "looks at", "extra parameters", "searched", "GB", "FLOPs a step", "ms a step", "trainings", "hours in all")]
+    lines = [
+        ("method", "student", "looks at", "extra parameters", "searched", "GB", "FLOPs a step", "ms a step", "trainings", "hours in all")
+    ]
     for m in found.methods:
         own = "" if m.own_flops is not None else " + its own"
         cells = (m.label, m.student, " ".join(m.taps) or "prediction", f"{m.extra_params:,}", " ".join(m.searched) or "nothing")
@@ -324,7 +326,9 @@ def dry_run_page(found: DryRun) -> str:
         f"{trainings} trainings, {hours:.3g} hours one after the other{teacher}",
         f"hours: {meaning}; no trial is counted as stopped early. GB: weights, gradients, optimizer, activations and network of one worker",
     ]
-    return "\n\n".join(part for part in (found.name, sizes, "\n".join(found.notes), aligned(networks), aligned(lines), "\n".join(footer)) if part)
+    return "\n\n".join(
+        part for part in (found.name, sizes, "\n".join(found.notes), aligned(networks), aligned(lines), "\n".join(footer)) if part
+    )
 
 
 def _hours(method: MethodEstimate) -> float:

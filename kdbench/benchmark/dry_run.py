@@ -29,7 +29,7 @@ from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, TeacherSpec
 from kdbench.methods.base import Method, Progress
-from kdbench.methods.build import MethodSpec, fitted, method_class
+from kdbench.methods.build import MethodSpec, fitted
 from kdbench.models.build import ModelSpec, without_weights
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs, Shapes
@@ -37,7 +37,6 @@ from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.splits import SplitOptions, validation_size
-from kdbench.training.cost import Cost, measure
 from kdbench.training.distiller import Distiller
 from kdbench.training.optimization import make_optimizer
 from kdbench.training.precision import DTYPES, autocast
@@ -54,12 +53,12 @@ _REAL_PARAMETERS = 30_000_000  # a network up to this size is built for real whe
 
 @dataclass(frozen=True)
 class NetworkEstimate:
-    """params and flops of one network; flops of one forward pass of one image, a multiply-add counted as two. fact: where weights come from."""
+    """flops: of one forward pass of one image, a multiply-add counted as two. fact: where weights come from."""
 
     role: str
     label: str
     params: int
-    flops: int
+    flops: float
     fact: str
 
 
@@ -120,14 +119,14 @@ def dry_run(experiment: Experiment) -> DryRun:
         _note(notes, lambda: check_fits_here(experiment.runtime))
         students = [Network(opened.task, spec) for spec in experiment.students]
         teacher = Network(opened.task, experiment.teacher.model) if experiment.teacher else None
-        networks = [NetworkEstimate("student", n.spec.label, n.cost.params, n.cost.flops, _source(n.spec)) for n in students]
+        networks = [NetworkEstimate("student", n.spec.label, n.params, n.flops, _source(n.spec)) for n in students]
         teacher_flops = 0.0
         if teacher is not None and experiment.teacher is not None:
             fact = _teacher_fact(experiment.teacher, experiment.teacher_recipe(), notes)
-            networks.insert(0, NetworkEstimate("teacher", teacher.spec.label, teacher.cost.params, teacher.cost.flops, fact))
+            networks.insert(0, NetworkEstimate("teacher", teacher.spec.label, teacher.params, teacher.flops, fact))
             if experiment.teacher.weights is None:
                 seen = experiment.teacher_recipe().epochs * opened.teacher_images
-                teacher_flops = float(_FORWARD_AND_BACKWARD * teacher.cost.flops * seen)
+                teacher_flops = float(_FORWARD_AND_BACKWARD * teacher.flops * seen)
         methods = tuple(_method(experiment, spec, student, teacher, opened) for student in students for spec in experiment.methods)
         sizes = opened.teacher_images, opened.student_images
         return DryRun(experiment.name, opened.task.data_name, *sizes, tuple(notes), tuple(networks), methods, teacher_flops)
@@ -169,7 +168,7 @@ def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
         students = options.transfer_size or images
         if students > images:
             raise UserError(f"transfer_size {students} is more than the {images} images of data {facts.name!r} that are left for training")
-        changes |= {"val_size": 0.5, "transfer_size": None}
+        changes |= {"val_size": 1, "transfer_size": None}
     task = build_task(TaskSpec.model_validate(given | changes))
     task.data_name = facts.name
     blank = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(students, -1, -1, -1)
@@ -224,20 +223,24 @@ class Network:
         return self.task.build_model(self.spec)
 
     @property
+    def params(self) -> int:
+        return _parameters(self.outline)
+
+    @property
+    def flops(self) -> float:
+        return self.forward_cost[0]
+
+    @property
     def small(self) -> bool:
-        return self.cost.params <= _REAL_PARAMETERS
+        return self.params <= _REAL_PARAMETERS
 
     @cached_property
     def places(self) -> Shapes:
         return places(self.outline, self.task.info.image_shape)
 
     @cached_property
-    def cost(self) -> Cost:
-        return measure(self.outline, self.task.info.image_shape, _device(self.outline), repeats=1)
-
-
-    @cached_property
     def forward_cost(self) -> tuple[float, float]:
+        """FLOPs of a forward pass of one image, and bytes of what training keeps of it."""
         return forward_cost(self.outline, self.task.info.image_shape)
 
 
@@ -277,23 +280,18 @@ def _kept() -> Iterator[dict[int, int]]:
 def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened) -> MethodEstimate:
     recipe, task = experiment.recipe, opened.task
     batch = recipe.batch_size
-    kind = method_class(spec)
-    base = student.real if kind.adapt_student is not Method.adapt_student and student.small else student.outline
-    network = None if teacher is None else teacher.real if kind.needs_teacher_network and teacher.small else teacher.outline
-    method, trained = _assembled(spec, opened, student, base, teacher, network)
-    extra = _parameters(trained, method) - _parameters(student.outline)
-    ours, (forward, kept) = student.places, student.forward_cost
-    if _parameters(trained) > _parameters(student.outline):
-        trained = copy.deepcopy(trained).to(_device(student.outline))
-        ours, (forward, kept) = probe(trained, task.info.image_shape, method.student_taps), forward_cost(trained, task.info.image_shape)
-    own, own_bytes = _own_cost(method, ours, teacher, opened, META if kind.needs_teacher_network and not (teacher is None or teacher.small) else None)
+    built = _counted(spec, opened, student, teacher)
+    method, extra, own = built.method, _parameters(built.student, built.method) - student.params, built.own
+    forward, kept = student.forward_cost
+    if _parameters(built.student) > student.params:
+        forward, kept = forward_cost(copy.deepcopy(built.student).to(META), task.info.image_shape)
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
-    flops = _FORWARD_AND_BACKWARD * forward + (own or 0.0) + (teacher.cost.flops if live and teacher else 0)
+    flops = _FORWARD_AND_BACKWARD * forward + (own.flops or 0.0) + (teacher.flops if live and teacher else 0)
     axes = axes_of(spec, experiment.search, recipe)
     share = batch / experiment.runtime.workers / recipe.accumulate
-    weights = 4.0 * (_parameters(student.outline) + extra) * (2 + _optimizer_state(recipe) + (recipe.ema is not None))
+    weights = 4.0 * (student.params + extra) * (2 + _optimizer_state(recipe) + (recipe.ema is not None))
     if live and teacher is not None:
-        weights += 4.0 * teacher.cost.params
+        weights += 4.0 * teacher.params
     return MethodEstimate(
         student=student.spec.label,
         label=spec.label,
@@ -301,25 +299,63 @@ def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher:
         extra_params=extra,
         searched=tuple(axis.name for axis in axes),
         flops=flops * batch,
-        own_flops=None if own is None else own * batch,
-        memory=weights + share * (kept * _activation_factor(recipe) + own_bytes),
+        own_flops=None if own.flops is None else own.flops * batch,
+        memory=weights + share * (kept * _activation_factor(recipe) + own.kept),
         step_seconds=_step_seconds(experiment, spec, student, teacher, opened) if _small_enough(student, teacher) else None,
         steps=recipe.epochs * (opened.student_images // batch),
         trainings=_trainings(experiment, bool(axes)),
     )
 
 
+@dataclass(frozen=True)
+class _Own:
+    """What a method's own terms need, forwards and backwards, an image: FLOPs, None where they can't be counted, and kept bytes."""
+
+    flops: float | None
+    kept: float
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A method built for a pair, the student as it is trained, and the method's own cost."""
+
+    method: Method
+    student: nn.Module
+    own: _Own
+
+
+def _counted(spec: MethodSpec, opened: _Opened, student: Network, teacher: Network | None) -> _Built:
+    """The method, built and run in outline; for real where it asks for numbers, on networks that are real up to a size."""
+    try:
+        with META:
+            method, trained = _assembled(spec, opened, student, student.outline, teacher, teacher.outline if teacher else None)
+            return _Built(method, trained, _own_cost(method, trained, student, teacher, opened))
+    except (UserError, RuntimeError, NotImplementedError):  # what is really wrong shows below
+        pass
+    base = student.real if student.small else student.outline
+    network = None if teacher is None else teacher.real if teacher.small else teacher.outline
+    method, trained = _assembled(spec, opened, student, base, teacher, network)
+    try:
+        return _Built(method, trained, _own_cost(method, trained, student, teacher, opened))
+    except (RuntimeError, NotImplementedError):
+        if student.small and (teacher is None or teacher.small):
+            raise
+        return _Built(method, trained, _Own(None, 0.0))
+
+
 def _assembled(
     spec: MethodSpec, opened: _Opened, student: Network, base: nn.Module, teacher: Network | None, network: nn.Module | None
 ) -> tuple[Method, nn.Module]:
-    """The method, built for the pair, and a copy of the student as it is trained. base, network: the two networks' modules to use."""
+    """The method, built for the pair, and the student as it is trained. base, network: the two networks' modules to use."""
     theirs, info = teacher.places if teacher is not None else None, opened.task.info
-    method = fitted(spec, student.places, theirs, torch.Generator().manual_seed(0))
+    outlined = torch.get_default_device() == META  # where random numbers have no values, and no generator
+    method = fitted(spec, student.places, theirs, None if outlined else torch.Generator().manual_seed(0))
     method.build(student.places, theirs if method.needs_teacher else None, info)
     method.use_samples(opened.samples)
     if method.needs_teacher_network and network is not None:
         method.use_teacher(network.eval().requires_grad_(False), info.image_shape)
-    return method, method.adapt_student(copy.deepcopy(base))
+    changes = type(method).adapt_student is not Method.adapt_student
+    return method, method.adapt_student(copy.deepcopy(base)) if changes else base
 
 
 def _parameters(*modules: nn.Module) -> int:
@@ -327,36 +363,25 @@ def _parameters(*modules: nn.Module) -> int:
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
-def _own_cost(
-    method: Method, student: Shapes, teacher: Network | None, opened: _Opened, device: torch.device | None
-) -> tuple[float | None, float]:
-    """FLOPs and kept bytes of the method's own terms, forwards and backwards, an image, on random outputs of the networks.
-
-    student: the shapes at its taps. device: where the method's loss has to run because the teacher's network, too large to be built, is
-    only outlined there. FLOPs are None where a loss can't be run without numbers.
-    """
-    home = device or torch.device("cpu")
-    ours = _random_outputs(student, method.student_taps, home, trained=True)
-    theirs = None
-    if teacher is not None and method.needs_teacher:
-        theirs = _random_outputs(teacher.places, method.teacher_taps, home, trained=False)
-    batch, method = _random_batch(opened, _COUNTED_BATCH).to(home), copy.deepcopy(method).to(home).train()
-    try:
-        with FlopCounterMode(display=False) as counter, _kept() as kept:
-            terms = method(ours, theirs, batch, Progress(epoch=1.0, step=1, total_steps=2))
-            total = sum((term.sum() for term in terms.values()), torch.zeros((), device=home))
-            if total.requires_grad:
-                total.backward()
-    except (RuntimeError, NotImplementedError):
-        if device is None:
-            raise
-        return None, 0.0
-    return counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH
+def _own_cost(method: Method, trained: nn.Module, student: Network, teacher: Network | None, opened: _Opened) -> _Own:
+    """The method's loss and its gradients on random outputs of the two networks, where torch makes tensors at the moment."""
+    image_shape, home = opened.task.info.image_shape, torch.get_default_device()
+    same = all(name in student.places.taps for name in method.student_taps)
+    shapes = student.places if same else probe(copy.deepcopy(trained), image_shape, method.student_taps)
+    ours = _random_outputs(shapes, method.student_taps, trained=True)
+    theirs = _random_outputs(teacher.places, method.teacher_taps, trained=False) if teacher is not None and method.needs_teacher else None
+    batch = _random_batch(opened, _COUNTED_BATCH).to(home)
+    with FlopCounterMode(display=False) as counter, _kept() as kept:
+        terms = method.train()(ours, theirs, batch, Progress(epoch=1.0, step=1, total_steps=2))
+        total = sum((term.sum() for term in terms.values()), torch.zeros(()))
+        if total.requires_grad:
+            total.backward()
+    return _Own(counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH)
 
 
-def _random_outputs(shapes: Shapes, taps: tuple[str, ...], device: torch.device, trained: bool) -> Outputs:
+def _random_outputs(shapes: Shapes, taps: tuple[str, ...], trained: bool) -> Outputs:
     def draw(shape: tuple[int, ...]) -> Tensor:
-        return torch.rand(_COUNTED_BATCH, *shape, device=device, requires_grad=trained)
+        return torch.rand(_COUNTED_BATCH, *shape, requires_grad=trained)
 
     return Outputs(draw(shapes.prediction), {name: draw(shapes.taps[name].shape) for name in taps})
 
@@ -407,17 +432,17 @@ def _trainings(experiment: Experiment, searched: bool) -> int:
 
 
 def _small_enough(student: Network, teacher: Network | None) -> bool:
-    return student.cost.flops + (teacher.cost.flops if teacher is not None else 0) <= TIMED_FLOPS
+    return student.flops + (teacher.flops if teacher is not None else 0) <= TIMED_FLOPS
 
 
 def _step_seconds(experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened) -> float:
     """The shortest of a few whole steps on noise, of a smaller batch, scaled to the recipe's."""
     recipe, task = experiment.recipe, opened.task
     network = teacher.real if teacher is not None else None
-    method, trained = _assembled(spec, opened, student, student.real, teacher, network)
+    method, trained = _assembled(spec, opened, student, copy.deepcopy(student.real), teacher, network)
     distiller = Distiller(trained, method, task).train()
     optimizer = make_optimizer(distiller.parameters(), recipe)
-    flops = student.cost.flops + (teacher.cost.flops if teacher is not None else 0)
+    flops = student.flops + (teacher.flops if teacher is not None else 0)
     batch = _random_batch(opened, min(recipe.batch_size, int(_TIMED_BATCH * TIMED_FLOPS / flops)))
     theirs = _teacher_outputs(network, method, batch)
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)

@@ -12,7 +12,6 @@ from kdbench.data.sources import Source
 from kdbench.errors import UserError
 
 Numbers = tuple[float, ...]
-_EACH_CLASS = 2  # images of a class in each part of a stand-in, so that a validation part can be cut
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,12 @@ class NotHere(UserError):
 
 
 def stand_in(classes: int, side: int, mean: Numbers, std: Numbers) -> Source:
-    """Noise, a few images a class: what a model or a method is built and timed on where the real images are somewhere else."""
+    """Noise, an image of each class: what a model or a method is built and timed on where the real images are somewhere else."""
     channels, generator = len(mean), torch.Generator().manual_seed(0)
 
     def part(first: int) -> Part:
-        labels = torch.arange(classes).repeat(_EACH_CLASS)
+        labels = torch.arange(classes)
         images = torch.randint(256, (1, channels, side, side), generator=generator, dtype=torch.uint8)
-        return Part(images.expand(len(labels), -1, -1, -1), labels, torch.arange(first, first + len(labels)))
+        return Part(images.expand(classes, -1, -1, -1), labels, torch.arange(first, first + classes))
 
-    return Source("stand_in", part(0), part(_EACH_CLASS * classes), classes, tuple(map(str, range(classes))), mean, std)
+    return Source("stand_in", part(0), part(classes), classes, tuple(map(str, range(classes))), mean, std)

@@ -45,7 +45,9 @@ def validation_size(options: SplitOptions, total: int, name: str) -> int:
     """How many of the `total` training images of the data set called `name` choices are made on. Raises UserError for none, or all."""
     val_size = options.val_size if isinstance(options.val_size, int) else round(options.val_size * total)
     if not 1 <= val_size < total:
-        raise UserError(f"val_size {options.val_size} is {val_size} of the {total} training images of data {name!r}; expected 1 .. {total - 1}")
+        raise UserError(
+            f"val_size {options.val_size} is {val_size} of the {total} training images of data {name!r}; expected 1 .. {total - 1}"
+        )
     return val_size
 
 

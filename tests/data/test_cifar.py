@@ -109,7 +109,9 @@ def test_where_it_is_nowhere_the_places_and_the_way_are_named_and_the_facts_are_
     monkeypatch.setenv("KDBENCH_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotHere, match=r"KDBENCH_OFFLINE forbids .*put cifar-100-binary\.tar\.gz from https://www\.cs\.toronto\.edu") as caught:
+    with pytest.raises(
+        NotHere, match=r"KDBENCH_OFFLINE forbids .*put cifar-100-binary\.tar\.gz from https://www\.cs\.toronto\.edu"
+    ) as caught:
         cifar100()
     facts = caught.value.facts
     assert (facts.classes, facts.side, facts.train, facts.test) == (100, 32, 50_000, 10_000)
