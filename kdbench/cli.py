@@ -68,8 +68,14 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Train no student: say where the time of a step goes, method by method, and write traces.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train, download and write nothing: build and check everything, say what it would cost.")
+    ] = False,
 ) -> None:
     """Train the teacher, search every method, train the finals, print the board. Run it again after any interruption: it goes on."""
+    if dry_run:
+        _dry_run(experiment, set_)
+        return
     if profile:
         _profile(experiment, set_, results)
         return
@@ -124,6 +130,17 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
         _print_boards(found, "table")
         _draw(found, folder / "boards" / f"{experiment.name}.png")
     return summary
+
+
+def _dry_run(path: Path, overrides: list[str] | None) -> None:
+    from kdbench.distributed.cluster import quiet
+
+    quiet()
+    from kdbench.benchmark.dry_run import dry_run
+    from kdbench.experiment import load_experiment
+    from kdbench.pages import dry_run_page
+
+    typer.echo(dry_run_page(dry_run(load_experiment(path, overrides or ()))))
 
 
 def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> None:

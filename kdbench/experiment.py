@@ -126,12 +126,18 @@ COSTS = ("train_seconds", "nll", "ece")
 
 
 class TeacherSpec(_Part):
-    """The teacher: trained here with `recipe` (keys that differ from the experiment's), or read from `weights`."""
+    """The teacher: trained here with `recipe` (keys that differ from the experiment's), or read from `weights`, a file or timm's own."""
 
     model: ModelSpec
     recipe: dict[str, Any] = Field(default_factory=dict)
-    weights: Path | None = None
+    weights: Literal["pretrained"] | Path | None = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _pretrained(self) -> TeacherSpec:
+        if self.weights == "pretrained" and not self.model.pretrained:
+            raise ValueError("weights: pretrained needs a pretrained model, such as model: {name: resnet50, pretrained: true}")
+        return self
 
 
 def _top_k(value: Any) -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
+    from kdbench.benchmark.dry_run import DryRun, MethodEstimate
     from kdbench.methods.base import Method
     from kdbench.search_space import Dimension
     from kdbench.tasks.base import Task
@@ -157,7 +158,7 @@ def _method_page(name: str, method: type[Method]) -> str:
     ]
     if method.batch_coupled:
         facts.append(("batch", "the loss compares samples: workers exchange theirs"))
-    parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name, method)]
+    parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -224,22 +225,19 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _published(name: str, method: type[Method]) -> str:
-    """Figures of papers: those that kdbench ships, else those that the method itself quotes."""
+def _published(name: str) -> str:
+    """Figures of papers, apart from anything that kdbench measured."""
     from kdbench.results.published import load_published
 
-    shipped = [figure for figure in load_published() if figure.method == name]
-    rows: list[tuple[str, str, str, str, float | None, float, str]]
-    rows = [(f.teacher or "no teacher", f.student, f.data, f.metric, f.undistilled, f.distilled, f.citation) for f in shipped]
-    if not rows:
-        own = method.paper.published
-        rows = [(f.teacher, f.student, f.data, f.metric, f.undistilled, f.distilled, method.paper.title) for f in own]
-    if not rows:
+    figures = [figure for figure in load_published() if figure.method == name]
+    if not figures:
         return ""
-    lines = [("teacher", "student", "data", "metric", "undistilled", "distilled", "gain", "source")]
-    for teacher, student, data, metric, undistilled, distilled, source in rows:
-        before, gain = ("-", "-") if undistilled is None else (f"{undistilled:.2f}", f"{distilled - undistilled:+.2f}")
-        lines.append((teacher, student, data, metric, before, f"{distilled:.2f}", gain, source))
+    lines = [("teacher", "student", "data", "metric", "undistilled", "distilled", "gain", "source", "protocol")]
+    for figure in figures:
+        before, after = ("-" if value is None else f"{value:.2f}" for value in (figure.before, figure.distilled))
+        gain = "-" if figure.points is None else f"{figure.points:+.2f}"
+        teacher = figure.teacher or "no teacher"
+        lines.append((teacher, figure.student, figure.data, figure.metric, before, after, gain, figure.citation, figure.protocol))
     return "published (other protocols than ours)\n" + aligned(lines, indent="  ")
 
 
@@ -300,6 +298,42 @@ def profile_page(profiles: Mapping[str, StepProfile], batch_size: int) -> str:
         cells = [f"{profile.milliseconds[part]:.2f} {profile.milliseconds[part] / profile.total:4.0%}" for part in PARTS]
         rows.append((name, f"{1e3 * batch_size / profile.total:.0f}", f"{profile.total:.2f}", *cells))
     return aligned(rows)
+
+
+# --- dry run ---------------------------------------------------------------------------------------------------------
+
+_RATE = 1e13  # FLOP/s that hours are given for where no step was timed: a number to scale by, no machine in particular
+
+
+def dry_run_page(found: DryRun) -> str:
+    """What an experiment would do and cost: what is missing, the networks, a line each method, the sum."""
+    sizes = f"{found.data}: a teacher learns from {found.teacher_images:,} images, a student from {found.student_images:,}"
+    networks = [("network", "", "parameters", "FLOPs an image", "weights")]
+    networks += [(n.role, n.label, f"{n.params:,}", f"{n.flops:.3g}", n.fact) for n in found.networks]
+    lines = [
+        ("method", "student", "looks at", "extra parameters", "searched", "GB", "FLOPs a step", "ms a step", "trainings", "hours in all")
+    ]
+    for m in found.methods:
+        own = "" if m.own_flops is not None else " + its own"
+        cells = (m.label, m.student, " ".join(m.taps) or "prediction", f"{m.extra_params:,}", " ".join(m.searched) or "nothing")
+        milliseconds = "-" if m.step_seconds is None else f"{1e3 * m.step_seconds:.1f}"
+        lines.append((*cells, f"{m.memory / 1e9:.2f}", f"{m.flops:.3g}{own}", milliseconds, str(m.trainings), f"{_hours(m):.3g}"))
+    trainings, hours = sum(m.trainings for m in found.methods), sum(_hours(m) for m in found.methods)
+    teacher = f"; the teacher's training is {found.teacher_flops:.3g} FLOPs more" if found.teacher_flops else ""
+    timed = all(m.step_seconds is not None for m in found.methods)
+    meaning = "steps timed on this machine, on noise" if timed else f"'-': not timed, hours as FLOPs at {_RATE:.0e} a second"
+    footer = [
+        f"{trainings} trainings, {hours:.3g} hours one after the other{teacher}",
+        f"hours: {meaning}; no trial is counted as stopped early. GB: weights, gradients, optimizer, activations and network of one worker",
+    ]
+    return "\n\n".join(
+        part for part in (found.name, sizes, "\n".join(found.notes), aligned(networks), aligned(lines), "\n".join(footer)) if part
+    )
+
+
+def _hours(method: MethodEstimate) -> float:
+    seconds = method.total_flops / _RATE if method.total_seconds is None else method.total_seconds
+    return seconds / 3600
 
 
 # --- taps ------------------------------------------------------------------------------------------------------------

@@ -156,6 +156,11 @@ def test_show_of_a_method_tells_paper_loss_parameters_and_published_figures(kdbe
     assert rows["resnet34"][:6] == ["resnet18", "ImageNet-1k", "top1", "69.90", "71.96", "+2.06"]
 
 
+def test_show_has_what_follows_from_a_published_figure_and_nothing_that_does_not(kdbench: Kdbench) -> None:
+    shown = [line.split() for line in kdbench("show", "tf_nkd").out.splitlines()]
+    assert ["no", "teacher", "swin_tiny", "ImageNet-1k", "top1", "81.18", "81.48", "+0.30", "arXiv", "2208.10139"] in shown
+
+
 def test_show_says_what_is_fixed_and_which_values_there_are(kdbench: Kdbench) -> None:
     rows = {words[0]: words[1:] for line in kdbench("show", "kd").out.splitlines() if (words := line.split())}
     assert rows["form"] == ["kl", "no", "kl", "|", "cross_entropy"]

@@ -38,7 +38,7 @@ from kdbench.results.tracking import NoTracker, Tracker
 from kdbench.search_space import Choice
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
-from kdbench.training.checkpoint import file_sha256
+from kdbench.training.checkpoint import file_sha256, save_weights
 from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
@@ -97,9 +97,13 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     """Everything that can be known to be wrong before the first step. Raises UserError."""
     ledger.store.check_writable()
     check_fits_here(experiment.runtime)
+    check_plan(experiment, build_task(experiment.task))
+
+
+def check_plan(experiment: Experiment, task: Task) -> None:
+    """What can be known to be wrong on any machine, and without the data. Raises UserError."""
     for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
         check_model_name(model.name)
-    task = build_task(experiment.task)
     for method in experiment.methods:
         kind = method_class(method)
         params_of(method)
@@ -233,7 +237,8 @@ def _ready_teacher(
     recipe = settled(asked, model, task.info.image_shape, len(splits.train), _device(), memo)
     unit = _teacher_unit(experiment, spec, recipe, splits)
     fits = partial(check_methods, experiment, task, students, model) if may_train else partial(_refuse, experiment, ledger)
-    record, weights = _given(ledger, spec.weights, unit) if spec.weights else _trained(experiment, ledger, unit, task, fits)
+    given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
+    record, weights = _given(ledger, given, unit) if given else _trained(experiment, ledger, unit, task, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
     assert record.teacher_sha is not None
@@ -296,6 +301,13 @@ def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task, che
     _empty(work, experiment, ledger, searching=False)
     assert work.record is not None, "a queue that was emptied without an error has its record"
     return work.record, weights
+
+
+def _kept(pretrained: nn.Module, path: Path) -> Path:
+    """timm's weights as they are, in a file like any teacher's, so that they stay what they are."""
+    if not path.exists():
+        save_weights(pretrained.state_dict(), path)
+    return path
 
 
 def _given(ledger: Ledger, path: Path, unit: Unit) -> tuple[RunRecord, Path]:

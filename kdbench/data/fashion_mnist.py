@@ -5,14 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kdbench.data.batch import Part
+from kdbench.data.download import NotFetched, fetch, forbidden
+from kdbench.data.facts import Facts, NotHere
 from kdbench.data.sources import Source
 from kdbench.errors import UserError
 
@@ -41,8 +39,6 @@ MIRRORS = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
 )
-_SECONDS_WITHOUT_AN_ANSWER = 30
-_CHUNK = 1 << 18
 _WAY_OUT = "delete it, or let KDBENCH_DATA name a folder with whole files"
 
 
@@ -159,44 +155,27 @@ def _content(path: Path, file: _File) -> bytes:
 
 def _download(folder: Path) -> dict[str, Path]:
     """Fetch what `folder` lacks; returns the four files."""
-    if os.environ.get("KDBENCH_OFFLINE"):
-        raise _nowhere("KDBENCH_OFFLINE forbids downloads")
+    if reason := forbidden():
+        raise _nowhere(reason)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True)) as progress:
             return {key: _present(folder, file) or _fetch(file, folder, progress) for key, file in _FILES.items()}
+    except NotFetched as error:
+        raise _nowhere(f"it can't be downloaded ({error})") from error
     except OSError as error:
         raise _nowhere(f"it can't be stored in {folder} ({error})") from error
 
 
 def _fetch(file: _File, folder: Path, progress: Progress) -> Path:
-    """Download one file to a temporary name, check its content, and only then give it its name: a killed download leaves no half file."""
-    failures = []
-    for mirror in MIRRORS:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            arrived = Path(scratch) / f"{file.name}.gz"
-            try:
-                _copy(f"{mirror}{file.name}.gz", arrived, progress)
-                _content(arrived, file)
-            except (URLError, HTTPException, TimeoutError, ConnectionError, UserError) as error:
-                failures.append(f"{mirror}: {error}")
-                continue
-            return arrived.replace(folder / arrived.name)
-    raise _nowhere(f"it can't be downloaded ({'; '.join(failures)})")
+    name = f"{file.name}.gz"
+    return fetch([f"{mirror}{name}" for mirror in MIRRORS], folder / name, lambda path: _content(path, file), progress)
 
 
-def _copy(url: str, destination: Path, progress: Progress) -> None:
-    with urlopen(url, timeout=_SECONDS_WITHOUT_AN_ANSWER) as response, destination.open("wb") as out:
-        length = response.headers.get("Content-Length")
-        task = progress.add_task(destination.name, total=int(length) if length else None)
-        while chunk := response.read(_CHUNK):
-            out.write(chunk)
-            progress.advance(task, len(chunk))
-
-
-def _nowhere(reason: str) -> UserError:
+def _nowhere(reason: str) -> NotHere:
     looked = ", ".join(str(folder) for folder in _folders())
-    return UserError(
+    return NotHere(
         f"data fashion_mnist: the full set is in none of {looked}, and {reason}; let KDBENCH_DATA name a folder that holds it, "
-        "run `apt-get install dataset-fashion-mnist`, or use {name: fashion_mnist, size: embedded}"
+        "run `apt-get install dataset-fashion-mnist`, or use {name: fashion_mnist, size: embedded}",
+        Facts("fashion_mnist", len(CLASS_NAMES), SIDE, (MEAN,), (STD,), TRAIN_IMAGES, 10_000),
     )

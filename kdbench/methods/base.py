@@ -19,18 +19,6 @@ ANY_TASK = frozenset({"any"})
 
 
 @dataclass(frozen=True)
-class Published:
-    """One figure of a paper, quoted with what it was measured on. Never averaged with ours."""
-
-    teacher: str
-    student: str
-    data: str
-    metric: str
-    undistilled: float | None
-    distilled: float
-
-
-@dataclass(frozen=True)
 class Paper:
     """Where a method comes from and what its code was checked against (`golden` vectors of that repository)."""
 
@@ -39,7 +27,6 @@ class Paper:
     venue: str | None = None
     formula: str = ""
     checked_against: str | None = None
-    published: tuple[Published, ...] = ()
 
 
 @dataclass(frozen=True)

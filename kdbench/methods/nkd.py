@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import Method, Paper, Progress, Published, loss_precision
+from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.kd import softened_cross_entropy
 from kdbench.methods.logits import hard_labels, label_logits, other_logits, require_same_classes
 from kdbench.models.outputs import Outputs, Shapes
@@ -47,11 +47,6 @@ class NKD(Method):
         venue="ICCV 2023",
         formula="L = w_task CE - p_y log q_y - gamma T^2 sum_{c != y} P_c log Q_c,  P, Q = softmax(z_t / T), softmax(z_s / T) without y",
         checked_against="yzd-v/cls_KD@1e5d48f",
-        published=(
-            Published("resnet34", "resnet18", "ImageNet", "top-1", 69.90, 71.96),
-            Published("resnet50", "mobilenet", "ImageNet", "top-1", 69.21, 72.58),
-            Published("deit3_small", "deit_tiny", "ImageNet", "top-1", 74.42, 76.68),
-        ),
     )
 
     class Params(Method.Params):

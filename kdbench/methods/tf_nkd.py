@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import Method, Paper, Progress, Published, loss_precision
+from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.logits import label_logits
 from kdbench.models.outputs import Outputs
 from kdbench.search_space import Range
@@ -44,11 +44,6 @@ class TeacherFreeNKD(Method):
         arxiv="2208.10139",
         formula="L = w_task CE - w log q_y,  w = stop_grad(q_y + 1 - mean_batch q_y)",
         checked_against="yzd-v/cls_KD@de48db4",
-        published=(
-            Published("none", "mobilenet", "ImageNet", "top-1", 69.21, 70.04),
-            Published("none", "resnet18", "ImageNet", "top-1", 69.90, 70.76),
-            Published("none", "swin_tiny", "ImageNet", "top-1", 81.18, 81.48),
-        ),
     )
     needs_teacher = False
     batch_coupled = True  # the mean in the soft target: the authors' is over one worker's samples, ours over all workers'

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdbench.catalogue import nearest
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
-from kdbench.methods.base import Method, Paper, Progress, Published, loss_precision
+from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.features import stages
 from kdbench.methods.logits import other_logits
 from kdbench.models.adapters import as_vector, class_tokens
@@ -85,11 +85,6 @@ class USKD(Method):
         formula="L = w_task CE - alpha w_y log p_y - beta sum_{c != y} z_c log P_c + mu CE(weak head);  "
         "w_y = stop_grad(p_y^2 + 1 - mean_b p_y^2), z_c ~ 1 / rank_c, P = softmax(z_s) without y",
         checked_against="yzd-v/cls_KD@1e5d48f",
-        published=(
-            Published("none", "resnet18", "ImageNet", "top-1", 69.90, 70.79),
-            Published("none", "resnet50", "ImageNet", "top-1", None, 77.07),
-            Published("none", "swin_tiny", "ImageNet", "top-1", 81.18, 81.49),
-        ),
     )
     needs_teacher = False
     batch_coupled = True  # the mean in the soft target: the authors' is over one worker's samples, ours over all workers'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ class ModelSpec(LabelledSpec):
         return dict(self.model_extra or {})
 
 
+_WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, `build_model` fetches no pretrained weights and reads no file of weights: the architecture alone counts."""
+    token = _WEIGHTLESS.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTLESS.reset(token)
+
+
 def build_model(
     spec: ModelSpec, *, num_classes: int, in_channels: int, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> nn.Module:
@@ -52,7 +67,7 @@ def build_model(
     else:
         model = _build_timm(spec, num_classes, in_channels, image_size)
         inputs = _timm_inputs(model, spec, image_size, mean, std)
-    if spec.weights is not None:
+    if spec.weights is not None and not _WEIGHTLESS.get():
         load_weights(model, spec.weights, name=spec.name, num_classes=num_classes)
     # A user's class may come with an input_spec of its own, which is then right.
     if not isinstance(getattr(model, "input_spec", None), InputSpec):
@@ -110,11 +125,11 @@ def _build_timm(spec: ModelSpec, num_classes: int, in_channels: int, image_size:
     import timm  # five seconds, which only those pay who name one of its models
 
     _check_timm_name(spec.name)
-    options = dict(spec.options)
+    options, fetched = dict(spec.options), spec.pretrained and not _WEIGHTLESS.get()
     if not spec.pretrained and _has_fixed_size(spec.name):
         options.setdefault("img_size", image_size)
     try:
-        return timm.create_model(spec.name, pretrained=spec.pretrained, num_classes=num_classes, in_chans=in_channels, **options)
+        return timm.create_model(spec.name, pretrained=fetched, num_classes=num_classes, in_chans=in_channels, **options)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in spec.options:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError
 from kdbench.results.leaderboard import UNDISTILLED, Board, Row
+from kdbench.results.published import PublishedFigure
 from kdbench.results.record import RunRecord
 
 if TYPE_CHECKING:
@@ -204,11 +205,15 @@ def _below(board: Board) -> list[str]:
 
 
 def _published_lines(board: Board) -> list[str]:
-    return [
-        f"{figure.method}: {figure.teacher or 'no teacher'} -> {figure.student}, {figure.data} {figure.metric} "
-        f"{figure.undistilled:.2f} -> {figure.distilled:.2f} ({figure.distilled - figure.undistilled:+.2f}), {figure.citation}"
-        for figure in board.published
-    ]
+    return [_published_line(figure) for figure in board.published]
+
+
+def _published_line(figure: PublishedFigure) -> str:
+    change = "" if figure.points is None else f" ({figure.points:+.2f})"
+    before, after = (UNKNOWN if value is None else f"{value:.2f}" for value in (figure.before, figure.distilled))
+    protocol = f" ({figure.protocol})" if figure.protocol else ""
+    pair = f"{figure.teacher or 'no teacher'} -> {figure.student}"
+    return f"{figure.method}: {pair}, {figure.data} {figure.metric} {before} -> {after}{change}, {figure.citation}{protocol}"
 
 
 def _terminal(boards: Sequence[Board], with_published: bool, console: Console | None) -> str:

@@ -41,17 +41,23 @@ class SplitOptions(Task.Options):
     split_seed: int = 0
 
 
+def validation_size(options: SplitOptions, total: int, name: str) -> int:
+    """How many of the `total` training images of the data set called `name` choices are made on. Raises UserError for none, or all."""
+    val_size = options.val_size if isinstance(options.val_size, int) else round(options.val_size * total)
+    if not 1 <= val_size < total:
+        raise UserError(
+            f"val_size {options.val_size} is {val_size} of the {total} training images of data {name!r}; expected 1 .. {total - 1}"
+        )
+    return val_size
+
+
 def cut(source: Source, options: SplitOptions) -> Splits:
     """The four parts; by class where an image has one, else by chance, and always the same for the same options.
 
     Raises UserError where the source is too small.
     """
     total = len(source.train)
-    val_size = options.val_size if isinstance(options.val_size, int) else round(options.val_size * total)
-    if not 1 <= val_size < total:
-        raise UserError(
-            f"val_size {options.val_size} is {val_size} of the {total} training images of data {source.name!r}; expected 1 .. {total - 1}"
-        )
+    val_size = validation_size(options, total, source.name)
     # Pixels of all classes are in nearly every image, so that masks need no strata.
     classes = source.train.target if source.train.target.ndim == 1 else torch.zeros(total, dtype=torch.long)
     val_rows, train_rows = stratified(classes, val_size, options.split_seed)

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from kdbench.errors import RunFailed, UserError
-from kdbench.methods import METHODS
 from kdbench.results.leaderboard import boards
 from kdbench.results.picture import draw
 from kdbench.results.published import load_published
@@ -167,14 +166,6 @@ def test_an_empty_folder_says_how_to_start_and_an_unfinished_one_how_to_go_on(ma
     unfinished = nothing_to_rank("results", [make_record(role="teacher"), make_record(role="candidate")])
     assert "1 candidate, 1 teacher" in unfinished
     assert "continues" in unfinished
-
-
-def test_published_figures_load_and_make_sense() -> None:
-    figures = load_published()
-
-    assert {part for figure in figures for part in figure.method.split("+")} <= METHODS.keys()
-    assert all(figure.distilled > figure.undistilled for figure in figures)
-    assert all((figure.teacher is None) == (figure.method == "tf_nkd") for figure in figures)
 
 
 def test_the_picture_is_drawn_for_boards_with_a_gain_and_refuses_other_names(found, tmp_path) -> None:

@@ -1,0 +1,464 @@
+"""What an experiment would do and cost, without doing it: nothing is trained, downloaded or written.
+
+Networks are built on torch's `meta` device, where a tensor has a shape and no memory, so that the largest one costs nothing to look at.
+Methods are built and run for real, on random outputs of the shapes that the two networks have at their taps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdbench.benchmark.pair import axes_of
+from kdbench.benchmark.run import check_plan
+from kdbench.data.batch import Batch, Part
+from kdbench.data.download import without_downloads
+from kdbench.data.facts import Facts, NotHere
+from kdbench.distributed.cluster import check_fits_here
+from kdbench.errors import UserError
+from kdbench.experiment import Experiment, Recipe, TeacherSpec
+from kdbench.methods.base import Method, Progress
+from kdbench.methods.build import MethodSpec, fitted
+from kdbench.models.build import ModelSpec, without_weights
+from kdbench.models.inputs import model_inputs
+from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.taps import Taps, places, probe
+from kdbench.tasks.base import Task
+from kdbench.tasks.build import TaskSpec, build_task, task_class
+from kdbench.tasks.splits import SplitOptions, validation_size
+from kdbench.training.distiller import Distiller
+from kdbench.training.optimization import make_optimizer
+from kdbench.training.precision import DTYPES, autocast
+from kdbench.training.teacher_cache import view_count
+
+META = torch.device("meta")
+TIMED_FLOPS = 100e6  # of student and teacher together, an image: up to there steps are timed, which then takes under a second a method
+_TIMED_BATCH = 16  # images of the largest networks that are timed; smaller ones get more, up to the recipe's batch
+_TIMED_STEPS = 3
+_COUNTED_BATCH = 4  # more than one, as batch norms need it
+_FORWARD_AND_BACKWARD = 3  # the gradients of inputs and of weights cost as much as the forward pass each
+_REAL_PARAMETERS = 30_000_000  # a network up to this size is built for real where a method works with the network itself
+
+
+@dataclass(frozen=True)
+class NetworkEstimate:
+    """flops: of one forward pass of one image, a multiply-add counted as two. fact: where weights come from."""
+
+    role: str
+    label: str
+    params: int
+    flops: float
+    fact: str
+
+
+@dataclass(frozen=True)
+class MethodEstimate:
+    """What one method needs on one student.
+
+    taps: the student's places that it looks at. extra_params: trained beside the student. flops: of one optimizer step, over all workers;
+    own_flops: the part of them that the method itself needs, None where it can't be counted. memory: bytes of one worker at the peak
+    of a step. step_seconds: measured here on a smaller batch, None where that would take long. trainings: searches, checks and finals.
+    """
+
+    student: str
+    label: str
+    taps: tuple[str, ...]
+    extra_params: int
+    searched: tuple[str, ...]
+    flops: float
+    own_flops: float | None
+    memory: float
+    step_seconds: float | None
+    steps: int
+    trainings: int
+
+    @property
+    def total_flops(self) -> float:
+        return self.flops * self.steps * self.trainings
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of all its trainings one after the other, on this machine."""
+        return None if self.step_seconds is None else self.step_seconds * self.steps * self.trainings
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `kdbench run` would do. notes: what is missing for it, and where to get it."""
+
+    name: str
+    data: str
+    teacher_images: int
+    student_images: int
+    notes: tuple[str, ...]
+    networks: tuple[NetworkEstimate, ...]
+    methods: tuple[MethodEstimate, ...]
+    teacher_flops: float  # of training the teacher, 0 where its weights are given
+
+
+def dry_run(experiment: Experiment) -> DryRun:
+    """Build all that the experiment names, check all that can be checked without data, and estimate what it costs.
+
+    Raises UserError for what can't work on any machine. What only this machine lacks is a note.
+    """
+    with without_weights(), without_downloads():
+        notes: list[str] = []
+        opened = _open(experiment, notes)
+        check_plan(experiment, opened.task)
+        _note(notes, lambda: check_fits_here(experiment.runtime))
+        students = [Network(opened.task, spec) for spec in experiment.students]
+        teacher = Network(opened.task, experiment.teacher.model) if experiment.teacher else None
+        networks = [NetworkEstimate("student", n.spec.label, n.params, n.flops, _source(n.spec)) for n in students]
+        teacher_flops = 0.0
+        if teacher is not None and experiment.teacher is not None:
+            fact = _teacher_fact(experiment.teacher, experiment.teacher_recipe(), notes)
+            networks.insert(0, NetworkEstimate("teacher", teacher.spec.label, teacher.params, teacher.flops, fact))
+            if experiment.teacher.weights is None:
+                seen = experiment.teacher_recipe().epochs * opened.teacher_images
+                teacher_flops = float(_FORWARD_AND_BACKWARD * teacher.flops * seen)
+        methods = tuple(_method(experiment, spec, student, teacher, opened) for student in students for spec in experiment.methods)
+        sizes = opened.teacher_images, opened.student_images
+        return DryRun(experiment.name, opened.task.data_name, *sizes, tuple(notes), tuple(networks), methods, teacher_flops)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The task, on its data or on noise that stands in for them, and how many images the real ones have for training."""
+
+    task: Task
+    teacher_images: int
+    samples: Part  # what students learn from: labels and positions as they are, or as many of them
+
+    @property
+    def student_images(self) -> int:
+        return len(self.samples)
+
+
+def _open(experiment: Experiment, notes: list[str]) -> _Opened:
+    try:
+        task = build_task(experiment.task)
+        splits = task.splits()
+        return _Opened(task, len(splits.train), splits.transfer)
+    except NotHere as missing:
+        notes.append(str(missing))
+        return _stand_in(experiment.task, missing.facts)
+
+
+def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
+    given = spec.model_dump(mode="json")
+    options = task_class(spec).Options.model_validate({key: value for key, value in given.items() if key != "name"})
+    images = students = facts.train
+    changes: dict[str, Any] = {"data": facts.stand_in()}
+    if isinstance(options, SplitOptions):
+        images -= validation_size(options, facts.train, facts.name)
+        students = options.transfer_size or images
+        if students > images:
+            raise UserError(f"transfer_size {students} is more than the {images} images of data {facts.name!r} that are left for training")
+        changes |= {"val_size": 1, "transfer_size": None}
+    task = build_task(TaskSpec.model_validate(given | changes))
+    task.data_name = facts.name
+    blank = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(students, -1, -1, -1)
+    return _Opened(task, images, Part(blank, torch.arange(students) % facts.classes, torch.arange(students)))
+
+
+def _note(notes: list[str], check: Callable[[], None]) -> None:
+    try:
+        check()
+    except UserError as error:
+        notes.append(f"on this machine: {error}")
+
+
+def _teacher_fact(spec: TeacherSpec, recipe: Recipe, notes: list[str]) -> str:
+    if spec.weights is None:
+        return f"trained here for {recipe.epochs} epochs, {_source(spec.model)}"
+    if spec.weights == "pretrained":
+        return "timm's weights, fetched when they are needed"
+    if not spec.weights.expanduser().is_file():
+        notes.append(f"teacher.weights: there is no file {spec.weights}")
+    return f"weights from {spec.weights}"
+
+
+def _source(spec: ModelSpec) -> str:
+    """Where a network's first weights come from."""
+    if spec.weights is not None:
+        return f"begins with {spec.weights}"
+    return "begins with timm's weights" if spec.pretrained else "begins with random weights"
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Network:
+    """A network as far as it has to be looked at: its shapes and costs without memory, the network itself where that is needed."""
+
+    task: Task
+    spec: ModelSpec
+
+    @cached_property
+    def outline(self) -> nn.Module:
+        """The network without memory for its weights; the real one where its code needs numbers to build or run."""
+        try:
+            with META:
+                return self.task.build_model(self.spec)
+        except (UserError, RuntimeError, NotImplementedError):  # what is really wrong with it shows when it is built for real
+            return self.real
+
+    @cached_property
+    def real(self) -> nn.Module:
+        return self.task.build_model(self.spec)
+
+    @property
+    def params(self) -> int:
+        return _parameters(self.outline)
+
+    @property
+    def flops(self) -> float:
+        return self.forward_cost[0]
+
+    @property
+    def small(self) -> bool:
+        return self.params <= _REAL_PARAMETERS
+
+    @cached_property
+    def places(self) -> Shapes:
+        return places(self.outline, self.task.info.image_shape)
+
+    @cached_property
+    def forward_cost(self) -> tuple[float, float]:
+        """FLOPs of a forward pass of one image, and bytes of what training keeps of it."""
+        return forward_cost(self.outline, self.task.info.image_shape)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def forward_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[float, float]:
+    """FLOPs of a training-mode forward pass, and bytes that are kept for its backward pass, both an image."""
+    model = copy.deepcopy(model).train()
+    images = torch.zeros(_COUNTED_BATCH, *image_shape, device=_device(model))
+    with FlopCounterMode(display=False) as counter, _kept() as kept:
+        model(model_inputs(model, images))
+    return counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH
+
+
+@contextmanager
+def _kept() -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps for the backward pass, and their bytes. Weights, which are there anyway, are left out."""
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage's number is given to another one
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        yield found
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened) -> MethodEstimate:
+    recipe, task = experiment.recipe, opened.task
+    batch = recipe.batch_size
+    built = _counted(spec, opened, student, teacher)
+    method, extra, own = built.method, _parameters(built.student, built.method) - student.params, built.own
+    forward, kept = student.forward_cost
+    if _parameters(built.student) > student.params:
+        forward, kept = forward_cost(copy.deepcopy(built.student).to(META), task.info.image_shape)
+    live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
+    flops = _FORWARD_AND_BACKWARD * forward + (own.flops or 0.0) + (teacher.flops if live and teacher else 0)
+    axes = axes_of(spec, experiment.search, recipe)
+    share = batch / experiment.runtime.workers / recipe.accumulate
+    weights = 4.0 * (student.params + extra) * (2 + _optimizer_state(recipe) + (recipe.ema is not None))
+    if live and teacher is not None:
+        weights += 4.0 * teacher.params
+    return MethodEstimate(
+        student=student.spec.label,
+        label=spec.label,
+        taps=method.student_taps,
+        extra_params=extra,
+        searched=tuple(axis.name for axis in axes),
+        flops=flops * batch,
+        own_flops=None if own.flops is None else own.flops * batch,
+        memory=weights + share * (kept * _activation_factor(recipe) + own.kept),
+        step_seconds=_step_seconds(experiment, spec, student, teacher, opened) if _small_enough(student, teacher) else None,
+        steps=recipe.epochs * (opened.student_images // batch),
+        trainings=_trainings(experiment, bool(axes)),
+    )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What a method's own terms need, forwards and backwards, an image: FLOPs, None where they can't be counted, and kept bytes."""
+
+    flops: float | None
+    kept: float
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A method built for a pair, the student as it is trained, and the method's own cost."""
+
+    method: Method
+    student: nn.Module
+    own: _Own
+
+
+def _counted(spec: MethodSpec, opened: _Opened, student: Network, teacher: Network | None) -> _Built:
+    """The method, built and run in outline; for real where it asks for numbers, on networks that are real up to a size."""
+    try:
+        with META:
+            method, trained = _assembled(spec, opened, student, student.outline, teacher, teacher.outline if teacher else None)
+            return _Built(method, trained, _own_cost(method, trained, student, teacher, opened))
+    except (UserError, RuntimeError, NotImplementedError):  # what is really wrong shows below
+        pass
+    base = student.real if student.small else student.outline
+    network = None if teacher is None else teacher.real if teacher.small else teacher.outline
+    method, trained = _assembled(spec, opened, student, base, teacher, network)
+    try:
+        return _Built(method, trained, _own_cost(method, trained, student, teacher, opened))
+    except (RuntimeError, NotImplementedError):
+        if student.small and (teacher is None or teacher.small):
+            raise
+        return _Built(method, trained, _Own(None, 0.0))
+
+
+def _assembled(
+    spec: MethodSpec, opened: _Opened, student: Network, base: nn.Module, teacher: Network | None, network: nn.Module | None
+) -> tuple[Method, nn.Module]:
+    """The method, built for the pair, and the student as it is trained. base, network: the two networks' modules to use."""
+    theirs, info = teacher.places if teacher is not None else None, opened.task.info
+    outlined = torch.get_default_device() == META  # where random numbers have no values, and no generator
+    method = fitted(spec, student.places, theirs, None if outlined else torch.Generator().manual_seed(0))
+    method.build(student.places, theirs if method.needs_teacher else None, info)
+    method.use_samples(opened.samples)
+    if method.needs_teacher_network and network is not None:
+        method.use_teacher(network.eval().requires_grad_(False), info.image_shape)
+    changes = type(method).adapt_student is not Method.adapt_student
+    return method, method.adapt_student(copy.deepcopy(base)) if changes else base
+
+
+def _parameters(*modules: nn.Module) -> int:
+    """Parameters of all of them together, one that several share counted once."""
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def _own_cost(method: Method, trained: nn.Module, student: Network, teacher: Network | None, opened: _Opened) -> _Own:
+    """The method's loss and its gradients on random outputs of the two networks, where torch makes tensors at the moment."""
+    image_shape, home = opened.task.info.image_shape, torch.get_default_device()
+    same = all(name in student.places.taps for name in method.student_taps)
+    shapes = student.places if same else probe(copy.deepcopy(trained), image_shape, method.student_taps)
+    ours = _random_outputs(shapes, method.student_taps, trained=True)
+    theirs = _random_outputs(teacher.places, method.teacher_taps, trained=False) if teacher is not None and method.needs_teacher else None
+    batch = _random_batch(opened, _COUNTED_BATCH).to(home)
+    with FlopCounterMode(display=False) as counter, _kept() as kept:
+        terms = method.train()(ours, theirs, batch, Progress(epoch=1.0, step=1, total_steps=2))
+        total = sum((term.sum() for term in terms.values()), torch.zeros(()))
+        if total.requires_grad:
+            total.backward()
+    return _Own(counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH)
+
+
+def _random_outputs(shapes: Shapes, taps: tuple[str, ...], trained: bool) -> Outputs:
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(_COUNTED_BATCH, *shape, requires_grad=trained)
+
+    return Outputs(draw(shapes.prediction), {name: draw(shapes.taps[name].shape) for name in taps})
+
+
+def _random_batch(opened: _Opened, size: int) -> Batch:
+    """Noise with the labels of the first samples."""
+    size = min(size, opened.student_images)
+    samples = opened.samples
+    return Batch(torch.rand(size, *opened.task.info.image_shape), samples.target[:size].long(), samples.index[:size])
+
+
+def _cacheable(method: Method, teacher: Network, experiment: Experiment, images: int) -> bool:
+    """Whether what the method reads of the teacher fits the cache, so that the teacher need not run at every step."""
+    views = view_count(experiment.recipe)
+    if views is None:
+        return False
+    shapes = [teacher.places.prediction, *(teacher.places.taps[name].shape for name in method.teacher_taps)]
+    numbers = sum(map(math.prod, shapes))
+    width = 4 if experiment.cache.precision == "fp32" else 2
+    return width * numbers * images * views <= 1e9 * experiment.cache.budget_gb
+
+
+def _optimizer_state(recipe: Recipe) -> float:
+    """Numbers that the optimizer keeps for each weight: one for momentum, two for Adam and its kin."""
+    weights = nn.Parameter(torch.zeros(64, 64))
+    weights.grad = torch.ones_like(weights)
+    optimizer = make_optimizer([weights], recipe)
+    optimizer.step()
+    return sum(value.numel() for value in optimizer.state[weights].values() if isinstance(value, Tensor)) / weights.numel()
+
+
+def _activation_factor(recipe: Recipe) -> float:
+    """Bytes of an activation by those of float32. `auto` is counted as float32, since it may turn out so."""
+    dtype: Mapping[str, torch.dtype] = DTYPES
+    return torch.finfo(dtype.get(recipe.precision, torch.float32)).bits / 32
+
+
+def _trainings(experiment: Experiment, searched: bool) -> int:
+    """Searches, the winners' checks and finals, as if no trial were stopped early."""
+    search = experiment.search
+    if search is None or not searched:
+        return experiment.seeds
+    checks = search.top_k * search.confirm_seeds if search.top_k > 1 and search.trials > 1 else 0
+    return search.trials + checks + experiment.seeds
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def _small_enough(student: Network, teacher: Network | None) -> bool:
+    return student.flops + (teacher.flops if teacher is not None else 0) <= TIMED_FLOPS
+
+
+def _step_seconds(experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened) -> float:
+    """The shortest of a few whole steps on noise, of a smaller batch, scaled to the recipe's."""
+    recipe, task = experiment.recipe, opened.task
+    network = teacher.real if teacher is not None else None
+    method, trained = _assembled(spec, opened, student, copy.deepcopy(student.real), teacher, network)
+    distiller = Distiller(trained, method, task).train()
+    optimizer = make_optimizer(distiller.parameters(), recipe)
+    flops = student.flops + (teacher.flops if teacher is not None else 0)
+    batch = _random_batch(opened, min(recipe.batch_size, int(_TIMED_BATCH * TIMED_FLOPS / flops)))
+    theirs = _teacher_outputs(network, method, batch)
+    live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
+    times = []
+    for step in range(1 + _TIMED_STEPS):
+        start = time.perf_counter()
+        if live:
+            theirs = _teacher_outputs(network, method, batch)
+        terms = distiller(batch, theirs, Progress(1.0, 1 + step, 10), autocast("fp32", batch.inputs.device))
+        terms["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) * recipe.batch_size / len(batch)
+
+
+@torch.no_grad()
+def _teacher_outputs(network: nn.Module | None, method: Method, batch: Batch) -> Outputs | None:
+    return Taps(network.eval(), method.teacher_taps)(batch.inputs) if network is not None and method.needs_teacher else None

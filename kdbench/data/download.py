@@ -1,0 +1,73 @@
+"""Fetching a data set's file so that a killed or damaged download leaves no half file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from rich.progress import Progress
+
+from kdbench.errors import UserError
+
+_SECONDS_WITHOUT_AN_ANSWER = 30
+_CHUNK = 1 << 18
+
+
+class NotFetched(Exception):
+    """No address had the file whole; the message says what each gave."""
+
+
+_DRY: ContextVar[bool] = ContextVar("dry", default=False)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Inside, nothing is downloaded."""
+    token = _DRY.set(True)
+    try:
+        yield
+    finally:
+        _DRY.reset(token)
+
+
+def forbidden() -> str | None:
+    """Why nothing may be downloaded now, None where it may."""
+    if _DRY.get():
+        return "a dry run downloads nothing"
+    return "KDBENCH_OFFLINE forbids downloads" if os.environ.get("KDBENCH_OFFLINE") else None
+
+
+def fetch(addresses: Iterable[str], destination: Path, check: Callable[[Path], object], progress: Progress) -> Path:
+    """Download to a temporary name, `check` the content, and only then give it its name. Returns `destination`.
+
+    addresses: of the same file, tried in turn. check: raises UserError for a file that is not whole. Raises NotFetched, and OSError
+    where the file can't be stored.
+    """
+    failures = []
+    for address in addresses:
+        with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
+            arrived = Path(scratch) / destination.name
+            try:
+                _copy(address, arrived, progress)
+                check(arrived)
+            except (URLError, HTTPException, TimeoutError, ConnectionError, UserError) as error:
+                failures.append(f"{address}: {error}")
+                continue
+            return arrived.replace(destination)
+    raise NotFetched("; ".join(failures))
+
+
+def _copy(url: str, destination: Path, progress: Progress) -> None:
+    with urlopen(url, timeout=_SECONDS_WITHOUT_AN_ANSWER) as response, destination.open("wb") as out:
+        length = response.headers.get("Content-Length")
+        task = progress.add_task(destination.name, total=int(length) if length else None)
+        while chunk := response.read(_CHUNK):
+            out.write(chunk)
+            progress.advance(task, len(chunk))

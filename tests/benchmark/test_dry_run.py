@@ -1,0 +1,151 @@
+"""What a dry run says of costs, and that it does nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdbench.benchmark import dry_run as module
+from kdbench.benchmark.dry_run import DryRun, MethodEstimate, dry_run
+from kdbench.errors import UserError
+from kdbench.experiment import Experiment
+from kdbench.models.build import ModelSpec, build_model, without_weights
+from kdbench.pages import dry_run_page
+
+CIFAR: dict[str, Any] = {
+    "name": "pair",
+    "task": {"name": "classification", "data": "cifar100", "val_size": 5000},
+    "teacher": {"model": "resnet8x4", "recipe": {"epochs": 2}},
+    "students": ["cifar_resnet8"],
+    "methods": ["none", "kd", "fitnet"],
+    "recipe": {"epochs": 10, "batch_size": 64, "precision": "fp32"},
+    "seeds": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without data, on which steps are not timed."""
+    monkeypatch.setattr(module, "TIMED_FLOPS", 0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KDBENCH_DATA", raising=False)
+    monkeypatch.delenv("KDBENCH_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def of(**changes: Any) -> DryRun:
+    return dry_run(Experiment.model_validate(CIFAR | changes))
+
+
+def by_label(found: DryRun) -> dict[str, MethodEstimate]:
+    return {method.label: method for method in found.methods}
+
+
+def test_data_that_are_not_here_are_named_and_the_rest_is_still_looked_at(tmp_path: Path) -> None:
+    found = of()
+    assert (found.data, found.teacher_images, found.student_images) == ("cifar100", 45_000, 45_000)
+    (note,) = found.notes
+    assert "a dry run downloads nothing; put cifar-100-binary.tar.gz" in note
+    assert [network.params for network in found.networks] == [1_233_540, 83_892]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flops_count_the_students_pass_three_times_the_teachers_where_it_runs_and_the_methods_own() -> None:
+    found = of(cache={"budget_gb": 0.1})
+    teacher, student = (network.flops for network in found.networks)
+    methods = by_label(found)
+    assert methods["none"].flops == pytest.approx(64 * 3 * student)
+    assert methods["none"].own_flops == 0
+    assert methods["kd"].flops == methods["none"].flops, "100 logits of four views fit the cache"
+    regressor = 2 * methods["fitnet"].extra_params * 16 * 16
+    assert methods["fitnet"].own_flops is not None
+    assert methods["fitnet"].own_flops == pytest.approx(64 * 3 * regressor, rel=0.15)
+    assert methods["fitnet"].flops == pytest.approx(64 * (3 * student + teacher) + methods["fitnet"].own_flops)
+
+
+def test_a_fresh_view_each_epoch_lets_the_teacher_run_at_every_step() -> None:
+    recipe = CIFAR["recipe"] | {"augment": {"flip": True}, "views": None}
+    methods, teacher = by_label(of(recipe=recipe)), of().networks[0].flops
+    assert methods["kd"].flops - methods["none"].flops == pytest.approx(64 * teacher)
+
+
+def test_steps_and_trainings_are_those_of_the_run() -> None:
+    found = of(search={"trials": 8, "top_k": 2, "confirm_seeds": 2, "also": {"recipe.lr": {"low": 0.01, "high": 1.0, "log": True}}})
+    methods = by_label(found)
+    assert methods["none"].steps == 10 * (45_000 // 64)
+    assert {method.trainings for method in found.methods} == {8 + 2 * 2 + 3}
+    assert methods["none"].searched == ("recipe.lr",)
+    assert methods["fitnet"].searched == ("recipe.lr", "task_weight", "weight")
+    assert by_label(of())["kd"].trainings == 3
+    assert found.teacher_flops == pytest.approx(3 * found.networks[0].flops * 2 * 45_000)
+
+
+def test_memory_grows_with_the_batch_the_optimizer_and_the_average_and_shrinks_with_workers() -> None:
+    def gigabytes(**changes: Any) -> float:
+        return by_label(of(recipe=CIFAR["recipe"] | changes, methods=["none"], runtime={"workers": workers, "address": "auto"}))[
+            "none"
+        ].memory
+
+    workers = 1
+    plain = gigabytes()
+    activations = gigabytes(batch_size=128) - plain
+    assert gigabytes(optimizer="adamw") - plain == pytest.approx(4 * 83_892, rel=0.01)
+    assert gigabytes(ema=0.9) - plain == pytest.approx(4 * 83_892)
+    assert gigabytes(precision="bf16") == pytest.approx(plain - activations / 2)
+    workers = 2
+    assert gigabytes() == pytest.approx(plain - activations / 2)
+    # Of one image: what the three stages of 16x32x32, 32x16x16 and 64x8x8 numbers keep for their backward passes, a few times each.
+    assert 5 < activations / 64 / 4 / (16 * 32 * 32 + 32 * 16 * 16 + 64 * 8 * 8) < 30
+
+
+def test_small_networks_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIMED_FLOPS", 1e9)
+    found = of(methods=["none", "fitnet"])
+    assert all(method.step_seconds is not None and method.step_seconds > 0 for method in found.methods)
+    assert "steps timed on this machine" in dry_run_page(found)
+
+
+def test_what_can_not_work_anywhere_is_an_error_and_what_this_machine_lacks_a_note() -> None:
+    with pytest.raises(UserError, match="can't be cut into 3 equal parts"):
+        of(runtime={"workers": 3, "address": "auto"})
+    with pytest.raises(UserError, match="val_size 50000 is 50000 of the 50000 training images of data 'cifar100'"):
+        of(task=CIFAR["task"] | {"val_size": 50_000})
+    with pytest.raises(UserError, match="there is no tap"):
+        of(methods=[{"name": "fitnet", "student_taps": ["stage:9"]}])
+    found = of(runtime={"gpus_per_worker": 1000}, teacher={"model": "resnet8x4", "weights": "gone.safetensors"}, methods=["kd"])
+    assert [note.partition(":")[0] for note in found.notes] == ["data cifar100", "on this machine", "teacher.weights"]
+    assert found.teacher_flops == 0
+
+
+def test_pretrained_weights_are_not_fetched_but_their_input_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    made: list[bool] = []
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **keys: made.append(keys["pretrained"]) or create(*args, **keys))
+    with without_weights(), torch.device("meta"):
+        spec = ModelSpec(name="vit_tiny_patch16_224", pretrained=True)
+        model: Any = build_model(spec, num_classes=10, in_channels=3, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert made == [False]
+    assert model.input_spec.size == 224
+
+
+def test_a_teacher_with_pretrained_weights_needs_a_pretrained_model() -> None:
+    with pytest.raises(ValueError, match="weights: pretrained needs a pretrained model"):
+        Experiment.model_validate(CIFAR | {"teacher": {"model": "resnet8x4", "weights": "pretrained"}})
+    teacher = {"model": {"name": "resnet18", "pretrained": True}, "weights": "pretrained"}
+    found = of(teacher=teacher, methods=["none"])
+    assert found.networks[0].fact == "timm's weights, fetched when they are needed"
+    assert found.teacher_flops == 0
+
+
+def test_the_page_has_a_line_for_every_method_and_what_is_missing() -> None:
+    lines = dry_run_page(of()).splitlines()
+    rows = {words[0]: words for line in lines if (words := line.split())}
+    assert rows["fitnet"][2:4] == ["stage:1", "4,480"]
+    assert rows["9"][1] == "trainings,"
+    assert any(line.startswith("data cifar100: it is in none of") for line in lines)
+    assert any("FLOPs at 1e+13 a second" in line for line in lines)
