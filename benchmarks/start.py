@@ -1,4 +1,4 @@
-"""Part g: seconds from a command to its first optimizer step, alone and with Ray, and what importing costs."""
+"""Part g: seconds from a command to its first optimizer step, alone and with Ray; between two trials; and what importing costs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.part import Bench, child_environment, kdbench_command, run_quietly
-from benchmarks.report import Row
-from benchmarks.timing import Spent, interleave
+from benchmarks.report import Row, at_most
+from benchmarks.timing import Sample, Spent, interleave
+from kdbench.benchmark.run import run
+from kdbench.benchmark.watch import Unwatched
 from kdbench.data.batch import Batch
 from kdbench.data.fashion_mnist import EMBEDDED
+from kdbench.experiment import Experiment
 from kdbench.methods.base import Progress
 from kdbench.methods.none import Undistilled
 from kdbench.models.outputs import Outputs
+from kdbench.models.tiny import tiny_cnn
 
 STAMP = "KDBENCH_BENCHMARK_STAMP"  # names the file that gets the time of the first step
+BETWEEN_TRIALS = at_most(0.3)  # seconds
 MODULES = ("torch", "timm", "ray.tune", "optuna", "mlflow", "kdbench.cli", "kdbench.training.loop", "kdbench.benchmark.run")
 
 
@@ -54,11 +59,57 @@ def measure(bench: Bench) -> Iterator[Row]:
     }
     for name in arms:
         yield Row(titles[name], rounds.seconds(name, "wall"), "s")
+    bench.say("start: between two trials")
+    yield Row("between two trials on one actor of a search", _between_trials(bench), "s", BETWEEN_TRIALS)
     for module in MODULES if bench.scale != "quick" else MODULES[:1]:
         bench.say(f"start: import {module}")
         command = [sys.executable, "-c", f"import {module}"]
         seconds = interleave({"import": lambda: _process(command)}, 0, least=repeats, warm_up=False)  # noqa: B023
         yield Row(f"import {module}, whole process", seconds.seconds("import", "wall"), "s")
+
+
+def noted_student(num_classes: int, in_channels: int, log: Path) -> nn.Module:
+    """A tiny_cnn that notes when its process made it and when it was measured: a trial begins with the one and ends with the other."""
+
+    def note(what: str) -> None:
+        with Path(log).open("a") as file:
+            file.write(f"{os.getpid()} {time.time()!r} {what}\n")
+
+    note("made")
+    model: nn.Module = tiny_cnn(num_classes=num_classes, in_channels=in_channels)
+    model.register_forward_pre_hook(lambda module, _: None if module.training else note("measured"))
+    return model
+
+
+def _between_trials(bench: Bench) -> Sample:
+    """From the last validation of a trial to the beginning of the next one in the same process, in a search on Ray."""
+    folder = bench.scratch / "between-trials"
+    folder.mkdir()
+    log, trials = folder / "log", bench.pick(quick=6, usual=16, full=48)
+    settings = {
+        "name": "between-trials",
+        "task": {"name": "classification", "data": "fashion_mnist", "val_size": 1000, "transfer_size": 1000},
+        "students": [{"name": f"{noted_student.__module__}:{noted_student.__name__}", "log": str(log), "label": "noted"}],
+        "methods": ["none"],
+        "recipe": {"epochs": 2, "batch_size": 64, "precision": "fp32", "memory_format": "contiguous", "compile": False},
+        "search": {"trials": trials, "scheduler": "asha", "top_k": 1, "also": {"recipe.lr": {"low": 0.01, "high": 0.5, "log": True}}},
+        "seeds": 1,
+    }
+    run(Experiment.model_validate(settings), folder / "results", Unwatched(), search_only=True)
+    return Sample(tuple(gaps(log.read_text())))
+
+
+def gaps(log: str) -> list[float]:
+    """Seconds between the last `measured` of one trial and the `made` of the next, process by process."""
+    found: list[float] = []
+    measured: dict[str, float] = {}
+    for line in sorted(log.splitlines(), key=lambda line: float(line.split()[1])):
+        process, moment, what = line.split()
+        if what == "measured":
+            measured[process] = float(moment)
+        elif process in measured:
+            found.append(float(moment) - measured.pop(process))
+    return found
 
 
 def _process(command: list[str]) -> Spent:
