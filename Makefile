@@ -10,7 +10,7 @@ run: $(READY)
 	$(VENV)/bin/kdbench run experiments/quickstart.yaml
 
 test: $(READY) lint
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 from kdbench.benchmark.dry_run import dry_run
@@ -76,6 +77,7 @@ def _row(name: str, cost: str) -> tuple[str, ...]:
     )
 
 
+@cache
 def _on_a_pair(name: str, method: type[Method]) -> tuple[tuple[str, ...], str]:
     """The student's taps on the first of PAIRS that the method works on, and its extra parameters there."""
     for data, teacher, student in PAIRS:
