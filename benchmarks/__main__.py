@@ -34,17 +34,19 @@ class Part:
     module: str
     usual: float
     quick: float
+    asked_for: bool = False  # measured only where --only names it
 
 
 PARTS = {
-    "a": Part("kdbench's loop against a hand-written one", "benchmarks.loop", 100, 15),
-    "b": Part("the teacher's cache", "benchmarks.cache", 180, 20),
-    "c": Part("a trial in kdbench, torchdistill and timm", "benchmarks.peers", 130, 25),
+    "a": Part("kdbench's loop against a hand-written one", "benchmarks.loop", 70, 15),
+    "b": Part("the teacher's cache", "benchmarks.cache", 130, 20),
+    "c": Part("a trial in kdbench, torchdistill and timm", "benchmarks.peers", 110, 25),
     "d": Part("a sweep against torchdistill in an Optuna loop", "benchmarks.sweep", 330, 50),
     "views": Part("frozen views against fresh ones", "benchmarks.views", 90, 10),
     "e": Part("growth", "benchmarks.growth", 125, 25),
     "f": Part("memory", "benchmarks.memory", 70, 20),
     "g": Part("start", "benchmarks.start", 110, 15),
+    "methods": Part("what a step of each method costs", "benchmarks.methods", 150, 15, asked_for=True),
 }
 FULL_FACTOR = 6.0  # how much longer each ratio is measured with --full
 
@@ -120,7 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small sizes, about 3 minutes: shows that all works, and little more")
     size.add_argument("--full", action="store_true", help="nothing extrapolated, more rounds: hours")
-    parser.add_argument("--only", type=_keys, default=list(PARTS), metavar="a,b", help=f"some of the parts: {', '.join(PARTS)}")
+    parser.add_argument(
+        "--only",
+        type=_keys,
+        default=[key for key in PARTS if not PARTS[key].asked_for],
+        metavar="a,b",
+        help=f"some of the parts: {', '.join(PARTS)}",
+    )
     parser.add_argument("--seconds", type=float, metavar="S", help="for all parts together, instead of what each has by default")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR", help="for bench.json and bench.md")
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/benchmarks.md too")

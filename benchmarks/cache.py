@@ -46,7 +46,7 @@ PAIRS = (
     ModelPair("cifar_resnet8 x4 -> tiny_cnn of width 8", BIG_TEACHER.teacher, {"name": "tiny_cnn", "width": 8}, 1, 28, 128),
     ModelPair("cifar_resnet8 x4 -> cifar_resnet8 of width 8", BIG_TEACHER.teacher, {"name": "cifar_resnet8", "width": 8}, 1, 28, 64),
 )
-_STEPS = 4  # whose batches are prepared, and looked up again and again
+_STEPS = 2  # whose batches are prepared, and looked up again and again
 _ALONE_SHARE, _FEATURE_SHARE = 0.3, 0.1  # of the part's seconds; the pairs share the rest
 
 

@@ -123,7 +123,7 @@ def _sweeps(bench: Bench, trials: int) -> list[_Sweep]:
     if bench.scale != "quick":
         asha = f"the same at {small:,} images with ASHA, which stops trials early: less work"
         found.append(_Sweep(asha, small, trials, 1, "asha", ASHA_GOAL))
-        found.append(_Sweep(title.format(_LARGE), _LARGE, bench.pick(quick=2, usual=4, full=trials), 1, "none", LARGE_GOAL))
+        found.append(_Sweep(title.format(_LARGE), _LARGE, bench.pick(quick=2, usual=2, full=trials), 1, "none", LARGE_GOAL))
     return found
 
 
@@ -299,7 +299,7 @@ def _best_of_peer(bench: Bench, python: Path, settings: dict[str, Any], repeats:
 
 def trained_teacher(bench: Bench) -> Path:
     """The quickstart's teacher, trained on 10,000 images; kept for the next time."""
-    epochs = bench.pick(quick=1, usual=8, full=8)
+    epochs = bench.pick(quick=1, usual=3, full=8)
     settings = {
         "name": f"teacher-{epochs}",
         "task": {"name": "classification", "data": "fashion_mnist", "val_size": QUALITY_VAL, "transfer_size": 64},

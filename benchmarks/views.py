@@ -25,7 +25,7 @@ WORTH = 0.3  # points of accuracy below fresh views that are taken for none
 def measure(bench: Bench) -> Iterator[Row]:
     """Test accuracy of `kd` with each K and with fresh views, and the differences, paired by seed."""
     weights = trained_teacher(bench)
-    seeds, epochs, images = bench.pick(quick=(2, 2, 300), usual=(5, 24, 1_000), full=(10, 48, 2_000))
+    seeds, epochs, images = bench.pick(quick=(2, 2, 300), usual=(3, 24, 1_000), full=(10, 48, 2_000))
     kept = bench.pick(quick=(1, 4), usual=KEPT_VIEWS, full=KEPT_VIEWS)
     bench.say(f"views: fresh every epoch, {seeds} seeds")
     fresh = _accuracies(bench, weights, None, seeds, epochs, images)

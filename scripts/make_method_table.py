@@ -1,8 +1,10 @@
-"""Renew the table of docs/methods.md: `python scripts/make_method_table.py`. The costs, which are measured elsewhere, stay as they are."""
+"""Renew the table of docs/methods.md: `python scripts/make_method_table.py`. The costs stay, unless a bench.json that has them is named."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -44,9 +46,9 @@ def costs_of(page: str) -> dict[str, str]:
     return {row[0].strip(" `"): row[-1].strip() for row in rows}
 
 
-def renewed(page: str) -> str:
-    """The page with its table as it has to be."""
-    return page.replace(_between(page), table(costs_of(page)))
+def renewed(page: str, costs: dict[str, str] | None = None) -> str:
+    """The page with its table as it has to be. costs: cells of the last column that were measured anew; the others stay."""
+    return page.replace(_between(page), table(costs_of(page) | (costs or {})))
 
 
 def vectors(name: str) -> int:
@@ -109,8 +111,20 @@ def _needs(method: type[Method], taps: tuple[str, ...]) -> str:
     return ", ".join(part for part in (teacher, "taps" if taps else "", tail) if part) or "labels"
 
 
+def measured(bench: Path) -> dict[str, str]:
+    """Method -> cell, from what `python -m benchmarks --only methods` wrote."""
+    found = {}
+    for part in json.loads(bench.read_text(encoding="utf-8")):
+        for row in part["rows"]:
+            name, mark, _ = row["what"].partition(": a step / a step of none")
+            if mark and row["median"] is not None:
+                found[name] = f"{row['median']:.2f}"
+    return found
+
+
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
     if not re.search(f"{BEGIN}.*{END}", text, re.DOTALL):
         raise SystemExit(f"{PAGE} has lost the marks that the table stands between")
-    PAGE.write_text(renewed(text), encoding="utf-8")
+    new_costs = measured(Path(sys.argv[1])) if len(sys.argv) > 1 else {}
+    PAGE.write_text(renewed(text, new_costs), encoding="utf-8")
