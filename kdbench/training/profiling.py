@@ -99,8 +99,8 @@ class _Clock:
         borders.enter_context(method.register_forward_hook(border("method")))
         borders.enter_context(run.wrapped.register_forward_hook(border("method")))
         for handle in (
-            run.optimizer.register_step_pre_hook(border("backward")),
-            run.optimizer.register_step_post_hook(border("optimizer")),
+            run.optimizers[0].register_step_pre_hook(border("backward")),
+            run.optimizers[-1].register_step_post_hook(border("optimizer")),
         ):
             borders.callback(handle.remove)
         return borders
