@@ -83,7 +83,7 @@ class Combination(Method):
         return student
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        """The terms of all parts; those whose name several parts use have the part's name and a dot in front. Each part has its own peers."""
+        """The terms of all parts, each with its own peers; those whose name several parts use have the part's name and a dot in front."""
         found, peers = {}, iter(s.peers)
         for name, part in self._named().items():
             ours = replace(s, peers=tuple(islice(peers, part.peer_count)))

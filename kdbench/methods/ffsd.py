@@ -1,10 +1,11 @@
-"""Feature fusion and self-distillation, FFSD: online distillation without a teacher (Li, Lin, Wang, Wu, Tian et al., arXiv 2103.14473)."""
+"""Feature fusion and self-distillation, FFSD: online distillation without a teacher (Li et al., 2021, arXiv 2103.14473)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -89,7 +90,7 @@ class Upsampler(nn.Module):
         deepest_first = list(reversed(shapes))
         self.sizes = [list(shape[1:]) for shape in deepest_first[1:]]
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
-        for coarse, fine in zip(deepest_first, deepest_first[1:], strict=False):
+        for coarse, fine in pairwise(deepest_first):
             stride = [math.ceil(wide / narrow) for wide, narrow in zip(fine[1:], coarse[1:], strict=True)]
             if any(math.ceil(wide / s) != narrow for wide, narrow, s in zip(fine[1:], coarse[1:], stride, strict=True)):
                 raise UserError(f"a map {list(fine)} is no whole number of times as high and wide as the next one, {list(coarse)}")
@@ -140,7 +141,8 @@ class FFSD(Method):
     paper = Paper(
         "Distilling a Powerful Student Model via Online Knowledge Distillation",
         arxiv="2103.14473",
-        formula="L_k = CE + T^2 / (K - 1) sum_j KL(z_j || z_k) + w_div (diversity + shallower stages);  L_fusion = CE + T^2 KL(mean z || z_f);  "
+        formula="L_k = CE + T^2 / (K - 1) sum_j KL(z_j || z_k) + w_div (diversity + shallower stages);  "
+        "L_fusion = CE + T^2 KL(mean z || z_f);  "
         "L_leader = CE + T^2 KL(z_f || z) + w_fus (attention of the fusion + of the students + shallower stages)",
         checked_against="SJLeo/FFSD@d5cfda9",
     )

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from read_golden import Case
 from result import Result, load_weights, read_inputs, result, shapes_of
 from torch import Tensor
@@ -45,14 +46,15 @@ def ffsd(case: Case) -> Result:
     plain = copy.deepcopy(method)  # whose upsamplers have the same running statistics
     plain.params = plain.params.model_copy(update=PLAIN)
     raw = {name: value / method.strength(warming) for name, value in plain(leader, None, batch, warming).items()}
-    feature = copy.deepcopy(method).fusion(torch.cat([student.maps[f"stage{len(leader.maps)}"] for student in students], dim=1))
+    last = [student.maps[method.student_taps[-1]] for student in students]
+    feature = copy.deepcopy(method).fusion(torch.cat(last, dim=1))
     terms = method(leader, None, batch, warming)
-    terms["leader_labels"] = torch.nn.functional.cross_entropy(leader.logits, batch.target)
+    terms["leader_labels"] = F.cross_entropy(leader.logits, batch.target)
     outputs = {**sums(terms, count), **details(terms, raw, count), "fusion_feature": feature}
     for k in range(1, count):
-        outputs[f"diversity_target{k}"] = redirected(students[k - 1].maps[f"stage{len(leader.maps)}"])
-    for ours, theirs in (("diversity", "diversity"), ("fusion", "fusion"), ("upsampler", "sd")):
-        outputs[f"lambda_{theirs}_used"] = torch.tensor(getattr(method.params, f"{ours}_weight") * method.strength(warming), dtype=torch.float64)
+        outputs[f"diversity_target{k}"] = redirected(last[k - 1])
+    used = {"diversity": method.params.diversity_weight, "fusion": method.params.fusion_weight, "sd": method.params.upsampler_weight}
+    outputs |= {f"lambda_{name}_used": torch.tensor(w * method.strength(warming), dtype=torch.float64) for name, w in used.items()}
     return result(case, x, outputs, weights)
 
 
