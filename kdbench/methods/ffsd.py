@@ -257,7 +257,7 @@ class FFSD(Method):
             terms[f"student{k}_mutual"] = torch.stack([self._divergence(student.logits, other) for other in others]).mean()
             if k == 0:
                 continue
-            other, weight = students[k - 1].last.detach(), strength * self.params.diversity_weight
+            other, weight = students[k - 1].last, strength * self.params.diversity_weight
             terms[f"student{k}_diversity"] = weight * diversity_loss(student.last, other)
             terms[f"student{k}_shallow"] = weight * _shallow_loss(student, self.upsamplers[k - 1], redirected(other))
         return terms

@@ -36,9 +36,9 @@ class StepProfile:
 def profile_steps(run: Training, steps: int, trace: Path) -> StepProfile:
     """Train `steps` steps with a clock at the borders of their parts, then a few more under torch's profiler, whose trace is written.
 
-    `student forward` holds its peers' and the task's own loss, `backward` the gradients of student and method together. On a GPU every border waits for
-    the device, so that a part's time is its own; a step is then longer than in training. The trace is Chrome's format, for
-    chrome://tracing or Perfetto.
+    `student forward` holds its peers' and the task's own loss, `backward` the gradients of student and method together. On a GPU every
+    border waits for the device, so that a part's time is its own; a step is then longer than in training. The trace is Chrome's format,
+    for chrome://tracing or Perfetto.
     """
     run.wrapped.train()
     batches = _endless(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,15 @@ def test_task_weight_is_of_the_labels_of_every_network() -> None:
     labels = {name for name in ones if name.endswith("_labels")}
     assert labels == {"student0_labels", "student1_labels", "fusion_labels"}
     assert all(zeros[name] == 0 if name in labels else torch.equal(zeros[name], ones[name]) for name in ones)
+
+
+def test_soft_labels_that_name_one_class_are_that_label() -> None:
+    hard = AtWork().terms
+    work = AtWork()
+    work.batch = replace(work.batch, target=F.one_hot(work.batch.target, CLASSES).float())
+    soft = work.terms
+    for name, value in hard.items():
+        torch.testing.assert_close(soft[name], value)
 
 
 def test_its_weights_rise_over_the_warm_up() -> None:
