@@ -151,10 +151,11 @@ class FFSD(Method):
     class Params(Method.Params):
         """task_weight: of the labels, for every network. Defaults are those of CIFAR-100 and ImageNet.
 
-        diversity_weight: of a loss that grows with the fourth power of the features. upsampler_lr: Adam's, before the schedule; the
-        authors' text does not give it. student_taps: the stages, from fine to coarse, two or more; empty: the student's last three.
+        diversity_weight: of a loss that grows with the fourth power of the features. upsampler_lr: Adam's, before the schedule; it is
+        torch's default. student_taps: the stages, from fine to coarse, two or more; empty: the student's last three.
         """
 
+        task_weight: Annotated[float, Field(ge=0)] = 1.0  # no Range: without labels there is nobody to learn from
         students: Annotated[int, Field(ge=2)] = 2
         temperature: Annotated[float, Range(1.0, 5.0), Field(gt=0)] = 2.0
         diversity_weight: Annotated[float, Range(1e-6, 1e-3, log=True), Field(ge=0)] = 1e-5
