@@ -91,7 +91,7 @@ class Upsampler(nn.Module):
         self.sizes = [list(shape[1:]) for shape in deepest_first[1:]]
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
         for coarse, fine in pairwise(deepest_first):
-            stride = [math.ceil(wide / narrow) for wide, narrow in zip(fine[1:], coarse[1:], strict=True)]
+            stride = math.ceil(fine[1] / coarse[1]), math.ceil(fine[2] / coarse[2])
             if any(math.ceil(wide / s) != narrow for wide, narrow, s in zip(fine[1:], coarse[1:], stride, strict=True)):
                 raise UserError(f"a map {list(fine)} is no whole number of times as high and wide as the next one, {list(coarse)}")
             self.convolutions.append(nn.ConvTranspose2d(coarse[0], fine[0], _KERNEL, stride=stride, padding=1, bias=False))
