@@ -40,7 +40,7 @@ def ffsd(case: Case) -> Result:
         )
     )
     method.build(shapes_of(leader), None, TaskInfo("classification", leader.logits.shape[1], (3, 32, 32)))
-    weights = load_weights(method, case, renamed(count))
+    weights = load_weights(method, case, renamed(count, len(leader.maps) - 1))
     samples = torch.arange(len(x["label"]))
     batch, warming = Batch(samples, x["label"].detach(), samples), Progress(hp["epoch"], hp["epoch"], 5)
     plain = copy.deepcopy(method)  # whose upsamplers have the same running statistics
@@ -63,15 +63,15 @@ def network(x: dict[str, Tensor], name: str) -> Outputs:
     return Outputs(x[f"logits_{name}"], {f"stage{j}": x[f"feat_{name}_{j}"] for j in range(1, count + 1)})
 
 
-def renamed(count: int) -> dict[str, str]:
-    """The authors' names of weights -> ours."""
+def renamed(count: int, steps: int) -> dict[str, str]:
+    """The authors' names of weights -> ours; steps: of each upsampler."""
     names = {"fusion_module.fc2.": "fusion_head."}
     for theirs, ours in (("fusion_module", "fusion"), ("trans_fusion_module", "trans_fusion")):
         for position, layer in ((0, "conv1"), (1, "bn1"), (3, "conv1_1"), (4, "bn1_1")):
             names[f"{theirs}.{layer}."] = f"{ours}.{position}."
     upsamplers = {f"sd_models.{k}": f"upsamplers.{k}" for k in range(count - 1)} | {"sd_leader_model": "leader_upsampler"}
     for theirs, ours in upsamplers.items():
-        for step in range(2):
+        for step in range(steps):
             names[f"{theirs}.layer{step}.convtranpose."] = f"{ours}.convolutions.{step}."
             names[f"{theirs}.layer{step}.norm."] = f"{ours}.norms.{step}."
     return names
