@@ -38,7 +38,7 @@ from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.splits import SplitOptions, validation_size
 from kdbench.training.distiller import Distiller
-from kdbench.training.optimization import make_optimizer
+from kdbench.training.optimization import make_optimizer, make_optimizers
 from kdbench.training.precision import DTYPES, autocast
 from kdbench.training.teacher_cache import view_count
 
@@ -281,10 +281,12 @@ def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher:
     recipe, task = experiment.recipe, opened.task
     batch = recipe.batch_size
     built = _counted(spec, opened, student, teacher)
-    method, extra, own = built.method, _parameters(built.student, built.method) - student.params, built.own
+    method, own, networks = built.method, built.own, 1 + built.method.peer_count
+    extra = _parameters(built.student, built.method) + method.peer_count * student.params - student.params
     forward, kept = student.forward_cost
     if _parameters(built.student) > student.params:
         forward, kept = forward_cost(copy.deepcopy(built.student).to(META), task.info.image_shape)
+    forward, kept = networks * forward, networks * kept
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     flops = _FORWARD_AND_BACKWARD * forward + (own.flops or 0.0) + (teacher.flops if live and teacher else 0)
     axes = axes_of(spec, experiment.search, recipe)
@@ -368,7 +370,8 @@ def _own_cost(method: Method, trained: nn.Module, student: Network, teacher: Net
     image_shape, home = opened.task.info.image_shape, torch.get_default_device()
     same = all(name in student.places.taps for name in method.student_taps)
     shapes = student.places if same else probe(copy.deepcopy(trained), image_shape, method.student_taps)
-    ours = _random_outputs(shapes, method.student_taps, trained=True)
+    ours, *peers = (_random_outputs(shapes, method.student_taps, trained=True) for _ in range(1 + method.peer_count))
+    ours.peers = tuple(peers)
     theirs = _random_outputs(teacher.places, method.teacher_taps, trained=False) if teacher is not None and method.needs_teacher else None
     batch = _random_batch(opened, _COUNTED_BATCH).to(home)
     with FlopCounterMode(display=False) as counter, _kept() as kept:
@@ -440,8 +443,9 @@ def _step_seconds(experiment: Experiment, spec: MethodSpec, student: Network, te
     recipe, task = experiment.recipe, opened.task
     network = teacher.real if teacher is not None else None
     method, trained = _assembled(spec, opened, student, copy.deepcopy(student.real), teacher, network)
-    distiller = Distiller(trained, method, task).train()
-    optimizer = make_optimizer(distiller.parameters(), recipe)
+    peers = [copy.deepcopy(student.real) for _ in range(method.peer_count)]
+    distiller = Distiller(trained, method, task, peers=peers).train()
+    optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
     flops = student.flops + (teacher.flops if teacher is not None else 0)
     batch = _random_batch(opened, min(recipe.batch_size, int(_TIMED_BATCH * TIMED_FLOPS / flops)))
     theirs = _teacher_outputs(network, method, batch)
@@ -453,8 +457,9 @@ def _step_seconds(experiment: Experiment, spec: MethodSpec, student: Network, te
             theirs = _teacher_outputs(network, method, batch)
         terms = distiller(batch, theirs, Progress(1.0, 1 + step, 10), autocast("fp32", batch.inputs.device))
         terms["total"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         times.append(time.perf_counter() - start)
     return min(times[1:]) * recipe.batch_size / len(batch)
 

@@ -42,5 +42,6 @@ METHODS: dict[str, Entry] = {
     "srrl": Entry("kdbench.methods.srrl:SRRL", "the teacher's classifier reads the student's last features (ICLR 2021)"),
     "reviewkd": Entry("kdbench.methods.reviewkd:ReviewKD", "each stage of the teacher from the student's same and deeper ones (CVPR 2021)"),
     "tf_nkd": Entry("kdbench.methods.tf_nkd:TeacherFreeNKD", "the student's own confidence as a soft target; no teacher (2022)"),
+    "ffsd": Entry("kdbench.methods.ffsd:FFSD", "a leader and students that learn together, and a fusion of them; no teacher (2021)"),
     "uskd": Entry("kdbench.methods.uskd:USKD", "soft labels from the student and from a weak head on its middle; no teacher (ICCV 2023)"),
 }

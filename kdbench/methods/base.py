@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -43,6 +44,17 @@ class Progress:
         return min(1.0, self.step / steps) if steps > 0 else 1.0
 
 
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """A part of a method with an optimizer of its own: that of the recipe, with the `changes` to keys of the recipe.
+
+    The recipe's schedule moves its learning rate too.
+    """
+
+    part: nn.Module
+    changes: Mapping[str, Any]
+
+
 class Method(nn.Module):
     """One way of training a student. Subclasses state their taps and `Params`, and return named, weighted float32 terms."""
 
@@ -73,6 +85,14 @@ class Method(nn.Module):
         """Whether `student_taps` and `teacher_taps` are known already; otherwise `choose_taps` says which fit the pair."""
         return True
 
+    @property
+    def peer_count(self) -> int:
+        """How many networks like the student, with first weights of their own, learn beside it and are left behind when it is exported.
+
+        The frame makes, runs and keeps them: what they give, at the student's taps too, is in `Outputs.peers` of the student.
+        """
+        return 0
+
     def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
         """The parameters with this pair's taps written in. student, teacher: every place that can be tapped (`models.taps.places`).
 
@@ -82,6 +102,10 @@ class Method(nn.Module):
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         """Make the adapters, from the shapes at the taps. Raises UserError where the pair can't work."""
+
+    def own_optimizers(self) -> tuple[OwnOptimizer, ...]:
+        """The parts of the method that do not learn by the recipe alone, no two of which share a weight; asked after `build`."""
+        return ()
 
     def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
         """Take what the method needs of the frozen teacher, where it says `needs_teacher_network`; called after `build`.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
 from kdbench.errors import UserError
-from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.methods.base import ANY_TASK, Method, OwnOptimizer, Paper, Progress
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.tasks.base import TaskInfo
 
@@ -37,6 +39,10 @@ class Combination(Method):
     def taps_chosen(self) -> bool:
         return all(part.taps_chosen for part in self._named().values())
 
+    @property
+    def peer_count(self) -> int:
+        return sum(part.peer_count for part in self._named().values())
+
     def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
         chosen = {name: part.choose_taps(student, teacher) for name, part in self._named().items()}
         return self.params.model_copy(update=chosen)
@@ -44,6 +50,9 @@ class Combination(Method):
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         for part in self._named().values():
             part.build(student, teacher if part.needs_teacher else None, task)
+
+    def own_optimizers(self) -> tuple[OwnOptimizer, ...]:
+        return tuple(own for part in self._named().values() for own in part.own_optimizers())
 
     def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
         for part in self._named().values():
@@ -74,8 +83,11 @@ class Combination(Method):
         return student
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        """The terms of all parts; those whose name several parts use have the part's name and a dot in front."""
-        found = {name: part(s, t if part.needs_teacher else None, batch, at) for name, part in self._named().items()}
+        """The terms of all parts, each with its own peers; those whose name several parts use have the part's name and a dot in front."""
+        found, peers = {}, iter(s.peers)
+        for name, part in self._named().items():
+            ours = replace(s, peers=tuple(islice(peers, part.peer_count)))
+            found[name] = part(ours, t if part.needs_teacher else None, batch, at)
         uses = Counter(term for terms in found.values() for term in terms)
         return {term if uses[term] == 1 else f"{name}.{term}": value for name, terms in found.items() for term, value in terms.items()}
 

@@ -10,10 +10,14 @@ from torch import Tensor
 
 @dataclass
 class Outputs:
-    """prediction: what the head gives, [B, classes] logits or [B, classes, H, W]; maps: tap name -> [B, D, H, W], [B, N, D] or [B, D]."""
+    """prediction: what the head gives, [B, classes] logits or [B, classes, H, W]; maps: tap name -> [B, D, H, W], [B, N, D] or [B, D].
+
+    peers: of a student, what the networks like it gave that learn beside it, where the method has any.
+    """
 
     prediction: Tensor | dict[str, Tensor]
     maps: dict[str, Tensor] = field(default_factory=dict)
+    peers: tuple[Outputs, ...] = ()
 
     @property
     def logits(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +19,24 @@ from kdbench.tasks.base import Task
 
 
 class Distiller(nn.Module):
-    """Runs the student and adds up the task's loss and the method's terms."""
+    """Runs the student, and the method's peers of it, and adds up the task's loss and the method's terms."""
 
-    def __init__(self, student: nn.Module, method: Method, task: Task, call: Callable[[Tensor], Any] | None = None) -> None:
-        """call: the student's compiled form, which runs in its place where the method has no taps on it."""
+    def __init__(
+        self,
+        student: nn.Module,
+        method: Method,
+        task: Task,
+        call: Callable[[Tensor], Any] | None = None,
+        peers: Iterable[nn.Module] = (),
+    ) -> None:
+        """call: the student's compiled form, which runs in its place where the method has no taps on it; peers: as many as it asks for."""
         super().__init__()
         self.student = student
         self.method = method
         self.task = task
+        self.peers = nn.ModuleList(peers)
         self._taps = Taps(student, method.student_taps, call=call)
+        self._peer_taps = tuple(Taps(peer, method.student_taps) for peer in self.peers)
         if method.batch_coupled:
             # All workers compute them from the joined batch, so they are equal without being sent round at every step.
             buffers = [f"method.{name}" for name, _ in method.named_buffers()]
@@ -40,6 +49,7 @@ class Distiller(nn.Module):
         """
         with autocast:
             outputs = self._taps(batch.inputs)
+            outputs.peers = tuple(taps(batch.inputs) for taps in self._peer_taps)
         terms = {name: self.method.params.task_weight * loss for name, loss in self.task.loss(outputs, batch).items()}
         if self.method.batch_coupled and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             outputs, teacher, batch = _joined(outputs), _joined(teacher) if teacher else None, _joined_batch(batch)
@@ -63,7 +73,8 @@ def _join_values(tensor: Tensor) -> Tensor:
 def _joined(outputs: Outputs) -> Outputs:
     prediction = outputs.prediction
     joined = {name: _join(t) for name, t in prediction.items()} if isinstance(prediction, dict) else _join(prediction)
-    return Outputs(joined, {name: _join(tensor) for name, tensor in outputs.maps.items()})
+    maps = {name: _join(tensor) for name, tensor in outputs.maps.items()}
+    return Outputs(joined, maps, tuple(_joined(peer) for peer in outputs.peers))
 
 
 def _joined_batch(batch: Batch) -> Batch:

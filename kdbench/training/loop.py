@@ -28,7 +28,7 @@ from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
 from kdbench.training.distiller import Distiller
 from kdbench.training.evaluate import predict
-from kdbench.training.optimization import Schedule, make_average, make_optimizer, make_schedule
+from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
 from kdbench.training.outcome import finished_record
 from kdbench.training.precision import autocast, compiled_call, images_for, place
 from kdbench.training.session import Session
@@ -50,7 +50,7 @@ class Training:
     distiller: Distiller
     wrapped: nn.Module  # the distiller, with gradient exchange where there are several workers
     teacher: Teacher | None
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]  # the recipe's, then those of the method's parts
     schedule: Schedule
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
@@ -76,7 +76,7 @@ class Training:
         return {
             "unit": self.unit.key,
             "distiller": self.distiller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "random": torch.get_rng_state(),
@@ -87,7 +87,8 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.distiller.load_state_dict(state["distiller"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -130,8 +131,13 @@ def prepare(unit: Unit, session: Session) -> Training:
     splits = task.splits()
     torch.manual_seed(unit.seed)
     generator = torch.Generator().manual_seed(unit.seed ^ _METHOD_STREAM)
-    student = place(task.build_model(unit.student), recipe.precision, recipe.memory_format, session.device)
+
+    def fresh() -> nn.Module:
+        return place(task.build_model(unit.student), recipe.precision, recipe.memory_format, session.device)
+
+    student = fresh()
     method = _fitting_method(unit, student, task, session, generator)
+    peers = [fresh() for _ in range(method.peer_count)]
     if method.batch_coupled and recipe.accumulate > 1:
         raise UserError(
             f"method {unit.method.name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1"
@@ -144,8 +150,8 @@ def prepare(unit: Unit, session: Session) -> Training:
     method.use_samples(samples)
     student = place(method.adapt_student(student), recipe.precision, recipe.memory_format, session.device)
     method = method.to(session.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
-    distiller = Distiller(student, method, task, compiled_call(student, session.device) if recipe.compile is True else None)
-    optimizer = make_optimizer(distiller.parameters(), recipe)
+    distiller = Distiller(student, method, task, compiled_call(student, session.device) if recipe.compile is True else None, peers)
+    optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
     loader = Loader(
         samples,
         recipe.batch_size,
@@ -165,8 +171,8 @@ def prepare(unit: Unit, session: Session) -> Training:
         distiller=distiller,
         wrapped=session.prepare(distiller),
         teacher=teacher,
-        optimizer=optimizer,
-        schedule=make_schedule(recipe, loader.steps_per_epoch, optimizer),
+        optimizers=optimizers,
+        schedule=make_schedule(recipe, loader.steps_per_epoch, optimizers[0]),
         scaler=torch.amp.GradScaler(session.device.type, enabled=recipe.precision == "fp16"),
         average=make_average(student, recipe),
         loader=loader,
@@ -227,19 +233,24 @@ def train_step(run: Training, batch: Batch) -> Tensor:
     recipe = run.unit.recipe
     done = run.epoch * run.loader.steps_per_epoch + run.step
     at = Progress(run.epoch + run.step / run.loader.steps_per_epoch, done, recipe.epochs * run.loader.steps_per_epoch)
-    for group in run.optimizer.param_groups:
-        group["lr"] = recipe.lr * run.schedule(done)
+    factor = run.schedule(done)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * factor
     pieces = list(_micro_batches(batch, recipe.accumulate))
     losses = []
     for position, piece in enumerate(pieces):
         with run.session.without_exchange(run.wrapped) if position + 1 < len(pieces) else nullcontext():
             losses.append(_backward(run, piece, at, len(piece) / len(batch)))
     if recipe.clip_grad is not None:
-        run.scaler.unscale_(run.optimizer)
+        for optimizer in run.optimizers:
+            run.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(run.wrapped.parameters(), recipe.clip_grad)
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad()
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
     if run.average is not None:
         run.average.update_parameters(run.distiller.student)
     return torch.stack(losses).sum(0)
@@ -298,7 +309,7 @@ def close_epoch(run: Training) -> dict[str, float]:
         run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.evaluated.state_dict().items()}
     run.epoch, run.step, run.sums = run.epoch + 1, 0, None
     run.seconds += time.monotonic() - start
-    row = {"epoch": float(run.epoch), "lr": run.optimizer.param_groups[0]["lr"], "seconds": run.seconds}
+    row = {"epoch": float(run.epoch), "lr": run.optimizers[0].param_groups[0]["lr"], "seconds": run.seconds}
     row |= losses | {f"val_{name}": number for name, number in metrics.items()}
     run.curve.append(row)
     return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError, in_one_line
 from kdbench.experiment import Recipe
+from kdbench.methods.base import OwnOptimizer
 
 OPTIMIZERS = ("sgd", "adamw")
 Schedule = Callable[[int], float]
@@ -49,6 +50,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.
         parameters, opt=name, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
     )
     return optimizer
+
+
+def make_optimizers(module: nn.Module, own: Sequence[OwnOptimizer], recipe: Recipe) -> tuple[torch.optim.Optimizer, ...]:
+    """The recipe's optimizer of all of `module` that has none of its own, then those of the parts that have."""
+    apart = {parameter for one in own for parameter in one.part.parameters()}
+    rest = make_optimizer((parameter for parameter in module.parameters() if parameter not in apart), recipe)
+    return rest, *(make_optimizer(one.part.parameters(), recipe.model_copy(update=dict(one.changes))) for one in own)
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int, optimizer: torch.optim.Optimizer) -> Schedule:

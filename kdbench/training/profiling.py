@@ -36,9 +36,9 @@ class StepProfile:
 def profile_steps(run: Training, steps: int, trace: Path) -> StepProfile:
     """Train `steps` steps with a clock at the borders of their parts, then a few more under torch's profiler, whose trace is written.
 
-    `student forward` holds the task's own loss, `backward` the gradients of student and method together. On a GPU every border waits for
-    the device, so that a part's time is its own; a step is then longer than in training. The trace is Chrome's format, for
-    chrome://tracing or Perfetto.
+    `student forward` holds its peers' and the task's own loss, `backward` the gradients of student and method together. On a GPU every
+    border waits for the device, so that a part's time is its own; a step is then longer than in training. The trace is Chrome's format,
+    for chrome://tracing or Perfetto.
     """
     run.wrapped.train()
     batches = _endless(run)
@@ -99,8 +99,8 @@ class _Clock:
         borders.enter_context(method.register_forward_hook(border("method")))
         borders.enter_context(run.wrapped.register_forward_hook(border("method")))
         for handle in (
-            run.optimizer.register_step_pre_hook(border("backward")),
-            run.optimizer.register_step_post_hook(border("optimizer")),
+            run.optimizers[0].register_step_pre_hook(border("backward")),
+            run.optimizers[-1].register_step_post_hook(border("optimizer")),
         ):
             borders.callback(handle.remove)
         return borders

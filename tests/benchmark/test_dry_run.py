@@ -72,6 +72,17 @@ def test_a_fresh_view_each_epoch_lets_the_teacher_run_at_every_step() -> None:
     assert methods["kd"].flops - methods["none"].flops == pytest.approx(64 * teacher)
 
 
+def test_networks_that_learn_beside_the_student_cost_what_it_costs() -> None:
+    found = of(methods=["none", "ffsd", {"name": "ffsd", "label": "more", "students": 4}], teacher=None)
+    (student,) = found.networks
+    none, two, four = found.methods
+    for method, networks in ((two, 3), (four, 5)):
+        assert method.own_flops is not None
+        assert method.flops == pytest.approx(64 * 3 * networks * student.flops + method.own_flops)
+        assert (networks - 1) * student.params < method.extra_params < (networks + 1) * student.params
+    assert none.memory < two.memory < four.memory
+
+
 def test_steps_and_trainings_are_those_of_the_run() -> None:
     found = of(search={"trials": 8, "top_k": 2, "confirm_seeds": 2, "also": {"recipe.lr": {"low": 0.01, "high": 1.0, "log": True}}})
     methods = by_label(found)

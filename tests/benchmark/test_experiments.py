@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,14 +23,7 @@ def _methods(path: Path) -> Iterator[str]:
         yield from (method if isinstance(method, str) else method["name"]).split("+")
 
 
-def _case(path: Path) -> Any:
-    """A file whose methods are not all there yet is expected to fail, and passes by itself when they are."""
-    coming = sorted(set(_methods(path)) - set(METHODS))
-    marks = [pytest.mark.xfail(reason=f"kdbench does not have {', '.join(coming)} yet", strict=True)] if coming else []
-    return pytest.param(path, marks=marks, id=path.stem)
-
-
-@pytest.mark.parametrize("path", [_case(path) for path in FILES])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_experiment_that_ships_passes_a_dry_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMED_FLOPS", 0)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -49,4 +41,4 @@ def test_an_experiment_that_ships_passes_a_dry_run(path: Path, tmp_path: Path, m
 def test_every_published_method_of_classification_has_an_experiment() -> None:
     used = {method for path in FILES for method in _methods(path)}
     quoted = {part for figure in load_published() if figure.data in ("ImageNet-1k", "CIFAR-100") for part in figure.method.split("+")}
-    assert quoted & {*METHODS, "ffsd"} <= used
+    assert quoted & set(METHODS) <= used

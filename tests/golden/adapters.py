@@ -8,9 +8,10 @@ from feature_adapters import FEATURES
 from logit_adapters import LOGITS
 from map_adapters import MAPS
 from network_adapters import NETWORK
+from online_adapters import ONLINE
 from read_golden import Case
 from relation_adapters import RELATIONS
 from result import Result
 from transformer_adapters import TRANSFORMERS
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **NETWORK, **RELATIONS, **TRANSFORMERS}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **NETWORK, **ONLINE, **RELATIONS, **TRANSFORMERS}

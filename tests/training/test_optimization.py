@@ -12,8 +12,9 @@ from torch import nn
 
 from kdbench.errors import UserError
 from kdbench.experiment import Recipe
+from kdbench.methods.base import OwnOptimizer
 from kdbench.training import precision
-from kdbench.training.optimization import make_average, make_optimizer, make_schedule
+from kdbench.training.optimization import make_average, make_optimizer, make_optimizers, make_schedule
 from kdbench.training.precision import settled
 
 
@@ -47,6 +48,18 @@ def test_timm_optimizers_and_schedules_work_by_name() -> None:
 def test_an_unknown_name_offers_the_nearest(key: dict[str, str], near: str) -> None:
     with pytest.raises(UserError, match=f"did you mean '{near}'"):
         make_schedule(recipe(**key), 10, make_optimizer(parameters(), recipe(**key)))
+
+
+def test_a_part_with_an_optimizer_of_its_own_is_in_no_other() -> None:
+    first, second, third = model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    own = [OwnOptimizer(second, {"weight_decay": 0.25}), OwnOptimizer(third, {"optimizer": "adam", "lr": 0.125})]
+    optimizers = make_optimizers(model, own, recipe(weight_decay=0.5))
+    groups = [optimizer.param_groups[0] for optimizer in optimizers]
+    assert [group["params"] for group in groups] == [list(part.parameters()) for part in (first, second, third)]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.5, 0.5), (0.5, 0.25), (0.125, 0.5)]
+    assert [type(optimizer).__name__ for optimizer in optimizers] == ["SGD", "SGD", "Adam"]
+    (lone,) = make_optimizers(model, (), recipe())
+    assert lone.param_groups[0]["params"] == list(model.parameters())
 
 
 def test_schedules_warm_up_and_end_where_they_should() -> None:
