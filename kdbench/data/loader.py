@@ -71,7 +71,10 @@ class Loader:
         share = self.batch_size // self.world_size
         firsts = (step * self.batch_size + self.rank * share for step in range(start_step, self.steps_per_epoch))
         plan = (order[first : first + share] for first in firsts)
-        return _batches(self.part, plan, self.view(epoch), self.augment, self.data_seed, self.device)
+        draws = Draws(self.data_seed, self.part.index, self.view(epoch))
+        if isinstance(self.part.inputs, Tensor):
+            draws = drawn_ahead(draws, self.augment)
+        return _batches(self.part, plan, draws, self.augment, self.device)
 
     def _order(self, epoch: int) -> Tensor:
         # Drawn on the CPU whatever the device, so that every machine sees the same order; the hash keeps (1, 2) and (2, 1) apart.
@@ -102,7 +105,7 @@ def view_batches(
     part = part.on(device)
     rows = range(len(part)) if rows is None else rows
     plan = torch.arange(rows.start, rows.stop, device=part.index.device).split(batch_size)
-    return _batches(part, plan, view, augment, data_seed, device)
+    return _batches(part, plan, Draws(data_seed, part.index, view), augment, device)
 
 
 def check_views(part: Part, augment: Augment) -> None:
@@ -112,17 +115,16 @@ def check_views(part: Part, augment: Augment) -> None:
         raise UserError(f"recipe.augment.{key} mixes the labels of two images, so it needs one label per image; this task has others")
 
 
-def _batches(part: Part, plan: Iterable[Tensor], view: int, spec: Augment, data_seed: int, device: torch.device) -> Iterator[Batch]:
-    """A batch for the rows of each entry of `plan`; rows and part lie on one device."""
-    draws = drawn_ahead(data_seed, part.index, view, spec)
+def _batches(part: Part, plan: Iterable[Tensor], draws: Draws, spec: Augment, device: torch.device) -> Iterator[Batch]:
+    """A batch for the rows of each entry of `plan`; rows and part lie on one device. draws: of the whole part."""
     if spec.mixes:
         plan = (torch.cat([rows, partners(rows, len(part), draws.at(rows))]) for rows in plan)
     if isinstance(part.inputs, Tensor):
         yield from (_augmented(part.select(rows), draws.at(rows), spec) for rows in plan)
         return
     rest = spec.model_copy(update={"resized_crop": None})  # which is done where a file is decoded
-    for chosen in decoded_ahead(part, plan, view, data_seed, spec.resized_crop, device):
-        yield _augmented(chosen, Draws(data_seed, chosen.index, view), rest)
+    for chosen in decoded_ahead(part, plan, draws.view, draws.data_seed, spec.resized_crop, device):
+        yield _augmented(chosen, Draws(draws.data_seed, chosen.index, draws.view), rest)
 
 
 def _augmented(chosen: Part, draws: Draws, spec: Augment) -> Batch:

@@ -56,6 +56,8 @@ def adopt(folder: Path) -> None:
     """Let `open_source` give the mapped data wherever it would make them anew. Nothing happens where the folder is gone."""
     try:
         facts: dict[str, Any] = json.loads((folder / _FACTS).read_text())
+        if tuple(facts["made_by"]) in sources.MAPPED:  # by an earlier training of this process
+            return
         facts |= {name: _mapped(folder, name) for name in _PARTS}
     except FileNotFoundError:
         return
@@ -64,7 +66,7 @@ def adopt(folder: Path) -> None:
     source = Source(**known)
     source.__dict__["sha256"] = sha  # known from who wrote it; hashing would read all of the data in every process
     assert source.made_by is not None
-    sources.MAPPED.setdefault(source.made_by, source)
+    sources.MAPPED[source.made_by] = source
 
 
 def _facts(source: Source) -> dict[str, Any]:

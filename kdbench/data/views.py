@@ -71,9 +71,8 @@ def augment_drawn(images: Tensor, target: Tensor, draws: Draws, spec: Augment) -
     return unit_range(images), target
 
 
-def drawn_ahead(data_seed: int, index: Tensor, view: int, spec: Augment) -> Draws:
-    """The draws of a whole part, the commonest ones made at once: on a batch hashing them would cost more than the crop itself."""
-    draws = Draws(data_seed, index, view)
+def drawn_ahead(draws: Draws, spec: Augment) -> Draws:
+    """The draws of an epoch, the commonest ones made at once: on a batch hashing them would cost more than the crop itself."""
     return draws.ahead(_MOVES) if spec.crop or spec.flip else draws
 
 
