@@ -19,9 +19,4 @@ def random_images(train: int = 1024, test: int = 128, size: int = 32, channels: 
     return Source("random_images", parts[0], parts[1], classes, names, (0.5,) * channels, (0.25,) * channels)
 
 
-def in_memory(part: Part) -> torch.Tensor:
-    """The images of a part that holds them as pixels, uint8 [N, C, H, W]: all that the benchmark measures on do."""
-    return part.pixels
-
-
 RANDOM_IMAGES = f"{__name__}:{random_images.__name__}"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.images import in_memory
 from benchmarks.minimal_loop import MinimalLoop, Settings, Teacher, from_arrays
 from benchmarks.part import Bench
 from benchmarks.pil_images import PilImages, usual_loader, usual_transform
@@ -84,7 +83,7 @@ def _minimal(run: Training, name: str) -> Any:
         hint_weight=method["weight"] if name == "fitnet" else 0.0,
     )
     hint = (student.get_submodule("layer3"), _regressor(run)) if name == "fitnet" else None
-    loop = MinimalLoop(student, in_memory(source), source.target, settings, _teacher_of(run), hint)
+    loop = MinimalLoop(student, source.pixels, source.target, settings, _teacher_of(run), hint)
     views = recipe.views or 1
     return arm(lambda: loop.train_epoch(loop.epoch % views), run.loader.steps_per_epoch * recipe.batch_size)
 
@@ -108,7 +107,7 @@ def _teacher_of(run: Training) -> Teacher | None:
 def _outputs(run: Training, view: int) -> Outputs:
     part = run.splits.transfer
     assert run.teacher is not None
-    return run.teacher(Batch(in_memory(part), part.target, part.index, view))
+    return run.teacher(Batch(part.pixels, part.target, part.index, view))
 
 
 def _data_path(bench: Bench, task: dict[str, Any]) -> Row:
@@ -119,7 +118,7 @@ def _data_path(bench: Bench, task: dict[str, Any]) -> Row:
     few = part.select(torch.arange(len(part) // 8))  # the slower path gets an eighth of the images, and is timed a sample
     augment, batch = run.unit.recipe.augment, run.unit.recipe.batch_size
     transform = usual_transform(QUICKSTART.size, augment.crop, augment.flip, list(spec.mean), list(spec.std))
-    usual = usual_loader(PilImages(in_memory(few), few.target, transform), batch)
+    usual = usual_loader(PilImages(few.pixels, few.target, transform), batch)
 
     def ours() -> None:
         for one in run.loader.batches(0):

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.cache import RESNETS, RESNETS_X4
-from benchmarks.images import in_memory
 from benchmarks.part import Bench
 from benchmarks.pil_images import PilImages, usual_loader, usual_transform
 from benchmarks.report import Goal, Row, at_least, not_measured
@@ -126,8 +125,8 @@ def _timm(run: Training, steps: int) -> Arm:
     )
     optimizer = torch.optim.SGD(student.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     part = run.splits.transfer
-    transform = usual_transform(in_memory(part).shape[-1], recipe.augment.crop, recipe.augment.flip, list(spec.mean), list(spec.std))
-    endless = _endless(usual_loader(PilImages(in_memory(part), part.target, transform), recipe.batch_size))
+    transform = usual_transform(part.pixels.shape[-1], recipe.augment.crop, recipe.augment.flip, list(spec.mean), list(spec.std))
+    endless = _endless(usual_loader(PilImages(part.pixels, part.target, transform), recipe.batch_size))
 
     def some_steps() -> None:
         task.train()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.images import in_memory
 from benchmarks.part import ROOT, child_environment
 from benchmarks.timing import Arm, Spent
 from kdbench.data.batch import Part
@@ -57,7 +56,7 @@ def _last_line(text: str) -> str:
 
 def save_images(path: Path, train: Part, val: Part) -> Path:
     """The images that both sides see, as the peer's process reads them."""
-    arrays = {"train": in_memory(train), "train_labels": train.target, "val": in_memory(val), "val_labels": val.target}
+    arrays = {"train": train.pixels, "train_labels": train.target, "val": val.pixels, "val_labels": val.target}
     np.savez(path, **{name: tensor.numpy() for name, tensor in arrays.items()})  # type: ignore[arg-type]
     return path
 
