@@ -91,13 +91,17 @@ class FeatureMethod(Method):
             raise self.unfit(0, *self.pairs(student, teacher)[0], way_out)
         return found
 
+    def read_pairs(self, s: Outputs, t: Outputs | None) -> list[tuple[Tensor, Tensor]]:
+        """What the networks gave at the pairs of taps, as it was tapped."""
+        assert t is not None, "`pairs` refuses a pair without a teacher"
+        return [(s.maps[ours], t.maps[theirs]) for ours, theirs in zip(self.student_taps, self.teacher_taps, strict=True)]
+
     def read_maps(self, s: Outputs, t: Outputs | None) -> list[tuple[Tensor, Tensor]]:
         """What the networks gave at the pairs of taps, as maps [B, D, H, W], tokens on their grid; float32, or as wide as the student's."""
-        assert t is not None, "`pairs` refuses a pair without a teacher"
         found = []
-        for ours, theirs in zip(self.student_taps, self.teacher_taps, strict=True):
-            (student,) = loss_precision(as_map(s.maps[ours], shape_of(s.maps[ours])))
-            found.append((student, as_map(t.maps[theirs], shape_of(t.maps[theirs])).to(student.dtype)))
+        for ours, theirs in self.read_pairs(s, t):
+            (student,) = loss_precision(as_map(ours, shape_of(ours)))
+            found.append((student, as_map(theirs, shape_of(theirs)).to(student.dtype)))
         return found
 
     def unfit(self, position: int, student: TapShape, teacher: TapShape, way_out: str) -> UserError:

@@ -60,9 +60,8 @@ class PKT(FeatureMethod):
         self.pairs(student, teacher)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        assert t is not None
         losses = []
-        for student, teacher in zip(self.student_taps, self.teacher_taps, strict=True):
-            ours, theirs = loss_precision(s.maps[student], t.maps[teacher])
+        for pair in self.read_pairs(s, t):
+            ours, theirs = loss_precision(*pair)
             losses.append(neighbourhood_loss(as_vector(ours), as_vector(theirs)))
         return {"pkt": self.params.weight * torch.stack(losses).sum()}

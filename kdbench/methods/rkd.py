@@ -87,8 +87,7 @@ class RKD(FeatureMethod):
         self.pairs(student, teacher)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        assert t is not None
-        taps = [(s.maps[ours], t.maps[theirs]) for ours, theirs in zip(self.student_taps, self.teacher_taps, strict=True)]
+        taps = self.read_pairs(s, t)
         distance = torch.stack([distance_loss(*pair, self.params.squared) for pair in taps]).sum()
         angle = torch.stack([angle_loss(*pair) for pair in taps]).sum()
         return {"distance": self.params.distance_weight * distance, "angle": self.params.angle_weight * angle}

@@ -51,7 +51,5 @@ class SP(FeatureMethod):
         self.pairs(student, teacher)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        assert t is not None
-        taps = zip(self.student_taps, self.teacher_taps, strict=True)
-        losses = [similarity_loss(s.maps[ours], t.maps[theirs]) for ours, theirs in taps]
+        losses = [similarity_loss(*pair) for pair in self.read_pairs(s, t)]
         return {"sp": self.params.weight * torch.stack(losses).sum()}
