@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,9 @@ for _variable in ("KDBENCH_RESULTS", "KDBENCH_DATA", "MLFLOW_TRACKING_URI", "RAY
     os.environ.pop(_variable, None)
 quiet()
 torch.set_num_threads(1)
+# The same examples in every run, so that a change that broke nothing is never blamed; `--hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
