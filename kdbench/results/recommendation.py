@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kdbench.errors import UserError
+from kdbench.results.formatting import finite
 from kdbench.results.leaderboard import Board, Row
 from kdbench.results.record import RunRecord
 from kdbench.results.stats import paired_difference
@@ -216,7 +217,7 @@ def _option_data(option: Option) -> dict[str, Any]:
         "protocol_hash": option.board.protocol_hash,
         "student": option.board.student,
         "method": row.label,
-        "params": dict(row.params),
+        "params": finite(dict(row.params)),
         "sure": option.sure,
         "confidence": option.confidence,
         "missed": list(option.missed),
