@@ -85,7 +85,7 @@ def export(record: RunRecord, store_root: Path, format: str, output: Path | None
     path = output or Path("-".join(map(path_name, (record.student, record.label, record.run_id))) + f".{format}")
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder, expected a file name")
-    experiment = _experiment(record)
+    experiment = experiment_of(record)
     task = build_task(experiment.task)
     spec = _model_spec(record, experiment)
     model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
@@ -102,7 +102,8 @@ def _require_onnx() -> None:
 # --- from the record back to the network -----------------------------------------------------------------------------
 
 
-def _experiment(record: RunRecord) -> Experiment:
+def experiment_of(record: RunRecord) -> Experiment:
+    """The experiment that a record holds. Raises UserError where it holds none, or one that this kdbench can't read."""
     if record.config is None:
         raise UserError(f"run {record.run_id}: its record doesn't hold the experiment, so its model can't be built again")
     where = f"the experiment of run {record.run_id}"
