@@ -20,6 +20,7 @@ from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
 if TYPE_CHECKING:
     from kdbench.display import Display
     from kdbench.experiment import Experiment
+    from kdbench.results.folders import Folders
     from kdbench.results.leaderboard import Board
 
 app = typer.Typer(
@@ -48,6 +49,15 @@ Results = Annotated[
         "--results",
         metavar="DIR",
         help="Where results are kept. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.",
+        show_default=False,
+    ),
+]
+ManyResults = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--results",
+        metavar="DIR",
+        help="Where results are kept; may be repeated to read several folders as one. Default: KDBENCH_RESULTS, or ./results.",
         show_default=False,
     ),
 ]
@@ -126,7 +136,9 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
         tracker = NoTracker() if no_mlflow else MlflowTracker(tracking_uri(folder), experiment.name)
         summary = run_benchmark(experiment, folder, display, tracker, search_only)
     if not search_only:
-        found = [board for protocol in summary.protocols for board in _boards(folder, {"protocol_hash": protocol})]
+        from kdbench.results.folders import Folders
+
+        found = [board for protocol in summary.protocols for board in _boards(Folders([folder]), {"protocol_hash": protocol})]
         _print_boards(found, "table")
         _draw(found, folder / "boards" / f"{experiment.name}.png")
     return summary
@@ -175,9 +187,9 @@ def _end_with(failures: tuple[str, ...]) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog=_example("leaderboard --data fashion_mnist --format markdown"))
+@app.command(epilog=_example("leaderboard --data fashion_mnist --html report.html"))
 def leaderboard(
-    results: Results = None,
+    results: ManyResults = None,
     format_: Format = "table",
     task: Annotated[str | None, typer.Option(help="Only this task.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="Only this data set.", show_default=False)] = None,
@@ -189,14 +201,28 @@ def leaderboard(
         Path | None, typer.Option(metavar="FILE", help="Also draw the gains: FILE.png, .svg or .pdf.", show_default=False)
     ] = None,
     published: Annotated[bool, typer.Option("--published", help="Also quote the papers' own figures, apart from the ranking.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report instead: one HTML file.", show_default=False)] = None,
+    site: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a static site instead: an index and a page a board.", show_default=False)
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the report to this machine's browsers; it renews itself as results arrive.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes any that is free.")] = 8230,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
+    from kdbench.results.folders import Folders
     from kdbench.results.layout import results_folder
     from kdbench.results.rendering import check_format
 
     check_format(format_)
     filters = {"task": task, "data": data, "teacher": teacher, "student": student, "experiment": experiment}
-    found = _boards(results_folder(results), {name: value for name, value in filters.items() if value is not None}, method)
+    filters = {name: value for name, value in filters.items() if value is not None}
+    folders = Folders([results_folder(folder) for folder in results or [None]])
+    if html is not None or site is not None or serve:
+        _report(folders, filters, method, html, site, port if serve else None)
+        return
+    found = _boards(folders, filters, method)
     _print_boards(found, format_, published)
     if picture is not None:
         from kdbench.results.picture import draw
@@ -204,22 +230,38 @@ def leaderboard(
         draw(found, picture)
 
 
-def _boards(folder: Path, filters: Mapping[str, str], method: str | None = None) -> list[Board]:
+def _report(
+    folders: Folders, filters: Mapping[str, str], method: str | None, html: Path | None, site: Path | None, port: int | None
+) -> None:
+    """The boards as HTML: a file, a folder, or on a port until Ctrl-C."""
+    from kdbench.results.report.files import Report
+
+    report = Report(folders, filters, method)
+    if html is not None:
+        typer.echo(f"report: {report.write(html)}")
+    if site is not None:
+        typer.echo(f"site: {report.write_site(site)}")
+    if port is not None:
+        signal.signal(signal.SIGTERM, _interrupt)
+        report.serve(port, lambda address: typer.echo(f"{address} (Ctrl-C ends it)"))
+        typer.echo("stopped")
+
+
+def _boards(folders: Folders, filters: Mapping[str, str], method: str | None = None) -> list[Board]:
     """The boards of the records that the filters leave; says what to do where there is none."""
     from dataclasses import replace
 
     from kdbench.results.leaderboard import boards
     from kdbench.results.published import load_published
     from kdbench.results.rendering import nothing_to_rank
-    from kdbench.results.store import ResultStore
 
-    records = ResultStore(folder).scan(**filters)
+    records = folders.scan(**filters)
     found = boards(records, load_published())
     if method is not None:
         kept = [(board, tuple(row for row in board.rows if method in (row.label, row.method))) for board in found]
         found = [replace(board, rows=rows) for board, rows in kept if rows]
     if not found:
-        typer.echo(nothing_to_rank(str(folder), records), err=True)
+        typer.echo(nothing_to_rank(str(folders), records), err=True)
     return found
 
 

@@ -10,13 +10,16 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from kdbench.errors import UserError
 
@@ -61,6 +64,32 @@ def tracking_uri(results: str | Path) -> str:
             f"results are at {results}, where MLflow can't keep its database: set MLFLOW_TRACKING_URI to a server, or turn tracking off"
         )
     return f"{SQLITE}{Path(location).expanduser().resolve() / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Where a browser finds MLflow's pages. start: the command that serves them there, None where a server of its own does."""
+
+    address: str
+    start: str | None
+
+    def page(self, run_id: str | None) -> str | None:
+        """The address of a run's page."""
+        return None if run_id is None else f"{self.address}/#/runs/{quote(run_id, safe='')}"
+
+
+def interface(results: Path) -> Interface:
+    """MLflow's pages for the runs of a results folder: the server of `MLFLOW_TRACKING_URI`, else where `mlflow ui` serves by itself.
+
+    A name and a password in the variable stay there: the address is for others to see.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    parts = urlsplit(given)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        return Interface(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", "")), None)
+    database = os.path.relpath(results / "mlflow.db")
+    uri = f"{SQLITE}{results / 'mlflow.db'}" if database.startswith("..") else f"{SQLITE}{database}"
+    return Interface("http://127.0.0.1:5000", f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
 class Tracker(Protocol):

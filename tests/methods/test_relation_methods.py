@@ -198,7 +198,9 @@ def test_cc_multiplies_what_neighbours_differ_by() -> None:
 @given(st.integers(0, 2**31), st.integers(2, 8), st.floats(0.1, 10))
 def test_what_a_relation_does_not_depend_on(seed: int, samples: int, scale: float) -> None:
     student, teacher = example(samples, seed=seed)
-    student = 1e4 * student  # so long that the epsilon which pkt adds to lengths is nothing beside them, even where two samples are opposite
+    student = (
+        1e4 * student
+    )  # so long that the epsilon which pkt adds to lengths is nothing beside them, even where two samples are opposite
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
     turned = scale * student @ rotation(5, seed)
     for name in ("sp", "rkd_distance", "rkd_angle", "pkt"):

@@ -1,4 +1,4 @@
-"""The report's charts, from numbers to SVG. Every mark says its numbers on hover and focus; what a colour says, a shape or text says too."""
+"""The report's charts, from numbers to SVG. Every mark says its numbers on hover and focus; what a colour says, a shape says too."""
 
 from __future__ import annotations
 
@@ -98,6 +98,16 @@ def on_front(points: Sequence[Point], higher_is_better: bool) -> list[bool]:
     return pareto_front([(sign * point.quality, -point.cost) for point in points])
 
 
+def with_front(points: Sequence[Point], higher_is_better: bool) -> list[tuple[Point, bool]]:
+    """The points, cheapest first, each with whether it is on the front."""
+    return sorted(zip(points, on_front(points, higher_is_better), strict=True), key=lambda pair: pair[0].cost)
+
+
+def shape_name(group: int) -> str:
+    """The marker of a student."""
+    return {"inverted": "triangle down", "triangle": "triangle up"}.get(shape := MARKERS[group % len(MARKERS)], shape)
+
+
 def trade_off(points: Sequence[Point], cost: str, unit: str, primary: str, higher_is_better: bool) -> Markup:
     """Quality over cost, with the Pareto front as a dashed line and its points named.
 
@@ -164,7 +174,18 @@ def learning_curves(curves: Sequence[Curve], primary: str) -> Markup:
         colour, dash = f"colour-{index % COLOURS}", _DASHES[index // COLOURS % len(_DASHES)]
         shown = [line(path, height, f"curve {colour}", stroke_dasharray=dash)]
         shown.append(element("line", x1="100%", x2="100%", y1=path[-1][1], y2=path[-1][1], class_="anchor"))
-        shown.append(element("text", f"{curve.number} ", element("tspan", curve.method, class_="method"), x="100%", dx=8, y=end, dy="0.35em", class_=f"name {colour}"))
+        shown.append(
+            element(
+                "text",
+                f"{curve.number} ",
+                element("tspan", curve.method, class_="method"),
+                x="100%",
+                dx=8,
+                y=end,
+                dy="0.35em",
+                class_=f"name {colour}",
+            )
+        )
         every = math.ceil(len(path) / _MOST_STOPS)
         stops = [*range(0, len(path), every), len(path) - 1]
         shown += [
@@ -206,7 +227,11 @@ def search_history(label: str, search: Search, primary: str) -> Markup:
         params = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items())
         how = {"complete": "", "stopped": ", stopped early", "failed": ", failed"}[trial.state]
         value = "" if trial.value is None else f" {primary} {trial.value:.4g}"
-        shape = element("text", "×", x=x, y=y, dy="0.3em", class_="cross middle") if trial.state == "failed" else marker("circle", x, y, 4.5, f"trial {trial.state}")
+        shape = (
+            element("text", "×", x=x, y=y, dy="0.3em", class_="cross middle")
+            if trial.state == "failed"
+            else marker("circle", x, y, 4.5, f"trial {trial.state}")
+        )
         parts.append(mark(shape, method=label, tip=f"trial {trial.number + 1}:{value}{how}; {params}"))
     return chart(*parts, height=height, label=f"search of {label}: {len(search.trials)} trials, best so far as a line")
 
@@ -233,9 +258,16 @@ def critical_difference(ranks: Sequence[tuple[str, float]], critical: float) -> 
     parts = [element("line", x1="0", x2="100%", y1=top, y2=top, class_="axis")]
     for tick in range(1, len(ordered) + 1):
         x = percent(xs(tick))
-        parts += [element("line", x1=x, x2=x, y1=top - 5, y2=top, class_="axis"), element("text", str(tick), x=x, y=top - 9, class_="tick middle")]
+        parts += [
+            element("line", x1=x, x2=x, y1=top - 5, y2=top, class_="axis"),
+            element("text", str(tick), x=x, y=top - 9, class_="tick middle"),
+        ]
     parts.append(element("line", x1="0", x2=percent(critical / (xs.high - xs.low)), y1=8, y2=8, class_="critical"))
-    parts.append(element("text", f"critical difference {critical:.2f}", x=percent(critical / (xs.high - xs.low)), dx=8, y=8, dy="0.35em", class_="tick"))
+    parts.append(
+        element(
+            "text", f"critical difference {critical:.2f}", x=percent(critical / (xs.high - xs.low)), dx=8, y=8, dy="0.35em", class_="tick"
+        )
+    )
     for level, (first, last) in enumerate(joined):
         y = top + 12 + 12 * level
         ends = {"x1": percent(xs(ordered[first][1]) - 0.006), "x2": percent(xs(ordered[last][1]) + 0.006)}

@@ -169,9 +169,7 @@ def _differences(entries: Sequence[Entry], middle: str, low: str, high: str) -> 
     return sorted(found, key=lambda difference: -difference.middle)
 
 
-def _entry(
-    number: int, row: Row, records: Sequence[RunRecord], board: Board, folders: Sequence[Path], interface: Interface
-) -> Entry:
+def _entry(number: int, row: Row, records: Sequence[RunRecord], board: Board, folders: Sequence[Path], interface: Interface) -> Entry:
     runs = tuple(
         Run(
             run_id=record.run_id,

@@ -32,7 +32,11 @@ from kdbench.results.tracking import Interface
 _TEMPLATES = Path(__file__).with_name("templates")
 _MINUS = "\u2212"
 
-COSTS = (("device_hours", "device-hours, search included", "device-hours"), ("latency_ms_p50", "latency, ms per image", "ms"), ("params_count", "parameters", "parameters"))
+COSTS = (
+    ("device_hours", "device-hours, search included", "device-hours"),
+    ("latency_ms_p50", "latency, ms per image", "ms"),
+    ("params_count", "parameters", "parameters"),
+)
 """Of a `Row`: the field, what its axis is called, and the unit in words."""
 
 
@@ -51,8 +55,9 @@ class Ranking:
         return charts.critical_difference(list(zip(self.labels, self.ranks.ranks, strict=True)), self.ranks.critical_difference)
 
 
-def render_report(pages: Sequence[Page], interface: Interface, *, title: str, live: bool = False, home: str | None = None) -> str:
-    """The report of some boards. live: it asks the server that it came from for news. home: the address of the page above it."""
+def render_report(pages: Sequence[Page], interface: Interface, *, title: str, live: str | None = None, home: str | None = None) -> str:
+    """The report of some boards. live: the version that a server serves;
+    the page asks it for newer ones. home: the address of the page above it."""
     return _render(
         "report.html",
         title=title,
@@ -92,7 +97,7 @@ def rankings(pages: Sequence[Page]) -> list[Ranking]:
 # --- the templates and what they may call ----------------------------------------------------------------------------
 
 
-def _render(template: str, *, title: str, pages: Sequence[Page], live: bool = False, **more: Any) -> str:
+def _render(template: str, *, title: str, pages: Sequence[Page], live: str | None = None, **more: Any) -> str:
     style, script = (Markup((_TEMPLATES / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
     return (
         _environment()
@@ -102,7 +107,7 @@ def _render(template: str, *, title: str, pages: Sequence[Page], live: bool = Fa
             pages=pages,
             style=style,
             script=script,
-            policy=_policy(style, script, live),
+            policy=_policy(style, script, live is not None),
             data=_embedded({"boards": [board_data(page.board) for page in pages]}),
             version=__version__,
             newest=max((page.newest for page in pages), default=None),
@@ -167,7 +172,9 @@ def headline(page: Page) -> str:
     text = f"{first.label} has the best {board.primary}, {first.mean:{figures}}"
     if first.gain is not None:
         text += f", {_signed(first.gain, figures)} points over the undistilled student" + (
-            f" (95% interval {_signed(first.gain_low, figures)} to {_signed(first.gain_high, figures)})" if first.gain_low is not None else ""
+            f" (95% interval {_signed(first.gain_low, figures)} to {_signed(first.gain_high, figures)})"
+            if first.gain_low is not None
+            else ""
         )
     others = [row.label for row in leaders[1:]]
     if others:

@@ -17,6 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdbench.errors import in_one_line
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 FEWEST_FOR_IMPORTANCE, ENOUGH_FOR_IMPORTANCE = 5, 50  # finished trials; Optuna's documentation asks for five in the best tenth
 _STATES: dict[TrialState, State] = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 

@@ -14,7 +14,9 @@ _STRETCHED = 1000  # units that a stretched drawing is wide
 def element(name: str, *content: object, **attributes: object) -> Markup:
     """One element; text in it is escaped. `class_` is written `class`, `stroke_width` `stroke-width`; None leaves an attribute out."""
     written = Markup("").join(
-        Markup(' {}="{}"').format(Markup(key.rstrip("_").replace("_", "-")), value) for key, value in attributes.items() if value is not None
+        Markup(' {}="{}"').format(Markup(key.rstrip("_").replace("_", "-")), value)
+        for key, value in attributes.items()
+        if value is not None
     )
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, Markup("").join(map(escape, content)))
 
@@ -54,7 +56,7 @@ def scale_of(values: Iterable[float], margin: float = 0.08, log_from: float = ma
     """A scale that holds all values with a margin on both sides; logarithmic where the largest is over `log_from` times the smallest."""
     found = list(values)
     low, high = min(found), max(found)
-    if 0 < low and high / low > log_from:
+    if low > 0 and high / low > log_from:
         room = (high / low) ** margin
         return Scale(low / room, high * room, log=True)
     room = (high - low) * margin or abs(high) * margin or 1.0
@@ -98,7 +100,9 @@ def line(points: Sequence[tuple[float, float]], height: int, class_: str, **attr
     """A line through points [(share of the width, y in pixels)], as wide as the chart is, its stroke as thick as ever."""
     path = " ".join(f"{_STRETCHED * x:.1f},{y:.1f}" for x, y in points)
     drawn = element("polyline", points=path, class_=class_, vector_effect="non-scaling-stroke", **attributes)
-    return element("svg", drawn, width="100%", height=height, viewBox=f"0 0 {_STRETCHED} {height}", preserveAspectRatio="none", class_="stretch")
+    return element(
+        "svg", drawn, width="100%", height=height, viewBox=f"0 0 {_STRETCHED} {height}", preserveAspectRatio="none", class_="stretch"
+    )
 
 
 def spread(wanted: Sequence[float], gap: float, highest: float) -> list[float]:
