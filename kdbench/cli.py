@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kdbench.experiment import Experiment
     from kdbench.results.folders import Folders
     from kdbench.results.leaderboard import Board
+    from kdbench.results.tracking import Tracker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -140,7 +141,8 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
 
         found = [board for protocol in summary.protocols for board in _boards(Folders([folder]), {"protocol_hash": protocol})]
         _print_boards(found, "table")
-        _draw(found, folder / "boards" / f"{experiment.name}.png")
+        if found:
+            _publish(found, summary.protocols, folder, experiment.name, tracker)
     return summary
 
 
@@ -166,12 +168,20 @@ def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> N
     typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
 
 
-def _draw(found: list[Board], path: Path) -> None:
+def _publish(found: list[Board], protocols: tuple[str, ...], folder: Path, name: str, tracker: Tracker) -> None:
+    """What a run leaves to be looked at: the report, the picture, and both in MLflow."""
+    from kdbench.results.folders import Folders
     from kdbench.results.picture import draw, worth_drawing
+    from kdbench.results.report.files import Report
 
-    if any(worth_drawing(board) for board in found):
+    report, picture = (folder / "boards" / f"{name}.{suffix}" for suffix in ("html", "png"))
+    drawn = [picture] if any(worth_drawing(board) for board in found) else []
+    for path in drawn:
         draw(found, path)
         typer.echo(f"picture: {path}")
+    Report(Folders([folder]), [{"protocol_hash": protocol} for protocol in protocols]).write(report)
+    typer.echo(f"report: {report}")
+    tracker.publish(protocols, report, drawn)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -236,7 +246,7 @@ def _report(
     """The boards as HTML: a file, a folder, or on a port until Ctrl-C."""
     from kdbench.results.report.files import Report
 
-    report = Report(folders, filters, method)
+    report = Report(folders, [filters], method)
     if html is not None:
         typer.echo(f"report: {report.write(html)}")
     if site is not None:

@@ -33,6 +33,8 @@ Result = TypeVar("Result")
 KEY_TAG = "kdbench.key"
 INFINITE_TAG = "kdbench.infinite"  # names of the metrics that were infinite somewhere
 PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description, in Markdown
+RUN_TAG, ROLE_TAG, PROTOCOL_TAG = "kdbench.run_id", "kdbench.role", "kdbench.protocol_hash"
 FLUSH_SECONDS = 10.0
 RETRY_SECONDS = 300.0  # how long a server that did not answer is left alone
 METRICS_PER_CALL, PARAMS_PER_CALL = 800, 100  # MLflow takes 1000 things a call, 100 of them parameters and 100 tags
@@ -124,6 +126,10 @@ class Tracker(Protocol):
         """Open a run to write to while it trains."""
         ...
 
+    def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
+        """Keep a report of the boards of these protocols, and lead to it from their runs; the id of the run that it is an artifact of."""
+        ...
+
 
 class NoTracker:
     """Tracks nothing."""
@@ -139,6 +145,9 @@ class NoTracker:
 
     def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
         return LiveRun(None, None)
+
+    def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
+        return None
 
 
 class MlflowTracker:
@@ -202,6 +211,17 @@ class MlflowTracker:
             return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **nesting}).info.run_id
 
         return LiveRun(self, self.attempt(replace))
+
+    def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
+        """One run a tracked experiment, "leaderboard": a later report replaces the one before it."""
+        run_id = self.parent("leaderboard", f"leaderboard/{self.experiment_name}", {PROTOCOL_TAG: ", ".join(protocols)})
+        if run_id is None:
+            return None
+        for path in (report, *pictures):
+            self.attempt(partial(_send_artifact, run_id, path), essential=False)
+        self.attempt(partial(_lead_to, run_id, protocols, report), essential=False)
+        self.close_parent(run_id)
+        return run_id
 
     def attempt(self, action: Callable[[MlflowClient, str], Result], essential: bool = True) -> Result | None:
         """`action(client, experiment id)`; None where MLflow can't be reached or refuses, with a warning.
@@ -326,6 +346,30 @@ def _send_artifact(run_id: str, path: Path, client: MlflowClient, _: str) -> Non
 
 def _send_text(run_id: str, name: str, text: str, client: MlflowClient, _: str) -> None:
     client.log_text(run_id, text, name)
+
+
+def _lead_to(board: str, protocols: Sequence[str], report: Path, client: MlflowClient, experiment: str) -> None:
+    """A description with a link to the report for the runs that stand behind a board, but for trials, of which there are too many."""
+    page = f"#/experiments/{experiment}/runs/{board}/artifacts/{quote(report.name)}"
+    client.set_tag(board, NOTE_TAG, f"The leaderboard: [{report.name}]({page}), under Artifacts. Also at `{report}`.")
+    for protocol in protocols:
+        for run in _all_runs(client, experiment, f"tags.`{PROTOCOL_TAG}` = '{protocol}'"):
+            tags = run.data.tags
+            if NOTE_TAG in tags or tags.get(ROLE_TAG) == "trial":
+                continue
+            record = tags.get(RUN_TAG)
+            which = f" Record `{record}`: `kdbench export {record}` writes its student to a file." if record else ""
+            client.set_tag(run.info.run_id, NOTE_TAG, f"On the [leaderboard]({page}) of protocol `{protocol}`.{which}")
+
+
+def _all_runs(client: MlflowClient, experiment: str, found_by: str) -> Iterator[Any]:
+    token = None
+    while True:
+        some = client.search_runs([experiment], found_by, page_token=token)
+        yield from some
+        token = some.token
+        if not token:
+            return
 
 
 def _close(run_id: str, status: Status, client: MlflowClient, _: str) -> str:

@@ -24,10 +24,10 @@ TITLE = "Leaderboard"
 
 @dataclass(frozen=True)
 class Report:
-    """What is reported: the records of `folders` that `filters` leave; where `method` is given, its rows alone."""
+    """What is reported: the records of `folders` that one of the `filters` leaves; where `method` is given, its rows alone."""
 
     folders: Folders
-    filters: Mapping[str, str]
+    filters: Sequence[Mapping[str, str]] = ({},)
     method: str | None = None
 
     def write(self, path: Path) -> Path:
@@ -55,7 +55,7 @@ class Report:
 
     def serve(self, port: int, announce: Callable[[str], object]) -> None:
         """Serve to this machine's browsers until Ctrl-C; `announce` is told the address. Raises UserError where the port can't be had."""
-        source = Source(lambda: self.folders.scan(**self.filters), self._live)
+        source = Source(self._records, self._live)
         with report_server(source, port) as server:
             announce(f"http://{server.server_address[0]}:{server.server_address[1]}/")
             try:
@@ -67,11 +67,15 @@ class Report:
         return render_report(self._pages(records), self._interface, title=TITLE, live=version)
 
     def _boards(self) -> list[Page]:
-        records = self.folders.scan(**self.filters)
+        records = self._records()
         found = self._pages(records)
         if not found:
             raise UserError(nothing_to_rank(str(self.folders), records))
         return found
+
+    def _records(self) -> list[RunRecord]:
+        found = {record.run_id: record for wanted in self.filters for record in self.folders.scan(**wanted)}
+        return list(found.values())
 
     def _pages(self, records: Sequence[RunRecord]) -> list[Page]:
         return pages(records, load_published(), self.folders.paths, self._interface, self.method)
