@@ -15,9 +15,9 @@ from rich.text import Text
 
 from kdbench.benchmark.watch import Phase
 from kdbench.experiment import Unit
+from kdbench.results.formatting import digits
 from kdbench.results.leaderboard import Board, Row, boards
 from kdbench.results.record import RunRecord
-from kdbench.results.rendering import _digits as digits
 
 TITLES: dict[Phase, str] = {
     "teacher": "teacher",

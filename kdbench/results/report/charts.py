@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from markupsafe import Markup
 
 from kdbench.results.report.searches import Search
 from kdbench.results.report.svg import (
     MARKERS,
+    Box,
     Scale,
     chart,
     element,
+    free_places,
     line,
     mark,
     marker,
@@ -28,9 +31,13 @@ from kdbench.results.stats import pareto_front
 COLOURS = 8  # the style sheet has so many; the dashes of lines change after each round
 _DASHES = (None, "7 3", "2 3", "9 3 2 3")
 _SPAN_FOR_LOG = 20.0  # the largest over the smallest cost from which a logarithmic axis shows more
+_NARROW = 330.0  # pixels that a plot is wide on a narrow screen
+_LONGEST_NAME = 17  # characters that fit beside the curves
 _MOST_STOPS = 25  # points of one curve that hover can find
 
-Verdict = str  # "better", "worse" or "unclear"
+Verdict = Literal["better", "worse", "unclear"]
+VERDICTS: dict[int, Verdict] = {1: "better", -1: "worse", 0: "unclear"}
+"""By a `Row`'s own verdict."""
 
 
 def verdict(low: float | None, high: float | None) -> Verdict:
@@ -45,13 +52,18 @@ def verdict(low: float | None, high: float | None) -> Verdict:
 
 @dataclass(frozen=True)
 class Difference:
-    """One method's difference to a control, in points, positive for better; the ends are None for a single seed."""
+    """One method's difference to a control, in points, positive for better; the ends are None for a single seed.
+
+    verdict: what may be said of its sign. remark: more that its tip says.
+    """
 
     label: str
     number: int
     middle: float
     low: float | None
     high: float | None
+    verdict: Verdict
+    remark: str = ""
 
 
 def difference_scale(differences: Sequence[Difference]) -> Scale:
@@ -61,7 +73,7 @@ def difference_scale(differences: Sequence[Difference]) -> Scale:
 
 def whisker(scale: Scale, difference: Difference) -> Markup:
     """The interval as a line, its middle as a triangle up (surely better), down (surely worse) or a circle (can't be told)."""
-    height, said = 26, verdict(difference.low, difference.high)
+    height, said = 26, difference.verdict
     shape = {"better": "triangle", "worse": "inverted", "unclear": "circle"}[said]
     parts = [element("line", x1=percent(scale(0)), x2=percent(scale(0)), y1=0, y2=height, class_="zero")]
     if difference.low is not None and difference.high is not None:
@@ -123,13 +135,30 @@ def trade_off(points: Sequence[Point], cost: str, unit: str, primary: str, highe
     for point in best[1:]:
         steps += [(xs(point.cost), steps[-1][1]), (xs(point.cost), height * (1 - ys(point.quality)))]
     parts.append(line([*steps, (1.0, steps[-1][1])], height, "front"))
-    for point, is_on in sorted(zip(points, front, strict=True), key=lambda pair: pair[1]):
-        parts.append(_point(point, is_on, xs, ys, height, unit, primary))
+    names = _names(points, front, xs, ys, height)
+    for point, is_on, name in sorted(zip(points, front, names, strict=True), key=lambda drawn: drawn[1]):
+        parts.append(_point(point, is_on, name, xs, ys, height, unit, primary))
     label = f"{primary} against {cost}, {len(points)} methods; on the Pareto front: {', '.join(point.name for point in best)}"
     return chart(*parts, height=height, label=label)
 
 
-def _point(point: Point, is_on: bool, xs: Scale, ys: Scale, height: int, unit: str, primary: str) -> Markup:
+def _names(points: Sequence[Point], front: Sequence[bool], xs: Scale, ys: Scale, height: int) -> list[Markup]:
+    """The names of the points on the front, as many as a narrow screen has room for; the others have their numbers, as all have."""
+    places = [(_NARROW * xs(point.cost), height * (1 - ys(point.quality))) for point in points]
+    spots = [Box(x - 10, y - 10, x + 10, y + 10) for x, y in places]
+    chosen = [i for i, is_on in enumerate(front) if is_on]
+    found = free_places([points[i].name for i in chosen], [places[i] for i in chosen], spots, _NARROW + 10)
+    names = [Markup("")] * len(points)
+    for i, place in zip(chosen, found, strict=True):
+        if place is not None:
+            side, offset = place
+            dx, class_ = (12, "name") if side == "start" else (-12, "name end")
+            at = {"x": percent(xs(points[i].cost)), "y": round(places[i][1] + offset, 1)}
+            names[i] = element("text", points[i].name, **at, dx=dx, dy="0.35em", class_=class_)
+    return names
+
+
+def _point(point: Point, is_on: bool, name: Markup, xs: Scale, ys: Scale, height: int, unit: str, primary: str) -> Markup:
     x, y = percent(xs(point.cost)), round(height * (1 - ys(point.quality)), 1)
     tip = f"{point.name}: {primary} {point.quality:.4g}"
     parts = []
@@ -137,14 +166,10 @@ def _point(point: Point, is_on: bool, xs: Scale, ys: Scale, height: int, unit: s
         tip += f" [{point.low:.4g}, {point.high:.4g}]"
         ends = {"y1": round(height * (1 - ys(point.low)), 1), "y2": round(height * (1 - ys(point.high)), 1)}
         parts.append(element("line", x1=x, x2=x, **ends, class_="error"))
-    shape = MARKERS[point.group % len(MARKERS)]
-    parts.append(marker(shape, x, y, 9, "spot on-front" if is_on else "spot"))
+    parts.append(marker(MARKERS[point.group % len(MARKERS)], x, y, 9, "spot on-front" if is_on else "spot"))
     parts.append(element("text", str(point.number), x=x, y=y, dy="0.35em", class_="inside on-front" if is_on else "inside"))
-    if is_on:
-        right = xs(point.cost) > 0.7
-        parts.append(element("text", point.name, x=x, y=y, dx=-13 if right else 13, dy="-0.6em", class_="name end" if right else "name"))
     tip += f", {point.cost:.4g} {unit}" + ("; on the Pareto front" if is_on else "")
-    return mark(*parts, method=point.method, tip=tip)
+    return mark(*parts, name, method=point.method, tip=tip)
 
 
 # --- learning curves -------------------------------------------------------------------------------------------------
@@ -167,39 +192,29 @@ def learning_curves(curves: Sequence[Curve], primary: str) -> Markup:
     xs, ys = Scale(min(c.epochs[0] for c in curves), max(c.epochs[-1] for c in curves)), scale_of(late)
     if xs.low == xs.high:
         xs = Scale(xs.low - 1, xs.high)
-    ends = spread([_inside(ys, c.values[-1], height) for c in curves], 15, height - 4)
+    ends = spread([height * (1 - min(1.0, max(0.0, ys(c.values[-1])))) for c in curves], 15, height - 4)
     parts = [y_axis(ys, height), x_axis(xs, height, "epoch")]
-    for index, (curve, end) in enumerate(zip(curves, ends, strict=True)):
-        path = [(xs(epoch), _inside(ys, value, height)) for epoch, value in zip(curve.epochs, curve.values, strict=True)]
-        colour, dash = f"colour-{index % COLOURS}", _DASHES[index // COLOURS % len(_DASHES)]
-        shown = [line(path, height, f"curve {colour}", stroke_dasharray=dash)]
-        shown.append(element("line", x1="100%", x2="100%", y1=path[-1][1], y2=path[-1][1], class_="anchor"))
-        shown.append(
-            element(
-                "text",
-                f"{curve.number} ",
-                element("tspan", curve.method, class_="method"),
-                x="100%",
-                dx=8,
-                y=end,
-                dy="0.35em",
-                class_=f"name {colour}",
-            )
-        )
-        every = math.ceil(len(path) / _MOST_STOPS)
-        stops = [*range(0, len(path), every), len(path) - 1]
-        shown += [
-            element("circle", cx=percent(path[i][0]), cy=round(path[i][1], 1), r=7, class_="stop", data_tip=_at_epoch(curve, i, primary))
-            for i in dict.fromkeys(stops)
-        ]
-        tip = f"{curve.method}: {primary} {curve.values[-1]:.4g} after {curve.epochs[-1]:g} epochs, {curve.values[0]:.4g} after the first"
-        parts.append(mark(*shown, method=curve.method, tip=tip))
-    return chart(*parts, height=height, label=f"validation {primary} by epoch, {len(curves)} methods", right=True)
+    parts += [_curve(curve, index, end, xs, ys, height, primary) for index, (curve, end) in enumerate(zip(curves, ends, strict=True))]
+    return chart(*parts, height=height, label=f"validation {primary} by epoch, {len(curves)} methods", names="right")
 
 
-def _inside(scale: Scale, value: float, height: int) -> float:
-    """y in pixels; what lies off the scale runs along its edge."""
-    return height * (1 - min(1.0, max(0.0, scale(value))))
+def _curve(curve: Curve, index: int, end: float, xs: Scale, ys: Scale, height: int, primary: str) -> Markup:
+    """What lies below the scale is cut off."""
+    path = [(xs(epoch), height * (1 - ys(value))) for epoch, value in zip(curve.epochs, curve.values, strict=True)]
+    colour, dash = f"colour-{index % COLOURS}", _DASHES[index // COLOURS % len(_DASHES)]
+    name = curve.method if len(curve.method) <= _LONGEST_NAME else f"{curve.method[: _LONGEST_NAME - 1]}…"
+    shown = [
+        line(path, height, f"curve {colour}", stroke_dasharray=dash),
+        element("text", f"{curve.number} {name}", x="100%", dx=8, y=end, dy="0.35em", class_=f"name {colour}"),
+    ]
+    stops = [*range(0, len(path), math.ceil(len(path) / _MOST_STOPS)), len(path) - 1]
+    shown += [
+        element("circle", cx=percent(path[i][0]), cy=round(path[i][1], 1), r=7, class_="stop", data_tip=_at_epoch(curve, i, primary))
+        for i in dict.fromkeys(stops)
+        if 0 <= path[i][1] <= height
+    ]
+    tip = f"{curve.method}: {primary} {curve.values[-1]:.4g} after {curve.epochs[-1]:g} epochs, {curve.values[0]:.4g} after the first"
+    return mark(*shown, method=curve.method, tip=tip)
 
 
 def _at_epoch(curve: Curve, position: int, primary: str) -> str:
@@ -277,12 +292,12 @@ def critical_difference(ranks: Sequence[tuple[str, float]], critical: float) -> 
         left = place < half
         y = top + 12 * len(joined) + 24 + row * (place if left else len(ordered) - 1 - place)
         x = percent(xs(rank))
-        edge, anchor = ("0", "name") if left else ("100%", "name end")
+        edge, anchor, dx = ("0", "name end", -6) if left else ("100%", "name", 6)
         leader = [element("line", x1=x, x2=x, y1=top, y2=y, class_="leader"), element("line", x1=edge, x2=x, y1=y, y2=y, class_="leader")]
-        text = element("text", f"{label} {rank:.2f}", x=edge, y=y - 4, class_=anchor)
+        text = element("text", f"{label} {rank:.2f}", x=edge, y=y, dx=dx, dy="0.35em", class_=anchor)
         parts.append(mark(*leader, text, method=label, tip=f"{label}: average rank {rank:.2f}"))
     label = "average ranks, best first: " + ", ".join(f"{label} {rank:.2f}" for label, rank in ordered)
-    return chart(*parts, height=height, label=f"{label}; critical difference {critical:.2f}")
+    return chart(*parts, height=height, label=f"{label}; critical difference {critical:.2f}", names="both")
 
 
 def _joined(ranks: Sequence[float], critical: float) -> list[tuple[int, int]]:

@@ -11,10 +11,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from kdbench.results.layout import Layout
-from kdbench.results.leaderboard import UNDISTILLED, Board, Row, boards
+from kdbench.results.leaderboard import Board, Row, boards
 from kdbench.results.published import PublishedFigure
 from kdbench.results.record import RunRecord
-from kdbench.results.report.charts import Curve, Difference, Point
+from kdbench.results.report.charts import VERDICTS, Curve, Difference, Point, verdict
 from kdbench.results.store import path_name
 from kdbench.results.tracking import Interface
 
@@ -82,11 +82,31 @@ class Page:
 
     @property
     def gains(self) -> list[Difference]:
-        return _differences(self.entries, "gain", "gain_low", "gain_high")
+        """Over the undistilled student, best first; each judged by its own interval."""
+        found = [
+            Difference(e.row.label, e.number, e.row.gain, e.row.gain_low, e.row.gain_high, verdict(e.row.gain_low, e.row.gain_high))
+            for e in self.entries
+            if e.row.gain is not None
+        ]
+        return sorted(found, key=lambda difference: -difference.middle)
 
     @property
-    def over_kd(self) -> list[Difference]:
-        return _differences(self.entries, "vs_kd", "vs_kd_low", "vs_kd_high")
+    def over_control(self) -> list[Difference]:
+        """Over kd, best first; methods are judged after Holm's correction."""
+        found = [
+            Difference(
+                e.row.label,
+                e.number,
+                e.row.vs_kd,
+                e.row.vs_kd_low,
+                e.row.vs_kd_high,
+                VERDICTS[e.row.verdict],
+                "" if e.row.vs_kd_p is None else f"p = {e.row.vs_kd_p:.3g} after Holm",
+            )
+            for e in self.entries
+            if e.row.vs_kd is not None
+        ]
+        return sorted(found, key=lambda difference: -difference.middle)
 
     @property
     def curves(self) -> list[Curve]:
@@ -94,7 +114,7 @@ class Page:
 
     @property
     def undistilled(self) -> Row | None:
-        return next((entry.row for entry in self.entries if entry.row.method == UNDISTILLED), None)
+        return next((row for row in self.board.rows if row.label == self.board.undistilled), None)
 
     @property
     def leaders(self) -> list[Row]:
@@ -157,16 +177,6 @@ def by_protocol(pages: Iterable[Page]) -> list[list[Page]]:
         board = page.board
         groups[board.protocol_hash, board.task, board.data, board.teacher, board.teacher_sha].append(page)
     return list(groups.values())
-
-
-def _differences(entries: Sequence[Entry], middle: str, low: str, high: str) -> list[Difference]:
-    """Best first."""
-    found = [
-        Difference(entry.row.label, entry.number, value, getattr(entry.row, low), getattr(entry.row, high))
-        for entry in entries
-        if (value := getattr(entry.row, middle)) is not None
-    ]
-    return sorted(found, key=lambda difference: -difference.middle)
 
 
 def _entry(number: int, row: Row, records: Sequence[RunRecord], board: Board, folders: Sequence[Path], interface: Interface) -> Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +54,14 @@ class Report:
         _write(folder / INDEX, render_index(made, files, title=TITLE))
         return folder / INDEX
 
+    @property
+    def source(self) -> Source:
+        """What a server gives: a page that is renewed with every record; of no board too, since there may be one soon."""
+        return Source(self._records, self._live)
+
     def serve(self, port: int, announce: Callable[[str], object]) -> None:
         """Serve to this machine's browsers until Ctrl-C; `announce` is told the address. Raises UserError where the port can't be had."""
-        source = Source(self._records, self._live)
-        with report_server(source, port) as server:
+        with report_server(self.source, port) as server:
             announce(f"http://{server.server_address[0]}:{server.server_address[1]}/")
             try:
                 server.serve_forever(poll_interval=0.2)
@@ -95,4 +100,5 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         raise not_written(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

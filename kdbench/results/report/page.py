@@ -8,7 +8,6 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from kdbench import __version__
-from kdbench.results.across_pairs import SMALLEST_NUMBER_OF_PAIRS, AverageRanks, average_ranks
+from kdbench.results.across_pairs import SMALLEST_NUMBER_OF_PAIRS
+from kdbench.results.formatting import digits, interval, scaled, short
 from kdbench.results.leaderboard import Row
 from kdbench.results.published import PublishedFigure
-from kdbench.results.rendering import _digits as digits
-from kdbench.results.rendering import _interval as interval
-from kdbench.results.rendering import _scaled as scaled
-from kdbench.results.rendering import _short as short
-from kdbench.results.rendering import board_data
+from kdbench.results.rendering import board_data, summary_data
 from kdbench.results.report import charts
 from kdbench.results.report.content import Page, by_protocol, trade_offs
+from kdbench.results.summary import THRESHOLDS, Summary, summaries
 from kdbench.results.tracking import Interface
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -40,21 +37,6 @@ COSTS = (
 """Of a `Row`: the field, what its axis is called, and the unit in words."""
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Average ranks over pairs of teacher and student, for boards of one task and metric."""
-
-    task: str
-    primary: str
-    pairs: int
-    labels: tuple[str, ...]
-    ranks: AverageRanks
-
-    @property
-    def diagram(self) -> Markup:
-        return charts.critical_difference(list(zip(self.labels, self.ranks.ranks, strict=True)), self.ranks.critical_difference)
-
-
 def render_report(pages: Sequence[Page], interface: Interface, *, title: str, live: str | None = None, home: str | None = None) -> str:
     """The report of some boards. live: the version that a server serves;
     the page asks it for newer ones. home: the address of the page above it."""
@@ -63,8 +45,6 @@ def render_report(pages: Sequence[Page], interface: Interface, *, title: str, li
         title=title,
         pages=pages,
         groups=[group for group in by_protocol(pages) if len(group) > 1],
-        rankings=rankings(pages),
-        fewest_pairs=SMALLEST_NUMBER_OF_PAIRS,
         interface=interface,
         live=live,
         home=home,
@@ -73,25 +53,7 @@ def render_report(pages: Sequence[Page], interface: Interface, *, title: str, li
 
 def render_index(pages: Sequence[Page], files: Mapping[str, str], *, title: str) -> str:
     """A page that leads to others: one line a board. files: by anchor."""
-    return _render("index.html", title=title, pages=pages, files=files, rankings=rankings(pages), fewest_pairs=SMALLEST_NUMBER_OF_PAIRS)
-
-
-def rankings(pages: Sequence[Page]) -> list[Ranking]:
-    """One for each task and metric that has six pairs or more of methods that are ranked on all of them, and three such methods."""
-    found = []
-    for task, primary in sorted({(page.board.task, page.board.primary) for page in pages}):
-        pairs: dict[tuple, Page] = {}
-        for page in pages:  # of several protocols of one pair, the last
-            board = page.board
-            if (board.task, board.primary) == (task, primary):
-                pairs[board.data, board.teacher, board.student] = page
-        means = [{e.row.label: e.row.mean for e in page.entries if e.row.rank and e.row.mean is not None} for page in pairs.values()]
-        labels = [label for label in means[0] if all(label in mean for mean in means)]
-        if len(pairs) >= SMALLEST_NUMBER_OF_PAIRS and len(labels) >= 3:
-            signs = [1.0 if page.board.higher_is_better else -1.0 for page in pairs.values()]
-            scores = [[sign * mean[label] for label in labels] for sign, mean in zip(signs, means, strict=True)]
-            found.append(Ranking(task, primary, len(pairs), tuple(labels), average_ranks(scores)))
-    return found
+    return _render("index.html", title=title, pages=pages, files=files)
 
 
 # --- the templates and what they may call ----------------------------------------------------------------------------
@@ -99,16 +61,24 @@ def rankings(pages: Sequence[Page]) -> list[Ranking]:
 
 def _render(template: str, *, title: str, pages: Sequence[Page], live: str | None = None, **more: Any) -> str:
     style, script = (Markup((_TEMPLATES / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
+    across = summaries(page.board for page in pages)
     return (
         _environment()
         .get_template(template)
         .render(
             title=title,
             pages=pages,
+            across=across,
+            fewest_pairs=SMALLEST_NUMBER_OF_PAIRS,
             style=style,
             script=script,
             policy=_policy(style, script, live is not None),
-            data=_embedded({"boards": [board_data(page.board) for page in pages]}),
+            data=_embedded(
+                {
+                    "boards": [board_data(page.board) for page in pages],
+                    "across_pairs": [summary_data(summary) for summary in across],
+                }
+            ),
             version=__version__,
             newest=max((page.newest for page in pages), default=None),
             live=live,
@@ -130,6 +100,8 @@ def _environment() -> Environment:
         "interval": interval,
         "signed": _signed,
         "headline": headline,
+        "diagram": diagram,
+        "thresholds": THRESHOLDS,
         "settings": settings,
         "trade_offs": trade_offs,
         "differ": _differ,
@@ -181,6 +153,12 @@ def headline(page: Page) -> str:
         named = ", ".join(others) if len(others) <= 4 else f"{', '.join(others[:3])} and {len(others) - 3} others"
         text += f". It can't be told apart from {named}"
     return text + "."
+
+
+def diagram(summary: Summary) -> Markup | None:
+    """Critical differences, where there are pairs enough for them."""
+    ranks = [(row.label, row.average_rank) for row in summary.rows if row.average_rank is not None]
+    return charts.critical_difference(ranks, summary.critical_difference) if summary.critical_difference is not None else None
 
 
 def settings(row: Row) -> list[tuple[str, str, bool]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from markupsafe import Markup, escape
 
@@ -68,7 +69,7 @@ def number(value: float) -> str:
     if value and abs(value) >= 10_000:
         power = min(int(math.log10(abs(value))) // 3, 4)
         return f"{value / 1000**power:g}{['', 'k', 'M', 'G', 'T'][power]}"
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "\u2212")
 
 
 def y_axis(scale: Scale, height: int, count: int = 5) -> Markup:
@@ -94,6 +95,41 @@ def x_axis(scale: Scale, height: int, title: str, count: int = 5) -> Markup:
         ]
     parts.append(element("text", title, x="50%", y=height + 36, class_="title middle"))
     return Markup("").join(parts)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+
+
+def free_places(
+    texts: Sequence[str], points: Sequence[tuple[float, float]], taken: Sequence[Box], width: float
+) -> list[tuple[str, float] | None]:
+    """Where to write each text beside its point so that it covers no box that is `taken` and no other text: (start or end, y offset).
+
+    points: in pixels, as are the boxes and the `width` that the texts stay in. None for a text that has no such place.
+    """
+    covered = list(taken)
+    found: list[tuple[str, float] | None] = []
+    for text, (x, y) in zip(texts, points, strict=True):
+        length, place = 7.0 * len(text), None
+        for side, offset in (("start", -7), ("end", -7), ("start", 9), ("end", 9), ("start", 1), ("end", 1)):
+            left = x + 12 if side == "start" else x - 12 - length
+            box = Box(left, y + offset - 7, left + length, y + offset + 6)
+            if box.left >= 0 and box.right <= width and not any(box.meets(other) for other in covered):
+                place = side, float(offset)
+                covered.append(box)
+                break
+        found.append(place)
+    return found
 
 
 def line(points: Sequence[tuple[float, float]], height: int, class_: str, **attributes: object) -> Markup:
@@ -141,8 +177,8 @@ def mark(*content: object, method: str, tip: str) -> Markup:
     return element("g", *content, class_="mark", data_method=method, data_tip=tip, tabindex="-1", role="img", aria_label=tip)
 
 
-def chart(*content: object, height: int, label: str, right: bool = False) -> Markup:
-    """The plot itself; axes' texts stand outside of it, in the padding that the style sheet leaves. right: labels stand there too."""
+def chart(*content: object, height: int, label: str, names: Literal["right", "both"] | None = None) -> Markup:
+    """The plot itself; axes' texts stand outside of it, in the margin that the style sheet leaves. names: where it leaves more, for them."""
     return element(
-        "svg", *content, height=height, class_="plot labelled" if right else "plot", role="group", aria_label=label, width="100%"
+        "svg", *content, height=height, class_=f"plot names-{names}" if names else "plot", role="group", aria_label=label, width="100%"
     )
