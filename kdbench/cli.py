@@ -227,12 +227,12 @@ def leaderboard(
 
     check_format(format_)
     filters = {"task": task, "data": data, "teacher": teacher, "student": student, "experiment": experiment}
-    filters = {name: value for name, value in filters.items() if value is not None}
-    folders = Folders([results_folder(folder) for folder in results or [None]])
+    wanted = {name: value for name, value in filters.items() if value is not None}
+    folders = Folders([results_folder(folder) for folder in results] if results else [results_folder()])
     if html is not None or site is not None or serve:
-        _report(folders, filters, method, html, site, port if serve else None)
+        _report(folders, wanted, method, html, site, port if serve else None)
         return
-    found = _boards(folders, filters, method)
+    found = _boards(folders, wanted, method)
     _print_boards(found, format_, published)
     if picture is not None:
         from kdbench.results.picture import draw

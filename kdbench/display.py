@@ -211,7 +211,8 @@ def _small_board(board: Board, lines: int, width: int) -> Table:
         title_style="bold",
     )
     for row in board.rows[:lines]:
-        cells = ["-" if row.rank is None else str(row.rank), row.label, _mean(row, board), _gain(row, board), str(row.seeds)]
+        rank = Text("-" if row.rank is None else str(row.rank))
+        cells = [rank, Text(row.label), Text(_mean(row, board)), _gain(row, board), Text(str(row.seeds))]
         table.add_row(*cells[: len(columns)], style="bold" if row.rank == 1 else "")
     return table
 

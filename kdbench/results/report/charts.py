@@ -233,21 +233,21 @@ def search_history(label: str, search: Search, primary: str) -> Markup:
     parts = [y_axis(ys, height, 4), x_axis(xs, height, "trial", 6)]
     best = [(xs(i + 1), height * (1 - ys(value))) for i, value in enumerate(search.best) if value is not None]
     steps = best[:1]
-    for x, y in best[1:]:
-        steps += [(x, steps[-1][1]), (x, y)]
+    for step, level in best[1:]:
+        steps += [(step, steps[-1][1]), (step, level)]
     if steps:
         parts.append(line([*steps, (1.0, steps[-1][1])], height, "best"))
     for i, trial in enumerate(search.trials):
         x, y = percent(xs(i + 1)), height if trial.value is None else round(height * (1 - ys(trial.value)), 1)
         params = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items())
         how = {"complete": "", "stopped": ", stopped early", "failed": ", failed"}[trial.state]
-        value = "" if trial.value is None else f" {primary} {trial.value:.4g}"
+        reached = "" if trial.value is None else f" {primary} {trial.value:.4g}"
         shape = (
             element("text", "×", x=x, y=y, dy="0.3em", class_="cross middle")
             if trial.state == "failed"
             else marker("circle", x, y, 4.5, f"trial {trial.state}")
         )
-        parts.append(mark(shape, method=label, tip=f"trial {trial.number + 1}:{value}{how}; {params}"))
+        parts.append(mark(shape, method=label, tip=f"trial {trial.number + 1}:{reached}{how}; {params}"))
     return chart(*parts, height=height, label=f"search of {label}: {len(search.trials)} trials, best so far as a line")
 
 

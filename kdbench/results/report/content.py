@@ -38,10 +38,12 @@ class Run:
 class Entry:
     """A row of the board with what stands behind it. number: its place on the board, by which charts name it.
 
+    anchor: a name that no other row of the board has, the same when more rows come.
     search: None where the parameters were not searched; a sentence where the search can't be shown.
     """
 
     number: int
+    anchor: str
     row: Row
     runs: tuple[Run, ...]
     curve: Curve | None
@@ -136,11 +138,11 @@ def pages(
     names: Counter[str] = Counter()
     made = []
     for board in boards(records, published):
-        anchor = "-".join(path_name(part) for part in (board.data, board.teacher or "no-teacher", board.student, board.protocol_hash[:8]))
-        names[anchor] += 1
-        anchor += f"-{names[anchor]}" if names[anchor] > 1 else ""  # the same names with other weights of the teacher
+        pair = (board.data, board.teacher or "no-teacher", board.student, board.protocol_hash[:8])
+        anchor = _unused("-".join(map(path_name, pair)), names)  # used already: the same names with other weights of the teacher
+        labels: Counter[str] = Counter()
         entries = tuple(
-            _entry(number, row, [by_id[run] for run in row.run_ids], board, folders, interface)
+            _entry(number, _unused(path_name(row.label), labels), row, [by_id[run] for run in row.run_ids], board, folders, interface)
             for number, row in enumerate(board.rows, start=1)
             if method in (None, row.label, row.method)
         )
@@ -149,6 +151,11 @@ def pages(
             newest = max(run.created_at for run in runs)
             made.append(Page(anchor, board, entries, tuple(_experiments(runs)), tuple(_environments(runs)), newest))
     return made
+
+
+def _unused(name: str, used: Counter[str]) -> str:
+    used[name] += 1
+    return f"{name}-{used[name]}" if used[name] > 1 else name
 
 
 def trade_offs(pages: Sequence[Page], cost: str) -> list[Point]:
@@ -179,7 +186,9 @@ def by_protocol(pages: Iterable[Page]) -> list[list[Page]]:
     return list(groups.values())
 
 
-def _entry(number: int, row: Row, records: Sequence[RunRecord], board: Board, folders: Sequence[Path], interface: Interface) -> Entry:
+def _entry(
+    number: int, anchor: str, row: Row, records: Sequence[RunRecord], board: Board, folders: Sequence[Path], interface: Interface
+) -> Entry:
     runs = tuple(
         Run(
             run_id=record.run_id,
@@ -191,7 +200,7 @@ def _entry(number: int, row: Row, records: Sequence[RunRecord], board: Board, fo
         )
         for record in records
     )
-    return Entry(number, row, runs, _curve(number, row.label, records, f"val_{board.primary}"), _search(records, folders))
+    return Entry(number, anchor, row, runs, _curve(number, row.label, records, f"val_{board.primary}"), _search(records, folders))
 
 
 def _curve(number: int, label: str, records: Sequence[RunRecord], name: str) -> Curve | None:

@@ -16,7 +16,7 @@ from kdbench.results.record import RunRecord
 from kdbench.results.rendering import nothing_to_rank
 from kdbench.results.report.content import Page, pages
 from kdbench.results.report.page import render_index, render_report
-from kdbench.results.report.serve import Source, report_server
+from kdbench.results.report.serve import LOOPBACK, Source, report_server
 from kdbench.results.tracking import Interface, interface
 
 INDEX = "index.html"
@@ -62,7 +62,7 @@ class Report:
     def serve(self, port: int, announce: Callable[[str], object]) -> None:
         """Serve to this machine's browsers until Ctrl-C; `announce` is told the address. Raises UserError where the port can't be had."""
         with report_server(self.source, port) as server:
-            announce(f"http://{server.server_address[0]}:{server.server_address[1]}/")
+            announce(f"http://{LOOPBACK}:{server.server_port}/")
             try:
                 server.serve_forever(poll_interval=0.2)
             except KeyboardInterrupt:

@@ -70,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds that an idle connection is kept
 
     def do_GET(self) -> None:
-        port = self.server.server_address[1]
+        assert isinstance(self.server, ThreadingHTTPServer)
+        port = self.server.server_port
         if self.headers.get("Host") not in (f"{LOOPBACK}:{port}", f"localhost:{port}"):
             self._send(403, b"this server answers to its own address only\n", "text/plain")
             return

@@ -156,19 +156,19 @@ def spread(wanted: Sequence[float], gap: float, highest: float) -> list[float]:
 
 
 MARKERS = ("circle", "square", "diamond", "triangle", "inverted")
+_CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
+    "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+    "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+    "triangle": ((0, -1.2), (1.15, 0.85), (-1.15, 0.85)),
+    "inverted": ((0, 1.2), (1.15, -0.85), (-1.15, -0.85)),
+}
 
 
 def marker(kind: str, x: str, y: float, size: float, class_: str) -> Markup:
     """A shape of that kind around (x, y); x is a length such as `25%`."""
     if kind == "circle":
         return element("circle", cx=x, cy=y, r=size, class_=class_)
-    corners = {
-        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-        "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
-        "triangle": [(0, -1.2), (1.15, 0.85), (-1.15, 0.85)],
-        "inverted": [(0, 1.2), (1.15, -0.85), (-1.15, -0.85)],
-    }[kind]
-    drawn = element("polygon", points=" ".join(f"{size * a:.1f},{size * b:.1f}" for a, b in corners), class_=class_)
+    drawn = element("polygon", points=" ".join(f"{size * a:.1f},{size * b:.1f}" for a, b in _CORNERS[kind]), class_=class_)
     return element("svg", drawn, x=x, y=y, class_="anchor")
 
 
@@ -178,7 +178,7 @@ def mark(*content: object, method: str, tip: str) -> Markup:
 
 
 def chart(*content: object, height: int, label: str, names: Literal["right", "both"] | None = None) -> Markup:
-    """The plot itself; axes' texts stand outside of it, in the margin that the style sheet leaves. names: where it leaves more, for them."""
+    """The plot itself; axes' texts stand outside of it, in the margin that the style sheet leaves. names: where it leaves room for them."""
     return element(
         "svg", *content, height=height, class_=f"plot names-{names}" if names else "plot", role="group", aria_label=label, width="100%"
     )

@@ -61,7 +61,10 @@ function filter(text) {
 
 // --- tips: what a mark says, beside the pointer or the focus
 
-function showTip(mark, x, y) {
+let pointed = false; // whether the pointer called for the tip, or the focus, which a resting pointer must not end
+
+function showTip(mark, x, y, byPointer) {
+  pointed = byPointer;
   tip.textContent = mark.dataset.tip;
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
@@ -75,8 +78,8 @@ function light(method, scope, on) {
 
 document.addEventListener("pointerover", (event) => {
   const mark = event.target.closest("[data-tip]");
-  if (mark) showTip(mark, event.clientX, event.clientY);
-  else tip.hidden = true;
+  if (mark) showTip(mark, event.clientX, event.clientY, true);
+  else if (pointed) tip.hidden = true;
   const named = event.target.closest("[data-method]");
   const scope = event.target.closest("section");
   if (scope) light(named && named.dataset.method, scope, Boolean(named));
@@ -85,7 +88,7 @@ document.addEventListener("focusin", (event) => {
   const mark = event.target.closest(".mark[data-tip]");
   if (!mark) return void (tip.hidden = true);
   const box = mark.querySelector(".spot, .trial, .cross, .name, .curve")?.getBoundingClientRect() ?? mark.getBoundingClientRect();
-  showTip(mark, box.left + box.width / 2, box.top + box.height / 2);
+  showTip(mark, box.left + box.width / 2, box.top + box.height / 2, false);
   light(mark.dataset.method, mark.closest("section"), true);
 });
 
@@ -112,7 +115,7 @@ document.addEventListener("click", (event) => {
   const button = event.target.closest("table.sortable thead button");
   if (button) pressed(button);
   const link = event.target.closest("a[data-opens]");
-  if (link) document.getElementById(link.hash.slice(1)).open = true;
+  if (link) document.getElementById(decodeURIComponent(link.hash.slice(1))).open = true;
   if (event.target.closest("#save")) {
     const blob = new Blob([document.getElementById("data").textContent], { type: "application/json" });
     const made = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: "leaderboard.json" });
