@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kdbench.experiment import Experiment
     from kdbench.results.folders import Folders
     from kdbench.results.leaderboard import Board
-    from kdbench.results.tracking import Tracker
+    from kdbench.results.record import RunRecord
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -142,7 +142,10 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
         found = [board for protocol in summary.protocols for board in _boards(Folders([folder]), {"protocol_hash": protocol})]
         _print_boards(found, "table")
         if found:
-            _publish(found, summary.protocols, folder, experiment.name, tracker)
+            from kdbench.results.report.files import publish
+
+            for path in publish(found, folder, experiment.name, tracker):
+                typer.echo(f"{'report' if path.suffix == '.html' else 'picture'}: {path}")
     return summary
 
 
@@ -166,22 +169,6 @@ def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> N
         profiles = profile(experiment, folder, display)
     typer.echo(profile_page(profiles, experiment.recipe.batch_size))
     typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
-
-
-def _publish(found: list[Board], protocols: tuple[str, ...], folder: Path, name: str, tracker: Tracker) -> None:
-    """What a run leaves to be looked at: the report, the picture, and both in MLflow."""
-    from kdbench.results.folders import Folders
-    from kdbench.results.picture import draw, worth_drawing
-    from kdbench.results.report.files import Report
-
-    report, picture = (folder / "boards" / f"{name}.{suffix}" for suffix in ("html", "png"))
-    drawn = [picture] if any(worth_drawing(board) for board in found) else []
-    for path in drawn:
-        draw(found, path)
-        typer.echo(f"picture: {path}")
-    Report(Folders([folder]), [{"protocol_hash": protocol} for protocol in protocols]).write(report)
-    typer.echo(f"report: {report}")
-    tracker.publish(protocols, report, drawn)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -330,6 +317,10 @@ def export(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default: STUDENT-METHOD-RUN.FORMAT in this folder.", show_default=False)
     ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Write no file: register it in MLflow as a version of the model NAME.", show_default=False),
+    ] = None,
     results: Results = None,
 ) -> None:
     """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""
@@ -339,11 +330,25 @@ def export(
     from kdbench.training.export import find_run
 
     folder = results_folder(results)
+    if register is not None:
+        _register(find_run(ResultStore(folder).scan(), run_id), folder, register)
+        return
     report = export_run(find_run(ResultStore(folder).scan(), run_id), folder, format_, output)
     typer.echo(f"{report.path}: {report.model}, {report.size_bytes / 1e6:.2f} MB")
     typer.echo(f"input: {report.inputs}")
     typer.echo(f"output: {'x'.join(map(str, report.output_shape))} for each image")
     typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
+
+
+def _register(record: RunRecord, folder: Path, name: str) -> None:
+    from kdbench.results.tracking import MlflowTracker, tracking_uri
+    from kdbench.training.register import register
+
+    made = register(record, folder, name, MlflowTracker(tracking_uri(folder), record.experiment))
+    typer.echo(f"{made.uri} {'is new' if made.new else 'was registered before'}, at {made.tracking_uri}")
+    typer.echo(f"input: float32 images {'x'.join(map(str, made.input_shape))} in [0, 1], any number of them")
+    typer.echo(f"output: {'x'.join(map(str, made.output_shape))} for each image")
+    typer.echo(f"checked on {made.images} test images: largest difference {made.difference:.1e}, allowed {made.tolerance:.1e}")
 
 
 cache_app = typer.Typer(

@@ -223,6 +223,15 @@ class MlflowTracker:
         self.close_parent(run_id)
         return run_id
 
+    def client(self) -> MlflowClient:
+        """A client of the server or database. Raises whatever MLflow, its database driver or the network raise where there is none."""
+        return self._connected()[0]
+
+    def _connected(self) -> tuple[MlflowClient, str]:
+        if self._connection is None:
+            self._connection = _connect(self.tracking_uri, self.experiment_name)
+        return self._connection
+
     def attempt(self, action: Callable[[MlflowClient, str], Result], essential: bool = True) -> Result | None:
         """`action(client, experiment id)`; None where MLflow can't be reached or refuses, with a warning.
 
@@ -231,9 +240,7 @@ class MlflowTracker:
         if time.monotonic() < self._silent_until:
             return None
         try:
-            if self._connection is None:
-                self._connection = _connect(self.tracking_uri, self.experiment_name)
-            return action(*self._connection)
+            return action(*self._connected())
         except Exception as error:  # MLflow passes on whatever its database driver or object store raises
             self._complain(error, essential)
             return None

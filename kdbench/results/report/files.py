@@ -11,13 +11,15 @@ from pathlib import Path
 
 from kdbench.errors import UserError, not_written
 from kdbench.results.folders import Folders
+from kdbench.results.leaderboard import Board
+from kdbench.results.picture import draw, worth_drawing
 from kdbench.results.published import load_published
 from kdbench.results.record import RunRecord
 from kdbench.results.rendering import nothing_to_rank
 from kdbench.results.report.content import Page, pages
 from kdbench.results.report.page import render_index, render_report
 from kdbench.results.report.serve import LOOPBACK, Source, report_server
-from kdbench.results.tracking import Interface, interface
+from kdbench.results.tracking import Interface, Tracker, interface
 
 INDEX = "index.html"
 TITLE = "Leaderboard"
@@ -88,6 +90,18 @@ class Report:
     @property
     def _interface(self) -> Interface:
         return interface(self.folders.paths[0])
+
+
+def publish(boards: Sequence[Board], folder: Path, name: str, tracker: Tracker) -> list[Path]:
+    """What a run leaves to be looked at, under `folder`/boards and in MLflow: a picture, where there is something to draw, and the report."""
+    report, picture = (folder / "boards" / f"{name}.{suffix}" for suffix in ("html", "png"))
+    drawn = [picture] if any(worth_drawing(board) for board in boards) else []
+    for path in drawn:
+        draw(boards, path)
+    protocols = list(dict.fromkeys(board.protocol_hash for board in boards))
+    Report(Folders([folder]), [{"protocol_hash": protocol} for protocol in protocols]).write(report)
+    tracker.publish(protocols, report, drawn)
+    return [*drawn, report]
 
 
 def _write(path: Path, text: str) -> None:
