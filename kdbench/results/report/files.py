@@ -93,7 +93,7 @@ class Report:
 
 
 def publish(boards: Sequence[Board], folder: Path, name: str, tracker: Tracker) -> list[Path]:
-    """What a run leaves to be looked at, under `folder`/boards and in MLflow: a picture, where there is something to draw, and the report."""
+    """What a run leaves to look at, under `folder`/boards and in MLflow: a picture, where there is something to draw, and the report."""
     report, picture = (folder / "boards" / f"{name}.{suffix}" for suffix in ("html", "png"))
     drawn = [picture] if any(worth_drawing(board) for board in boards) else []
     for path in drawn:
