@@ -13,9 +13,9 @@ from torch import Tensor
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
-from kdbench.methods.features import FeatureMethod, Names, paired_stages
+from kdbench.methods.features import FeatureMethod, Names, paired_stages, stages
 from kdbench.models.adapters import map_shape
-from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.search_space import Range
 from kdbench.tasks.base import TaskInfo
 
@@ -88,12 +88,28 @@ class KDSVD(FeatureMethod):
     params: Params
 
     def default_taps(self, student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
-        """The stages that both have, without those of different widths or with too few positions; all, where fewer than two are left."""
+        """The stages that both have, without those of different widths or with too few positions; where fewer than two are left, stages
+        that are as wide wherever they stand; and all stages, for `build` to say what is wrong with them, where that leaves too few too.
+        """
         ours, theirs = paired_stages(student, teacher)
         paired = list(zip(ours, theirs, strict=True))
-        fitting = [(s, t) for s, t in paired if self._obstacle(map_shape(student.taps[s]), map_shape(teacher.taps[t])) is None]
-        chosen = fitting if len(fitting) > 1 else paired
+        in_place = [(s, t) for s, t in paired if self._comparable(student.taps[s], teacher.taps[t])]
+        found = (pairs for pairs in (in_place, self._anywhere(student, teacher)) if len(pairs) > 1)
+        chosen = next(found, paired)
         return tuple(s for s, _ in chosen), tuple(t for _, t in chosen)
+
+    def _anywhere(self, student: Shapes, teacher: Shapes) -> list[tuple[str, str]]:
+        """From the last stage back, each of the student's with the teacher's deepest that is left and can be compared; in forward order."""
+        pairs, left = [], stages(teacher)
+        for ours in reversed(stages(student)):
+            fitting = [place for place, theirs in enumerate(left) if self._comparable(student.taps[ours], teacher.taps[theirs])]
+            if fitting:
+                pairs.append((ours, left[fitting[-1]]))
+                left = left[: fitting[-1]]
+        return pairs[::-1]
+
+    def _comparable(self, student: TapShape, teacher: TapShape) -> bool:
+        return self._obstacle(map_shape(student), map_shape(teacher)) is None
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         pairs = self.pairs(student, teacher)

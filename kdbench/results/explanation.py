@@ -58,13 +58,13 @@ class Explanation:
 def explain(boards: Sequence[Board], records: Iterable[RunRecord], method: str) -> list[Explanation]:
     """The rows with that label or method, one explanation each. Raises UserError where no board has one.
 
-    records: all that the boards were made from.
+    records: all that the boards were made from, and the teachers'.
     """
     by_id = {record.run_id: record for record in records}
     found = [_explanation(board, row, by_id) for board in boards for row in board.rows if method in (row.label, row.method)]
     if not found:
         labels = {row.label for board in boards for row in board.rows}
-        raise UserError(f"--explain {method}: no board has this method{nearest(method, labels)}")
+        raise UserError(f"--explain {method}: no board has this method{nearest(method, labels) if labels else ''}")
     return found
 
 

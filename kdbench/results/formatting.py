@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from kdbench.results.leaderboard import Board
@@ -39,3 +41,14 @@ def scaled(count: int | None) -> str:
 def pair_title(board: Board) -> str:
     """`classification on fashion_mnist: cifar_resnet56 -> cifar_resnet8`."""
     return f"{board.task} on {board.data}: {board.teacher or 'no teacher'} -> {board.student}"
+
+
+def finite(value: Any) -> Any:
+    """The value as strict JSON can hold it: null for nan and for infinity, inside of lists and mappings too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value

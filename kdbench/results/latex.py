@@ -40,7 +40,7 @@ def _table(board: Board) -> str:
     return "\n".join(
         [
             r"\begin{table}",
-            r"\centering",
+            r"\centering\small\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{_caption(board, decimals)}}}",
             rf"\label{{tab:{re.sub(r'[^A-Za-z0-9-]+', '-', f'kdbench-{board.protocol_hash}-{board.student}')}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(used) - 1)}}}",
@@ -75,7 +75,7 @@ def _interval(middle: float | None, low: float | None, high: float | None, spec:
     if middle is None:
         return _NONE
     shown = f"\\mathbf{{{middle:{spec}}}}" if bold else f"{middle:{spec}}"
-    return f"${shown}$" if low is None or high is None else f"${shown}\\;[{low:{spec}}, {high:{spec}}]$"
+    return f"${shown}$" if low is None or high is None else f"${shown}\\;{{\\scriptstyle[{low:{spec}},\\,{high:{spec}}]}}$"
 
 
 def _caption(board: Board, decimals: int) -> str:

@@ -66,9 +66,9 @@ class Row:
     @property
     def verdict(self) -> int:
         """Against kd: 1 surely better, -1 surely worse, 0 can't be told. Of a method, after Holm; of a control, by its own interval."""
-        if self.vs_kd is None or self.vs_kd_low is None or self.vs_kd_high is None:
+        if self.vs_kd is None:
             return 0
-        told = not self.vs_kd_low <= 0 <= self.vs_kd_high if self.vs_kd_p is None else self.vs_kd_p < 1 - LEVEL
+        told = _apart_from_zero(self) if self.vs_kd_p is None else self.vs_kd_p < 1 - LEVEL
         return (1 if self.vs_kd > 0 else -1) if told else 0
 
 
@@ -176,7 +176,7 @@ def _board(
         detectable=detectable,
         rows=rows,
         findings=_findings(rows, undistilled, control),
-        notes=_notes(groups, wanted, [group.label for group in incomplete], detectable),
+        notes=_notes(groups, rows, wanted, detectable),
         published=tuple(figure for figure in published if figure.method in methods),
     )
 
@@ -274,13 +274,24 @@ def _with_fronts(rows: Sequence[Row], higher_is_better: bool) -> tuple[Row, ...]
     """The rows with the costs for which each is on the Pareto front of the ranked ones."""
     sign = 1.0 if higher_is_better else -1.0
     fronts: dict[str, list[str]] = {row.label: [] for row in rows}
+    ranked = [row for row in rows if row.rank is not None]
     for cost in COSTS:
-        known = [row for row in rows if row.rank is not None and row.mean is not None and getattr(row, cost) is not None]
-        on_front = pareto_front([(sign * row.mean, -getattr(row, cost)) for row in known if row.mean is not None])
-        for row, on in zip(known, on_front, strict=True):
-            if on:
+        known = [
+            (row, sign * row.mean, price) for row in ranked if row.mean is not None and (price := _price(row, cost, ranked)) is not None
+        ]
+        for (row, *_), on_front in zip(known, pareto_front([(good, -price) for _, good, price in known]), strict=True):
+            if on_front:
                 fronts[row.label].append(cost)
     return tuple(replace(row, pareto=tuple(fronts[row.label])) for row in rows)
+
+
+def _price(row: Row, cost: str, rows: Sequence[Row]) -> float | None:
+    """A row's cost. Rows of one network share the median of their latencies, which differ by nothing but the noise of measuring."""
+    if cost != "latency_ms_p50" or row.latency_ms_p50 is None:
+        price: float | None = getattr(row, cost)
+        return price
+    alike = [other.latency_ms_p50 for other in rows if (other.params_count, other.flops) == (row.params_count, row.flops)]
+    return median(latency for latency in alike if latency is not None)
 
 
 def _row(
@@ -366,21 +377,27 @@ def _findings(rows: Sequence[Row], undistilled: _Finals | None, control: _Finals
     return tuple(found)
 
 
-def _notes(groups: Sequence[_Finals], wanted: int, incomplete: Sequence[str], detectable: float | None) -> tuple[str, ...]:
+def _notes(groups: Sequence[_Finals], rows: Sequence[Row], wanted: int, detectable: float | None) -> tuple[str, ...]:
     """What a reader must know to trust the board: seeds, the search's budget, and whatever is not as it should be."""
     notes = [f"{wanted} seed{'' if wanted == 1 else 's'} a method; {_search_budget(groups)}"]
     if wanted == 1:
         notes.append("one seed tells nothing apart: all complete methods share rank 1; set seeds to 3 or more")
     if detectable:
         notes.append(f"a true difference to kd below {detectable:.2g} is missed more than one time in five with {wanted} seeds")
-    if incomplete:
-        counts = {group.label: len(group.values) for group in groups}
-        notes.append(f"not ranked, fewer than {wanted} seeds: " + ", ".join(f"{label} ({counts[label]})" for label in incomplete))
+    if corrected := [row.label for row in rows if row.vs_kd_p is not None and row.verdict == 0 and _apart_from_zero(row)]:
+        family = sum(row.vs_kd_p is not None for row in rows)
+        notes.append(f"the interval to kd leaves out 0, but not after Holm's correction for {family} methods: " + ", ".join(corrected))
+    if incomplete := [f"{row.label} ({row.seeds})" for row in rows if row.rank is None]:
+        notes.append(f"not ranked, fewer than {wanted} seeds: " + ", ".join(incomplete))
     if failed := [f"{group.label} ({group.failed})" for group in groups if group.failed]:
         notes.append("failed seeds count as the undistilled student of the same seed: " + ", ".join(failed))
     if left_out := [f"{group.label} ({group.left_out})" for group in groups if group.left_out]:
         notes.append("older final runs with another setting are left out: " + ", ".join(left_out))
     return tuple(notes)
+
+
+def _apart_from_zero(row: Row) -> bool:
+    return row.vs_kd_low is not None and row.vs_kd_high is not None and not row.vs_kd_low <= 0 <= row.vs_kd_high
 
 
 def _search_budget(groups: Sequence[_Finals]) -> str:

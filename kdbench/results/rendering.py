@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError
-from kdbench.results.formatting import UNKNOWN, digits, interval, pair_title, scaled, short
+from kdbench.results.formatting import UNKNOWN, digits, finite, interval, pair_title, scaled, short
 from kdbench.results.latex import latex
 from kdbench.results.leaderboard import UNDISTILLED, Board, Row
 from kdbench.results.published import PublishedFigure
@@ -91,13 +90,13 @@ def board_data(board: Board) -> dict[str, Any]:
         "family": board.family,
         "task": board.task,
         "data": board.data,
-        "teacher": {"name": board.teacher, "metric": _finite(board.teacher_metric), "sha": board.teacher_sha},
+        "teacher": {"name": board.teacher, "metric": finite(board.teacher_metric), "sha": board.teacher_sha},
         "student": board.student,
         "primary": board.primary,
         "higher_is_better": board.higher_is_better,
         "undistilled": board.undistilled,
         "control": board.control,
-        "detectable": _finite(board.detectable),
+        "detectable": finite(board.detectable),
         "rows": [row_data(row) for row in board.rows],
         "findings": list(board.findings),
         "notes": list(board.notes),
@@ -110,16 +109,16 @@ def row_data(row: Row) -> dict[str, Any]:
         "rank": row.rank,
         "method": row.label,
         "method_name": row.method,
-        **{name: _finite(getattr(row, name)) for name in ("mean", "low", "high", *NUMBERS)},
-        "values": {str(seed): _finite(value) for seed, value in row.values.items()},
+        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", *NUMBERS)},
+        "values": {str(seed): finite(value) for seed, value in row.values.items()},
         "seeds": row.seeds,
         "failed": row.failed,
-        "params": _finite(dict(row.params)),
+        "params": finite(dict(row.params)),
         "trials": row.trials,
         "params_count": row.params_count,
         "flops": row.flops,
-        "latency_ms_p50": _finite(row.latency_ms_p50),
-        "device_hours": _finite(row.device_hours),
+        "latency_ms_p50": finite(row.latency_ms_p50),
+        "device_hours": finite(row.device_hours),
         "pareto": list(row.pareto),
         "run_ids": list(row.run_ids),
     }
@@ -136,29 +135,19 @@ def summary_data(summary: Summary) -> dict[str, Any]:
             {
                 "method": row.label,
                 "method_name": row.method,
-                "gap_recovered": _finite(row.gap_recovered),
-                "gap_low": _finite(row.gap_low),
-                "gap_high": _finite(row.gap_high),
-                "probability_of_improvement": _finite(row.probability_of_improvement),
+                "gap_recovered": finite(row.gap_recovered),
+                "gap_low": finite(row.gap_low),
+                "gap_high": finite(row.gap_high),
+                "probability_of_improvement": finite(row.probability_of_improvement),
                 "profile": None if row.profile is None else {str(t): share for t, share in zip(THRESHOLDS, row.profile, strict=True)},
-                "average_rank": _finite(row.average_rank),
+                "average_rank": finite(row.average_rank),
             }
             for row in summary.rows
         ],
-        "p_value": _finite(summary.p_value),
-        "critical_difference": _finite(summary.critical_difference),
+        "p_value": finite(summary.p_value),
+        "critical_difference": finite(summary.critical_difference),
         "notes": list(summary.notes),
     }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
 
 
 def _columns(board: Board) -> list[Column]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import TypeVar
 
 from kdbench.results.across_pairs import (
     SMALLEST_NUMBER_OF_PAIRS,
@@ -63,12 +64,21 @@ class Summary:
     notes: tuple[str, ...]
 
 
+T = TypeVar("T", Board, Summary)
+
+
 def summaries(boards: Iterable[Board]) -> list[Summary]:
     """One summary for each protocol family that has two boards or more."""
     families: dict[str, list[Board]] = defaultdict(list)
     for board in boards:
         families[board.family].append(board)
     return [_summary(members) for members in families.values() if len(members) > 1]
+
+
+def of_method(found: Sequence[T], method: str) -> list[T]:
+    """The boards or summaries that have the method, with its rows alone; figures and ranks stay those of the whole."""
+    kept = [(each, tuple(row for row in each.rows if method in (row.label, row.method))) for each in found]
+    return [replace(each, rows=rows) for each, rows in kept if rows]
 
 
 def _summary(boards: Sequence[Board]) -> Summary:

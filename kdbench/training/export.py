@@ -103,7 +103,7 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
 
     Raises UserError where the record has no weights, or doesn't say how to build the network.
     """
-    experiment = _experiment(record)
+    experiment = experiment_of(record)
     task = build_task(experiment.task)
     spec = _model_spec(record, experiment)
     model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
@@ -111,7 +111,8 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
     return Deployed(model).eval(), images, _metadata(record, spec, task, model)
 
 
-def _experiment(record: RunRecord) -> Experiment:
+def experiment_of(record: RunRecord) -> Experiment:
+    """The experiment that a record holds. Raises UserError where it holds none, or one that this kdbench can't read."""
     if record.config is None:
         raise UserError(f"run {record.run_id}: its record doesn't hold the experiment, so its model can't be built again")
     where = f"the experiment of run {record.run_id}"

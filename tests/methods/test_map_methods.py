@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,6 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places
 from kdbench.tasks.base import TaskInfo
-from tests.methods.trainings import check_training
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -547,16 +545,6 @@ def test_a_parameter_outside_its_domain_is_named(value: dict[str, Any], message:
     with pytest.raises(UserError) as caught:
         params_of(MethodSpec.model_validate(value))
     assert message in str(caught.value)
-
-
-# one training
-
-
-@every_method
-def test_a_training_moves_adapters_and_student_and_leaves_the_teacher_and_the_file_alone(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_training(name, tmp_path, monkeypatch)
 
 
 def test_a_search_varies_the_weights_and_what_decides_how_much_is_seen() -> None:

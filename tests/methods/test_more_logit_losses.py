@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from kdbench.methods.logit_std import LogitStandardisation, standardised
 from kdbench.methods.wsld import WSLD, sample_weights, weighted_soft_label_loss
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.tasks.base import TaskInfo
-from tests.methods.trainings import check_training
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # student, teacher, labels, temperature
 
@@ -328,11 +326,6 @@ def test_a_pair_whose_logits_can_not_be_compared_is_refused(name: str, student: 
     task = TaskInfo("classification", student[0], (3, 8, 8))
     with pytest.raises(UserError, match=f"method '{name}'.*{problem}"):
         method_class(MethodSpec(name=name))().build(Shapes(student, {}), None if teacher is None else Shapes(teacher, {}), task)
-
-
-@every_method
-def test_a_training_moves_what_it_should_and_leaves_the_rest_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_training(name, tmp_path, monkeypatch)
 
 
 def test_soft_labels_of_one_class_are_hard_ones_to_wsld() -> None:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -33,10 +32,9 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import TaskInfo
-from kdbench.training.loop import fit
+from kdbench.training.loop import prepare
 from kdbench.training.session import LocalSession
-from tests.methods.trainings import check_training
-from tests.training.units import layout, saved_teacher, unit
+from tests.training.units import saved_teacher, unit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -333,20 +331,11 @@ def test_crd_needs_samples_of_two_classes() -> None:
         crd(classes=1)
 
 
-def test_a_killed_training_with_crd_continues_to_the_same_bits(tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def kill(metrics: Mapping[str, float]) -> None:
-        raise Killed
-
-    asked = unit({"name": "crd", "negatives": 32}, saved_teacher(tmp_path), checkpoint_seconds=0)
-    fit(asked, LocalSession(), layout(tmp_path / "whole"))
-    with pytest.raises(Killed):
-        fit(asked, LocalSession(tmp_path / "checkpoint.pt", on_report=kill), layout(tmp_path / "continued"))
-    fit(asked, LocalSession(tmp_path / "checkpoint.pt"), layout(tmp_path / "continued"))
-    whole, continued = (load_file(layout(tmp_path / name).student(asked.key)) for name in ("whole", "continued"))
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+def test_crd_remembers_the_samples_that_students_learn_from_and_no_others(tmp_path: Path) -> None:
+    run = prepare(unit({"name": "crd", "negatives": 32}, saved_teacher(tmp_path)), LocalSession())
+    method = run.distiller.method
+    assert isinstance(method, CRD)
+    assert len(method.contrasts[0].memory_student) == 300  # of the source's 60,000
 
 
 def test_crd_beside_another_method_has_its_memory_too() -> None:
@@ -598,10 +587,3 @@ def test_uskd_refuses_a_student_without_classes_to_rank_or_tokens_it_can_not_pla
 def test_a_comparison_needs_a_teacher(name: str) -> None:
     with pytest.raises(UserError, match=f"method {name} needs a teacher"):
         method_class(MethodSpec(name=name))().choose_taps(places(network("tiny_cnn", width=6), IMAGE), None)
-
-
-@every_method
-def test_a_training_moves_what_it_should_and_leaves_the_rest_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = check_training(name, tmp_path, monkeypatch)
-    if isinstance(run.distiller.method, CRD):
-        assert len(run.distiller.method.contrasts[0].memory_student) == 300  # of the transfer part alone, not of the source's 60,000
