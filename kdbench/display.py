@@ -30,7 +30,7 @@ TITLES: dict[Phase, str] = {
 # A log gets a line for an epoch only if this long has passed since the last: a long teacher shows life, a short trial does not flood.
 _HEARTBEAT_SECONDS = 5.0
 _ROOMY = 90  # characters of a terminal that has room for bars and for what is left beside what runs now
-_LINES_BELOW_BARS = 3  # a board's title, its header and the line that ends the screen
+_LINES_BELOW_BARS = 3  # a board's title, its header and the line below it
 
 
 class Display:
@@ -117,14 +117,14 @@ class Display:
         if self._bars is None:
             return Group()
         room = self.console.height - len(self._tasks) - 1
-        tables: list[Table] = []
+        small: list[Group] = []
         for board in self._boards:
             lines = min(len(board.rows), room - _LINES_BELOW_BARS)
             if lines < 1:
                 break
-            tables.append(_small_board(board, lines, self.console.width))
+            small.append(_small_board(board, lines, self.console.width))
             room -= lines + _LINES_BELOW_BARS
-        return Group(self._bars, *tables)
+        return Group(self._bars, *small)
 
     def _standing(self, record: RunRecord) -> str:
         """Where a method stands after one more final: `; kd so far 83.05 +-0.41 over 2 seeds, rank 1 of 3`."""
@@ -192,7 +192,7 @@ def _gain(row: Row, board: Board) -> Text:
     return Text(f"{row.gain:+.{digits(board)}f}", style=("green" if row.gain > 0 else "red") if surely else "")
 
 
-def _small_board(board: Board, lines: int, width: int) -> Table:
+def _small_board(board: Board, lines: int, width: int) -> Group:
     """The best `lines` methods so far; whole cells are left out before any is cut."""
     more = len(board.rows) - lines
     title = f"{board.teacher or 'no teacher'} -> {board.student}, so far" + (f" ({more} more)" if more else "")
@@ -201,20 +201,12 @@ def _small_board(board: Board, lines: int, width: int) -> Table:
     columns += [Column("seeds", justify="right")] if width >= 55 else []
     for column in columns:
         column.no_wrap, column.overflow = True, "ellipsis"
-    table = Table(
-        *columns,
-        box=box.SIMPLE_HEAD if width >= 55 else None,
-        pad_edge=False,
-        show_edge=False,
-        title=Text(title, no_wrap=True, overflow="ellipsis"),
-        title_justify="left",
-        title_style="bold",
-    )
+    table = Table(*columns, box=box.SIMPLE_HEAD if width >= 55 else None, pad_edge=False, show_edge=False)
     for row in board.rows[:lines]:
         rank = Text("-" if row.rank is None else str(row.rank))
         cells = [rank, Text(row.label), Text(_mean(row, board)), _gain(row, board), Text(str(row.seeds))]
         table.add_row(*cells[: len(columns)], style="bold" if row.rank == 1 else "")
-    return table
+    return Group(Text(title, style="bold", no_wrap=True, overflow="ellipsis"), table)
 
 
 class _Now(ProgressColumn):

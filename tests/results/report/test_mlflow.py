@@ -33,6 +33,7 @@ from kdbench.results.store import ResultStore
 from kdbench.results.tracking import ENVIRONMENT, MlflowTracker, interface, tracking_uri
 from kdbench.training.export import deployed
 from tests.console import Kdbench
+from tests.results.report.conftest import look_at
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -230,6 +231,7 @@ def test_mlflows_page_shows_the_runs_nested_under_their_method(
     _, finals = results
     (record,) = [final for final in finals if final.label == "label_smoothing"]
     parent = client.get_run(record.mlflow_run_id).data.tags["mlflow.parentRunId"]
+    look_at(chromium, width=1400, height=1000)
     chromium.get(f"{pages}/#/experiments/1/runs")
     assert "label_smoothing · cifar_resnet8" in found(chromium, f".ag-row[row-id='{parent}']").text
     child = f".ag-row[row-id='{record.mlflow_run_id}']"
@@ -244,6 +246,7 @@ def test_one_click_leads_from_the_board_to_the_run_and_one_back(
     folder, finals = results
     record = finals[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", pages)
+    look_at(chromium, width=1400, height=1000)
     chromium.get(Report(Folders([folder])).write(tmp_path / "report.html").as_uri())
     chromium.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     found(chromium, f"a[href$='{record.mlflow_run_id}']").click()
