@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdbench.cli.cache import cache_app
-from kdbench.cli.options import ExperimentFile, Format, NoMlflow, Overrides, Results, example
+from kdbench.cli.options import ExperimentFile, Format, ManyResults, NoMlflow, Overrides, Results, example
 from kdbench.cli.results import chosen, recommend, results_app, verify
 from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
 
 if TYPE_CHECKING:
     from kdbench.display import Display
     from kdbench.experiment import Experiment
+    from kdbench.results.folders import Folders
     from kdbench.results.leaderboard import Board
+    from kdbench.results.record import RunRecord
     from kdbench.results.summary import Summary
 
 app = typer.Typer(
@@ -107,11 +109,16 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: Path | Non
         tracker = NoTracker() if no_mlflow else MlflowTracker(tracking_uri(folder), experiment.name)
         summary = run_benchmark(experiment, folder, display, tracker, search_only)
     if not search_only:
+        from kdbench.results.folders import Folders
         from kdbench.results.summary import summaries
 
-        found = [board for protocol in summary.protocols for board in _boards(folder, {"protocol_hash": protocol})]
+        found = [board for protocol in summary.protocols for board in _boards(Folders([folder]), {"protocol_hash": protocol})]
         _print_boards(found, "table", summaries(found))
-        _draw(found, folder / "boards" / f"{experiment.name}.png")
+        if found:
+            from kdbench.results.report.files import publish
+
+            for path in publish(found, folder, experiment.name, tracker):
+                typer.echo(f"{'report' if path.suffix == '.html' else 'picture'}: {path}")
     return summary
 
 
@@ -137,14 +144,6 @@ def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> N
     typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
 
 
-def _draw(found: list[Board], path: Path) -> None:
-    from kdbench.results.picture import draw, worth_drawing
-
-    if any(worth_drawing(board) for board in found):
-        draw(found, path)
-        typer.echo(f"picture: {path}")
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -158,9 +157,9 @@ def _end_with(failures: tuple[str, ...]) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog=example("leaderboard --data fashion_mnist --format markdown"))
+@app.command(epilog=example("leaderboard --data fashion_mnist --html report.html"))
 def leaderboard(
-    results: Results = None,
+    results: ManyResults = None,
     format_: Format = "table",
     task: Annotated[str | None, typer.Option(help="Only this task.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="Only this data set.", show_default=False)] = None,
@@ -176,19 +175,31 @@ def leaderboard(
         str | None,
         typer.Option(metavar="METHOD", help="Trace every figure of this method's rows to runs, instead of the board.", show_default=False),
     ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report instead: one HTML file.", show_default=False)] = None,
+    site: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a static site instead: an index and a page a board.", show_default=False)
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the report to this machine's browsers; it renews itself as results arrive.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes any that is free.")] = 8230,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
+    from kdbench.results.folders import Folders
     from kdbench.results.layout import results_folder
     from kdbench.results.rendering import check_format
     from kdbench.results.summary import of_method, summaries
 
     check_format(format_)
-    filters = chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment)
-    folder = results_folder(results)
-    if explain is not None:
-        _explain(folder, filters, explain, format_)
+    wanted = chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment)
+    folders = Folders([results_folder(folder) for folder in results] if results else [results_folder()])
+    if html is not None or site is not None or serve:
+        _report(folders, wanted, method, html, site, port if serve else None)
         return
-    found = _boards(folder, filters)
+    if explain is not None:
+        _explain(folders, wanted, explain, format_)
+        return
+    found = _boards(folders, wanted)
     across = summaries(found)
     if method is not None:
         found, across = of_method(found, method), of_method(across, method)
@@ -199,31 +210,45 @@ def leaderboard(
         draw(found, picture)
 
 
-def _boards(folder: Path, filters: Mapping[str, str]) -> list[Board]:
+def _report(
+    folders: Folders, filters: Mapping[str, str], method: str | None, html: Path | None, site: Path | None, port: int | None
+) -> None:
+    """The boards as HTML: a file, a folder, or on a port until Ctrl-C."""
+    from kdbench.results.report.files import Report
+
+    report = Report(folders, [filters], method)
+    if html is not None:
+        typer.echo(f"report: {report.write(html)}")
+    if site is not None:
+        typer.echo(f"site: {report.write_site(site)}")
+    if port is not None:
+        signal.signal(signal.SIGTERM, _interrupt)
+        report.serve(port, lambda address: typer.echo(f"{address} (Ctrl-C ends it)"))
+        typer.echo("stopped")
+
+
+def _boards(folders: Folders, filters: Mapping[str, str]) -> list[Board]:
     """The boards of the records that the filters leave; says what to do where there is none."""
     from kdbench.results.leaderboard import boards
     from kdbench.results.published import load_published
     from kdbench.results.rendering import nothing_to_rank
-    from kdbench.results.store import ResultStore
 
-    records = ResultStore(folder).scan(**filters)
+    records = folders.scan(**filters)
     found = boards(records, load_published())
     if not found:
-        typer.echo(nothing_to_rank(str(folder), records), err=True)
+        typer.echo(nothing_to_rank(str(folders), records), err=True)
     return found
 
 
-def _explain(folder: Path, filters: Mapping[str, str], method: str, format_: str) -> None:
+def _explain(folders: Folders, filters: Mapping[str, str], method: str, format_: str) -> None:
     import json
 
     from kdbench.pages import check_table_or_json, explanation_page
     from kdbench.results.explanation import explain, explanation_data
     from kdbench.results.leaderboard import boards
-    from kdbench.results.store import ResultStore
 
     check_table_or_json(format_)
-    store = ResultStore(folder)
-    traced = explain(boards(store.scan(**filters)), store.scan(), method)
+    traced = explain(boards(folders.scan(**filters)), folders.scan(), method)
     if format_ == "json":
         typer.echo(json.dumps({"explanations": [explanation_data(each) for each in traced]}, indent=2, allow_nan=False))
     else:
@@ -285,6 +310,10 @@ def export(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default: STUDENT-METHOD-RUN.FORMAT in this folder.", show_default=False)
     ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Write no file: register it in MLflow as a version of the model NAME.", show_default=False),
+    ] = None,
     results: Results = None,
 ) -> None:
     """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""
@@ -294,11 +323,25 @@ def export(
     from kdbench.training.export import find_run
 
     folder = results_folder(results)
+    if register is not None:
+        _register(find_run(ResultStore(folder).scan(), run_id), folder, register)
+        return
     report = export_run(find_run(ResultStore(folder).scan(), run_id), folder, format_, output)
     typer.echo(f"{report.path}: {report.model}, {report.size_bytes / 1e6:.2f} MB")
     typer.echo(f"input: {report.inputs}")
     typer.echo(f"output: {'x'.join(map(str, report.output_shape))} for each image")
     typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
+
+
+def _register(record: RunRecord, folder: Path, name: str) -> None:
+    from kdbench.results.tracking import MlflowTracker, tracking_uri
+    from kdbench.training.register import register
+
+    made = register(record, folder, name, MlflowTracker(tracking_uri(folder), record.experiment))
+    typer.echo(f"{made.uri} {'is new' if made.new else 'was registered before'}, at {made.tracking_uri}")
+    typer.echo(f"input: float32 images {'x'.join(map(str, made.input_shape))} in [0, 1], any number of them")
+    typer.echo(f"output: {'x'.join(map(str, made.output_shape))} for each image")
+    typer.echo(f"checked on {made.images} test images: largest difference {made.difference:.1e}, allowed {made.tolerance:.1e}")
 
 
 app.command(epilog=example("recommend --latency 5ms --min-gain 1.0"))(recommend)

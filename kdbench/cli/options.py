@@ -23,6 +23,15 @@ Results = Annotated[
         show_default=False,
     ),
 ]
+ManyResults = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--results",
+        metavar="DIR",
+        help="Where results are kept; may be repeated to read several folders as one. Default: KDBENCH_RESULTS, or ./results.",
+        show_default=False,
+    ),
+]
 NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
 Format = Annotated[str, typer.Option("--format", help="table, markdown, latex, csv or json.")]
 
