@@ -38,12 +38,12 @@ class Part:
 
 
 PARTS = {
-    "a": Part("kdbench's loop against a hand-written one", "benchmarks.loop", 70, 15),
-    "b": Part("the teacher's cache", "benchmarks.cache", 130, 20),
-    "c": Part("a trial in kdbench, torchdistill and timm", "benchmarks.peers", 110, 25),
+    "a": Part("kdbench's loop against a hand-written one", "benchmarks.loop", 60, 10),
+    "b": Part("the teacher's cache", "benchmarks.cache", 90, 10),
+    "c": Part("a trial in kdbench, torchdistill and timm", "benchmarks.peers", 90, 15),
     "d": Part("a sweep against torchdistill in an Optuna loop", "benchmarks.sweep", 330, 50),
-    "views": Part("frozen views against fresh ones", "benchmarks.views", 90, 10),
-    "e": Part("growth", "benchmarks.growth", 125, 25),
+    "views": Part("frozen views against fresh ones", "benchmarks.views", 90, 8),
+    "e": Part("growth", "benchmarks.growth", 110, 12),
     "f": Part("memory", "benchmarks.memory", 70, 20),
     "g": Part("start", "benchmarks.start", 110, 15),
     "methods": Part("what a step of each method costs", "benchmarks.methods", 150, 15, asked_for=True),
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, metavar="S", help="for all parts together, instead of what each has by default")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR", help="for bench.json and bench.md")
-    parser.add_argument("--docs", action="store_true", help="put the tables into docs/benchmarks.md too")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/benchmarks.md, each in its part's place")
     return parser
 
 

@@ -151,10 +151,12 @@ DOCS_BEGIN, DOCS_END = "<!-- tables -->", "<!-- /tables -->"
 
 
 def put_into(page: Path, tables: Sequence[PartTable]) -> None:
-    """Replace what stands between the page's two marks by the tables."""
+    """Put the tables between the page's two marks, each in the place of its part's older one; parts that were not measured now stay."""
     before, _, rest = page.read_text().partition(DOCS_BEGIN)
-    _, _, after = rest.partition(DOCS_END)
-    page.write_text(f"{before}{DOCS_BEGIN}\n\n{markdown(tables)}\n{DOCS_END}{after}")
+    old, _, after = rest.partition(DOCS_END)
+    parts = {part.partition(".")[0]: f"### {part.strip()}\n" for part in old.split("### ")[1:]}
+    parts |= {table.key: markdown([table]) for table in tables}
+    page.write_text("\n".join([f"{before}{DOCS_BEGIN}\n", *parts.values(), f"{DOCS_END}{after}"]))
 
 
 def describe_machine() -> str:

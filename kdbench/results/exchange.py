@@ -104,7 +104,7 @@ def _write(
 
 def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: bool, weights: bool) -> Iterator[tuple[str, bytes | None]]:
     wanted = {record.run_id: record for record in records}
-    for path in store.record_files():
+    for path in store.record_paths():
         for row in stored_rows(store.read_bytes(path), path):
             record = wanted.pop(row["run_id"][0].as_py(), None)
             if record is None:

@@ -18,7 +18,7 @@ def checked_records(store: ResultStore) -> Iterator[tuple[str, RunRecord | None,
 
     Superseded records are among them. Whatever `scan` would read is looked at, whether or not a board shows it.
     """
-    for path in store.record_files():
+    for path in store.record_paths():
         try:
             rows = stored_rows(store.read_bytes(path), path)
         except UserError as error:

@@ -101,7 +101,7 @@ class ResultStore:
         found = self.scan(unit_key=key)
         return found[0] if found else None
 
-    def record_files(self) -> list[str]:
+    def record_paths(self) -> list[str]:
         """Every file of records, relative to the location, in the order of their names."""
         return sorted(path.removeprefix(f"{self._root}/") for path in self._paths())
 

@@ -64,10 +64,12 @@ def test_the_files_hold_every_single_value_and_the_verdict(tmp_path: Path) -> No
 
 def test_a_page_gets_the_tables_between_its_marks_and_keeps_the_rest(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- tables -->\nold\n<!-- /tables -->\nafter\n")
+    page.write_text("before\n<!-- tables -->\n\n### a. loops\n\nold\n\n### b. other\n\nkept\n\n<!-- /tables -->\nafter\n")
     for _ in range(2):
         put_into(page, [_table(Row("what", Sample((1.0,))))])
     text = page.read_text()
+    assert text.index("### a. loops") < text.index("| what | 1 x |") < text.index("### b. other\n\nkept\n")
+    assert text.count("###") == 2
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text

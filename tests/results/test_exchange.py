@@ -8,9 +8,12 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save
 
@@ -178,10 +181,7 @@ def test_records_of_an_older_schema_are_migrated_on_the_way_in(ours, theirs, tmp
 
 
 def test_export_refuses_what_was_edited_and_writes_no_file(ours, tmp_path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = tmp_path / "ours" / ours.record_files()[0]
+    path = tmp_path / "ours" / ours.record_paths()[0]
     table = pq.read_table(path)
     pq.write_table(table.set_column(table.column_names.index("test_metric"), "test_metric", pa.array([99.9])), path)
     store = ResultStore(tmp_path / "ours")
@@ -225,6 +225,13 @@ def _other_teacher(members: dict[str, bytes]) -> None:
     members["teachers/t/model.safetensors"] = save({"w": np.zeros(3)})
 
 
+def _edited_record(members: dict[str, bytes]) -> None:
+    table = pq.read_table(BytesIO(members[_record(members)]))
+    edited = BytesIO()
+    pq.write_table(table.set_column(table.column_names.index("test_metric"), "test_metric", pa.array([99.9])), edited)
+    members[_record(members)] = edited.getvalue()
+
+
 def _truncated_record(members: dict[str, bytes]) -> None:
     members[_record(members)] = members[_record(members)][:-20]
 
@@ -237,6 +244,7 @@ def _truncated_record(members: dict[str, bytes]) -> None:
         (_pickled, "is not a safetensors file"),
         (_other_predictions, "is not the file that its record was made with"),
         (_other_teacher, "is not the file that its record was made with"),
+        (_edited_record, "was changed after it was written"),
         (_truncated_record, "is not a readable Parquet file"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -250,13 +258,18 @@ def test_an_archive_that_was_tampered_with_brings_nothing_in(theirs, archive, tm
 
 def test_a_record_may_not_lead_out_of_the_folder_either(ours, theirs, make_record, tmp_path) -> None:
     """Checksums and manifest are right: whoever made it knew how."""
-    (tmp_path / "evil.safetensors").write_bytes(save({"x": np.ones(1)}))
-    record = make_record(predictions_uri="../evil.safetensors", artifacts_uri="locks/x.safetensors")
-    ours.append(record)
-    export_results(ours, [record], tmp_path / "x.zip")
-
-    for name in ("../evil.safetensors", "locks/x.safetensors"):
-        evil = changed(tmp_path / "x.zip", lambda members, name=name: members.update({name: save({"x": np.ones(1)})}))
+    names = (
+        "../evil.safetensors",
+        "predictions/../../evil.safetensors",
+        "/evil.safetensors",
+        r"predictions\\..\\evil",
+        "locks/x.safetensors",
+    )
+    for number, name in enumerate(names):
+        record = make_record(predictions_uri=name)
+        ours.append(record)
+        export_results(ours, [record], tmp_path / f"{number}.zip")
+        evil = changed(tmp_path / f"{number}.zip", lambda members, name=name: members.update({name: save({"x": np.ones(1)})}))
         with pytest.raises(UserError, match="is not a place inside a results folder"):
             import_results(theirs, evil)
 

@@ -93,6 +93,14 @@ def test_a_method_that_not_all_pairs_rank_is_left_out_and_named(pair, make_recor
     assert any("left out" in note and "dkd (1)" in note for note in summary.notes)
 
 
+def test_a_method_with_fewer_seeds_on_one_pair_is_left_out(pair) -> None:
+    fewer = [record for record in pair("b") if (record.method, record.seed) != ("nkd", 2)]
+    summary = only([*pair("a"), *fewer])
+
+    assert set(rows(summary)) == {"none", "kd"}
+    assert any("nkd (1)" in note for note in summary.notes)
+
+
 def test_a_pair_without_a_lead_counts_in_no_gap(pair) -> None:
     with_two = only([*pair("a"), *pair("b")])
     summary = only([*pair("a"), *pair("b"), *pair("c", teacher_metric=70.1)])
