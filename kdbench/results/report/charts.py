@@ -189,9 +189,9 @@ def learning_curves(curves: Sequence[Curve], primary: str) -> Markup:
     """All methods' curves, each named at its end. The scale begins where the last three quarters lie: first epochs may run out below."""
     height = 320
     late = [v for c in curves for v in c.values[len(c.values) // 4 :]]
-    xs, ys = Scale(min(c.epochs[0] for c in curves), max(c.epochs[-1] for c in curves)), scale_of(late)
+    xs, ys = Scale(min(c.epochs[0] for c in curves), max(c.epochs[-1] for c in curves), whole=True), scale_of(late)
     if xs.low == xs.high:
-        xs = Scale(xs.low - 1, xs.high)
+        xs = Scale(xs.low - 1, xs.high, whole=True)
     ends = spread([height * (1 - min(1.0, max(0.0, ys(c.values[-1])))) for c in curves], 15, height - 4)
     parts = [y_axis(ys, height), x_axis(xs, height, "epoch")]
     parts += [_curve(curve, index, end, xs, ys, height, primary) for index, (curve, end) in enumerate(zip(curves, ends, strict=True))]
@@ -229,7 +229,7 @@ def search_history(label: str, search: Search, primary: str) -> Markup:
     height = 150
     values = [trial.value for trial in search.trials if trial.value is not None]
     ys = scale_of(values or [0.0, 1.0])
-    xs = Scale(0.5, max(len(search.trials), 2) + 0.5)
+    xs = Scale(0.5, max(len(search.trials), 2) + 0.5, whole=True)
     parts = [y_axis(ys, height, 4), x_axis(xs, height, "trial", 6)]
     best = [(xs(i + 1), height * (1 - ys(value))) for i, value in enumerate(search.best) if value is not None]
     steps = best[:1]

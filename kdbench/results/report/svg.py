@@ -29,11 +29,12 @@ def percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to shares, 0 at `low` and 1 at `high`; both positive where it is logarithmic."""
+    """Values to shares, 0 at `low` and 1 at `high`; both positive where it is logarithmic. whole: of what is counted."""
 
     low: float
     high: float
     log: bool = False
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         if self.log:
@@ -46,9 +47,10 @@ class Scale:
             marks = [m * 10.0**e for e in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1) for m in (1, 2, 5)]
             inside = [mark for mark in marks if self.low <= mark <= self.high]
             return inside[:: max(1, math.ceil(len(inside) / count))]
-        rough = (self.high - self.low) / count
+        rough = max((self.high - self.low) / count, 1.0 if self.whole else 0.0)
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+        steps = (1, 2, 5, 10) if self.whole else (1, 2, 2.5, 5, 10)
+        step = next(m * power for m in steps if m * power >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
