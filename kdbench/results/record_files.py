@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdbench.errors import UserError
-from kdbench.results.record import RunRecord, all_from_table, from_table, partly_from_table
+from kdbench.results.record import SCHEMA_VERSION, RunRecord, all_from_table, from_table, partly_from_table
 
 COMPACTED = "compacted-"  # how the names of files of many records begin
 
@@ -82,10 +82,11 @@ class ManyRecords:
     def records(self, rows: Sequence[int], without: Collection[str]) -> list[RunRecord]:
         if not rows:
             return []
-        names = [name for name in self._layout.names if name not in without]
+        whole = not without or pc.min(self._columns(["schema_version"])["schema_version"]).as_py() != SCHEMA_VERSION
+        names = [name for name in self._layout.names if whole or name not in without]
         groups = self._layout.groups_of(rows)
         table = self._columns(names, groups).take(pa.array(self._layout.inside(groups, rows)))
-        return partly_from_table(table) if without else all_from_table(table, self._path)
+        return all_from_table(table, self._path) if whole else partly_from_table(table)
 
     @cached_property
     def _layout(self) -> _Layout:

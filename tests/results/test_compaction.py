@@ -16,6 +16,7 @@ import pytest
 from kdbench.errors import RunFailed, UserError
 from kdbench.results import compaction
 from kdbench.results.compaction import Compacted, compact
+from kdbench.results.integrity import checked_records
 from kdbench.results.leaderboard import boards
 from kdbench.results.record import RunRecord, record_schema, to_table
 from kdbench.results.record_files import is_compacted
@@ -68,6 +69,28 @@ def test_a_compacted_store_reads_as_it_did(location, make_record) -> None:
     assert store.keys() == {record.unit_key for record in before}
     assert dumped(store.scan(study_id=None)) == dumped(before)
     assert store.by_unit_key("u1").params == {"temperature": 11}
+
+
+def test_rows_of_files_that_are_older_than_a_column_take_its_default(tmp_path, make_record) -> None:
+    store = ResultStore(tmp_path)
+    paths = [tmp_path / store.append(make_record(metrics={"top1": 1.0}, devices=["cpu"])) for _ in range(3)]
+    pq.write_table(pq.read_table(paths[0]).drop_columns(["metrics", "devices", "flops"]), paths[0])
+    compact(ResultStore(tmp_path))
+
+    for without in ((), ["curve"]):
+        records = ResultStore(tmp_path).scan(without=without)
+        assert [(r.metrics, r.devices, r.flops) for r in records] == [
+            ({}, [], None),
+            ({"top1": 1.0}, ["cpu"], None),
+            ({"top1": 1.0}, ["cpu"], None),
+        ]
+
+
+def test_a_compacted_store_passes_verification_row_by_row(tmp_path, make_record) -> None:
+    filled(tmp_path, make_record)
+    compact(ResultStore(tmp_path))
+
+    assert [problem for _, _, problem in checked_records(ResultStore(tmp_path))] == [None] * 12
 
 
 def test_a_superseded_row_is_kept_though_nobody_reads_it(tmp_path, make_record) -> None:
