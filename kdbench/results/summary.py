@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -174,7 +174,7 @@ def _notes(
     boards: Sequence[Board], ranked: Sequence[dict[str, Row]], everywhere: Sequence[str], recoverable: int, ranks: AverageRanks | None
 ) -> tuple[str, ...]:
     notes = [f"{len(boards)} pairs; the interval is for new seeds on these pairs, not for new pairs"]
-    counts = {label: sum(label in rows for rows in ranked) for rows in ranked for label in rows}
+    counts = Counter(label for rows in ranked for label in rows)
     if partly := [f"{label} ({count})" for label, count in counts.items() if label not in everywhere]:
         notes.append("left out, not ranked on all pairs: " + ", ".join(partly))
     if recoverable < len(boards):

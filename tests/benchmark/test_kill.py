@@ -27,7 +27,7 @@ from tests.object_storage import KEY, SECRET, ObjectStorage
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "kill.yaml"
 # What differs between two runs of the same trainings: names, and how long things took on a machine that does other things too.
-UNREPEATABLE = ("run_ids", "device_hours", "latency_ms_p50")
+UNREPEATABLE = ("run_ids", "device_hours", "latency_ms_p50", "pareto")
 
 
 def start(results: Path | str, environment: dict[str, str] | None = None, *options: str) -> subprocess.Popen[bytes]:
