@@ -16,6 +16,7 @@ from kdbench.results.folders import Folders
 from kdbench.results.layout import Layout
 from kdbench.results.report.files import Report
 from kdbench.results.store import ResultStore
+from tests.console import Kdbench
 from tests.results.report.conftest import GAINS, final, write_board
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&{{ 7 * 7 }}"
@@ -224,3 +225,28 @@ def test_what_can_not_be_written_is_said_and_leaves_nothing(
     with pytest.raises(error, match=message):
         Report(Folders([folder])).write(path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_command_writes_a_report_and_a_site_and_says_where(kdbench: Kdbench, twelve: Path) -> None:
+    for option, target, said in (("--html", "out/report.html", "report: out/report.html"), ("--site", "site", "site: site/index.html")):
+        ended = kdbench("leaderboard", "--results", twelve, option, target, "--method", "dkd")
+        assert (ended.code, ended.out, ended.err) == (0, f"{said}\n", "")
+        page = Path(said.split(": ")[1]).read_text()
+        assert "dkd" in page
+        assert 'data-method="crd"' not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--html .", "--html .: is a folder, expected a file name such as report.html"),
+        ("--html report.html --task nothing", "no results in"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_writes_nothing(kdbench: Kdbench, twelve: Path, arguments: str, message: str) -> None:
+    ended = kdbench("leaderboard", "--results", twelve, *arguments.split())
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.startswith(f"kdbench: {message}")
+    assert len(ended.err.splitlines()) == 1
+    assert list(Path.cwd().iterdir()) == []
