@@ -12,7 +12,7 @@ usage: clusters/local.sh start [--workers N] [--cpus N] [--gpus N] [--ports N]
   --workers N  nodes beside the head (2)
   --cpus N     CPUs of each of them (those of the machine, shared out)
   --gpus N     GPUs of each of them (0)
-  --ports N    the dashboard's port (8265); Ray's own is N+1, its agents' are N+2, N+3, ...
+  --ports N    the dashboard's port (8265); N+1 and on are those of Ray's parts
 
 KDBENCH_CLUSTER is the folder for what it remembers (/tmp/kdbench-cluster-UID): with another folder and other
 ports there can be a second cluster. PYTHON is the Python that has Ray (python).
@@ -25,8 +25,8 @@ fail() {
 }
 
 state=${KDBENCH_CLUSTER:-/tmp/kdbench-cluster-$(id -u)}
-# Loopback, but not 127.0.0.1, which Ray takes for "the address that others see" and replaces.
-address=127.0.0.2
+# Addresses of loopback: .2 is the head's, then come the workers'. Not 127.0.0.1, for which Ray puts the machine's own in.
+loopback=127.0.0
 patience=120 # seconds for a node to start; it takes about ten
 
 prepare() {
@@ -35,6 +35,8 @@ prepare() {
   # A job says `python`: that has to be this one.
   PATH=$(dirname "$python"):$PATH
   export PATH RAY_AUTH_MODE=${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+  # Metrics for Prometheus are the one thing that Ray gives to anybody, on all interfaces.
+  export RAY_enable_metrics_collection=${RAY_enable_metrics_collection:-0}
   unset RAY_ADDRESS RAY_API_SERVER_ADDRESS
   (umask 077 && mkdir -p "$state")
   [ -O "$state" ] || fail "$state belongs to someone else: name another folder with KDBENCH_CLUSTER"
@@ -61,11 +63,12 @@ alive() {
 
 nodes() { find "$state" -maxdepth 1 -name '*.pid' -printf '%f\n' 2>/dev/null | sed 's/\.pid$//' | sort -r; }
 
+# Each node has a folder of its own: in a shared one, a node that needs a job's working directory no more would delete it for all.
 launch() {
-  local name=$1
-  shift
+  local name=$1 number=$2
+  shift 2
   setsid "$python" -m ray.scripts.scripts start --block --disable-usage-stats --object-store-memory=268435456 \
-    --node-ip-address="$address" "$@" >"$state/$name.log" 2>&1 </dev/null &
+    --node-ip-address="$loopback.$((number + 2))" --temp-dir="$state/$number" "$@" >"$state/$name.log" 2>&1 </dev/null &
   echo "$! $(born $!)" >"$state/$name.pid"
 }
 
@@ -98,12 +101,13 @@ start() {
   make_token
   rm -f "$state"/*.pid
   trap 'stop >&2' EXIT
-  launch head --head --port=$((ports + 1)) --num-cpus=0 --num-gpus=0 --temp-dir="$state/ray" \
-    --dashboard-host=127.0.0.1 --dashboard-port="$ports" --dashboard-agent-listen-port=$((ports + 2)) --ray-client-server-port=0
+  launch head 0 --head --port=$((ports + 1)) --num-cpus=0 --num-gpus=0 \
+    --dashboard-host=127.0.0.1 --dashboard-port="$ports" --dashboard-agent-listen-port=$((ports + 3)) \
+    --ray-client-server-port=$((ports + 2))
   await head
   for ((number = 1; number <= workers; number++)); do
-    launch "worker-$number" --address="$address:$((ports + 1))" --num-cpus="$cpus" --num-gpus="$gpus" \
-      --dashboard-agent-listen-port=$((ports + 2 + number))
+    launch "worker-$number" "$number" --address="$loopback.2:$((ports + 1))" --num-cpus="$cpus" --num-gpus="$gpus" \
+      --dashboard-agent-listen-port=$((ports + 3 + number))
   done
   for ((number = 1; number <= workers; number++)); do await "worker-$number"; done
   trap - EXIT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -110,6 +111,7 @@ class Job:
                     raise RunFailed(f"{self.address} knows no job {self.id}, it is another cluster: the same command goes on") from error
                 patience.wait(error)
                 continue
+            patience.answered()
             if details.status.is_terminal():
                 return _exit_code(details)
             time.sleep(_PAUSE_SECONDS)
@@ -187,6 +189,8 @@ def _client(address: str) -> JobSubmissionClient:
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this variable, and RAY_ADDRESS, to what it is told
     from ray.job_submission import JobSubmissionClient
 
+    for part in ("dashboard_sdk", "job.sdk"):  # they write what they do on standard error
+        logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
     with _reached(address):
         return JobSubmissionClient(address)
 
