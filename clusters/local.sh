@@ -35,8 +35,8 @@ prepare() {
   # A job says `python`: that has to be this one.
   PATH=$(dirname "$python"):$PATH
   export PATH RAY_AUTH_MODE=${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
-  # Metrics for Prometheus are the one thing that Ray gives to anybody, on all interfaces.
-  export RAY_enable_metrics_collection=${RAY_enable_metrics_collection:-0}
+  # What Ray gives to Prometheus it gives to anybody, on all interfaces: not collected, and two servers on ports that there are not.
+  export RAY_enable_metrics_collection=0 DASHBOARD_METRIC_PORT=-1 AUTOSCALER_METRIC_PORT=-1
   unset RAY_ADDRESS RAY_API_SERVER_ADDRESS
   (umask 077 && mkdir -p "$state")
   [ -O "$state" ] || fail "$state belongs to someone else: name another folder with KDBENCH_CLUSTER"

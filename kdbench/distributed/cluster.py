@@ -18,6 +18,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "token",
+    # What Ray gives to Prometheus it gives to anybody, on all interfaces: not collected, and two servers on ports that there are not.
+    "RAY_enable_metrics_collection": "0",
+    "DASHBOARD_METRIC_PORT": "-1",
+    "AUTOSCALER_METRIC_PORT": "-1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks on this poll: 2 s by default
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in an experiment means the same in a trial as on the command line
@@ -80,6 +84,9 @@ def quiet() -> None:
 def started(runtime: Runtime) -> Iterator[Slots]:
     """Ray, running: a private one on this machine, or the cluster at `runtime.address`. What was running before is left running."""
     quiet()
+    if runtime.address is None:
+        # With it, and with 127.0.0.1 below, all of Ray listens on loopback alone. Read when Ray is imported.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     mine = not ray.is_initialized()
@@ -92,6 +99,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
                 "resources": {"trial_slot": slots_of(runtime, _here()).concurrent},
                 "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
                 "dashboard_host": "127.0.0.1",
+                "_node_ip_address": "127.0.0.1",
                 "object_store_memory": _OBJECT_STORE_BYTES,
             }
         else:
