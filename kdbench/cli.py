@@ -153,9 +153,10 @@ def _followed(job: Job) -> int:
 def _stop_it() -> bool:
     if not sys.stdin.isatty():
         return True
+    typer.echo("\nStop the job? The same command then goes on with it. With n it runs on. [Y/n] ", err=True, nl=False)
     try:
-        return typer.confirm("\nStop the job? The same command then goes on with it. Otherwise it runs on", default=True, err=True)
-    except typer.Abort:
+        return sys.stdin.readline().strip().lower() not in ("n", "no")
+    except KeyboardInterrupt:
         return True
 
 

@@ -103,13 +103,9 @@ class Job:
         """
         patience = _Patience(self.address, say)
         while True:
-            try:
-                asyncio.run(self._tail(write, patience.answered))
-                details = self._client.get_job_info(self.id)
-            except Exception as error:  # of requests, aiohttp and Ray, which says with a RuntimeError what the server said
-                if "status code 404" in str(error):
-                    raise RunFailed(f"{self.address} knows no job {self.id}, it is another cluster: the same command goes on") from error
-                patience.wait(error)
+            details = asyncio.run(self._tail(write, patience.answered)) or self._details()
+            if isinstance(details, Exception):
+                patience.wait(details)
                 continue
             patience.answered()
             if details.status.is_terminal():
@@ -121,16 +117,32 @@ class Job:
         with _reached(self.address):
             self._client.stop_job(self.id)
 
-    async def _tail(self, write: Callable[[str], None], answered: Callable[[], None]) -> None:
-        """The log from the beginning, without what was passed on before."""
+    async def _tail(self, write: Callable[[str], None], answered: Callable[[], None]) -> Exception | None:
+        """Pass on the log from the beginning, without what was passed on before. What broke it, None where it came to its end."""
         seen = 0
-        async for text in self._client.tail_job_logs(self.id):
+        log = aiter(self._client.tail_job_logs(self.id))
+        while True:
+            try:
+                text = await anext(log)
+            except StopAsyncIteration:
+                return None
+            except Exception as error:  # whatever aiohttp raises, and Ray's RuntimeError
+                return error
             answered()
             new = text[max(0, self._printed - seen) :]
             seen += len(text)
             if new:
                 write(new)
                 self._printed = seen
+
+    def _details(self) -> JobDetails | Exception:
+        """How the job is, or why the cluster does not tell. Raises RunFailed where it knows no such job."""
+        try:
+            return self._client.get_job_info(self.id)
+        except Exception as error:  # whatever requests raises, and Ray's RuntimeError
+            if "status code 404" in str(error):
+                raise RunFailed(f"{self.address} knows no job {self.id}, it is another cluster: the same command goes on") from error
+            return error
 
 
 class _Patience:

@@ -18,11 +18,11 @@ from kdbench.errors import UserError
 
 LIMIT_BYTES = 100 * 2**20  # what Ray's job server takes in one request (measured: 110 MB are refused)
 # Left out everywhere, as in a .gitignore. What a first slash anchors may well be the name of a room of code further down.
-_TOOLS = (".git", ".hg", ".venv", "/venv", "__pycache__", "*.py[cod]", "*.egg-info", "node_modules", ".ipynb_checkpoints", ".*_cache")
-_TOOLS += (".hypothesis", ".tox", ".nox", ".coverage", ".idea", ".vscode", "/build", "/dist")
-_RESULTS = ("/results", "mlflow.db*", "mlruns", "mlartifacts")
+_HISTORY = (".git", ".hg", ".idea", ".vscode", ".ipynb_checkpoints")
+_MADE = (".venv", "/venv", "__pycache__", "*.py[cod]", "*.egg-info", "node_modules", ".*_cache", ".hypothesis", ".tox", ".nox", ".coverage")
+_RESULTS = ("/build", "/dist", "/results", "mlflow.db*", "mlruns", "mlartifacts")
 _SECRETS = (".env", ".netrc", ".aws", ".ssh", "*.pem", "auth_token")
-NEVER = (*_TOOLS, *_RESULTS, *_SECRETS)
+NEVER = (*_HISTORY, *_MADE, *_RESULTS, *_SECRETS)
 DATA_FOLDERS = ("data", "datasets")  # at the top; one with Python files in it is code all the same
 IGNORE_FILES = (".gitignore", ".rayignore")
 _FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the earliest time that an archive can hold: when a file was touched makes no other archive
