@@ -29,6 +29,9 @@ RUN apt-get update \
     && useradd --uid 1000 --create-home --shell /bin/bash kdbench \
     && install -d -o kdbench -g kdbench -m 700 /home/kdbench/.ray \
     && install -d -o kdbench -g kdbench /shared
+# Ray's launcher and KubeRay run login shells, which begin with a PATH of their own and add to it what this file says.
+# hadolint ignore=SC2016
+RUN echo 'PATH=/opt/venv/bin:$PATH' > /etc/profile.d/kdbench.sh
 COPY --from=build /opt/venv /opt/venv
 COPY experiments /opt/kdbench/experiments
 ENV PATH=/opt/venv/bin:${PATH} \

@@ -42,6 +42,10 @@ def test_the_images_run_as_a_user_who_owns_the_shared_folder_and_never_as_root()
     assert not re.search(r"\bsudo\b", TEXT)
 
 
+def test_a_login_shell_finds_the_packages_too() -> None:
+    assert [line for line in of("RUN") if re.search(r"PATH=/opt/venv/bin:\$PATH' > /etc/profile\.d/\w+\.sh", line)]
+
+
 def test_everything_is_installed_as_constraints_txt_says() -> None:
     installs = [part for line in of("RUN") for part in re.split(r"&&|;", line) if "pip install" in part]
     assert len(installs) == 2
