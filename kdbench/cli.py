@@ -20,7 +20,6 @@ from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
 
 if TYPE_CHECKING:
     from kdbench.display import Display
-    from kdbench.distributed.jobs import Job
     from kdbench.experiment import Experiment
     from kdbench.results.leaderboard import Board
 
@@ -113,51 +112,24 @@ def submit(
     The results folder has to be one that all nodes see. The same command again follows the job while it runs, and goes on where it stopped.
     """
     from kdbench.benchmark.run import check_choices
-    from kdbench.distributed.jobs import Request, relative_file
+    from kdbench.distributed.jobs import Request, followed, relative_file
     from kdbench.distributed.jobs import submit as submit_job
     from kdbench.experiment import load_experiment
-    from kdbench.results.layout import results_folder
+    from kdbench.results.layout import Layout, results_folder
     from kdbench.tasks.build import check_task
 
     read = load_experiment(experiment, set_ or ())
     check_choices(read, check_task(read.task).name)
-    folder = str(results_folder(results, read.results))
-    request = Request(read.name, relative_file(experiment), folder, tuple(set_ or ()), ("--no-mlflow",) if no_mlflow else ())
+    place = Layout(results_folder(results, read.results)).location
+    request = Request(read.name, relative_file(experiment), place, tuple(set_ or ()), ("--no-mlflow",) if no_mlflow else ())
     job = submit_job(address, request, _say)
-    _say(f"job {job.id}; results: {folder}, on every node of the cluster")
+    _say(f"job {job.id}; results: {place}, on every node of the cluster")
     if no_wait:
         _say(job.commands)
         typer.echo(job.id)
         return
-    code = _followed(job)
-    if code == 130:
-        _say(f"\nStopped. What is finished is kept; to go on: {_again()}")
-    raise typer.Exit(code)
-
-
-def _followed(job: Job) -> int:
-    """The job's exit code. Ctrl-C asks whether to stop it, and is answered with yes where nobody can be asked."""
     signal.signal(signal.SIGTERM, _interrupt)
-    stopping = False
-    while True:
-        try:
-            return job.follow(lambda text: typer.echo(text, nl=False), _say)
-        except KeyboardInterrupt:
-            if stopping or not _stop_it():
-                _say(f"\nThe job {'is being stopped' if stopping else 'goes on'}. To follow it again: {_again()}\n{job.commands}")
-                raise typer.Exit(130) from None
-            stopping = True
-            job.stop()
-
-
-def _stop_it() -> bool:
-    if not sys.stdin.isatty():
-        return True
-    typer.echo("\nStop the job? The same command then goes on with it. With n it runs on. [Y/n] ", err=True, nl=False)
-    try:
-        return sys.stdin.readline().strip().lower() not in ("n", "no")
-    except KeyboardInterrupt:
-        return True
+    raise typer.Exit(followed(job, lambda text: typer.echo(text, nl=False), _say, _again()))
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 import tempfile
 import time
 import uuid
@@ -143,6 +144,37 @@ class Job:
             if "status code 404" in str(error):
                 raise RunFailed(f"{self.address} knows no job {self.id}, it is another cluster: the same command goes on") from error
             return error
+
+
+def followed(job: Job, write: Callable[[str], None], say: Callable[[str], None], again: str) -> int:
+    """Follow a job to its end; its exit code, STOPPED where it is left running. `again` is the command that follows it or goes on.
+
+    Ctrl-C asks whether the job is to be stopped, and stops it where nobody can be asked. A second one no longer waits for that.
+    """
+    stopping = False
+    while True:
+        try:
+            code = job.follow(write, say)
+        except KeyboardInterrupt:
+            if stopping or not _to_be_stopped(say):
+                say(f"\nThe job {'is being stopped' if stopping else 'goes on'}. To follow it again: {again}\n{job.commands}")
+                return STOPPED
+            stopping = True
+            job.stop()
+            continue
+        if code == STOPPED:
+            say(f"\nStopped. What is finished is kept; to go on: {again}")
+        return code
+
+
+def _to_be_stopped(say: Callable[[str], None]) -> bool:
+    if not sys.stdin.isatty():
+        return True
+    say("\nStop the job? The same command then goes on with it. With n it runs on. [Y/n]")
+    try:
+        return sys.stdin.readline().strip().lower() not in ("n", "no")
+    except KeyboardInterrupt:
+        return True
 
 
 class _Patience:

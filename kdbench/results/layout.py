@@ -30,6 +30,11 @@ class Layout:
 
     root: Path
 
+    @property
+    def location(self) -> str:
+        """What other machines find these results by: the path of a folder that they must share."""
+        return str(self.root)
+
     def teacher(self, unit_key: str) -> Path:
         return self.root / "teachers" / unit_key / "model.safetensors"
 
