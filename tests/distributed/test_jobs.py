@@ -253,8 +253,7 @@ def answer(channel: grpc.Channel, method: str, metadata: tuple[tuple[str, str], 
 def test_the_dashboard_and_the_agents_refuse_who_has_no_token(cluster: Cluster, headers: dict[str, str], status: int) -> None:
     for path in ("/api/jobs/", "/api/cluster_status", "/nodes?view=summary"):
         assert requests.get(cluster.address + path, headers=headers, timeout=30).status_code == status
-    agents = [port for (_, port), name in listening(processes(cluster.folder)).items() if "Agent" in name and port < 32768]
-    assert agents
+    agents = [cluster.port + 3, cluster.port + 4]  # of the head and of the worker
     for port in agents:
         assert requests.get(f"http://127.0.0.1:{port}/api/job_agent/jobs/", headers=headers, timeout=30).status_code == status
 
