@@ -403,7 +403,7 @@ def test_the_installed_script_finds_a_module_in_the_working_directory(tmp_path: 
     (tmp_path / "bin" / "kdbench").write_text("from kdbench.cli import main\nmain()\n")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "own_net.py").write_text(OWN_CODE)
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     command = [sys.executable, str(tmp_path / "bin" / "kdbench"), "taps", "own_net:Net", "--image", "1x28x28"]
     done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

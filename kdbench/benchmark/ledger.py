@@ -13,7 +13,7 @@ from kdbench.results.environment import describe_environment
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
-from kdbench.results.tracking import LiveRun, Status, Tracker
+from kdbench.results.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, Status, Tracker
 
 # A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.
 LIVE_AFTER_SECONDS = 10.0
@@ -57,6 +57,11 @@ class Ledger:
         """The epochs that were reported of a training that runs or was stopped."""
         return self._curves.get(_key(unit), [])
 
+    def recall(self, record: RunRecord) -> None:
+        """Count a training of a student that the store has already."""
+        self.found += 1
+        self.watch.found(record)
+
     def drop(self, unit: Unit) -> None:
         """A training that could not be finished leaves a failed run in MLflow, where it was shown at all."""
         self._curves.pop(_key(unit), None)
@@ -93,13 +98,13 @@ class Ledger:
             "params": {**{f"recipe.{name}": value for name, value in record.recipe.items()}, **record.params, "seed": record.seed},
             "metrics": {name: value for name, value in _summary(record).items() if value is not None},
             "tags": {
-                "kdbench.run_id": record.run_id,
-                "kdbench.role": record.role,
+                RUN_TAG: record.run_id,
+                ROLE_TAG: record.role,
                 "kdbench.method": record.label,
                 "kdbench.student": record.student,
                 "kdbench.status": record.status,
                 "kdbench.failure": record.failure or "",
-                "kdbench.protocol_hash": record.protocol_hash,
+                PROTOCOL_TAG: record.protocol_hash,
             },
             "status": STATUSES[record.status],
             "artifacts": [self.layout.root / record.artifacts_uri] if record.artifacts_uri else [],

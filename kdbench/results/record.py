@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cache
 from types import NoneType
@@ -16,6 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kdbench.errors import UserError
 
 SCHEMA_VERSION = 1
+# From the version that a row has to the next: a function that gets the row, its JSON columns as text, and returns it as the next version
+# has it, `schema_version` included. Rows are migrated when they are read; files stay as they were written.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+CHECKSUM = "record_sha256"  # the column beside the record's own
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 COLUMN_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
@@ -133,8 +139,9 @@ def new_run_id() -> str:
 
 
 def record_schema() -> pa.Schema:
-    """One nullable column a field of RunRecord; dicts and lists are columns of JSON text."""
-    return pa.schema([(name, _column_type(field.annotation)) for name, field in RunRecord.model_fields.items()])
+    """One nullable column a field of RunRecord, and the checksum of the row; dicts and lists are columns of JSON text."""
+    fields = [(name, _column_type(field.annotation)) for name, field in RunRecord.model_fields.items()]
+    return pa.schema([*fields, (CHECKSUM, pa.string())])
 
 
 def to_table(record: RunRecord) -> pa.Table:
@@ -144,9 +151,19 @@ def to_table(record: RunRecord) -> pa.Table:
     structured = _structured_fields()
     row = {
         name: json.dumps(as_json[name]) if name in structured and as_json[name] is not None else getattr(record, name)
-        for name in schema.names
+        for name in RunRecord.model_fields
     }
-    return pa.Table.from_pylist([row], schema=schema)
+    [stored] = pa.Table.from_pylist([row], schema=schema).to_pylist()  # a time, say, as it will be read back
+    return pa.Table.from_pylist([{**row, CHECKSUM: row_checksum(stored)}], schema=schema)
+
+
+def row_checksum(row: Mapping[str, Any]) -> str:
+    """The SHA-256 of a row as `Table.to_pylist` gives it, but for its checksum and for columns that are null.
+
+    It stands in the row, so it finds what was damaged, or edited by hand. It does not stop anyone who computes it again.
+    """
+    content = {name: value for name, value in row.items() if value is not None and name != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=datetime.isoformat).encode()).hexdigest()
 
 
 def from_table(table: pa.Table, source: str) -> RunRecord:
@@ -158,7 +175,7 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
         raise UserError(
             f"{source} is not a kdbench record: expected one row with a column 'schema_version', got {table.num_rows} rows; move it away"
         )
-    row = table.to_pylist()[0]
+    row = table.drop_columns([CHECKSUM] if CHECKSUM in table.column_names else []).to_pylist()[0]
     if not isinstance(row["schema_version"], int):
         raise UserError(f"{source} is not a kdbench record: its schema version is {row['schema_version']!r}, no number; move it away")
     if row["schema_version"] > SCHEMA_VERSION:
@@ -166,6 +183,7 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
             f"{source} has schema version {row['schema_version']}, this kdbench reads up to {SCHEMA_VERSION}: "
             "update kdbench (pip install -U kdbench)"
         )
+    row = _migrated(row, source)
     try:
         structured = _structured_fields()
         return RunRecord(**{name: json.loads(value) if name in structured and value is not None else value for name, value in row.items()})
@@ -175,6 +193,15 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
         raise UserError(
             f"{source} is not a record of schema version {row['schema_version']}: {where}: {first['msg']}; move it away"
         ) from error
+
+
+def _migrated(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """The row as this version of the schema has it. Raises UserError where there is no way from its own."""
+    while (version := row["schema_version"]) < SCHEMA_VERSION:
+        if version not in MIGRATIONS:
+            raise UserError(f"{source} has schema version {version}, which this kdbench can't read any more; it writes {SCHEMA_VERSION}")
+        row = MIGRATIONS[version](row)
+    return row
 
 
 @cache

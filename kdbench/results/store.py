@@ -101,6 +101,10 @@ class ResultStore:
         found = self.scan(unit_key=key)
         return found[0] if found else None
 
+    def record_paths(self) -> list[str]:
+        """Every file of records, relative to the location, in the order of their names."""
+        return sorted(path.removeprefix(f"{self._root}/") for path in self._paths())
+
     def check_writable(self) -> None:
         """Raise UserError or RunFailed now rather than after hours of training, where `append` would fail."""
         probe = f".writable-{secrets.token_hex(8)}.tmp"
@@ -115,6 +119,10 @@ class ResultStore:
         self._write(relative, data, replace=True)
         return hashlib.sha256(data).hexdigest()
 
+    def has(self, relative: str) -> bool:
+        """Whether there is a file of that name below the location."""
+        return self._exists(self._absolute(relative))
+
     def read_bytes(self, relative: str) -> bytes:
         """The content of a file below the location. Raises UserError where there is none."""
         try:
@@ -128,12 +136,15 @@ class ResultStore:
             raise UserError(f"{relative!r} is not a path inside the results folder {self.location}")
         return f"{self._root}/{path}"
 
-    def _records(self) -> list[RunRecord]:
+    def _paths(self) -> list[str]:
         folder = f"{self._root}/{LAYOUT}"
         if self._local and os.path.exists(self._root) and not os.path.isdir(self._root):
             raise UserError(f"{self.location} is a file, expected a results folder")
         self._files.invalidate_cache()
-        paths = [path for path in self._files.find(folder) if _is_record(path)] if self._files.exists(folder) else []
+        return [path for path in self._files.find(folder) if _is_record(path)] if self._files.exists(folder) else []
+
+    def _records(self) -> list[RunRecord]:
+        paths = self._paths()
         new = [path for path in paths if path not in self._read]
         with ThreadPoolExecutor(READERS) as readers:
             self._read.update(zip(new, readers.map(self._record, new), strict=True))

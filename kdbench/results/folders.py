@@ -1,0 +1,28 @@
+"""Several results folders read as one: of a training that more than one of them has, the latest record counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdbench.results.record import RunRecord
+from kdbench.results.store import ResultStore
+
+
+class Folders:
+    """Records of all `paths`, which need not exist yet. Like a store, it reads again only what is new."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        self._stores = [ResultStore(path) for path in paths]
+
+    def scan(self, **equals: Any) -> list[RunRecord]:
+        """The records whose fields have the given values, oldest first, one a `unit_key`. Raises UserError as `ResultStore.scan` does."""
+        latest: dict[str, RunRecord] = {}
+        for record in sorted((r for store in self._stores for r in store.scan(**equals)), key=lambda r: (r.created_at, r.run_id)):
+            latest[record.unit_key] = record
+        return sorted(latest.values(), key=lambda r: (r.created_at, r.run_id))
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.paths))
