@@ -17,7 +17,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY kdbench ./kdbench
 # ${CLOUD_PACKAGES} is a list, so it is not quoted.
 # hadolint ignore=SC2086
-RUN pip install --constraint constraints.txt '.[onnx]' ${CLOUD_PACKAGES}
+RUN pip install --constraint constraints.txt '.[onnx,s3]' ${CLOUD_PACKAGES}
 
 FROM python:${PYTHON} AS runtime
 # bash, ssh and rsync: Ray's cluster launcher; wget: KubeRay's health checks; tini: children that ended are not left behind.

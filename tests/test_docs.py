@@ -38,6 +38,7 @@ PAGES = (
     "docs/design-notes.md",
     "docs/benchmarks.md",
     "docs/methods.md",
+    "docs/scaling.md",
     "CHANGELOG.md",
     "clusters/README.md",
     "clusters/aws.md",

@@ -13,7 +13,8 @@ from kdbench.results.environment import describe_environment
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
-from kdbench.results.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, Status, Tracker
+from kdbench.results.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, NoTracker, Status, Tracker
+from kdbench.results.working_copy import fetch
 
 # A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.
 LIVE_AFTER_SECONDS = 10.0
@@ -92,6 +93,12 @@ class Ledger:
         self._curves.pop(_key(unit), None)
         self.watch.finished(unit, record)
 
+    def _artifacts(self, record: RunRecord) -> list[Path]:
+        """A training on another node left its weights in the store; they are fetched for MLflow alone, where there is one."""
+        if record.artifacts_uri is None or isinstance(self.tracker, NoTracker):
+            return []
+        return [fetch(self.layout.root / record.artifacts_uri)]
+
     def _show(self, unit: Unit, record: RunRecord, parent: str | None) -> str | None:
         """The record as an MLflow run; its id."""
         what: dict[str, Any] = {
@@ -107,7 +114,7 @@ class Ledger:
                 PROTOCOL_TAG: record.protocol_hash,
             },
             "status": STATUSES[record.status],
-            "artifacts": [self.layout.root / record.artifacts_uri] if record.artifacts_uri else [],
+            "artifacts": self._artifacts(record),
             "texts": {"experiment.yaml": record.config or ""} if record.role != "trial" else {},
         }
         live = self._live.pop(_key(unit), None)

@@ -41,6 +41,7 @@ app = typer.Typer(
 
 # Where the output is a file or a log there is no width to fit: every column is shown.
 _WIDTH_OF_A_FILE = 260
+_MANY_FILES = 2_000  # of one record each: reading them takes seconds
 
 
 @app.command(epilog=example("run experiments/quickstart.yaml --set recipe.epochs=10"))
@@ -124,7 +125,7 @@ def _again() -> str:
 
 
 @contextmanager
-def watched(path: Path, overrides: list[str] | None, results: Path | None) -> Iterator[tuple[Experiment, Path, Display]]:
+def watched(path: Path, overrides: list[str] | None, results: str | None) -> Iterator[tuple[Experiment, Path, Display]]:
     """The experiment, its results folder and a display, for work that can be interrupted and gone on with."""
     from kdbench.distributed.cluster import quiet
 
@@ -148,7 +149,7 @@ def watched(path: Path, overrides: list[str] | None, results: Path | None) -> It
         raise typer.Exit(130) from None
 
 
-def _run_experiment(path: Path, overrides: list[str] | None, results: Path | None, no_mlflow: bool, search_only: bool) -> Any:
+def _run_experiment(path: Path, overrides: list[str] | None, results: str | None, no_mlflow: bool, search_only: bool) -> Any:
     with watched(path, overrides, results) as (experiment, folder, display):
         from kdbench.benchmark.run import run as run_benchmark
         from kdbench.results.tracking import MlflowTracker, NoTracker, tracking_uri
@@ -180,7 +181,7 @@ def _dry_run(path: Path, overrides: list[str] | None) -> None:
     typer.echo(dry_run_page(dry_run(load_experiment(path, overrides or ()))))
 
 
-def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> None:
+def _profile(path: Path, overrides: list[str] | None, results: str | None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler announces every start and stop otherwise
     with watched(path, overrides, results) as (experiment, folder, display):
         from kdbench.benchmark.run import profile
@@ -279,11 +280,14 @@ def _boards(folders: Folders, filters: Mapping[str, str]) -> list[Board]:
     from kdbench.results.leaderboard import boards
     from kdbench.results.published import load_published
     from kdbench.results.rendering import nothing_to_rank
+    from kdbench.results.store import LONG_FIELDS
 
-    records = folders.scan(**filters)
+    records = folders.scan(without=LONG_FIELDS, **filters)
     found = boards(records, load_published())
     if not found:
         typer.echo(nothing_to_rank(str(folders), records), err=True)
+    if folders.single_files > _MANY_FILES:
+        typer.echo(f"kdbench: {folders.single_files} files of one record each: kdbench results compact makes reading faster", err=True)
     return found
 
 

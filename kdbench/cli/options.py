@@ -15,16 +15,16 @@ Overrides = Annotated[
     ),
 ]
 Results = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--results",
         metavar="DIR",
-        help="Where results are kept. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.",
+        help="Where results are kept: a folder, or s3://bucket/folder. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.",
         show_default=False,
     ),
 ]
 ManyResults = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         "--results",
         metavar="DIR",

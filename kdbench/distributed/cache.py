@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import torch
 from kdbench.distributed.cluster import available_cpus
 from kdbench.errors import KDBenchError, RunFailed
 from kdbench.experiment import Runtime
+from kdbench.results.address import is_address
+from kdbench.results.layout import Layout
 from kdbench.training.cache_build import Builder, Piece, Plan
+from kdbench.training.cache_streams import Stream
 from kdbench.training.session import LocalSession
+from kdbench.training.teacher import teacher_here
 from kdbench.training.teacher_cache import CacheSpec
 
 # Starting Ray's processes takes about ten seconds, so that a build must be long before several of them end sooner than one.
@@ -39,22 +43,30 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
     kind: Any = ray.remote(_Writer).options(
         num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=_RETRIES, max_task_retries=_RETRIES
     )
+    layout = Layout(builder.folder.parents[1])
+    # The folder is only this machine's where results are at an address: rows then come back here, and the store gets the entry from here.
+    apart = runtime.address is not None and is_address(layout.location)
+    streams = {stream.name: stream for stream in plan.streams} if apart else None
+    given = (builder.spec.model_dump_json(), str(builder.folder), layout.location, runtime.cpus_per_worker, streams)
     # They end when nothing refers to them any more. Killed, they would leave Ray with tasks to complain of.
-    writers: list[Any] = [kind.remote(builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker) for _ in range(count)]
+    writers: list[Any] = [kind.remote(*given) for _ in range(count)]
     # A writer gets pieces once it runs: one that other jobs on the cluster leave no room for holds up nobody.
-    busy = {writer.ready.remote(): writer for writer in writers}
+    busy: dict[Any, tuple[Any, Piece | None]] = {writer.ready.remote(): (writer, None) for writer in writers}
     todo, left = deque(plan.pieces), len(plan.pieces)
     try:
         while left:
             (ready,), _ = ray.wait(list(busy), num_returns=1)
-            writer, images = busy.pop(ready), ray.get(ready)
-            if isinstance(images, KDBenchError):
-                raise images
-            if images:
-                left -= 1
-                yield images
+            (writer, piece), rows = busy.pop(ready), ray.get(ready)
+            if isinstance(rows, KDBenchError):
+                raise rows
             if todo:
-                busy[writer.write.remote(todo.popleft())] = writer
+                following = todo.popleft()
+                busy[writer.write.remote(following)] = writer, following
+            if piece is not None:
+                if rows:
+                    builder.put(piece, rows)
+                left -= 1
+                yield piece.images
     except ray.exceptions.RayActorError as error:
         raise RunFailed(
             f"a process that wrote the teacher's outputs died {_RETRIES + 1} times; is there enough memory? The same command goes on"
@@ -64,16 +76,24 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
 class _Writer:
     """A Ray actor: one process that holds the teacher. A mistake is returned, as Ray would wrap what is raised in a traceback."""
 
-    def __init__(self, spec: str, folder: str, threads: int) -> None:
+    def __init__(self, spec: str, folder: str, results: str, threads: int, streams: Mapping[str, Stream] | None) -> None:
+        """streams: those of the plan, where the rows have to be handed back; None where this process can write to the folder."""
         torch.set_num_threads(threads)
-        self._builder = Builder(CacheSpec.model_validate_json(spec), Path(folder), LocalSession().device)
+        of = CacheSpec.model_validate_json(spec)
+        of = of.model_copy(update={"teacher": teacher_here(of.teacher, Layout.at(results))})
+        self._builder, self._streams = Builder(of, Path(folder), LocalSession().device), streams
 
-    def ready(self) -> int:
-        return 0
+    def ready(self) -> None:
+        pass
 
-    def write(self, piece: Piece) -> int | KDBenchError:
+    def write(self, piece: Piece) -> dict[str, bytes] | KDBenchError | None:
+        """The rows, or None where they are written."""
         try:
-            return sum(self._builder.write(piece))
+            if self._streams is not None:
+                return self._builder.predicted(piece, self._streams)
+            for _ in self._builder.write(piece):
+                pass
+            return None
         except KDBenchError as error:
             return error
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kdbench.distributed.storage import ray_storage
 from kdbench.experiment import Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
@@ -48,7 +49,7 @@ class RaySession:
         ray.train.report(pack_epoch(metrics))
 
     def resume(self) -> State | None:
-        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        return load_checkpoint(self.checkpoint)
 
     def gather(self, rows: Tensor) -> Tensor:
         return gathered(rows)
@@ -72,7 +73,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     import ray.train
 
-    unit, layout = Unit.model_validate_json(config["unit"]), Layout(Path(config["results"]))
+    unit, layout = Unit.model_validate_json(config["unit"]), Layout.at(config["results"])
     checkpoint = layout.checkpoint(unit.experiment, unit.key)
     ending = pack_ending(attempt(unit, RaySession(checkpoint, config["threads"]), layout))
     if unpack_ending(ending).record is None:
@@ -80,7 +81,7 @@ def train_worker(config: dict[str, Any]) -> None:
     ray.train.report(ending)
 
 
-def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Path) -> None:
+def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: str) -> None:
     """Run inside a Tune trial: a worker group for this unit, its reports passed on to Tune, which repeats it where a worker died."""
     import ray.train
     from ray import tune
@@ -92,12 +93,12 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
         resources["GPU"] = runtime.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"unit": unit.model_dump_json(), "results": str(layout.root), "threads": runtime.cpus_per_worker},
+        train_loop_config={"unit": unit.model_dump_json(), "results": layout.location, "threads": runtime.cpus_per_worker},
         scaling_config=ray.train.ScalingConfig(
             num_workers=runtime.workers, use_gpu=runtime.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            storage_path=str(storage),
+            **ray_storage(storage),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),

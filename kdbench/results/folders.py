@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,19 @@ class Folders:
         self.paths = tuple(paths)
         self._stores = [ResultStore(path) for path in paths]
 
-    def scan(self, **equals: Any) -> list[RunRecord]:
-        """The records whose fields have the given values, oldest first, one a `unit_key`. Raises UserError as `ResultStore.scan` does."""
+    @property
+    def single_files(self) -> int:
+        """How many files of one record were read so far."""
+        return sum(store.single_files for store in self._stores)
+
+    def scan(self, *, without: Collection[str] = (), **equals: Any) -> list[RunRecord]:
+        """The records whose fields have the given values, oldest first, one a `unit_key`. As `ResultStore.scan`, UserError included."""
         latest: dict[str, RunRecord] = {}
-        for record in sorted((r for store in self._stores for r in store.scan(**equals)), key=lambda r: (r.created_at, r.run_id)):
+        for record in sorted(
+            (r for store in self._stores for r in store.scan(without=without, **equals)), key=lambda r: (r.created_at, r.run_id)
+        ):
             latest[record.unit_key] = record
         return sorted(latest.values(), key=lambda r: (r.created_at, r.run_id))
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.paths))
+        return ", ".join(store.location for store in self._stores)

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from kdbench.errors import UserError
-
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
@@ -54,18 +52,13 @@ log = logging.getLogger(__name__)
 
 
 def tracking_uri(results: str | Path) -> str:
-    """Where runs are tracked: `MLFLOW_TRACKING_URI` where it is set, else the database `mlflow.db` in the local results folder.
+    """Where runs are tracked: `MLFLOW_TRACKING_URI` where it is set, else the database `mlflow.db` in the results folder.
 
-    Raises UserError where the results are remote and the variable is not set, as a database file can't live there.
+    For results at an address that is the working copy's: a view of what was trained from this machine.
     """
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
-    location = str(results).removeprefix("file://")
-    if "://" in location:
-        raise UserError(
-            f"results are at {results}, where MLflow can't keep its database: set MLFLOW_TRACKING_URI to a server, or turn tracking off"
-        )
-    return f"{SQLITE}{Path(location).expanduser().resolve() / 'mlflow.db'}"
+    return f"{SQLITE}{Path(results).expanduser().resolve() / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)

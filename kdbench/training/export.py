@@ -27,6 +27,7 @@ from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec, model_inputs
 from kdbench.results.record import RunRecord
 from kdbench.results.store import path_name
+from kdbench.results.working_copy import fetch
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import write_atomically
@@ -126,7 +127,7 @@ def _weights(record: RunRecord, store_root: Path) -> Path:
         reason = {"failed": f"it failed: {record.failure}", "stopped": "it was stopped early"}.get(record.status)
         reason = reason or f"it is a {record.role}, and only the weights of final runs and of teachers trained here are kept"
         raise UserError(f"run {record.run_id} has no weights to export: {reason}")
-    path = store_root / record.artifacts_uri
+    path = fetch(store_root / record.artifacts_uri)
     if not path.is_file():
         raise UserError(f"run {record.run_id}: its weights {path} are gone; restore them from a copy of the results folder")
     return path

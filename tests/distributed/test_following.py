@@ -180,6 +180,16 @@ def test_a_results_folder_with_a_space_stays_one_word(kdbench: Kdbench, at: Call
     assert "/shared/my results" in shlex.split(cluster.sent[0]["entrypoint"])
 
 
+def test_an_address_of_an_object_store_goes_to_the_job_as_it_is(
+    kdbench: Kdbench, at: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster = at(done())
+    monkeypatch.setenv("KDBENCH_WORKING_COPIES", str(tmp_path / "copies"))
+    ended = kdbench("submit", "study.yaml", "--results", "s3://bucket/folder")
+    assert ended.code == 0, ended.err
+    assert "--results s3://bucket/folder" in cluster.sent[0]["entrypoint"]
+
+
 def test_without_waiting_the_id_is_all_that_is_printed_and_what_to_do_with_it_said(
     kdbench: Kdbench, at: Callable[[Cluster], Cluster]
 ) -> None:
