@@ -1,6 +1,9 @@
 """What a Ray job runs: `kdbench run` with the same arguments, on the cluster that the job runs on.
 
-ray job submit --working-dir . -- python experiments/run.py experiments/quickstart.yaml
+ray job submit --working-dir . -- python experiments/run.py experiments/quickstart.yaml --results /shared/results
+
+Results go to an absolute folder that all nodes see; one inside the job's copy of the working directory is refused, as Ray deletes it.
+`kdbench submit` does all of this by itself.
 """
 
 import os

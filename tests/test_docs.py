@@ -40,6 +40,12 @@ PAGES = (
     "docs/methods.md",
     "docs/scaling.md",
     "CHANGELOG.md",
+    "clusters/README.md",
+    "clusters/aws.md",
+    "clusters/containers.md",
+    "clusters/gcp.md",
+    "clusters/kuberay/README.md",
+    "clusters/slurm.md",
 )
 
 YAML = [block for page in PAGES for block in fenced(page) if block.language == "yaml"]
@@ -81,7 +87,7 @@ def test_what_a_quoted_command_lists_or_shows_is_there(line: str) -> None:
         assert show_page(name).startswith(name)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if re.match(r"kdbench (run|tune) ", line)])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if re.match(r"kdbench (run|tune|submit) ", line)])
 def test_the_experiment_of_a_quoted_command_loads_with_what_it_sets(line: str, tmp_path: Path) -> None:
     file, *options = shlex.split(line)[2:]
     printed = {block.file_name or "my-study.yaml": block.text for block in YAML}
@@ -103,7 +109,7 @@ def test_links_and_quoted_files_of_this_project_exist() -> None:
         text = page_text(page)
         links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
         assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == [], page
-        files = re.findall(r"`((?:kdbench|benchmarks|tests|docs|experiments|scripts)/[\w/.-]+\.\w+)`", text)
+        files = re.findall(r"`((?:kdbench|benchmarks|clusters|tests|docs|experiments|scripts)/[\w/.-]+\.\w+)`", text)
         assert [file for file in files if not (ROOT / file).exists()] == [], page
 
 

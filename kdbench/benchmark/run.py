@@ -103,27 +103,39 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
 
 
 def check_plan(experiment: Experiment, task: Task) -> None:
-    """What can be known to be wrong on any machine, and without the data. Raises UserError."""
+    """What can be known to be wrong on any machine. Raises UserError."""
+    check_choices(experiment, task.name)
+    train = task.splits().train
+    for recipe in _recipes(experiment):
+        check_views(train, recipe.augment)
+
+
+def check_choices(experiment: Experiment, task: str) -> None:
+    """What can be known to be wrong without any data: models, methods, their parameters and recipes. Raises UserError."""
     for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
         check_model_name(model.name)
     for method in experiment.methods:
         kind = method_class(method)
         params_of(method)
         axes_of(method, experiment.search, experiment.recipe)
-        if not kind.supports(task.name):
-            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {task.name}")
+        if not kind.supports(task):
+            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {task}")
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
     workers = experiment.runtime.workers
-    train = task.splits().train
-    for recipe in [experiment.recipe, experiment.teacher_recipe(), *_searched_recipes(experiment)]:
+    for recipe in _recipes(experiment):
         check_optimization(recipe)
-        check_views(train, recipe.augment)
         if recipe.batch_size % workers:
             raise UserError(
                 f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; "
                 f"make it a multiple of {workers}"
             )
+
+
+def _recipes(experiment: Experiment) -> Iterator[Recipe]:
+    yield experiment.recipe
+    yield experiment.teacher_recipe()
+    yield from _searched_recipes(experiment)
 
 
 def _searched_recipes(experiment: Experiment) -> Iterator[Recipe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -79,6 +80,50 @@ def tune(experiment: ExperimentFile, set_: Overrides = None, results: Results = 
     _end_with(summary.failures)
 
 
+@app.command(epilog=example("submit experiments/quickstart.yaml --address http://127.0.0.1:8265 --results /shared/results"))
+def submit(
+    experiment: ExperimentFile,
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard.")
+    ] = "http://127.0.0.1:8265",
+    set_: Overrides = None,
+    results: Results = None,
+    no_mlflow: NoMlflow = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Only start the job: print its id, and how to follow it.")] = False,
+) -> None:
+    """Run the experiment as a job on a Ray cluster: send this folder, follow the log, end with the job's exit code.
+
+    The results folder has to be one that all nodes see. The same command again follows the job while it runs, and goes on where it stopped.
+    """
+    from kdbench.benchmark.run import check_choices
+    from kdbench.distributed.jobs import Request, followed, relative_file
+    from kdbench.distributed.jobs import submit as submit_job
+    from kdbench.experiment import load_experiment
+    from kdbench.results.layout import Layout, results_folder
+    from kdbench.tasks.build import check_task
+
+    read = load_experiment(experiment, set_ or ())
+    check_choices(read, check_task(read.task).name)
+    place = Layout(results_folder(results, read.results)).location
+    request = Request(read.name, relative_file(experiment), place, tuple(set_ or ()), ("--no-mlflow",) if no_mlflow else ())
+    job = submit_job(address, request, _say)
+    _say(f"job {job.id}; results: {place}, on every node of the cluster")
+    if no_wait:
+        _say(job.commands)
+        typer.echo(job.id)
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    raise typer.Exit(followed(job, lambda text: typer.echo(text, nl=False), _say, _again()))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _again() -> str:
+    return shlex.join(["kdbench", *sys.argv[1:]])
+
+
 @contextmanager
 def watched(path: Path, overrides: list[str] | None, results: str | None) -> Iterator[tuple[Experiment, Path, Display]]:
     """The experiment, its results folder and a display, for work that can be interrupted and gone on with."""
@@ -89,16 +134,18 @@ def watched(path: Path, overrides: list[str] | None, results: str | None) -> Ite
     from rich.console import Console
 
     from kdbench.display import Display
+    from kdbench.distributed.jobs import check_kept
     from kdbench.experiment import load_experiment
     from kdbench.results.layout import results_folder
 
     experiment = load_experiment(path, overrides or ())
+    folder = results_folder(results, experiment.results)
+    check_kept(folder)
     try:
         with Display(Console(stderr=False)) as display:
-            yield experiment, results_folder(results, experiment.results), display
+            yield experiment, folder, display
     except KeyboardInterrupt:
-        again = " ".join(["kdbench", *sys.argv[1:]])
-        typer.echo(f"\nStopped. What is finished is kept; to go on: {again}", err=True)
+        _say(f"\nStopped. What is finished is kept; to go on: {_again()}")
         raise typer.Exit(130) from None
 
 

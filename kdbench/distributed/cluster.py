@@ -18,6 +18,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "token",
+    # What Ray gives to Prometheus it gives to anybody, on all interfaces: not collected, and two servers on ports that there are not.
+    "RAY_enable_metrics_collection": "0",
+    "DASHBOARD_METRIC_PORT": "-1",
+    "AUTOSCALER_METRIC_PORT": "-1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks on this poll: 2 s by default
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in an experiment means the same in a trial as on the command line
@@ -31,6 +35,7 @@ ENVIRONMENT = {
 }
 # Nothing travels through the object store: units are small, data and caches are files.
 _OBJECT_STORE_BYTES = 256 * 2**20
+_LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclass(frozen=True)
@@ -80,32 +85,59 @@ def quiet() -> None:
 def started(runtime: Runtime) -> Iterator[Slots]:
     """Ray, running: a private one on this machine, or the cluster at `runtime.address`. What was running before is left running."""
     quiet()
-    import ray
+    with _on_loopback(runtime.address is None):
+        import ray
 
-    mine = not ray.is_initialized()
-    if mine:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-        if runtime.address is None:
-            options |= {
-                "address": "local",  # else Ray joins a head that happens to run on this machine
-                "num_cpus": available_cpus(),
-                "resources": {"trial_slot": slots_of(runtime, _here()).concurrent},
-                "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
-                "dashboard_host": "127.0.0.1",
-                "object_store_memory": _OBJECT_STORE_BYTES,
-            }
-        else:
-            options["address"] = runtime.address
-        try:
-            with _own_sigterm():
-                ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
+        mine = not ray.is_initialized()
+        if mine:
+            _init(runtime)
     try:
         yield slots_of(runtime, _here() if runtime.address is None else ray.cluster_resources())
     finally:
         if mine:
             ray.shutdown()
+
+
+def _init(runtime: Runtime) -> None:
+    """Raises RunFailed where Ray does not start, or there is none at the address."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if runtime.address is None:
+        options |= {
+            "address": "local",  # else Ray joins a head that happens to run on this machine
+            "num_cpus": available_cpus(),
+            "resources": {"trial_slot": slots_of(runtime, _here()).concurrent},
+            "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
+            "dashboard_host": "127.0.0.1",
+            "_node_ip_address": "127.0.0.1",
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    else:
+        options["address"] = runtime.address
+    try:
+        with _own_sigterm():
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextmanager
+def _on_loopback(private: bool) -> Iterator[None]:
+    """Have all of a private Ray listen on loopback alone, as Ray does by itself where a firewall would ask its user.
+
+    The switch is read when Ray is imported, and by the processes that it starts. It is put back: with it no node could join a cluster.
+    """
+    before = os.environ.get(_LOOPBACK_SWITCH)
+    if private:
+        os.environ[_LOOPBACK_SWITCH] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_LOOPBACK_SWITCH, None)
+        else:
+            os.environ[_LOOPBACK_SWITCH] = before
 
 
 @contextmanager

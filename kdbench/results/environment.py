@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from kdbench import __version__
 
+# `<hash>` or `<hash>-dirty`: of the checkout that a job was sent from; the copy that it runs in has no .git.
+COMMIT_VARIABLE = "KDBENCH_COMMIT"
+_DIRTY = "-dirty"
 PACKAGES = ("torch", "torchvision", "timm", "ray", "optuna", "mlflow", "pyarrow", "numpy")
 
 
 @cache
 def describe_environment() -> dict[str, Any]:
     """The environment columns of a record: git_commit, git_dirty, versions, host_hash."""
-    commit = _git("rev-parse", "HEAD")
+    commit = commit_of(Path.cwd()) or os.environ.get(COMMIT_VARIABLE)
     return {
-        "git_commit": commit,
-        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "git_commit": commit.removesuffix(_DIRTY) if commit else None,
+        "git_dirty": commit.endswith(_DIRTY) if commit else None,
         "versions": {"kdbench": __version__, "python": platform.python_version(), **_versions()},
         "host_hash": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
     }
@@ -36,10 +41,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says of the working directory, None where it is no checkout or there is no git."""
+def commit_of(folder: Path) -> str | None:
+    """The commit of a checkout, ending in `-dirty` where it holds changes; None where the folder is no checkout or there is no git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    return commit and commit + (_DIRTY if _git(folder, "status", "--porcelain") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

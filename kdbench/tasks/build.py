@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kdbench.catalogue import resolve
+from kdbench.data import DATA
 from kdbench.data.options import NamedSpec
+from kdbench.data.sources import DataSpec
 from kdbench.errors import UserError, explain
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
@@ -34,10 +36,26 @@ def task_class(spec: TaskSpec) -> type[Task]:
     return found
 
 
+def check_task(spec: TaskSpec) -> type[Task]:
+    """The task's class, after a look at its options and at the name of its data, which need not be on this machine.
+
+    Raises UserError as `build_task` does, but for what only the data can tell.
+    """
+    data = getattr(_options(spec), "data", None)
+    if isinstance(data, DataSpec):
+        resolve("data", data.name, DATA)
+    return task_class(spec)
+
+
+def _options(spec: TaskSpec) -> BaseModel:
+    kind = task_class(spec)
+    try:
+        return kind.Options.model_validate(json.loads(spec.options_json))
+    except ValidationError as error:
+        raise UserError(explain(error, f"task {spec.name!r}", kind.Options)) from error
+
+
 @lru_cache(maxsize=4)
 def _built(name: str, options: str) -> Task:
-    kind = task_class(TaskSpec(name=name))
-    try:
-        return kind(kind.Options.model_validate(json.loads(options)))
-    except ValidationError as error:
-        raise UserError(explain(error, f"task {name!r}", kind.Options)) from error
+    spec = TaskSpec.model_validate({"name": name, **json.loads(options)})
+    return task_class(spec)(_options(spec))
