@@ -38,7 +38,6 @@ def ray() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=2,
-        resources={"trial_slot": 1},
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,

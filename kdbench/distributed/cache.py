@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdbench.distributed.cluster import available_cpus
+from kdbench.distributed.cluster import nodes_of, resources_of, workers_on
 from kdbench.errors import KDBenchError, RunFailed
 from kdbench.experiment import Runtime
 from kdbench.training.cache_build import Builder, Piece, Plan
@@ -25,7 +25,7 @@ def worth_ray(runtime: Runtime, plan: Plan, seconds: float, started_anyway: bool
     """Whether Ray should write it: always on a cluster; on one machine where it is long, several writers fit and Ray is used after it."""
     if len(plan.pieces) < 2:
         return False
-    return runtime.address is not None or (started_anyway and seconds > LONG_SECONDS and _fit_here(runtime) > 1)
+    return runtime.address is not None or (started_anyway and seconds > LONG_SECONDS and _fit(runtime) > 1)
 
 
 def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[int]:
@@ -35,9 +35,9 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
     """
     import ray
 
-    count = min(len(plan.pieces), _fit_here(runtime) if runtime.address is None else _fit_on_cluster(runtime))
+    count, reserved = min(len(plan.pieces), _fit(runtime)), resources_of(runtime)
     kind: Any = ray.remote(_Writer).options(
-        num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=_RETRIES, max_task_retries=_RETRIES
+        num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0), max_restarts=_RETRIES, max_task_retries=_RETRIES
     )
     # They end when nothing refers to them any more. Killed, they would leave Ray with tasks to complain of.
     writers: list[Any] = [kind.remote(builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker) for _ in range(count)]
@@ -78,18 +78,6 @@ class _Writer:
             return error
 
 
-def _fit_here(runtime: Runtime) -> int:
-    return _fit({"CPU": available_cpus(), "GPU": torch.cuda.device_count()}, runtime)
-
-
-def _fit_on_cluster(runtime: Runtime) -> int:
-    import ray
-
-    return max(1, sum(_fit(node["Resources"], runtime) for node in ray.nodes() if node["Alive"]))
-
-
-def _fit(resources: dict[str, float], runtime: Runtime) -> int:
-    """How many writers fit on a node; each reserves what one worker of a training does."""
-    cpus = resources.get("CPU", 0) // runtime.cpus_per_worker
-    gpus = resources.get("GPU", 0) // runtime.gpus_per_worker if runtime.gpus_per_worker else cpus
-    return int(min(cpus, gpus))
+def _fit(runtime: Runtime) -> int:
+    """How many writers there is room for; each reserves what one worker of a training does."""
+    return max(1, sum(workers_on(node, runtime) for node in nodes_of(runtime)))

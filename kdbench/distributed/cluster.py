@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import RunFailed, UserError
-from kdbench.experiment import Runtime
+from kdbench.experiment import Runtime, worker_bounds
 
 # Set before Ray is imported; what the user has set stays.
 ENVIRONMENT = {
@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks on this poll: 2 s by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for a place, not for processes; then Train looks again how many workers fit
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in an experiment means the same in a trial as on the command line
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -31,38 +32,39 @@ ENVIRONMENT = {
 }
 # Nothing travels through the object store: units are small, data and caches are files.
 _OBJECT_STORE_BYTES = 256 * 2**20
+# What a trial holds that only waits for its workers: memory, which every node has, and about what its process takes. A share of a CPU,
+# however small, would keep a worker that needs a whole one from its place.
+_WAITING_TRIAL = {"memory": 512 * 2**20}
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How many trainings run at once, and what Tune reserves for each trial's own process."""
+    """How many trainings run at once, and what Tune reserves for each trial's own process.
+
+    short: why not even one training can start before the cluster grows; empty where one can.
+    """
 
     concurrent: int
     trial_resources: dict[str, float]
-
-
-def needed_cpus(runtime: Runtime) -> int:
-    return runtime.workers * runtime.cpus_per_worker
+    short: str = ""
 
 
 def check_fits_here(runtime: Runtime) -> None:
     """Raises UserError where this machine, without a cluster, can't hold one training."""
     if runtime.address is not None:
         return
-    cpus = available_cpus()
-    if needed_cpus(runtime) > cpus:
+    fewest, _ = worker_bounds(runtime.workers)
+    cpus, needed = available_cpus(), fewest * runtime.cpus_per_worker
+    if needed > cpus:
         raise UserError(
-            f"runtime.workers: {runtime.workers} workers of {runtime.cpus_per_worker} CPU need {needed_cpus(runtime)} CPUs, "
+            f"runtime.workers: {fewest} workers of {runtime.cpus_per_worker} CPU need {needed} CPUs, "
             f"this machine has {cpus}; use at most {max(1, cpus // runtime.cpus_per_worker)}, or name a cluster with runtime.address"
         )
-    if runtime.gpus_per_worker > 0:
-        import torch
-
-        if runtime.workers * runtime.gpus_per_worker > torch.cuda.device_count():
-            raise UserError(
-                f"runtime.gpus_per_worker: {runtime.workers} workers need {runtime.workers * runtime.gpus_per_worker:g} GPUs, "
-                f"this machine has {torch.cuda.device_count()}; use gpus_per_worker: 0 to train on CPUs"
-            )
+    if workers_on(_here(), runtime) < fewest:
+        raise UserError(
+            f"runtime.gpus_per_worker: {fewest} workers need {fewest * runtime.gpus_per_worker:g} GPUs, "
+            f"this machine has {_here()['GPU']:g}; use gpus_per_worker: 0 to train on CPUs"
+        )
 
 
 def available_cpus() -> int:
@@ -89,8 +91,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
             options |= {
                 "address": "local",  # else Ray joins a head that happens to run on this machine
                 "num_cpus": available_cpus(),
-                "resources": {"trial_slot": slots_of(runtime, _here()).concurrent},
-                "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
+                "include_dashboard": not runtime.single,  # without it Ray Train logs an error a second
                 "dashboard_host": "127.0.0.1",
                 "object_store_memory": _OBJECT_STORE_BYTES,
             }
@@ -102,7 +103,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     try:
-        yield slots_of(runtime, _here() if runtime.address is None else ray.cluster_resources())
+        yield slots_of(runtime, nodes_of(runtime))
     finally:
         if mine:
             ray.shutdown()
@@ -130,22 +131,43 @@ def _here() -> dict[str, float]:
     return {"CPU": available_cpus(), "GPU": torch.cuda.device_count()}
 
 
-def slots_of(runtime: Runtime, has: Mapping[str, float]) -> Slots:
-    """How many trainings run at once on what there is (`CPU`, `GPU`), unless the experiment says it, and what each holds.
+def nodes_of(runtime: Runtime) -> list[dict[str, float]]:
+    """The resources of each machine that trainings may run on."""
+    if runtime.address is None:
+        return [_here()]
+    import ray
 
-    One worker: the trial's process is the worker, and reserves its CPUs.
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
-    Several: the trial only waits for them, and holds a slot instead of a CPU, or trials would keep each other's workers from starting.
+
+def workers_on(node: Mapping[str, float], runtime: Runtime) -> int:
+    """How many workers fit on a node at once (`CPU`, `GPU`). One that takes a part of a GPU takes it of a single one."""
+    cpus, share = int(node.get("CPU", 0) // runtime.cpus_per_worker), runtime.gpus_per_worker
+    if not share:
+        return cpus
+    gpus = int(node.get("GPU", 0))
+    return min(cpus, int(gpus // share) if share >= 1 else gpus * int(1 / share + 1e-9))
+
+
+def resources_of(runtime: Runtime) -> dict[str, float]:
+    """What one worker reserves, under Ray's names."""
+    cpus: dict[str, float] = {"CPU": runtime.cpus_per_worker}
+    return cpus | {"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else cpus
+
+
+def slots_of(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Slots:
+    """How many trainings run at once on these nodes (`CPU`, `GPU` of each), unless the experiment says it, and what each trial holds.
+
+    One worker: the trial's process is the worker, and reserves what it needs.
+
+    Several: the trial only waits for them. Ray places a training's workers all together or not at all, on one node or on several, so that
+    trainings never keep each other from starting.
     """
-    fit = int(has.get("CPU", 1) // needed_cpus(runtime))
-    if runtime.gpus_per_worker:
-        fit = min(fit, int(has.get("GPU", 0) / (runtime.workers * runtime.gpus_per_worker)))
-    fit = max(1, fit)
+    fewest, most = worker_bounds(runtime.workers)
+    room = sum(workers_on(node, runtime) for node in nodes)
+    fit = max(1, room // most)
     # A cluster may grow: there `concurrent` may ask for more than it holds now.
     concurrent = min(runtime.concurrent or fit, fit) if runtime.address is None else runtime.concurrent or fit
-    if runtime.workers > 1:
-        return Slots(concurrent, {"trial_slot": 1} if runtime.address is None else {"CPU": 0.01})
-    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
-    if runtime.gpus_per_worker:
-        resources["GPU"] = runtime.gpus_per_worker
-    return Slots(concurrent, resources)
+    each = " and ".join(f"{amount:g} {name}" for name, amount in resources_of(runtime).items())
+    short = f"a training needs {fewest} x {each}, and there is room for {room} of them" if room < fewest else ""
+    return Slots(concurrent, resources_of(runtime) if runtime.single else dict(_WAITING_TRIAL), short)

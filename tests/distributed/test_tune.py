@@ -320,18 +320,31 @@ def test_trials_shorter_than_the_start_of_a_process_still_use_every_slot(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("runtime", "has", "concurrent"),
+    ("runtime", "nodes", "concurrent"),
     [
-        ({}, {"CPU": 8}, 8),
-        ({"cpus_per_worker": 3}, {"CPU": 8}, 2),
-        ({"concurrent": 3}, {"CPU": 8}, 3),
-        ({"concurrent": 30}, {"CPU": 8}, 8),
-        ({"concurrent": 30, "address": "auto"}, {"CPU": 8}, 30),  # a cluster may grow
-        ({"address": "auto"}, {"CPU": 64, "GPU": 4}, 64),
-        ({"address": "auto", "gpus_per_worker": 0.25}, {"CPU": 64, "GPU": 4}, 16),
-        ({"gpus_per_worker": 1, "workers": 2}, {"CPU": 64, "GPU": 4}, 2),
-        ({"workers": 4}, {"CPU": 2}, 1),
+        ({}, [{"CPU": 8}], 8),
+        ({"cpus_per_worker": 3}, [{"CPU": 8}], 2),
+        ({"concurrent": 3}, [{"CPU": 8}], 3),
+        ({"concurrent": 30}, [{"CPU": 8}], 8),
+        ({"concurrent": 30, "address": "auto"}, [{"CPU": 8}], 30),  # a cluster may grow
+        ({"address": "auto"}, [{"CPU": 64, "GPU": 4}], 64),
+        ({"address": "auto", "gpus_per_worker": 0.25}, [{"CPU": 64, "GPU": 4}], 16),
+        ({"gpus_per_worker": 0.6}, [{"CPU": 64, "GPU": 4}], 4),  # no worker has parts of two GPUs
+        ({"gpus_per_worker": 0.1}, [{"CPU": 64, "GPU": 1}], 10),
+        ({"gpus_per_worker": 1, "workers": 2}, [{"CPU": 64, "GPU": 4}], 2),
+        ({"workers": 4}, [{"CPU": 2}], 1),
+        ({"address": "auto", "cpus_per_worker": 3}, [{"CPU": 4}, {"CPU": 4}, {"object_store_memory": 1}], 2),  # 8 CPUs, but not 6 in a row
+        ({"address": "auto", "workers": 2, "cpus_per_worker": 3}, [{"CPU": 4}, {"CPU": 4}], 1),  # one training on two nodes
+        ({"address": "auto", "workers": {"min": 1, "max": 4}}, [{"CPU": 4}, {"CPU": 5}], 2),
+        ({"address": "auto", "workers": {"min": 1, "max": 8}}, [{"CPU": 4}], 1),
+        ({"address": "auto", "gpus_per_worker": 1}, [{"CPU": 2, "GPU": 8}, {"CPU": 8}], 2),
     ],
 )
-def test_as_many_trainings_run_at_once_as_fit(runtime: dict[str, Any], has: dict[str, float], concurrent: int) -> None:
-    assert slots_of(Runtime.model_validate(runtime), has).concurrent == concurrent
+def test_as_many_trainings_run_at_once_as_fit(runtime: dict[str, Any], nodes: list[dict[str, float]], concurrent: int) -> None:
+    assert slots_of(Runtime.model_validate(runtime), nodes).concurrent == concurrent
+
+
+def test_a_trial_that_only_waits_for_its_workers_keeps_no_cpu_from_them() -> None:
+    assert slots_of(Runtime(cpus_per_worker=2, gpus_per_worker=0.5), []).trial_resources == {"CPU": 2, "GPU": 0.5}
+    for workers in (2, {"min": 1, "max": 2}):
+        assert slots_of(Runtime.model_validate({"workers": workers}), []).trial_resources.keys() == {"memory"}
