@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import signal
+import socket
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +27,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in an experiment means the same in a trial as on the command line
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task",  # half a page; what it means is said by ours
+    # Half a page each; what they mean is said by ours.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task|The node with node id|Raylet is terminated",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C makes fit() return as if all were well
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -35,6 +40,11 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 # What a trial holds that only waits for its workers: memory, which every node has, and about what its process takes. A share of a CPU,
 # however small, would keep a worker that needs a whole one from its place.
 _WAITING_TRIAL = {"memory": 512 * 2**20}
+
+
+_SIOCGIFADDR = 0x8915  # Linux: the address of an interface, from netdevice(7)
+_HEAD_SECONDS = 3.0  # between two looks at whether the head of a cluster is there
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,11 +112,34 @@ def started(runtime: Runtime) -> Iterator[Slots]:
                 ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
+    ended = threading.Event()
+    if runtime.address is not None:
+        head = ray.get_runtime_context().gcs_address
+        threading.Thread(target=_watch_head, args=(head, ended), daemon=True).start()
     try:
         yield slots_of(runtime, nodes_of(runtime))
     finally:
+        ended.set()
         if mine:
             ray.shutdown()
+
+
+def _watch_head(address: str, ended: threading.Event) -> None:
+    """Say that the cluster's head is gone: without it Ray waits a minute, and then ends this process with a line of its own."""
+    host, _, port = address.rpartition(":")
+    gone = False
+    while not ended.wait(_HEAD_SECONDS):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_HEAD_SECONDS).close()
+            gone = False
+        except OSError:
+            if not gone:
+                log.warning(
+                    "the head of the Ray cluster at %s does not answer; if it stays away, this ends within a minute or two. "
+                    "What is finished is kept, and the same command goes on, on any cluster that sees the results folder",
+                    address,
+                )
+            gone = True
 
 
 @contextmanager
@@ -171,3 +204,28 @@ def slots_of(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Slots:
     each = " and ".join(f"{amount:g} {name}" for name, amount in resources_of(runtime).items())
     short = f"a training needs {fewest} x {each}, and there is room for {room} of them" if room < fewest else ""
     return Slots(concurrent, resources_of(runtime) if runtime.single else dict(_WAITING_TRIAL), short)
+
+
+def talk_on_rays_network() -> None:
+    """Have gloo use the interface that has this node's address in Ray, unless the user has named one.
+
+    It would resolve the host's own name, which on many machines gives 127.0.1.1 or an address that the others can't reach.
+    """
+    import ray
+
+    interface = _interface_of(ray.util.get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _interface_of(address: str) -> str | None:
+    """The name of the network interface with an IPv4 address, None where none has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None

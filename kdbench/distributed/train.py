@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdbench.distributed.cluster import quiet, resources_of
+from kdbench.distributed.cluster import quiet, resources_of, talk_on_rays_network
 from kdbench.experiment import Runtime, Unit, WorkerRange
 from kdbench.results.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
@@ -132,6 +132,7 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
             placement_strategy=runtime.placement.upper(),
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
         ),
+        torch_config=_network(),
         run_config=ray.train.RunConfig(
             storage_path=str(storage),
             failure_config=ray.train.FailureConfig(max_failures=-1),  # the callback counts
@@ -145,6 +146,23 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
         if not isinstance(error.controller_failure, WorkerFailed):
             raise
         tune.report({ENDING: str(error.controller_failure)})
+
+
+def _network() -> Any:
+    """How Ray Train joins the workers, on the network that Ray itself uses."""
+    from ray.train.torch import TorchConfig
+
+    backend: Any = TorchConfig().backend_cls
+
+    class OnRaysNetwork(backend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(talk_on_rays_network)
+            super().on_start(worker_group, backend_config)
+
+    class Network(TorchConfig):
+        backend_cls = OnRaysNetwork
+
+    return Network()
 
 
 def _to_tune(title: str) -> Any:
