@@ -39,9 +39,12 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
     kind: Any = ray.remote(_Writer).options(
         num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0), max_restarts=_RETRIES, max_task_retries=_RETRIES
     )
-    # They end when nothing refers to them any more. Killed, they would leave Ray with tasks to complain of.
-    writers: list[Any] = [kind.remote(builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker) for _ in range(count)]
-    # A writer gets pieces once it runs: one that other jobs on the cluster leave no room for holds up nobody.
+    # A writer ends when nothing refers to it any more. Killed, it would leave Ray with tasks to complain of. It must end as soon as it has
+    # nothing to do: one whose node was lost waits for a place to go on in.
+    writers: Iterator[Any] = (
+        kind.remote(builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker) for _ in range(count)
+    )
+    # It gets pieces once it runs: one that other jobs on the cluster leave no room for holds up nobody.
     busy = {writer.ready.remote(): writer for writer in writers}
     todo, left = deque(plan.pieces), len(plan.pieces)
     try:
@@ -55,6 +58,7 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
                 yield images
             if todo:
                 busy[writer.write.remote(todo.popleft())] = writer
+            del writer, ready
     except ray.exceptions.RayActorError as error:
         raise RunFailed(
             f"a process that wrote the teacher's outputs died {_RETRIES + 1} times; is there enough memory? The same command goes on"

@@ -51,10 +51,12 @@ log = logging.getLogger(__name__)
 class Slots:
     """How many trainings run at once, and what Tune reserves for each trial's own process.
 
+    now: of these, how many there is room for at this moment.
     short: why not even one training can start before the cluster grows; empty where one can.
     """
 
     concurrent: int
+    now: int
     trial_resources: dict[str, float]
     short: str = ""
 
@@ -203,7 +205,7 @@ def slots_of(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Slots:
     concurrent = min(runtime.concurrent or fit, fit) if runtime.address is None else runtime.concurrent or fit
     each = " and ".join(f"{amount:g} {name}" for name, amount in resources_of(runtime).items())
     short = f"a training needs {fewest} x {each}, and there is room for {room} of them" if room < fewest else ""
-    return Slots(concurrent, resources_of(runtime) if runtime.single else dict(_WAITING_TRIAL), short)
+    return Slots(concurrent, min(concurrent, room // fewest), resources_of(runtime) if runtime.single else dict(_WAITING_TRIAL), short)
 
 
 def talk_on_rays_network() -> None:

@@ -57,7 +57,7 @@ _START_SECONDS = 30.0
 def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
     """Empty the queue on Ray, which is running. Raises what the queue raised, or RunFailed where Tune itself could not go on."""
     desk = _Desk(work, layout)
-    first = desk.draw(slots.concurrent)
+    first = desk.draw(slots.now)
     # Else Tune starts its actors one after the other, and it calls off one that still starts whenever another comes free: with trials
     # shorter than the start of a process there would be a single actor for ever.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.concurrent)

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optuna
 import pytest
 import torch
+import yaml
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
+from kdbench.benchmark import run as running
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Phase, Unwatched
 from kdbench.experiment import Experiment, Unit
@@ -25,6 +31,7 @@ from tests.training.units import TEACHER, saved_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
+REPOSITORY = Path(__file__).parents[2]
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 200, "val_size": 200}
 RECIPE = {"epochs": 4, "batch_size": 50, "lr": 0.1, "precision": "fp64", "memory_format": "contiguous", "views": None}
 
@@ -45,10 +52,15 @@ class Nodes:
             self.cluster.add_node(num_cpus=1, wait=False)
         self.cluster.wait_for_nodes()
 
-    def kill(self, node_id: str) -> None:
-        """As if its plug were pulled."""
-        (node,) = [node for node in self.cluster.worker_nodes if node.node_id == node_id]
+    def kill(self, node_id: str | None = None) -> None:
+        """As if a node's plug were pulled, any node's if none is named."""
+        node = next(node for node in self.cluster.worker_nodes if node_id in (None, node.node_id))
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def kill_head(self) -> None:
+        for started in self.cluster.head_node.all_processes.values():
+            for one in started:
+                os.kill(one.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +87,19 @@ class Watch(Unwatched):
 
     def __init__(self, notes: Path) -> None:
         self.notes = notes
-        notes.mkdir()
+        notes.mkdir(exist_ok=True)
         self.said: list[str] = []
         self.ran: list[tuple[Unit, RunRecord]] = []
         self.at_epoch: dict[int, Callable[[list[Note]], None]] = {}
-        self.in_cache: Callable[[], None] | None = None
+        self.in_cache: Callable[[bool], None] = lambda done: None
 
     def trained(self) -> list[Note]:
         parts = [file.name.split(".") for file in self.notes.iterdir()]
         return [Note(node, int(rank), int(process)) for node, rank, process in parts if node != "here"]
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
-        if phase == "cache" and 0 < done < total and self.in_cache is not None:
-            self.in_cache, now = None, self.in_cache
-            now()
+        if phase == "cache" and done:
+            self.in_cache(done == total)
 
     def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str) -> None:
         if unit.role != "teacher" and (then := self.at_epoch.pop(int(metrics["epoch"]), None)) is not None:
@@ -159,3 +170,114 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
     expected = weights_of(tmp_path / "alone")
     for name, found in weights_of(tmp_path / "three").items():
         torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-11)
+
+
+# --- searches --------------------------------------------------------------------------------------------------------
+
+
+def search(folder: Path, watch: Watch, **runtime: Any) -> dict[str, Any]:
+    """Six trials, a teacher whose outputs are cached, one final."""
+    weights = folder / "teacher.safetensors"
+    return {
+        "name": "search",
+        "task": TASK,
+        "teacher": {"model": TEACHER, "weights": str(weights if weights.exists() else saved_teacher(folder).weights)},
+        "students": [student(watch)],
+        "methods": ["kd"],
+        "recipe": RECIPE | {"precision": "fp32", "views": 1},
+        "search": {"trials": 6, "sampler": "random", "scheduler": "none", "top_k": 1, "also": {"recipe.lr": {"low": 0.01, "high": 0.3}}},
+        "seeds": 1,
+        "runtime": {"checkpoint_seconds": 0} | runtime,
+    }
+
+
+def trials_of(results: Path) -> list[tuple[int, dict[str, Any], float | None, str]]:
+    (journal,) = (results / "studies").glob("*.journal")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    trials = optuna.load_study(study_name=None, storage=storage).trials
+    return [(trial.number, trial.params, trial.value, trial.state.name) for trial in trials]
+
+
+def records_of(results: Path) -> list[tuple[Any, ...]]:
+    records = sorted(ResultStore(results).scan(), key=lambda record: record.unit_key)
+    return [(r.unit_key, r.role, r.params, r.metrics, r.val_metric, r.agreement, r.recipe, r.trials, r.status) for r in records]
+
+
+class Searched(NamedTuple):
+    folder: Path
+    watch: Watch
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "one"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """The search in one process, without Ray and without a fault."""
+    folder = tmp_path_factory.mktemp("search")
+    searched = Searched(folder, Watch(folder / "notes"))
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(running, "_needs_ray", lambda *_: False)
+        run(Experiment.model_validate(search(folder, searched.watch)), searched.results, searched.watch)
+    return searched
+
+
+def test_a_search_uses_all_nodes_and_loses_nothing_when_two_of_them_are_lost(
+    nodes: Nodes, undisturbed: Searched, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(undisturbed.folder / "notes")
+    before = set(watch.trained())
+    lost: list[str] = []
+
+    def in_cache(done: bool) -> None:
+        if not lost:
+            lost.append("in cache")
+            nodes.kill()  # one that holds a process which writes the teacher's outputs
+        if done:
+            nodes.add(3 - len(nodes.cluster.worker_nodes))
+
+    def kill_a_trial(trained: list[Note]) -> None:
+        nodes.kill((set(trained) - before).pop().node)
+
+    watch.in_cache, watch.at_epoch = in_cache, {2: kill_a_trial}
+    of = Experiment.model_validate(search(undisturbed.folder, watch, address=nodes.address))
+    assert run(of, undisturbed.folder / "three", watch).failures == ()
+    assert len({note.node for note in set(watch.trained()) - before}) == 3
+    assert [message.split(":")[1] for message in caplog.messages] == [" its process died; another one goes on with it"]
+    assert len([text for text in watch.said if "goes on from epoch" in text]) == 1
+    assert trials_of(undisturbed.folder / "three") == trials_of(undisturbed.results)
+    assert records_of(undisturbed.folder / "three") == records_of(undisturbed.results)
+    ran = [unit.title for unit, _ in watch.ran if unit.role != "teacher"]
+    assert sorted(ran) == ["kd seed 0", *(f"kd trial {number}" for number in range(6))]
+
+
+def test_a_search_goes_on_on_another_cluster_when_the_head_is_killed(nodes: Nodes, undisturbed: Searched) -> None:
+    watch, results = Watch(undisturbed.folder / "notes"), undisturbed.folder / "headless"
+    parts = search(undisturbed.folder, watch)
+    file = undisturbed.folder / "search.yaml"
+    file.write_text(yaml.safe_dump(parts))
+    command = [sys.executable, "-m", "kdbench.cli", "run", str(file), "--results", str(results), "--no-mlflow"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_gcs_rpc_server_reconnect_timeout_s": "8"}
+    driver = subprocess.Popen(
+        [*command, "--set", f"runtime.address={nodes.address}"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    while '"epochs"' not in "".join(path.read_text() for path in (results / "studies").glob("*.journal")):  # which each ended trial adds
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.02)
+    nodes.kill_head()
+    _, error = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    assert f"the head of the Ray cluster at {nodes.address} does not answer" in error
+    ended = [number for number, _, _, state in trials_of(results) if state == "COMPLETE"]
+    assert 1 <= len(ended) < 6
+
+    others = Nodes(2)
+    try:
+        of = Experiment.model_validate(parts | {"runtime": parts["runtime"] | {"address": others.address}})
+        assert run(of, results, watch).failures == ()
+    finally:
+        others.cluster.shutdown()
+    assert not {f"kd trial {number}" for number in ended} & {unit.title for unit, _ in watch.ran}
+    assert trials_of(results) == trials_of(undisturbed.results)
+    assert records_of(results) == records_of(undisturbed.results)

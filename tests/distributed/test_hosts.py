@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-
-from kdbench.results.store import ResultStore
 
 REPOSITORY = Path(__file__).parents[2]
 HOSTS = {"kdbench-a": "10.213.7.1", "kdbench-b": "10.213.7.2"}
