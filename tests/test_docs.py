@@ -36,6 +36,7 @@ PAGES = (
     "docs/leaderboard.md",
     "docs/design-notes.md",
     "docs/benchmarks.md",
+    "docs/faults.md",
     "docs/methods.md",
     "CHANGELOG.md",
 )

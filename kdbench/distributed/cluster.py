@@ -115,7 +115,7 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     ended = threading.Event()
-    if runtime.address is not None:
+    if mine and runtime.address is not None:
         head = ray.get_runtime_context().gcs_address
         threading.Thread(target=_watch_head, args=(head, ended), daemon=True).start()
     try:

@@ -27,6 +27,7 @@ from kdbench.benchmark.watch import Phase, Unwatched
 from kdbench.experiment import Experiment, Unit
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
+from tests import private_ray
 from tests.training.units import TEACHER, saved_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -67,11 +68,14 @@ class Nodes:
 def nodes() -> Iterator[Nodes]:
     import ray
 
+    others = ray.is_initialized()  # those of another file, of which a process can have one only
     ray.shutdown()
     nodes = Nodes(3)
     yield nodes
     ray.shutdown()
     nodes.cluster.shutdown()
+    if others:
+        private_ray.start()
 
 
 class Note(NamedTuple):
