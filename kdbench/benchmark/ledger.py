@@ -43,7 +43,8 @@ class Ledger:
         self._context = {"config": to_yaml(experiment), **describe_environment()}
         self._curves: dict[str, list[dict[str, float]]] = {}
         self._live: dict[str, LiveRun] = {}
-        self._untracked: dict[str, Callable[[], str | None]] = {}  # what MLflow lacks, by key: how to write it
+        self._untracked: dict[str, Callable[[], str | None]] = {}  # what MLflow lacks, or may lack, by key: how to write it
+        self._missed: set[str] = set()  # of these, what it lacks for sure, as it could not be reached in this run
 
     def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str, parent: Parent = no_parent) -> None:
         """Show an epoch of a training that runs."""
@@ -100,9 +101,9 @@ class Ledger:
             for key in list(self._untracked):
                 if self._untracked[key]() is not None:
                     del self._untracked[key]
-        if self._untracked:
+        if missed := self._missed & self._untracked.keys():
             self.watch.note(
-                f"MLflow lacks {len(self._untracked)} of the finished trainings, as it could not be reached; "
+                f"MLflow lacks {len(missed)} of the finished trainings, as it could not be reached; "
                 "the same command sends those that are on record"
             )
 
@@ -129,6 +130,7 @@ class Ledger:
         run_id = self._finish_live(unit, record) or self._write(unit, record, parent)
         if run_id is None:
             self._owe(unit, record, parent)
+            self._missed.add(_key(unit))
         return run_id
 
     def _finish_live(self, unit: Unit, record: RunRecord) -> str | None:
