@@ -18,7 +18,7 @@ from kdbench.training.teacher_cache import CacheSpec
 
 # Starting Ray's processes takes about ten seconds, so that a build must be long before several of them end sooner than one.
 LONG_SECONDS = 60.0
-_RETRIES = 2  # of a writer whose process died; what it had finished stays
+_RETRIES = 2  # deaths for each writer without a shard in between, after which the build is given up; what they had finished stays
 
 
 def worth_ray(runtime: Runtime, plan: Plan, seconds: float, started_anyway: bool) -> bool:
@@ -36,33 +36,40 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
     import ray
 
     count, reserved = min(len(plan.pieces), _fit(runtime)), resources_of(runtime)
-    kind: Any = ray.remote(_Writer).options(
-        num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0), max_restarts=_RETRIES, max_task_retries=_RETRIES
-    )
-    # A writer ends when nothing refers to it any more. Killed, it would leave Ray with tasks to complain of. It must end as soon as it has
-    # nothing to do: one whose node was lost waits for a place to go on in.
-    writers: Iterator[Any] = (
-        kind.remote(builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker) for _ in range(count)
-    )
-    # It gets pieces once it runs: one that other jobs on the cluster leave no room for holds up nobody.
-    busy = {writer.ready.remote(): writer for writer in writers}
-    todo, left = deque(plan.pieces), len(plan.pieces)
-    try:
-        while left:
-            (ready,), _ = ray.wait(list(busy), num_returns=1)
-            writer, images = busy.pop(ready), ray.get(ready)
-            if isinstance(images, KDBenchError):
-                raise images
-            if images:
-                left -= 1
-                yield images
-            if todo:
-                busy[writer.write.remote(todo.popleft())] = writer
-            del writer, ready
-    except ray.exceptions.RayActorError as error:
-        raise RunFailed(
-            f"a process that wrote the teacher's outputs died {_RETRIES + 1} times; is there enough memory? The same command goes on"
-        ) from error
+    kind: Any = ray.remote(_Writer).options(num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0))
+    made = (builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker)
+    # Who does what. A writer gets pieces once it runs, so that one that other jobs leave no room for holds up nobody, and ends when nothing
+    # refers to it any more, which leaves its place to one that takes over from a lost node. Killed, it would leave Ray with complaints.
+    busy: dict[Any, tuple[Any, Piece | None]] = {
+        writer.ready.remote(): (writer, None) for writer in (kind.remote(*made) for _ in range(count))
+    }
+    todo, left, deaths = deque(plan.pieces), len(plan.pieces), 0
+    while left:
+        (ready,), _ = ray.wait(list(busy), num_returns=1)
+        writer, piece = busy.pop(ready)
+        try:
+            images = ray.get(ready)
+        except ray.exceptions.RayActorError as error:
+            # Not Ray's own retries: these are used up within a second, before Ray knows that a node is gone.
+            deaths += 1
+            if deaths > _RETRIES * count:
+                raise RunFailed(
+                    f"{deaths} processes that wrote the teacher's outputs died; is there enough memory? The same command goes on"
+                ) from error
+            if piece is not None:
+                todo.append(piece)
+            writer = kind.remote(*made)
+            busy[writer.ready.remote()] = writer, None
+            continue
+        if isinstance(images, KDBenchError):
+            raise images
+        if piece is not None:
+            left, deaths = left - 1, 0
+            yield images
+        if todo:
+            piece = todo.popleft()
+            busy[writer.write.remote(piece)] = writer, piece
+        del writer, ready
 
 
 class _Writer:
