@@ -47,6 +47,8 @@ PARTS = {
     "f": Part("memory", "benchmarks.memory", 70, 20),
     "g": Part("start", "benchmarks.start", 110, 15),
     "methods": Part("what a step of each method costs", "benchmarks.methods", 150, 15, asked_for=True),
+    "store": Part("records: one file each, and compacted", "benchmarks.store", 120, 20, asked_for=True),
+    "scaling": Part("Ray's share of a trial, a report and a checkpoint", "benchmarks.scaling", 420, 90, asked_for=True),
 }
 FULL_FACTOR = 6.0  # how much longer each ratio is measured with --full
 

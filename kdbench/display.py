@@ -6,11 +6,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from kdbench.benchmark.watch import Phase
 from kdbench.experiment import Unit
+from kdbench.results.formatting import digits
+from kdbench.results.leaderboard import Board, Row, boards
 from kdbench.results.record import RunRecord
 
 TITLES: dict[Phase, str] = {
@@ -23,6 +29,8 @@ TITLES: dict[Phase, str] = {
 }
 # A log gets a line for an epoch only if this long has passed since the last: a long teacher shows life, a short trial does not flood.
 _HEARTBEAT_SECONDS = 5.0
+_ROOMY = 90  # characters of a terminal that has room for bars and for what is left beside what runs now
+_LINES_BELOW_BARS = 3  # a board's title, its header and the line below it
 
 
 class Display:
@@ -31,21 +39,25 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars = _bars(console) if console.is_terminal else None
+        self._finals: dict[str, RunRecord] = {}
+        self._boards: list[Board] = []
         self._tasks: dict[Phase, Any] = {}
         self._running: dict[str, str] = {}
         self._shown = time.monotonic()
         self._counts: dict[Phase, tuple[int, int]] = {}
         self._best: dict[str, float] = {}
         self._begun: dict[Phase, tuple[float, int]] = {}
+        self._screen = Live(console=console, get_renderable=self._shown_now, refresh_per_second=4, vertical_overflow="crop")
 
     def __enter__(self) -> Display:
         if self._bars is not None:
-            self._bars.start()
+            self._screen.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._boards = []  # whoever runs an experiment prints the whole board next
         if self._bars is not None:
-            self._bars.stop()
+            self._screen.stop()
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
         before = self._counts.get(phase)
@@ -82,10 +94,16 @@ class Display:
         result = _result(record)
         best = self._keep_best(unit, record)
         place = f"{TITLES[phase]} {min(done + 1, total)}/{total}: {unit.title}: {result}{best}"
+        self.found(record)
         if self._bars is not None:
             self._bars.update(self._tasks[phase], now=f"{unit.title}: {result}{best}")
         else:
-            self._line(place + self._left(phase, done + 1, total))
+            self._line(place + self._standing(record) + self._left(phase, done + 1, total))
+
+    def found(self, record: RunRecord) -> None:
+        if record.role == "final":
+            self._finals[record.unit_key] = record
+            self._boards = boards(self._finals.values())
 
     def note(self, text: str) -> None:
         self._line(text)
@@ -93,6 +111,32 @@ class Display:
     def _line(self, text: str) -> None:
         self._shown = time.monotonic()
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _shown_now(self) -> Group:
+        """Bars, and below them the boards as they are so far, cut to the terminal's height."""
+        if self._bars is None:
+            return Group()
+        room = self.console.height - len(self._tasks) - 1
+        small: list[Group] = []
+        for board in self._boards:
+            lines = min(len(board.rows), room - _LINES_BELOW_BARS)
+            if lines < 1:
+                break
+            small.append(_small_board(board, lines, self.console.width))
+            room -= lines + _LINES_BELOW_BARS
+        return Group(self._bars, *small)
+
+    def _standing(self, record: RunRecord) -> str:
+        """Where a method stands after one more final: `; kd so far 83.05 +-0.41 over 2 seeds, rank 1 of 3`."""
+        if record.role != "final":
+            return ""
+        for board in self._boards:
+            rows = [row for row in board.rows if row.label == record.label and record.run_id in row.run_ids]
+            if rows:
+                row, ranked = rows[0], sum(other.rank is not None for other in board.rows)
+                rank = f", rank {row.rank} of {ranked}" if row.rank is not None else ""
+                return f"; {row.label} so far {_mean(row, board)} over {row.seeds} seed{'' if row.seeds == 1 else 's'}{rank}"
+        return ""
 
     def _keep_best(self, unit: Unit, record: RunRecord) -> str:
         if unit.role != "trial" or record.val_metric is None:
@@ -132,21 +176,57 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
+def _mean(row: Row, board: Board) -> str:
+    """`83.05`, or `83.05 +-0.41` with half the width of the 95% interval."""
+    if row.mean is None:
+        return "-"
+    figures = digits(board)
+    return f"{row.mean:.{figures}f}" + ("" if row.high is None else f" ±{row.high - row.mean:.{figures}f}")
+
+
+def _gain(row: Row, board: Board) -> Text:
+    """The gain in points: green surely better, red surely worse."""
+    if row.gain is None:
+        return Text("-")
+    surely = row.gain_low is not None and row.gain_high is not None and not row.gain_low <= 0 <= row.gain_high
+    return Text(f"{row.gain:+.{digits(board)}f}", style=("green" if row.gain > 0 else "red") if surely else "")
+
+
+def _small_board(board: Board, lines: int, width: int) -> Group:
+    """The best `lines` methods so far; whole cells are left out before any is cut."""
+    more = len(board.rows) - lines
+    title = f"{board.teacher or 'no teacher'} -> {board.student}, so far" + (f" ({more} more)" if more else "")
+    columns = [Column("rank", justify="right"), Column("method"), Column(board.primary, justify="right")]
+    columns += [Column("gain", justify="right")] if width >= 45 else []
+    columns += [Column("seeds", justify="right")] if width >= 55 else []
+    for column in columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    table = Table(*columns, box=box.SIMPLE_HEAD if width >= 55 else None, pad_edge=False, show_edge=False)
+    for row in board.rows[:lines]:
+        rank = Text("-" if row.rank is None else str(row.rank))
+        cells = [rank, Text(row.label), Text(_mean(row, board)), _gain(row, board), Text(str(row.seeds))]
+        table.add_row(*cells[: len(columns)], style="bold" if row.rank == 1 else "")
+    return Group(Text(title, style="bold", no_wrap=True, overflow="ellipsis"), table)
+
+
 class _Now(ProgressColumn):
     """What runs at this moment, and its metric so far."""
 
-    def render(self, task: Task) -> str:
-        return str(task.fields.get("now", ""))
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("now", "")), no_wrap=True, overflow="ellipsis")
 
 
 def _bars(console: Console) -> Progress:
+    whole = Column(no_wrap=True, overflow="ellipsis")
+    roomy = [BarColumn(bar_width=24)], [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    bar, times = roomy if console.width >= _ROOMY else ([], [])
     return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        _Now(),
+        TextColumn("[bold]{task.description}", table_column=whole),
+        *bar,
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        *times,
+        _Now(table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=console,
+        expand=True,
+        auto_refresh=False,  # the screen that they are a part of does it
     )

@@ -152,6 +152,7 @@ def _shared_memory() -> Finding:
 
 
 def _results(folder: Path) -> Iterator[Finding]:
+    from kdbench.results.layout import Layout
     from kdbench.results.tracking import tracking_uri
 
     existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -160,7 +161,8 @@ def _results(folder: Path) -> Iterator[Finding]:
         yield Finding("results", "missing", reason)
     else:
         free = shutil.disk_usage(existing).free
-        text = f"{folder}: writable, {_gib(free)} free"
+        location = Layout(folder).location
+        text = f"{location}: writable, {_gib(free)} free" + ("" if location == str(folder) else f" in {folder}, its working copy")
         yield Finding("results", "ok", text) if free >= FREE_DISK else Finding("results", "advice", f"{text}: caches of teachers need room")
     yield Finding("mlflow at", "ok", tracking_uri(folder))
 

@@ -37,8 +37,12 @@ class Diverged(RunFailed):
     """A loss or a metric became nan or infinite. The message says where."""
 
 
-class DiskFull(RunFailed):
-    """There is no space left. What would run next would fail as well, so this ends the whole run."""
+class StorageFailed(RunFailed):
+    """Results can't be written or read any more. What would run next would fail as well, so this ends the whole run."""
+
+
+class DiskFull(StorageFailed):
+    """There is no space left."""
 
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -20,6 +20,7 @@ from kdbench.data.views import Augment
 from kdbench.errors import UserError, explain
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
+from kdbench.results.address import is_address, problem_with
 from kdbench.search_space import Choice, Dimension, Range
 from kdbench.tasks import TASKS
 from kdbench.tasks.build import TaskSpec
@@ -229,7 +230,15 @@ class Experiment(_Part):
     data_seed: int = 0
     cache: CacheOptions = CacheOptions()
     runtime: Runtime = Runtime()
-    results: Path | None = None
+    results: str | None = None  # a folder, or an address such as s3://bucket/folder
+
+    @field_validator("results")
+    @classmethod
+    def _without_credentials(cls, place: str | None) -> str | None:
+        """An experiment is kept with every record of it."""
+        if place is not None and is_address(place) and (problem := problem_with(place)):
+            raise ValueError(problem)
+        return place
 
     @model_validator(mode="after")
     def _names(self) -> Experiment:

@@ -16,6 +16,7 @@ from kdbench.data import DATA
 from kdbench.errors import UserError
 from kdbench.methods import METHODS
 from kdbench.models import MODELS
+from kdbench.results.formatting import digits, interval, scaled, short
 from kdbench.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from kdbench.benchmark.dry_run import DryRun, MethodEstimate
     from kdbench.methods.base import Method
+    from kdbench.results.explanation import Explanation
+    from kdbench.results.recommendation import Answer, Budget, Option
     from kdbench.search_space import Dimension
     from kdbench.tasks.base import Task
     from kdbench.training.cache_entries import Listed
@@ -49,6 +52,12 @@ def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """The rows as lines with columns of equal width, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def check_table_or_json(format: str) -> None:
+    """Raise UserError for another format."""
+    if format not in ("table", "json"):
+        raise UserError(f"unknown format {format!r}{nearest(format, ('table', 'json'))}")
 
 
 # --- cache ls --------------------------------------------------------------------------------------------------------
@@ -85,8 +94,7 @@ def catalogue_page(kind: str, format: str = "table") -> str:
     """
     if kind not in KINDS:
         raise UserError(f"there is no list of {kind!r}{nearest(kind, KINDS)}")
-    if format not in ("table", "json"):
-        raise UserError(f"unknown format {format!r}{nearest(format, ('table', 'json'))}")
+    check_table_or_json(format)
     entries = _entries(kind)
     if format == "json":
         return json.dumps([{"name": name, "summary": entry.summary, "target": entry.target} for name, entry in entries.items()], indent=2)
@@ -379,3 +387,75 @@ def image_shape(text: str) -> tuple[int, int, int]:
 def _size(shape: Sequence[int]) -> str:
     """[3, 32, 32] as 3x32x32, the way that --image is written."""
     return "x".join(map(str, shape))
+
+
+# --- leaderboard --explain -------------------------------------------------------------------------------------------
+
+
+def explanation_page(explanation: Explanation) -> str:
+    """The runs of a board's row, one a line, then every figure of it with how it follows and from which runs."""
+    runs = [("seed", "run", "counts", "undistilled", "kd", "")]
+    for run in explanation.runs:
+        note = "" if run.counted == run.run_id else f"{run.status}: {run.failure or 'no metric'}; counts as {run.counted or 'nothing'}"
+        runs.append((str(run.seed), run.run_id, short(run.value), _of(run.undistilled), _of(run.control), note))
+    figures = []
+    for figure in explanation.figures:
+        ids = " ".join(dict.fromkeys(figure.run_ids))
+        figures.append(f"  {figure.name}  {figure.value}\n    = {figure.how}\n    of {ids}")
+    predictions = [(run.predictions, f"sha256 {run.predictions_sha256}") for run in explanation.runs if run.predictions]
+    return "\n".join(
+        [
+            f"{explanation.method}: {explanation.title} (protocol {explanation.protocol_hash})",
+            aligned(runs, "  "),
+            *figures,
+            *(["  predictions, of which `kdbench verify` derives the metrics again", aligned(predictions, "    ")] if predictions else []),
+        ]
+    )
+
+
+def _of(other: tuple[str, float] | None) -> str:
+    return "-" if other is None else f"{short(other[1])} ({other[0]})"
+
+
+# --- recommend -------------------------------------------------------------------------------------------------------
+
+
+def recommendation_page(answers: Sequence[Answer], budget: Budget) -> str:
+    """What to take for the budget, one paragraph a task, data set and teacher; where nothing qualifies, what comes nearest."""
+    return "\n\n".join("\n".join(_answer_lines(answer, budget)) for answer in answers)
+
+
+def _answer_lines(answer: Answer, budget: Budget) -> Iterator[str]:
+    yield f"{answer.task} on {answer.data}, {f'teacher {answer.teacher}' if answer.teacher else 'no teacher'}"
+    if answer.options:
+        yield from _option_lines(answer.options[0], answer, budget)
+        alike = [f"{o.row.label} for {o.board.student} ({_sureness(o, budget)})" for o in answer.options[1:]]
+        if alike:
+            yield f"  also within the budget: {', '.join(alike)}"
+    else:
+        yield "  nothing qualifies" + ("" if answer.nearest is None else "; the nearest misses it: " + ", ".join(answer.nearest.missed))
+        if answer.nearest is not None:
+            yield from _option_lines(answer.nearest, answer, budget)
+    yield from (f"  note: {note}" for note in answer.notes)
+
+
+def _option_lines(option: Option, answer: Answer, budget: Budget) -> Iterator[str]:
+    row, decimals = option.row, digits(option.board)
+    yield f"  {row.label} for {option.board.student}: {_sureness(option, budget)}"
+    mean = interval(row.mean, row.low, row.high, f".{decimals}f")
+    gain = interval(row.gain, row.gain_low, row.gain_high, f"+.{decimals}f")
+    yield f"    {answer.primary} {mean}, gain {gain} over the undistilled student, {row.seeds} seeds"
+    latency = "latency not known" if row.latency_ms_p50 is None else f"{short(row.latency_ms_p50)} ms for one image"
+    on = f" on {option.latency_device}" if option.latency_device else ""
+    yield f"    {latency}{on}, {scaled(row.params_count)} parameters, {short(row.device_hours)} device-hours with its search"
+    yield "    parameters: " + (", ".join(f"{name}={short(value)}" for name, value in row.params.items()) or "none")
+    if option.alike:
+        yield f"    not told apart from it: {', '.join(option.alike)}"
+    yield f"    kdbench export {row.run_ids[0]}"
+
+
+def _sureness(option: Option, budget: Budget) -> str:
+    asked = f"a gain of at least {budget.min_gain:g}"
+    if option.confidence is None:
+        return f"not known how sure {asked} is, one seed tells nothing"
+    return f"{'sure' if option.sure else 'not sure'} of {asked} ({option.confidence:.1%})"

@@ -15,8 +15,9 @@ import torch
 from kdbench.distributed.cluster import quiet
 from tests import private_ray
 from tests.console import Kdbench
+from tests.object_storage import ObjectStorage
 
-for _variable in ("KDBENCH_RESULTS", "KDBENCH_DATA", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+for _variable in ("KDBENCH_RESULTS", "KDBENCH_DATA", "KDBENCH_WORKING_COPIES", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_PROFILE"):
     os.environ.pop(_variable, None)
 quiet()
 torch.set_num_threads(1)
@@ -39,6 +40,21 @@ def ray() -> Iterator[None]:
     private_ray.start()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_storage() -> Iterator[ObjectStorage]:
+    """An S3 server of this process."""
+    with ObjectStorage() as storage:
+        yield storage
+
+
+@pytest.fixture
+def bucket(object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The address of an empty bucket, and what is in the environment of somebody who uses it."""
+    for name, value in object_storage.environment(tmp_path / "copies").items():
+        monkeypatch.setenv(name, value)
+    return object_storage.new_bucket()
 
 
 @pytest.fixture

@@ -412,7 +412,7 @@ def test_the_installed_script_finds_a_module_in_the_working_directory(tmp_path: 
     (tmp_path / "bin" / "kdbench").write_text("from kdbench.cli import main\nmain()\n")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "own_net.py").write_text(OWN_CODE)
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     command = [sys.executable, str(tmp_path / "bin" / "kdbench"), "taps", "own_net:Net", "--image", "1x28x28"]
     done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -640,10 +640,34 @@ def test_a_results_folder_that_can_not_be_written_is_refused(kdbench: Kdbench, f
     assert_mistake(ended, "can't be written", "choose another with --results DIR or the variable KDBENCH_RESULTS")
 
 
-@pytest.mark.parametrize("folder", ["s3://bucket/results", "file:///results"])
-def test_an_address_is_no_results_folder(kdbench: Kdbench, folder: str) -> None:
-    assert_mistake(kdbench("run", write({}), "--results", folder), "expected a folder")
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("s4://bucket/results", ["no storage is called 's4'; did you mean 's3'?"]),
+        ("s3://", ["expected s3://bucket/folder, got no bucket"]),
+        ("s3://me:hunter22@bucket/results", ["holds credentials or options", "set credentials in the environment"]),
+        ("s3://bucket/results?secret=hunter22", ["holds credentials or options"]),
+    ],
+)
+def test_an_address_that_can_not_be_used_is_refused_and_credentials_are_not_repeated(
+    kdbench: Kdbench, address: str, words: list[str]
+) -> None:
+    for ended in (kdbench("run", write({}), "--results", address), kdbench("run", write({"results": address}))):
+        assert_mistake(ended, *words)
+        assert "hunter22" not in ended.err + ended.out
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
+
+
+def test_credentials_in_a_file_are_refused_even_where_another_place_is_given(kdbench: Kdbench) -> None:
+    ended = kdbench("run", write({"results": "s3://me:hunter22@bucket/results"}), "--results", "here")
+    assert_mistake(ended, "tiny.yaml: results: ", "holds credentials")
+    assert "hunter22" not in ended.err + ended.out
+
+
+def test_a_storage_without_its_driver_is_told_what_to_install(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setenv("KDBENCH_WORKING_COPIES", "copies")
+    assert_mistake(kdbench("leaderboard", "--results", "s3://bucket/results"), "pip install 'kdbench[s3]'")
 
 
 def test_a_file_is_no_results_folder_to_read_from(kdbench: Kdbench) -> None:
@@ -779,7 +803,7 @@ def test_a_full_disk_in_a_process_of_ray_ends_the_run_in_the_driver(monkeypatch:
         | {"student": "tiny_cnn", "method": "none", "recipe": {}}
     )
     ending = unpack_ending(pack_ending(attempt(unit, LocalSession(), Layout(tmp_path))))
-    assert ending == Ending(crash="the disk is full: x was not written", disk_full=True)
+    assert ending == Ending(crash="the disk is full: x was not written", storage_failed=True)
 
 
 # --- trainings that diverge ------------------------------------------------------------------------------------------

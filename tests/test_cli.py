@@ -43,6 +43,11 @@ COMMANDS = (
     "show",
     "taps",
     "export",
+    "recommend",
+    "verify",
+    "results",
+    "results export",
+    "results import",
     "cache",
     "cache ls",
     "cache build",
@@ -69,7 +74,8 @@ def test_the_examples_of_list_show_and_taps_work(kdbench: Kdbench) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "run --help", "list methods", "list models --format json", "leaderboard", "leaderboard --format json"]
+    "arguments",
+    ["--help", "run --help", "list methods", "list models --format json", "leaderboard", "leaderboard --format json", "recommend --help"],
 )
 def test_quick_commands_import_neither_torch_nor_ray(arguments: str, tmp_path: Path) -> None:
     script = (
@@ -79,7 +85,7 @@ def test_quick_commands_import_neither_torch_nor_ray(arguments: str, tmp_path: P
         "print(sorted({'torch', 'ray', 'timm', 'mlflow', 'optuna'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONPATH": str(Path(cli.__file__).parents[1])}, cwd=tmp_path
+        [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONPATH": str(Path(cli.__file__).parents[2])}, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
@@ -96,6 +102,12 @@ def test_quick_commands_import_neither_torch_nor_ray(arguments: str, tmp_path: P
         ("taps tiny_cnn --image 32x32", "--image 32x32", "such as 3x32x32"),
         ("taps vgg8 --image 3x4x4", "'vgg8'", "try a larger --image"),
         ("leaderboard --format jsn", "'jsn'", "did you mean 'json'?"),
+        ("leaderboard --explain kd", "--explain kd", "no board has this method"),
+        ("recommend --latency fast", "--latency fast", "such as 5ms"),
+        ("recommend --params many", "--params many", "such as 250k"),
+        ("recommend --format csv", "'csv'", "json"),
+        ("results import nowhere.zip", "nowhere.zip", "there is no such file"),
+        ("results export x.zip", "nothing to export", "results"),
         ("run missing.yaml", "missing.yaml", "there is no such file"),
         ("export 01ABC", "'01ABC'", "kdbench leaderboard --format json"),
         ("export 01ABC --format onx", "'01ABC'", "--results DIR"),

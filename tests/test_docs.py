@@ -22,7 +22,8 @@ from kdbench.methods.build import MethodSpec
 from kdbench.models.build import ModelSpec
 from kdbench.pages import KINDS, show_page
 from kdbench.results.leaderboard import Board, Row
-from kdbench.results.rendering import board_data, row_data
+from kdbench.results.rendering import board_data, row_data, summary_data
+from kdbench.results.summary import Summary, SummaryRow
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec
 from kdbench.tasks.classification import Classification
@@ -38,6 +39,7 @@ PAGES = (
     "docs/benchmarks.md",
     "docs/faults.md",
     "docs/methods.md",
+    "docs/scaling.md",
     "CHANGELOG.md",
 )
 
@@ -201,9 +203,13 @@ def test_the_reference_has_the_options_that_all_tasks_share(task: type[Task]) ->
 
 
 def test_the_json_contract_has_every_key_that_is_printed() -> None:
-    empty = dict.fromkeys(Row.__dataclass_fields__) | {"params": {}, "run_ids": (), "seeds": 0, "failed": 0}
-    board = Board("p", "t", "d", None, None, None, "s", "accuracy", True, (), (), ())
+    empty = dict.fromkeys(Row.__dataclass_fields__) | {"params": {}, "values": {}, "pareto": (), "run_ids": (), "seeds": 0, "failed": 0}
+    board = Board("p", "f", "t", "d", None, None, None, "s", "accuracy", True, None, None, None, (), (), ())
     assert list(_table("docs/leaderboard.md", "A row")) == list(row_data(Row(**empty)))
     table = _table("docs/leaderboard.md", "A board")
     assert list(table) == list(board_data(board))
     assert all(f"`{key}`" in table["teacher"][0] for key in board_data(board)["teacher"])
+    rows = (SummaryRow("kd", "kd", *[None] * 6),)
+    summary = summary_data(Summary("f", "t", "accuracy", (), rows, None, None, ()))
+    assert list(_table("docs/leaderboard.md", "Across pairs")) == list(summary)
+    assert all(f"`{key}`" in _table("docs/leaderboard.md", "Across pairs")["rows"][0] for key in summary["rows"][0])

@@ -16,8 +16,9 @@ from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef
 from kdbench.results.layout import Layout
 from kdbench.results.locks import Held, locked
 from kdbench.training.cache_build import Builder, Plan, build_here, cached_already, mend
+from kdbench.training.cache_copies import bring, send
 from kdbench.training.cache_streams import ENTRY, Stream
-from kdbench.training.teacher_cache import LOGITS, TEST, CacheSpec
+from kdbench.training.teacher_cache import LOGITS, TEST, CacheSpec, tap_stream
 from kdbench.training.top_k import BOUND, TEMPERATURES
 
 # Writes a plan's pieces somewhere else than in this process, yielding how many images after each; None where this process should.
@@ -42,17 +43,20 @@ def fill_cache(
 ) -> ExitStack:
     """Have the cache hold all that fits its budget of what methods with these taps ask for. Keep the result open while it is used.
 
-    Raises DiskFull where there is no room on the disk; what was written by then is gone on with.
+    Raises DiskFull where there is no room on the disk; what was written by then is gone on with. A store of results at an address
+    holds it too once this returns.
     """
     key = spec.key
     folder = layout.cache(key)
     with ExitStack() as in_use:
         in_use.enter_context(locked(layout.cache_lock(key, "use"), shared=True, wait=True))
         with _only_builder(layout.cache_lock(key, "build"), folder, watch):
+            bring(folder, {LOGITS, TEST, *(tap_stream(tap) for taps in tap_sets for tap in taps)})
             for name in mend(folder):
                 watch.note(f"the teacher cache {folder} is damaged ({name}); it is made again")
             if not cached_already(folder, tap_sets):
                 _build(Builder(spec, folder, device), tap_sets, watch, elsewhere)
+            send(folder)
         if (folder / ENTRY).exists():
             os.utime(folder / ENTRY)  # when it was last used
         return in_use.pop_all()
@@ -63,7 +67,7 @@ def _only_builder(lock: Path, folder: Path, watch: Watch) -> ExitStack:
     try:
         stack.enter_context(locked(lock))
     except Held as held:
-        watch.note(f"waiting for process {held.process}, which is writing the teacher's outputs to {folder}")
+        watch.note(f"waiting for {held.holder}, which is writing the teacher's outputs to {folder}")
         stack.enter_context(locked(lock, wait=True))
     return stack
 

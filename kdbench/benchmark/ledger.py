@@ -14,7 +14,8 @@ from kdbench.results.environment import describe_environment
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
-from kdbench.results.tracking import LiveRun, NoTracker, Status, Tracker
+from kdbench.results.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, NoTracker, Status, Tracker
+from kdbench.results.working_copy import fetch
 
 # A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.
 LIVE_AFTER_SECONDS = 10.0
@@ -86,6 +87,8 @@ class Ledger:
     def found_again(self, unit: Unit, record: RunRecord, parent: Parent = no_parent) -> None:
         """Count a unit that an earlier run put on record. If MLflow could not be reached then, it is shown when this run ends."""
         self.found += 1
+        if record.role != "teacher":
+            self.watch.found(record)
         if record.mlflow_run_id is None:
             self._owe(unit, record, parent)
 
@@ -125,6 +128,12 @@ class Ledger:
         self._curves.pop(_key(unit), None)
         self.watch.finished(unit, record)
 
+    def _artifacts(self, record: RunRecord) -> list[Path]:
+        """A training on another node left its weights in the store; they are fetched for MLflow alone, where there is one."""
+        if record.artifacts_uri is None or isinstance(self.tracker, NoTracker):
+            return []
+        return [fetch(self.layout.root / record.artifacts_uri)]
+
     def _show(self, unit: Unit, record: RunRecord, parent: Parent) -> str | None:
         """The record as an MLflow run; its id, or None where MLflow can't be reached. It is then sent later."""
         run_id = self._finish_live(unit, record) or self._write(unit, record, parent)
@@ -153,16 +162,16 @@ class Ledger:
             "params": {**{f"recipe.{name}": value for name, value in record.recipe.items()}, **record.params, "seed": record.seed},
             "metrics": {name: value for name, value in _summary(record).items() if value is not None},
             "tags": {
-                "kdbench.run_id": record.run_id,
-                "kdbench.role": record.role,
+                RUN_TAG: record.run_id,
+                ROLE_TAG: record.role,
                 "kdbench.method": record.label,
                 "kdbench.student": record.student,
                 "kdbench.status": record.status,
                 "kdbench.failure": record.failure or "",
-                "kdbench.protocol_hash": record.protocol_hash,
+                PROTOCOL_TAG: record.protocol_hash,
             },
             "status": STATUSES[record.status],
-            "artifacts": [self.layout.root / record.artifacts_uri] if record.artifacts_uri else [],
+            "artifacts": self._artifacts(record),
             "texts": {"experiment.yaml": record.config or ""} if record.role != "trial" else {},
         }
 

@@ -21,6 +21,7 @@ from kdbench.methods.build import MethodSpec, build_method, fitted, method_class
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
 from kdbench.results.record import RunRecord
+from kdbench.results.tracking import PROTOCOL_TAG
 from kdbench.search_space import Parameter, describe, is_whole
 from kdbench.tasks.base import Task
 from kdbench.training.evaluate import predict
@@ -197,7 +198,7 @@ class PairWork:
     def _open_parent(self, spec: MethodSpec) -> str | None:
         pair = self.pair
         key = content_hash([pair.protocol_hash, pair.student.model_dump(mode="json"), spec.label])
-        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, "kdbench.protocol_hash": pair.protocol_hash}
+        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, PROTOCOL_TAG: pair.protocol_hash}
         return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", key, tags)
 
     @property

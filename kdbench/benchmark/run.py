@@ -7,7 +7,6 @@ the same command after any interruption goes on.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,13 +31,16 @@ from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
+from kdbench.results.layout import Layout
+from kdbench.results.lease import leased
 from kdbench.results.locks import Held, locked
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
+from kdbench.results.working_copy import fetch, forget_folder, holder, origin, store_at
 from kdbench.search_space import Choice
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
-from kdbench.training.checkpoint import file_sha256, save_weights
+from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
 from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
@@ -72,7 +74,7 @@ def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | 
         raise UserError(f"{experiment.name}: there is nothing to tune: the experiment has no `search:`")
     ledger = Ledger(experiment, results, watch, tracker or NoTracker())
     check(experiment, ledger)
-    with exclusive(ledger.layout.lock(experiment.name), experiment.name), ledger.held:
+    with exclusive(ledger.layout, experiment.name, watch), ledger.held:
         return _run(experiment, ledger, search_only)
 
 
@@ -142,13 +144,17 @@ def _searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
 
 
 @contextmanager
-def exclusive(lock: Path, name: str) -> Iterator[None]:
-    """Hold an experiment's lock. Raises UserError where another process does."""
-    try:
-        with locked(lock):
-            yield
-    except Held as held:
-        raise UserError(f"{name} is already running in this results folder (process {held.process})") from None
+def exclusive(layout: Layout, name: str, watch: Watch) -> Iterator[None]:
+    """Hold an experiment's lock, on this machine and, for results at an address, on all. Raises UserError where another process does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(layout.lock(name)))
+            address = origin(layout.root)
+            if address is not None:
+                stack.enter_context(leased(store_at(address), name, holder(layout.root), watch.note))
+        except Held as held:
+            raise UserError(f"{name} is already running in this results folder ({held.holder})") from None
+        yield
 
 
 def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, StepProfile]:
@@ -159,7 +165,7 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
     ledger = Ledger(experiment, results, watch, NoTracker())
     check(experiment, ledger)
     profiles = {}
-    with exclusive(ledger.layout.lock(experiment.name), experiment.name), ledger.held:
+    with exclusive(ledger.layout, experiment.name, watch), ledger.held:
         pairs = _pairs(experiment, ledger, may_train=True)
         with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
             for pair, spec in product(pairs, experiment.methods):
@@ -188,7 +194,7 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
         for work in queue.queues:
             work.close()
     if queue.done and not ledger.failures:
-        shutil.rmtree(ledger.layout.checkpoints(experiment.name), ignore_errors=True)
+        forget_folder(ledger.layout.checkpoints(experiment.name))
     tuned = {work.pair.student.label: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
     protocols = tuple(dict.fromkeys(pair.protocol_hash for pair in pairs))
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
@@ -278,7 +284,7 @@ def check_methods(experiment: Experiment, task: Task, students: Sequence[nn.Modu
 
 def _refuse(experiment: Experiment, ledger: Ledger) -> None:
     raise UserError(
-        f"{experiment.name}: its teacher is not trained yet in {ledger.layout.root}; "
+        f"{experiment.name}: its teacher is not trained yet in {ledger.layout.location}; "
         "train it with kdbench run, or name a file with teacher.weights"
     )
 
@@ -304,7 +310,7 @@ def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, spl
 def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
     weights = ledger.layout.teacher(unit.key)
     record = ledger.store.by_unit_key(unit.key)
-    if record is not None and weights.exists() and file_sha256(weights) == record.teacher_sha:
+    if record is not None and fetch(weights, sha256=record.teacher_sha).exists() and file_sha256(weights) == record.teacher_sha:
         ledger.found_again(unit, record)
         return record, weights
     check_first()
@@ -316,7 +322,7 @@ def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task, che
 
 def _kept(pretrained: nn.Module, path: Path) -> Path:
     """timm's weights as they are, in a file like any teacher's, so that they stay what they are."""
-    if not path.exists():
+    if not fetch(path).exists():
         save_weights(pretrained.state_dict(), path)
     return path
 
@@ -327,11 +333,22 @@ def _given(ledger: Ledger, path: Path, unit: Unit) -> tuple[RunRecord, Path]:
         raise UserError(f"teacher.weights: there is no file {weights}")
     sha = file_sha256(weights)
     key = content_hash([unit.key, sha])
+    weights = _reachable(weights, ledger.layout, key)
     record = ledger.store.by_unit_key(key)
     if record is None:
         measured = measured_teacher(unit, weights, LocalSession(), ledger.layout)
         record = ledger.keep(unit, measured.model_copy(update={"unit_key": key, "teacher_sha": sha}))
     return record, weights
+
+
+def _reachable(weights: Path, layout: Layout, key: str) -> Path:
+    """A file of this machine's as all machines find it: where results are at an address, a copy of it goes there."""
+    copy_ = layout.teacher(key).with_suffix(weights.suffix)
+    if origin(layout.root) is None or weights.is_relative_to(layout.root):
+        return weights
+    if not fetch(copy_).exists():
+        write_atomically(copy_, lambda temporary: temporary.write_bytes(weights.read_bytes()))
+    return copy_
 
 
 class TeacherWork:

@@ -20,6 +20,10 @@ class Watch(Protocol):
 
     def finished(self, unit: Unit, record: RunRecord) -> None: ...
 
+    def found(self, record: RunRecord) -> None:
+        """A training that an earlier run finished."""
+        ...
+
     def note(self, text: str) -> None: ...
 
 
@@ -33,6 +37,9 @@ class Unwatched:
         pass
 
     def finished(self, unit: Unit, record: RunRecord) -> None:
+        pass
+
+    def found(self, record: RunRecord) -> None:
         pass
 
     def note(self, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import torch
 from kdbench.distributed.cluster import nodes_of, resources_of, workers_on
 from kdbench.errors import KDBenchError, RunFailed
 from kdbench.experiment import Runtime
+from kdbench.results.address import is_address
+from kdbench.results.layout import Layout
 from kdbench.training.cache_build import Builder, Piece, Plan
+from kdbench.training.cache_streams import Stream
 from kdbench.training.session import LocalSession
+from kdbench.training.teacher import teacher_here
 from kdbench.training.teacher_cache import CacheSpec
 
 # Starting Ray's processes takes about ten seconds, so that a build must be long before several of them end sooner than one.
@@ -37,18 +41,22 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
 
     count, reserved = min(len(plan.pieces), _fit(runtime)), resources_of(runtime)
     kind: Any = ray.remote(_Writer).options(num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0))
-    made = (builder.spec.model_dump_json(), str(builder.folder), runtime.cpus_per_worker)
+    layout = Layout(builder.folder.parents[1])
+    # The folder is only this machine's where results are at an address: rows then come back here, and the store gets the entry from here.
+    apart = runtime.address is not None and is_address(layout.location)
+    streams = {stream.name: stream for stream in plan.streams} if apart else None
+    given = (builder.spec.model_dump_json(), str(builder.folder), layout.location, runtime.cpus_per_worker, streams)
     # Who does what. A writer gets pieces once it runs, so that one that other jobs leave no room for holds up nobody, and ends when nothing
     # refers to it any more, which leaves its place to one that takes over from a lost node. Killed, it would leave Ray with complaints.
     busy: dict[Any, tuple[Any, Piece | None]] = {
-        writer.ready.remote(): (writer, None) for writer in (kind.remote(*made) for _ in range(count))
+        writer.ready.remote(): (writer, None) for writer in (kind.remote(*given) for _ in range(count))
     }
     todo, left, deaths = deque(plan.pieces), len(plan.pieces), 0
     while left:
         (ready,), _ = ray.wait(list(busy), num_returns=1)
         writer, piece = busy.pop(ready)
         try:
-            images = ray.get(ready)
+            rows = ray.get(ready)
         except ray.exceptions.RayActorError as error:
             # Not Ray's own retries: these are used up within a second, before Ray knows that a node is gone.
             deaths += 1
@@ -58,33 +66,43 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
                 ) from error
             if piece is not None:
                 todo.append(piece)
-            writer = kind.remote(*made)
+            writer = kind.remote(*given)
             busy[writer.ready.remote()] = writer, None
             continue
-        if isinstance(images, KDBenchError):
-            raise images
-        if piece is not None:
-            left, deaths = left - 1, 0
-            yield images
+        if isinstance(rows, KDBenchError):
+            raise rows
         if todo:
-            piece = todo.popleft()
-            busy[writer.write.remote(piece)] = writer, piece
+            following = todo.popleft()
+            busy[writer.write.remote(following)] = writer, following
         del writer, ready
+        if piece is not None:
+            if rows:
+                builder.put(piece, rows)
+            left, deaths = left - 1, 0
+            yield piece.images
 
 
 class _Writer:
     """A Ray actor: one process that holds the teacher. A mistake is returned, as Ray would wrap what is raised in a traceback."""
 
-    def __init__(self, spec: str, folder: str, threads: int) -> None:
+    def __init__(self, spec: str, folder: str, results: str, threads: int, streams: Mapping[str, Stream] | None) -> None:
+        """streams: those of the plan, where the rows have to be handed back; None where this process can write to the folder."""
         torch.set_num_threads(threads)
-        self._builder = Builder(CacheSpec.model_validate_json(spec), Path(folder), LocalSession().device)
+        of = CacheSpec.model_validate_json(spec)
+        of = of.model_copy(update={"teacher": teacher_here(of.teacher, Layout.at(results))})
+        self._builder, self._streams = Builder(of, Path(folder), LocalSession().device), streams
 
-    def ready(self) -> int:
-        return 0
+    def ready(self) -> None:
+        pass
 
-    def write(self, piece: Piece) -> int | KDBenchError:
+    def write(self, piece: Piece) -> dict[str, bytes] | KDBenchError | None:
+        """The rows, or None where they are written."""
         try:
-            return sum(self._builder.write(piece))
+            if self._streams is not None:
+                return self._builder.predicted(piece, self._streams)
+            for _ in self._builder.write(piece):
+                pass
+            return None
         except KDBenchError as error:
             return error
 

@@ -24,6 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from kdbench.errors import UserError, in_one_line
+from kdbench.results.journals import fetch_journal, upload_journal
 from kdbench.search_space import Choice, Dimension, Parameter, Range
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -104,6 +105,9 @@ class Spent:
 class MethodStudy:
     """Ask for points, tell how they went; every answer is on disk before the call returns.
 
+    In a working copy the journal is also in the store before `ask`, `complete`, `prune` or `fail` returns. Reports of epochs follow with
+    the next of these: they are said again when a trial ends.
+
     A search of N trials sees the study's first N and no others, so that one that continues a shorter search, or is asked again with fewer
     trials, has the budget it was given.
     """
@@ -127,6 +131,7 @@ class MethodStudy:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
+        self._path = fetch_journal(path)
         self.axes = tuple(axes)
         self.trials = trials
         self._sampler, self._seed, self._asha = sampler, seed, asha
@@ -175,7 +180,9 @@ class MethodStudy:
             self.study.sampler = make_sampler(self._sampler, self._seed, len(self._asked()))
             trial = self.study.ask()
         self._open[trial.number] = trial
-        return Point(trial.number, walk(self.axes, lambda axis: trial._suggest(axis.name, distribution(axis))))
+        point = Point(trial.number, walk(self.axes, lambda axis: trial._suggest(axis.name, distribution(axis))))
+        upload_journal(self._path)
+        return point
 
     def report(self, number: int, epoch: int, value: float, last: bool) -> bool:
         """Keep an intermediate value; True where the trial should stop now. Its `last` epoch never stops a trial: it is finished."""
@@ -201,6 +208,7 @@ class MethodStudy:
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", epochs)
         self.study.tell(number, values=list(values) if values is not None else None, state=state)
+        upload_journal(self._path)
 
     def best(self, count: int) -> list[Mapping[str, Any]]:
         """The parameters of the `count` best finished trials, all different.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.distributed.cluster import quiet, resources_of, talk_on_rays_network
+from kdbench.distributed.storage import ray_storage
 from kdbench.experiment import Runtime, Unit, WorkerRange
 from kdbench.results.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
@@ -66,7 +67,7 @@ class RaySession:
             ray.train.report(pack_epoch(metrics))
 
     def resume(self) -> State | None:
-        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        return load_checkpoint(self.checkpoint)
 
     def resumed(self, place: str) -> None:
         import ray.train
@@ -103,7 +104,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     import ray.train
 
-    unit, layout = Unit.model_validate_json(config["unit"]), Layout(Path(config["results"]))
+    unit, layout = Unit.model_validate_json(config["unit"]), Layout.at(config["results"])
     checkpoint = layout.checkpoint(unit.experiment, unit.key)
     ending = pack_ending(attempt(unit, RaySession(checkpoint, config["threads"]), layout))
     if unpack_ending(ending).record is None:
@@ -111,7 +112,7 @@ def train_worker(config: dict[str, Any]) -> None:
     ray.train.report(ending)
 
 
-def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Path) -> None:
+def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: str) -> None:
     """Run inside a Tune trial: a worker group for this unit, its reports passed on to Tune.
 
     Train begins a group again where a worker died, with as many workers as there is room for where their number is a range.
@@ -124,7 +125,7 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
     workers = unit.workers
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"unit": unit.model_dump_json(), "results": str(layout.root), "threads": runtime.cpus_per_worker},
+        train_loop_config={"unit": unit.model_dump_json(), "results": layout.location, "threads": runtime.cpus_per_worker},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if isinstance(workers, WorkerRange) else workers,  # type: ignore[arg-type]
             use_gpu=runtime.gpus_per_worker > 0,
@@ -134,7 +135,7 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: Pa
         ),
         torch_config=_network(),
         run_config=ray.train.RunConfig(
-            storage_path=str(storage),
+            **ray_storage(storage),
             failure_config=ray.train.FailureConfig(max_failures=-1),  # the callback counts
             callbacks=[_to_tune(unit.title)],
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]

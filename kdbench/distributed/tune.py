@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -24,6 +22,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from kdbench.distributed.cluster import Slots
+from kdbench.distributed.storage import files_in, ray_storage, scratch
 from kdbench.distributed.train import train_with_workers
 from kdbench.errors import RunFailed
 from kdbench.experiment import Runtime, Unit
@@ -52,6 +51,7 @@ log = logging.getLogger(__name__)
 _RETRIES = 2
 # An actor imports torch in a few seconds; one that takes longer than this is not waited for.
 _START_SECONDS = 30.0
+_LOOKS_A_SECOND = 80  # at who is up, by all actors together: a thousand of them would keep an object store busy with their questions
 
 
 def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
@@ -63,11 +63,9 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.concurrent)
     # Tune looks for result files of its own when it ends, and complains of each that it was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.CRITICAL)
-    # All nodes of a cluster see the results folder; what Tune and Train note down about a run is thrown away with it.
-    with tempfile.TemporaryDirectory(prefix=".ray-", dir=layout.root if runtime.address else None) as scratch:
-        storage = Path(scratch).resolve()
+    with scratch(layout, runtime) as storage:
         trainable = tune.with_resources(
-            partial(_train_unit, runtime=runtime.model_dump_json(), results=str(layout.root), storage=str(storage), first=first),
+            partial(_train_unit, runtime=runtime.model_dump_json(), results=layout.location, storage=storage, first=first),
             slots.trial_resources,
         )
         tuner = tune.Tuner(
@@ -80,7 +78,7 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
             ),
             run_config=tune.RunConfig(
                 name="units",
-                storage_path=str(storage),
+                **ray_storage(storage),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=_RETRIES),
                 callbacks=[_Deaths(desk)],
@@ -227,25 +225,24 @@ class _Deaths(tune.Callback):
 
 def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str, first: int) -> None:
     """What a Tune trial runs, in its actor. first: how many trials start with the first one."""
-    unit, layout, how = Unit.model_validate_json(config["unit"]), Layout(Path(results)), Runtime.model_validate_json(runtime)
+    unit, layout, how = Unit.model_validate_json(config["unit"]), Layout.at(results), Runtime.model_validate_json(runtime)
     if not how.single:
-        train_with_workers(unit, how, layout, Path(storage))
+        train_with_workers(unit, how, layout, storage)
         return
-    _wait_for_the_others(Path(storage) / "actors", first)
+    _wait_for_the_others(storage, first)
     session = LocalSession(layout.checkpoint(unit.experiment, unit.key), _epoch_to_tune, _place_to_tune, threads=how.cpus_per_worker)
     tune.report(pack_ending(attempt(unit, session, layout)))
 
 
-def _wait_for_the_others(actors: Path, count: int) -> None:
+def _wait_for_the_others(storage: str, count: int) -> None:
     """Hold a new actor's first training until `count` actors are up, or a while has passed: see `run_with_tune` for what happens else."""
-    me = actors / f"{socket.gethostname()}-{os.getpid()}"
-    if me.exists():
+    files, me = files_in(storage), f"actors/{socket.gethostname()}-{os.getpid()}"
+    if files.exists(me):
         return
-    actors.mkdir(exist_ok=True)
-    me.touch()
+    files.replace(me, b"")
     deadline = time.monotonic() + _START_SECONDS
-    while len(list(actors.iterdir())) < count and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while len(files.find("actors")) < count and time.monotonic() < deadline:
+        time.sleep(max(0.05, count / _LOOKS_A_SECOND))
 
 
 def _epoch_to_tune(metrics: Mapping[str, float]) -> None:

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdbench.errors import UserError
+from kdbench.results.address import is_address
+from kdbench.results.working_copy import origin, working_copy
 
 
-def results_folder(option: Path | None = None, configured: Path | None = None) -> Path:
+def results_folder(option: str | Path | None = None, configured: str | Path | None = None) -> Path:
     """`--results`, else `results:` in the experiment, else KDBENCH_RESULTS, else ./results; always absolute.
 
-    Raises UserError for an address such as s3://bucket.
+    For an address such as s3://bucket/folder this is its working copy on this machine. Raises UserError for an address that can't be used.
     """
-    chosen = option or configured or os.environ.get("KDBENCH_RESULTS") or "results"
-    if address := re.match(r"[a-z][a-z0-9+.-]+:/", str(chosen)):
-        raise UserError(
-            f"results folder {str(chosen)!r}: expected a folder, no address {address[0]}/...; mount the storage and name its folder"
-        )
-    return Path(chosen).expanduser().resolve()
+    chosen = str(option or configured or os.environ.get("KDBENCH_RESULTS") or "results")
+    if is_address(chosen):
+        return working_copy(chosen)
+    return Path(chosen.removeprefix("file://")).expanduser().resolve()
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,22 @@ class Layout:
     """The folders of one results folder. Records (`v1/`) are the truth; all else can be made again or is an attachment of a record."""
 
     root: Path
+
+    @classmethod
+    def at(cls, location: str) -> Layout:
+        """On any machine, from the `location` of a layout on another one."""
+        return cls(results_folder(location))
+
+    @property
+    def location(self) -> str:
+        """What other machines find these results by: an address, or the path of a folder that they must share."""
+        return origin(self.root) or str(self.root)
+
+    def here(self, path: Path) -> Path:
+        """A path inside the results as another machine named it, on this one: their working copies have one name, in different places."""
+        if origin(self.root) is None or self.root.name not in path.parts:
+            return path
+        return self.root.joinpath(*path.parts[path.parts.index(self.root.name) + 1 :])
 
     def teacher(self, unit_key: str) -> Path:
         return self.root / "teachers" / unit_key / "model.safetensors"
@@ -39,8 +54,8 @@ class Layout:
     def cache(self, key: str) -> Path:
         return self.root / "cache" / key
 
-    def cache_lock(self, key: str, purpose: Literal["use", "build"]) -> Path:
-        """Shared by all that use an entry; held alone by who builds it. Outside of the entry, so that it outlives it."""
+    def cache_lock(self, key: str, purpose: Literal["use", "build", "copy"]) -> Path:
+        """Shared by all that use an entry; held alone by who builds or downloads it. Outside of the entry, so that it outlives it."""
         return self.lock(f"cache-{key}.{purpose}")
 
     @property

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean, median
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median, variance
 from typing import Any
 
 from kdbench.results.published import PublishedFigure
 from kdbench.results.record import RunRecord
-from kdbench.results.stats import gap_recovered, paired_difference, standard_error, t_interval
+from kdbench.results.stats import (
+    LEVEL,
+    detectable_effect,
+    gap_recovered,
+    holm,
+    paired_difference,
+    paired_p_value,
+    pareto_front,
+    standard_error,
+    t_interval,
+)
 
 UNDISTILLED = "none"
 CONTROL = "kd"
 CONTROLS = frozenset({UNDISTILLED, CONTROL, "label_smoothing"})  # methods that are there to be beaten
+COSTS = ("latency_ms_p50", "params_count", "device_hours")  # what a better metric is weighed against
+SPEED_ONLY = frozenset({"memory_format", "compile"})  # keys of a recipe that change how fast it is, not what is trained
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class Row:
     vs_kd: float | None  # over tuned kd, paired by seed; None for kd itself
     vs_kd_low: float | None
     vs_kd_high: float | None
+    vs_kd_p: float | None  # of the paired t-test against kd, adjusted by Holm for all methods that are no controls; None for controls
+    values: Mapping[int, float]  # by seed, what `mean` is the mean of
     seeds: int  # that count in the mean, failed ones included
     failed: int  # seeds that diverged or died; each counts as the undistilled student of its seed
     params: Mapping[str, Any]  # of the method, and `recipe.x` where the search varied it
@@ -45,7 +60,16 @@ class Row:
     flops: int | None
     latency_ms_p50: float | None
     device_hours: float | None  # what one tuned student costs: the mean of the final trainings plus the whole search
+    pareto: tuple[str, ...]  # the COSTS for which no other ranked row is at least as good and as cheap, and better in one
     run_ids: tuple[str, ...]
+
+    @property
+    def verdict(self) -> int:
+        """Against kd: 1 surely better, -1 surely worse, 0 can't be told. Of a method, after Holm; of a control, by its own interval."""
+        if self.vs_kd is None:
+            return 0
+        told = _apart_from_zero(self) if self.vs_kd_p is None else self.vs_kd_p < 1 - LEVEL
+        return (1 if self.vs_kd > 0 else -1) if told else 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,7 @@ class Board:
     """Everything measured under one protocol for one teacher and one student, ranked, the incomplete last."""
 
     protocol_hash: str
+    family: str  # the same for boards whose protocols differ in data, split and networks alone
     task: str
     data: str
     teacher: str | None
@@ -61,6 +86,9 @@ class Board:
     student: str
     primary: str
     higher_is_better: bool
+    undistilled: str | None  # label of the row that `gain` is over
+    control: str | None  # label of the row that `vs_kd` is over
+    detectable: float | None  # the smallest true difference to kd that this many seeds find four times in five
     rows: tuple[Row, ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -80,6 +108,11 @@ class _Finals:
     @property
     def newest(self) -> RunRecord:
         return max(self.records.values(), key=_age)
+
+    @property
+    def signed(self) -> dict[int, float]:
+        """The values by seed, turned so that more is better."""
+        return {seed: self.better * value for seed, value in self.values.items()}
 
     @property
     def failed(self) -> int:
@@ -119,10 +152,17 @@ def _board(
     complete = [group for group in groups if len(group.values) == wanted > 0]
     incomplete = [group for group in groups if group not in complete]
     ranks = _ranks(complete)
-    rows = tuple(_row(group, ranks.get(group.label), undistilled, control, teacher_metric) for group in [*complete, *incomplete])
+    ordered = [*complete, *incomplete]
+    judged = _p_values(ordered, control)
+    rows = _with_fronts(
+        [_row(group, ranks.get(group.label), undistilled, control, teacher_metric, judged.get(group.label)) for group in ordered],
+        first.higher_is_better,
+    )
+    detectable = _detectable([group for group in complete if group.label in judged], control, wanted)
     methods = {row.method for row in rows}
     return Board(
         protocol_hash=first.protocol_hash,
+        family=_family(groups),
         task=first.task,
         data=first.data,
         teacher=first.teacher,
@@ -131,9 +171,12 @@ def _board(
         student=first.student,
         primary=first.primary,
         higher_is_better=first.higher_is_better,
+        undistilled=undistilled.label if undistilled else None,
+        control=control.label if control else None,
+        detectable=detectable,
         rows=rows,
         findings=_findings(rows, undistilled, control),
-        notes=_notes(groups, wanted, [group.label for group in incomplete]),
+        notes=_notes(groups, rows, wanted, detectable),
         published=tuple(figure for figure in published if figure.method in methods),
     )
 
@@ -153,6 +196,17 @@ def _groups(members: Sequence[RunRecord], better: float) -> list[_Finals]:
 
 def _setting(record: RunRecord) -> str:
     return json.dumps([record.method, record.method_version, record.params, record.recipe, record.search_hash], sort_keys=True)
+
+
+def _family(groups: Sequence[_Finals]) -> str:
+    """16 hex digits of how a board's students were trained and searched, whatever the data and the networks."""
+    records = [group.newest for group in groups]
+    varied = {name.removeprefix("recipe.") for record in records for name in record.space or {} if name.startswith("recipe.")}
+    first = records[0]
+    recipe = {name: value for name, value in first.recipe.items() if name not in varied | SPEED_ONLY}
+    searches = sorted({(r.trials, r.sampler or "", r.scheduler or "") for r in records if r.trials})
+    told = [first.task, first.task_version, first.primary, recipe, first.global_batch, first.precision, sorted(varied), searches]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _chosen(groups: Sequence[_Finals], method: str) -> _Finals | None:
@@ -196,11 +250,58 @@ def _difference(a: _Finals, b: _Finals | None) -> tuple[float | None, float | No
     """How much better `a` is than `b`, paired by seed. All None where `b` is missing, is `a` itself, or shares no seed with it."""
     if b is None or a is b:
         return None, None, None
-    better_a, better_b = ({seed: group.better * value for seed, value in group.values.items()} for group in (a, b))
-    return paired_difference(better_a, better_b) or (None, None, None)
+    return paired_difference(a.signed, b.signed) or (None, None, None)
 
 
-def _row(group: _Finals, rank: int | None, undistilled: _Finals | None, control: _Finals | None, teacher_metric: float | None) -> Row:
+def _p_values(groups: Sequence[_Finals], control: _Finals | None) -> dict[str, float]:
+    """By label, Holm's adjusted p-value against the control of every method that is none itself and has two seeds or more with it."""
+    rivals = [group for group in groups if control is not None and group.newest.method not in CONTROLS]
+    plain = {group.label: paired_p_value(group.signed, control.signed) for group in rivals if control is not None}
+    known = {label: p_value for label, p_value in plain.items() if p_value is not None}
+    return dict(zip(known, holm(list(known.values())), strict=True))
+
+
+def _detectable(rivals: Sequence[_Finals], control: _Finals | None, seeds: int) -> float | None:
+    """From the spread of the paired differences to kd, pooled over the methods; None where nothing is compared."""
+    if control is None:
+        return None
+    common = [(group, group.values.keys() & control.values.keys()) for group in rivals]
+    variances = [variance([group.values[seed] - control.values[seed] for seed in both]) for group, both in common if len(both) > 1]
+    return detectable_effect(seeds, math.sqrt(fmean(variances)), comparisons=len(rivals)) if variances else None
+
+
+def _with_fronts(rows: Sequence[Row], higher_is_better: bool) -> tuple[Row, ...]:
+    """The rows with the costs for which each is on the Pareto front of the ranked ones."""
+    sign = 1.0 if higher_is_better else -1.0
+    fronts: dict[str, list[str]] = {row.label: [] for row in rows}
+    ranked = [row for row in rows if row.rank is not None]
+    for cost in COSTS:
+        known = [
+            (row, sign * row.mean, price) for row in ranked if row.mean is not None and (price := _price(row, cost, ranked)) is not None
+        ]
+        for (row, *_), on_front in zip(known, pareto_front([(good, -price) for _, good, price in known]), strict=True):
+            if on_front:
+                fronts[row.label].append(cost)
+    return tuple(replace(row, pareto=tuple(fronts[row.label])) for row in rows)
+
+
+def _price(row: Row, cost: str, rows: Sequence[Row]) -> float | None:
+    """A row's cost. Rows of one network share the median of their latencies, which differ by nothing but the noise of measuring."""
+    if cost != "latency_ms_p50" or row.latency_ms_p50 is None:
+        price: float | None = getattr(row, cost)
+        return price
+    alike = [other.latency_ms_p50 for other in rows if (other.params_count, other.flops) == (row.params_count, row.flops)]
+    return median(latency for latency in alike if latency is not None)
+
+
+def _row(
+    group: _Finals,
+    rank: int | None,
+    undistilled: _Finals | None,
+    control: _Finals | None,
+    teacher_metric: float | None,
+    p_value: float | None,
+) -> Row:
     values = list(group.values.values())
     mean, low, high = t_interval(values) if values else (None, None, None)
     gain, gain_low, gain_high = _difference(group, undistilled)
@@ -225,6 +326,8 @@ def _row(group: _Finals, rank: int | None, undistilled: _Finals | None, control:
         vs_kd=vs_kd,
         vs_kd_low=vs_kd_low,
         vs_kd_high=vs_kd_high,
+        vs_kd_p=p_value,
+        values=dict(group.values),
         seeds=len(values),
         failed=group.failed,
         params=group.newest.params,
@@ -234,6 +337,7 @@ def _row(group: _Finals, rank: int | None, undistilled: _Finals | None, control:
         flops=next(iter(_known(records, "flops")), None),
         latency_ms_p50=median(latencies) if (latencies := _known(records, "latency_ms_p50")) else None,
         device_hours=fmean(training) + max(search, default=0.0) if training else None,
+        pareto=(),
         run_ids=tuple(record.run_id for record in records),
     )
 
@@ -266,27 +370,34 @@ def _findings(rows: Sequence[Row], undistilled: _Finals | None, control: _Finals
         return tuple(found)
     name = "tuned kd" if control.newest.trials else "kd (not tuned)"
     rivals = [row for row in rows if row.method not in CONTROLS and row.vs_kd is not None]
-    beaten = [row for row in rivals if row.vs_kd_low is None or row.vs_kd_low <= 0]
-    if beaten:
-        found.append(f"does not beat {name}: " + ", ".join(row.label for row in beaten))
-    if winners := [row.label for row in rivals if row not in beaten]:
+    if beaten := [row.label for row in rivals if row.verdict <= 0]:
+        found.append(f"does not beat {name}: " + ", ".join(beaten))
+    if winners := [row.label for row in rivals if row.verdict > 0]:
         found.append(f"beats {name}: " + ", ".join(winners))
     return tuple(found)
 
 
-def _notes(groups: Sequence[_Finals], wanted: int, incomplete: Sequence[str]) -> tuple[str, ...]:
+def _notes(groups: Sequence[_Finals], rows: Sequence[Row], wanted: int, detectable: float | None) -> tuple[str, ...]:
     """What a reader must know to trust the board: seeds, the search's budget, and whatever is not as it should be."""
     notes = [f"{wanted} seed{'' if wanted == 1 else 's'} a method; {_search_budget(groups)}"]
     if wanted == 1:
         notes.append("one seed tells nothing apart: all complete methods share rank 1; set seeds to 3 or more")
-    if incomplete:
-        counts = {group.label: len(group.values) for group in groups}
-        notes.append(f"not ranked, fewer than {wanted} seeds: " + ", ".join(f"{label} ({counts[label]})" for label in incomplete))
+    if detectable:
+        notes.append(f"a true difference to kd below {detectable:.2g} is missed more than one time in five with {wanted} seeds")
+    if corrected := [row.label for row in rows if row.vs_kd_p is not None and row.verdict == 0 and _apart_from_zero(row)]:
+        family = sum(row.vs_kd_p is not None for row in rows)
+        notes.append(f"the interval to kd leaves out 0, but not after Holm's correction for {family} methods: " + ", ".join(corrected))
+    if incomplete := [f"{row.label} ({row.seeds})" for row in rows if row.rank is None]:
+        notes.append(f"not ranked, fewer than {wanted} seeds: " + ", ".join(incomplete))
     if failed := [f"{group.label} ({group.failed})" for group in groups if group.failed]:
         notes.append("failed seeds count as the undistilled student of the same seed: " + ", ".join(failed))
     if left_out := [f"{group.label} ({group.left_out})" for group in groups if group.left_out]:
         notes.append("older final runs with another setting are left out: " + ", ".join(left_out))
     return tuple(notes)
+
+
+def _apart_from_zero(row: Row) -> bool:
+    return row.vs_kd_low is not None and row.vs_kd_high is not None and not row.vs_kd_low <= 0 <= row.vs_kd_high
 
 
 def _search_budget(groups: Sequence[_Finals]) -> str:

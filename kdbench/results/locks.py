@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class Held(Exception):
-    """Another process holds the lock. `process` is its number, `unknown` where it did not write one."""
+    """Somebody else holds the lock. `holder`: "process 123", or as much of that as is known."""
 
-    def __init__(self, process: str) -> None:
-        super().__init__(process)
-        self.process = process
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise Held(file.read().strip() or "unknown") from None
+            raise Held(f"process {file.read().strip() or 'unknown'}") from None
         if not shared:
             file.truncate(0)
             file.write(str(os.getpid()))

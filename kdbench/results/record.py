@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from types import NoneType
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kdbench.errors import UserError
 
 SCHEMA_VERSION = 1
+# From the version that a row has to the next: a function that gets the row, its JSON columns as text, and returns it as the next version
+# has it, `schema_version` included. Rows are migrated when they are read; files stay as they were written.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+CHECKSUM = "record_sha256"  # the column beside the record's own
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 COLUMN_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
@@ -134,8 +140,9 @@ def new_run_id() -> str:
 
 
 def record_schema() -> pa.Schema:
-    """One nullable column a field of RunRecord; dicts and lists are columns of JSON text."""
-    return pa.schema([(name, _column_type(field.annotation)) for name, field in RunRecord.model_fields.items()])
+    """One nullable column a field of RunRecord, and the checksum of the row; dicts and lists are columns of JSON text."""
+    fields = [(name, _column_type(field.annotation)) for name, field in RunRecord.model_fields.items()]
+    return pa.schema([*fields, (CHECKSUM, pa.string())])
 
 
 def to_table(record: RunRecord) -> pa.Table:
@@ -145,9 +152,19 @@ def to_table(record: RunRecord) -> pa.Table:
     structured = _structured_fields()
     row = {
         name: json.dumps(as_json[name]) if name in structured and as_json[name] is not None else getattr(record, name)
-        for name in schema.names
+        for name in RunRecord.model_fields
     }
-    return pa.Table.from_pylist([row], schema=schema)
+    [stored] = pa.Table.from_pylist([row], schema=schema).to_pylist()  # a time, say, as it will be read back
+    return pa.Table.from_pylist([{**row, CHECKSUM: row_checksum(stored)}], schema=schema)
+
+
+def row_checksum(row: Mapping[str, Any]) -> str:
+    """The SHA-256 of a row as `Table.to_pylist` gives it, but for its checksum and for columns that are null.
+
+    It stands in the row, so it finds what was damaged, or edited by hand. It does not stop anyone who computes it again.
+    """
+    content = {name: value for name, value in row.items() if value is not None and name != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=datetime.isoformat).encode()).hexdigest()
 
 
 def from_table(table: pa.Table, source: str) -> RunRecord:
@@ -159,7 +176,57 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
         raise UserError(
             f"{source} is not a kdbench record: expected one row with a column 'schema_version', got {table.num_rows} rows; move it away"
         )
-    row = table.to_pylist()[0]
+    return _record(table.to_pylist()[0], source)
+
+
+def all_from_table(table: pa.Table, source: str) -> list[RunRecord]:
+    """The records in a table of any number of rows, as `from_table` reads and refuses them."""
+    if "schema_version" not in table.column_names:
+        raise UserError(f"{source} holds no kdbench records: expected a column 'schema_version'; move it away")
+    return [_record(row, source) for row in table.to_pylist()]
+
+
+def partly_from_table(table: pa.Table) -> list[RunRecord]:
+    """Records that have the columns of the table and no other fields, from rows that were whole records: reading 100,000 takes seconds.
+
+    Asking such a record for a field that it was read without is an AttributeError.
+    """
+    names = [name for name in table.column_names if name in RunRecord.model_fields]
+    columns = [_values(name, table[name].to_pylist()) for name in names]
+    read = set(names)  # one for all: seventy names in a set are more than all else of a record
+    return [_unchecked(dict(zip(names, values, strict=True)), read) for values in zip(*columns, strict=True)]
+
+
+def _values(name: str, column: list[Any]) -> list[Any]:
+    """A column as the field has it. Null, as where a file is older than the field, is the field's default."""
+    if name in _structured_fields():
+        column = [None if text is None else _structure(name, text) for text in column]
+    default = RunRecord.model_fields[name].get_default(call_default_factory=True, validated_data={})
+    return column if default is None else [default if value is None else value for value in column]
+
+
+def _unchecked(fields: dict[str, Any], names: set[str]) -> RunRecord:
+    """As `model_construct`, which takes ten times as long and fills in the defaults of fields that were not read."""
+    record = RunRecord.__new__(RunRecord)
+    for name, value in (("__dict__", fields), ("__pydantic_fields_set__", names), ("__pydantic_extra__", None)):
+        object.__setattr__(record, name, value)
+    object.__setattr__(record, "__pydantic_private__", None)
+    return record
+
+
+@lru_cache(maxsize=4096)
+def _structure(name: str, text: str) -> Any:
+    """A JSON column's value. Many records have the same; nobody writes into a record."""
+    return _adapter(name).validate_json(text)
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    kind: Any = RunRecord.model_fields[name].annotation
+    return TypeAdapter(kind)
+
+
+def _record(row: dict[str, Any], source: str) -> RunRecord:
     if not isinstance(row["schema_version"], int):
         raise UserError(f"{source} is not a kdbench record: its schema version is {row['schema_version']!r}, no number; move it away")
     if row["schema_version"] > SCHEMA_VERSION:
@@ -167,15 +234,25 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
             f"{source} has schema version {row['schema_version']}, this kdbench reads up to {SCHEMA_VERSION}: "
             "update kdbench (pip install -U kdbench)"
         )
+    row = _migrated({name: value for name, value in row.items() if name != CHECKSUM and value is not None}, source)  # null: the default
     try:
         structured = _structured_fields()
-        return RunRecord(**{name: json.loads(value) if name in structured and value is not None else value for name, value in row.items()})
+        return RunRecord(**{name: json.loads(value) if name in structured else value for name, value in row.items()})
     except (ValidationError, json.JSONDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("JSON",), "msg": str(error)}
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"{source} is not a record of schema version {row['schema_version']}: {where}: {first['msg']}; move it away"
         ) from error
+
+
+def _migrated(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """The row as this version of the schema has it. Raises UserError where there is no way from its own."""
+    while (version := row["schema_version"]) < SCHEMA_VERSION:
+        if version not in MIGRATIONS:
+            raise UserError(f"{source} has schema version {version}, which this kdbench can't read any more; it writes {SCHEMA_VERSION}")
+        row = MIGRATIONS[version](row)
+    return row
 
 
 @cache

@@ -1,55 +1,69 @@
-"""Boards as text: a table for the terminal, Markdown, CSV and JSON. Numbers are rounded here and nowhere else."""
+"""Boards as text: a table for the terminal, Markdown, CSV, JSON and LaTeX, and what several pairs say together."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError
+from kdbench.results.formatting import UNKNOWN, digits, finite, interval, pair_title, scaled, short
+from kdbench.results.latex import latex
 from kdbench.results.leaderboard import UNDISTILLED, Board, Row
 from kdbench.results.published import PublishedFigure
 from kdbench.results.record import RunRecord
+from kdbench.results.summary import THRESHOLDS, Summary, SummaryRow
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-FORMATS = ("table", "markdown", "csv", "json")
-UNKNOWN = "-"
-NUMBERS = ("gain", "gain_low", "gain_high", "gap_recovered", "vs_kd", "vs_kd_low", "vs_kd_high")
+FORMATS = ("table", "markdown", "latex", "csv", "json")
+_COST_TITLES = {"latency_ms_p50": "ms", "params_count": "params", "device_hours": "device-h"}
+_WORDS = ("method", "tuned", "Pareto")  # columns of text, on the left
+NUMBERS = ("gain", "gain_low", "gain_high", "gap_recovered", "vs_kd", "vs_kd_low", "vs_kd_high", "vs_kd_p")
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a printed board; where space is short, the highest `expendable` goes first."""
+    """One column of a printed board or summary; where space is short, the highest `expendable` goes first."""
 
     title: str
-    cell: Callable[[Row], str]
+    cell: Callable[[Any], str]
     expendable: int = 0
-    style: Callable[[Row], str] = lambda _: ""
+    style: Callable[[Any], str] = lambda _: ""
 
 
-def render(boards: Sequence[Board], format: str = "table", *, with_published: bool = False, console: Console | None = None) -> str:
+def render(
+    boards: Sequence[Board],
+    format: str = "table",
+    *,
+    across: Sequence[Summary] = (),
+    with_published: bool = False,
+    console: Console | None = None,
+) -> str:
     """The boards as text in one of FORMATS. A table fits `console` (default: this terminal) and has its colours.
 
-    `with_published` adds the papers' own figures in a section of their own, in tables and Markdown. JSON and CSV keep full precision.
-    Raises UserError for an unknown format.
+    `across`: summaries over several boards, which stand below these, in tables, Markdown and JSON. `with_published` adds the papers'
+    own figures in a section of their own, in tables and Markdown. JSON and CSV keep full precision. Raises UserError for an unknown format.
     """
     if format == "table":
-        return _terminal(boards, with_published, console)
+        return _terminal(boards, across, with_published, console)
     if format == "markdown":
-        return "\n\n".join(_markdown(board, with_published) for board in boards) + "\n"
+        return "\n\n".join([*(_markdown(board, with_published) for board in boards), *map(_summary_markdown, across)]) + "\n"
+    if format == "latex":
+        return latex(boards)
     if format == "csv":
         return _csv(boards)
     if format == "json":
-        return json.dumps({"boards": [board_data(board) for board in boards]}, indent=2, allow_nan=False) + "\n"
+        content = {"boards": [board_data(board) for board in boards], "across_pairs": [summary_data(summary) for summary in across]}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
     check_format(format)
     raise AssertionError(f"{format} is in FORMATS and not rendered")
 
@@ -73,12 +87,16 @@ def board_data(board: Board) -> dict[str, Any]:
     """One board as plain data for JSON: null where a number is unknown, never nan."""
     return {
         "protocol_hash": board.protocol_hash,
+        "family": board.family,
         "task": board.task,
         "data": board.data,
-        "teacher": {"name": board.teacher, "metric": _finite(board.teacher_metric), "sha": board.teacher_sha},
+        "teacher": {"name": board.teacher, "metric": finite(board.teacher_metric), "sha": board.teacher_sha},
         "student": board.student,
         "primary": board.primary,
         "higher_is_better": board.higher_is_better,
+        "undistilled": board.undistilled,
+        "control": board.control,
+        "detectable": finite(board.detectable),
         "rows": [row_data(row) for row in board.rows],
         "findings": list(board.findings),
         "notes": list(board.notes),
@@ -91,68 +109,95 @@ def row_data(row: Row) -> dict[str, Any]:
         "rank": row.rank,
         "method": row.label,
         "method_name": row.method,
-        **{name: _finite(getattr(row, name)) for name in ("mean", "low", "high", *NUMBERS)},
+        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", *NUMBERS)},
+        "values": {str(seed): finite(value) for seed, value in row.values.items()},
         "seeds": row.seeds,
         "failed": row.failed,
-        "params": _finite(dict(row.params)),
+        "params": finite(dict(row.params)),
         "trials": row.trials,
         "params_count": row.params_count,
         "flops": row.flops,
-        "latency_ms_p50": _finite(row.latency_ms_p50),
-        "device_hours": _finite(row.device_hours),
+        "latency_ms_p50": finite(row.latency_ms_p50),
+        "device_hours": finite(row.device_hours),
+        "pareto": list(row.pareto),
         "run_ids": list(row.run_ids),
     }
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
+def summary_data(summary: Summary) -> dict[str, Any]:
+    """What several pairs say together, as plain data; `profile` maps thresholds to shares."""
+    return {
+        "family": summary.family,
+        "task": summary.task,
+        "primary": summary.primary,
+        "pairs": [asdict(pair) for pair in summary.pairs],
+        "rows": [
+            {
+                "method": row.label,
+                "method_name": row.method,
+                "gap_recovered": finite(row.gap_recovered),
+                "gap_low": finite(row.gap_low),
+                "gap_high": finite(row.gap_high),
+                "probability_of_improvement": finite(row.probability_of_improvement),
+                "profile": None if row.profile is None else {str(t): share for t, share in zip(THRESHOLDS, row.profile, strict=True)},
+                "average_rank": finite(row.average_rank),
+            }
+            for row in summary.rows
+        ],
+        "p_value": finite(summary.p_value),
+        "critical_difference": finite(summary.critical_difference),
+        "notes": list(summary.notes),
+    }
 
 
 def _columns(board: Board) -> list[Column]:
-    digits = _digits(board)
+    decimals = digits(board)
     seeds = max(row.seeds for row in board.rows)
     shown = [
         Column("rank", lambda r: UNKNOWN if r.rank is None else str(r.rank), style=lambda r: "bold" if r.rank == 1 else ""),
         Column("method", lambda r: r.label, style=lambda r: "bold" if r.rank == 1 else "dim" if r.rank is None else ""),
-        Column(f"{board.primary} [95%]", lambda r: _interval(r.mean, r.low, r.high, f".{digits}f")),
+        Column(f"{board.primary} [95%]", lambda r: interval(r.mean, r.low, r.high, f".{decimals}f")),
         Column(
             "gain [95%]",
-            lambda r: _interval(r.gain, r.gain_low, r.gain_high, f"+.{digits}f"),
+            lambda r: interval(r.gain, r.gain_low, r.gain_high, f"+.{decimals}f"),
             2,
             lambda r: _verdict(r.gain_low, r.gain_high),
         ),
         Column(
             "vs kd [95%]",
-            lambda r: _interval(r.vs_kd, r.vs_kd_low, r.vs_kd_high, f"+.{digits}f"),
+            lambda r: interval(r.vs_kd, r.vs_kd_low, r.vs_kd_high, f"+.{decimals}f"),
             3,
-            lambda r: _verdict(r.vs_kd_low, r.vs_kd_high),
+            lambda r: {1: "green", -1: "red", 0: ""}[r.verdict],
         ),
         Column("gap", lambda r: UNKNOWN if r.gap_recovered is None else f"{r.gap_recovered:.0%}", 5),
         Column("seeds", lambda r: _seeds(r, seeds), 4, lambda r: "yellow" if r.failed or r.seeds < seeds else ""),
-        Column("device-h", lambda r: _short(r.device_hours), 6),
-        Column("ms", lambda r: _short(r.latency_ms_p50), 7),
-        Column("params", lambda r: _scaled(r.params_count), 8),
-        Column("FLOPs", lambda r: _scaled(r.flops), 9),
+        Column("device-h", lambda r: short(r.device_hours), 6),
+        Column("ms", lambda r: short(r.latency_ms_p50), 7),
+        Column("params", lambda r: scaled(r.params_count), 8),
+        Column("FLOPs", lambda r: scaled(r.flops), 9),
         Column("tuned", _tuned, 10),
+        Column("Pareto", lambda r: ", ".join(_COST_TITLES[cost] for cost in r.pareto) or UNKNOWN, 11),
     ]
     return [column for column in shown if column.expendable < 4 or any(column.cell(row) != UNKNOWN for row in board.rows)]
 
 
-def _digits(board: Board) -> int:
-    """Percent and points have two decimals; a metric that lives below 2, such as an error or a loss, needs four."""
-    return 2 if any(abs(row.mean) >= 2 for row in board.rows if row.mean is not None) else 4
+def _summary_columns(summary: Summary) -> list[Column]:
+    shown = [
+        Column("method", lambda r: r.label),
+        Column("gap, IQM [95%]", lambda r: interval(r.gap_recovered, r.gap_low, r.gap_high, ".0%"), style=_gap_verdict),
+        Column("P(better than kd)", lambda r: short(r.probability_of_improvement), 1),
+        Column("average rank", lambda r: UNKNOWN if r.average_rank is None else f"{r.average_rank:.2f}", 2),
+        *(Column(f"gap > {threshold:.0%}", partial(_share_above, place), 3) for place, threshold in enumerate(THRESHOLDS)),
+    ]
+    return [column for column in shown if column.expendable == 0 or any(column.cell(row) != UNKNOWN for row in summary.rows)]
 
 
-def _interval(middle: float | None, low: float | None, high: float | None, spec: str) -> str:
-    if middle is None:
-        return UNKNOWN
-    return f"{middle:{spec}}" if low is None or high is None else f"{middle:{spec}} [{low:{spec}}, {high:{spec}}]"
+def _share_above(place: int, row: SummaryRow) -> str:
+    return UNKNOWN if row.profile is None else f"{row.profile[place]:.0%}"
+
+
+def _gap_verdict(row: SummaryRow) -> str:
+    return _verdict(row.gap_low, row.gap_high)
 
 
 def _verdict(low: float | None, high: float | None) -> str:
@@ -167,35 +212,22 @@ def _seeds(row: Row, wanted: int) -> str:
     return f"{counted} ({row.failed} failed)" if row.failed else counted
 
 
-def _short(value: Any) -> str:
-    if value is None:
-        return UNKNOWN
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _tuned(row: Row) -> str:
-    return ", ".join(f"{name}={_short(value)}" for name, value in row.params.items() if name in row.searched) or UNKNOWN
+    return ", ".join(f"{name}={short(value)}" for name, value in row.params.items() if name in row.searched) or UNKNOWN
 
 
-def _scaled(count: int | None) -> str:
-    """1234567 as 1.23M."""
-    if count is None:
-        return UNKNOWN
-    power = min((len(str(abs(count))) - 1) // 3, 4)
-    return f"{count / 1000**power:.3g}{['', 'k', 'M', 'G', 'T'][power]}"
-
-
-def _title(board: Board) -> str:
-    return f"{board.task} on {board.data}: {board.teacher or 'no teacher'} -> {board.student}"
+def _summary_title(summary: Summary) -> str:
+    pairs = ", ".join(f"{pair.teacher or 'no teacher'} -> {pair.student} on {pair.data}" for pair in summary.pairs)
+    return f"{summary.task} across {len(summary.pairs)} pairs: {pairs}"
 
 
 def _below(board: Board) -> list[str]:
     """What stands under a board: the protocol and the teacher, then what was found."""
-    digits = _digits(board)
+    decimals = digits(board)
     teacher = (
         "no teacher"
         if board.teacher is None
-        else f"teacher {board.teacher} {UNKNOWN if board.teacher_metric is None else f'{board.teacher_metric:.{digits}f}'}"
+        else f"teacher {board.teacher} {UNKNOWN if board.teacher_metric is None else f'{board.teacher_metric:.{decimals}f}'}"
     )
     direction = "higher" if board.higher_is_better else "lower"
     protocol = (
@@ -216,15 +248,15 @@ def _published_line(figure: PublishedFigure) -> str:
     return f"{figure.method}: {pair}, {figure.data} {figure.metric} {before} -> {after}{change}, {figure.citation}{protocol}"
 
 
-def _terminal(boards: Sequence[Board], with_published: bool, console: Console | None) -> str:
+def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published: bool, console: Console | None) -> str:
     from rich.console import Console
     from rich.markup import escape
 
     console = console or Console()
     with console.capture() as captured:
         for board in boards:
-            console.print(f"[bold]{escape(_title(board))}[/bold]", highlight=False)
-            console.print(_fitting_table(board, console))
+            console.print(f"[bold]{escape(pair_title(board))}[/bold]", highlight=False)
+            console.print(_fitting_table(_columns(board), board.rows, console))
             for line in _below(board):
                 console.print(
                     escape(line), style="yellow" if line.startswith("finding: does not") or "DIFFER" in line else "dim", highlight=False
@@ -234,13 +266,18 @@ def _terminal(boards: Sequence[Board], with_published: bool, console: Console | 
                 for line in _published_lines(board):
                     console.print(f"  {escape(line)}", style="dim", highlight=False)
             console.print()
+        for summary in across:
+            console.print(f"[bold]{escape(_summary_title(summary))}[/bold]", highlight=False)
+            console.print(_fitting_table(_summary_columns(summary), summary.rows, console))
+            for line in summary.notes:
+                console.print(escape(line), style="dim", highlight=False)
+            console.print()
     return captured.get()
 
 
-def _fitting_table(board: Board, console: Console) -> Table:
+def _fitting_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], console: Console) -> Table:
     """The table with as many columns as the terminal has room for."""
-    columns = _columns(board)
-    while (table := _table(board, columns)).__rich_measure__(console, console.options.update(max_width=10_000)).maximum > console.width:
+    while (table := _table(columns, rows)).__rich_measure__(console, console.options.update(max_width=10_000)).maximum > console.width:
         expendable = max(column.expendable for column in columns)
         if expendable == 0:
             break
@@ -248,29 +285,36 @@ def _fitting_table(board: Board, console: Console) -> Table:
     return table
 
 
-def _table(board: Board, columns: Sequence[Column]) -> Table:
+def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column.title, justify="left" if column.title in ("method", "tuned") else "right", overflow="fold")
-    for row in board.rows:
-        table.add_row(
-            *(Text(column.cell(row), style=column.style(row)) for column in columns), style="dim" if row.method == UNDISTILLED else ""
-        )
+        table.add_column(column.title, justify="left" if column.title in _WORDS else "right", overflow="fold")
+    for row in rows:
+        cells = (Text(column.cell(row), style=column.style(row)) for column in columns)
+        table.add_row(*cells, style="dim" if row.method == UNDISTILLED else "")
     return table
 
 
 def _markdown(board: Board, with_published: bool) -> str:
-    columns = _columns(board)
-    rows = [[column.title for column in columns], ["---"] * len(columns), *([column.cell(row) for column in columns] for row in board.rows)]
-    lines = [f"### {_title(board)}", "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows), ""]
+    lines = [f"### {pair_title(board)}", "", *_markdown_table(_columns(board), board.rows), ""]
     lines += [f"- {line}" for line in _below(board)]
     if with_published and board.published:
         lines += ["", "Published (other protocols, not ranked):", "", *(f"- {line}" for line in _published_lines(board))]
     return "\n".join(lines)
+
+
+def _summary_markdown(summary: Summary) -> str:
+    table = _markdown_table(_summary_columns(summary), summary.rows)
+    return "\n".join([f"### {_summary_title(summary)}", "", *table, "", *(f"- {line}" for line in summary.notes)])
+
+
+def _markdown_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> list[str]:
+    cells = [[column.title for column in columns], ["---"] * len(columns), *([column.cell(row) for column in columns] for row in rows)]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
 
 
 def _csv(boards: Sequence[Board]) -> str:
@@ -279,10 +323,11 @@ def _csv(boards: Sequence[Board]) -> str:
     writer = None
     for board in boards:
         facts = board_data(board)
-        own = {name: facts[name] for name in ("protocol_hash", "task", "data", "student", "primary", "higher_is_better")}
+        own = {name: facts[name] for name in ("protocol_hash", "task", "data", "student", "primary", "higher_is_better", "family")}
         own |= {f"teacher_{name}" if name != "name" else "teacher": value for name, value in facts["teacher"].items()}
         for row in facts["rows"]:
-            line = {**own, **row, "params": json.dumps(row["params"]), "run_ids": " ".join(row["run_ids"])}
+            as_text = {name: json.dumps(row[name]) for name in ("params", "values")}
+            line = {**own, **row, **as_text, **{name: " ".join(row[name]) for name in ("pareto", "run_ids")}}
             if writer is None:
                 writer = csv.DictWriter(out, list(line), lineterminator="\n")
                 writer.writeheader()

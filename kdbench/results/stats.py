@@ -1,4 +1,4 @@
-"""The small statistics of a leaderboard: means with t-intervals, differences paired by seed, recovered share of the gap."""
+"""The statistics of one board: intervals, differences paired by seed, what many comparisons and few seeds allow to say, Pareto fronts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 LEVEL = 0.95
+POWER = 0.8  # the usual chance to find a difference that is there (Cohen 1988)
 SMALLEST_GAP = 0.5  # points; below it, the share of the gap that a method recovers is noise divided by noise
 
 Interval = tuple[float, float | None, float | None]
@@ -59,3 +61,85 @@ def gap_recovered(
     if lead < max(SMALLEST_GAP, 2 * (error or 0.0)):
         return None
     return sign * (student - undistilled) / lead
+
+
+def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
+    """The two-sided p-value of the paired t-test over the seeds that both have; None for fewer than two of them.
+
+    It is below 0.05 exactly where `paired_difference`'s 95% interval leaves out 0.
+    """
+    common = sorted(a.keys() & b.keys())
+    differences = [a[seed] - b[seed] for seed in common]
+    error = standard_error(differences)
+    if error is None:
+        return None
+    mean = float(np.mean(differences))
+    if error == 0.0:
+        return 1.0 if mean == 0.0 else 0.0
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(len(common) - 1, -abs(mean) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (1979) of the p-values of a family of tests, in their order.
+
+    Rejecting where the adjusted value is at most alpha keeps the chance of even one false rejection at alpha, however the tests depend
+    on each other, as those against one shared control do.
+    """
+    count = len(p_values)
+    adjusted = [0.0] * count
+    largest = 0.0
+    for step, position in enumerate(sorted(range(count), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (count - step) * p_values[position]))
+        adjusted[position] = largest
+    return adjusted
+
+
+def detectable_effect(seeds: int, sd: float, *, comparisons: int = 1, power: float = POWER, level: float = LEVEL) -> float | None:
+    """The smallest true difference that a paired t-test over `seeds` seeds finds with probability `power`; None for a single seed.
+
+    sd: standard deviation of the differences, in their unit, as is the result. comparisons: of how many the test is one, at Holm's
+    first and strictest step. The chance to reject on the wrong side is left out; at such differences it is nothing.
+    """
+    if seeds < 2:
+        return None
+    from scipy.special import nctdtrinc, stdtrit
+
+    degrees = seeds - 1
+    threshold = float(stdtrit(degrees, 1 - (1 - level) / (2 * comparisons)))
+    return float(nctdtrinc(degrees, 1 - power, threshold)) * sd / math.sqrt(seeds)
+
+
+def pareto_front(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Which points no other one dominates; more is better in every coordinate, so a cost goes in negated. Equal points share their fate.
+
+    points: [N, D]. A point dominates another if it is at least as good in every coordinate and better in one.
+    """
+    values = np.asarray(points, dtype=float)
+    if len(values) == 0:
+        return []
+    at_least = (values[:, None] >= values[None]).all(axis=2)
+    better = (values[:, None] > values[None]).any(axis=2)
+    dominated: NDArray[np.bool_] = np.any(at_least & better, axis=0)
+    return [not row for row in dominated.tolist()]
+
+
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """The volume that `points` [N, D] dominate above `reference` [D]; more is better in every coordinate.
+
+    By slicing along the last coordinate, which is exact and quick for the fronts of a board. What lies below the reference adds nothing.
+    """
+    values = np.asarray(points, dtype=float).reshape(-1, len(reference)) - np.asarray(reference, dtype=float)
+    return _volume(values[(values > 0).all(axis=1)])
+
+
+def _volume(points: NDArray[np.float64]) -> float:
+    """The union of the boxes from the origin to each of the points [N, D], all of whose coordinates are positive."""
+    if len(points) == 0:
+        return 0.0
+    if points.shape[1] == 1:
+        return float(points.max())
+    heights = np.unique(points[:, -1])
+    thickness = np.diff(heights, prepend=0.0)
+    return sum(float(thick) * _volume(points[points[:, -1] >= height, :-1]) for thick, height in zip(thickness, heights, strict=True))

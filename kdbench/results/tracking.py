@@ -10,15 +10,16 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
-
-from kdbench.errors import UserError
+from urllib.parse import quote, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +31,8 @@ Result = TypeVar("Result")
 KEY_TAG = "kdbench.key"
 INFINITE_TAG = "kdbench.infinite"  # names of the metrics that were infinite somewhere
 PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description, in Markdown
+RUN_TAG, ROLE_TAG, PROTOCOL_TAG = "kdbench.run_id", "kdbench.role", "kdbench.protocol_hash"
 FLUSH_SECONDS = 10.0
 RETRY_SECONDS = 300.0  # how long a server that did not answer is left alone
 METRICS_PER_CALL, PARAMS_PER_CALL = 800, 100  # MLflow takes 1000 things a call, 100 of them parameters and 100 tags
@@ -49,18 +52,39 @@ log = logging.getLogger(__name__)
 
 
 def tracking_uri(results: str | Path) -> str:
-    """Where runs are tracked: `MLFLOW_TRACKING_URI` where it is set, else the database `mlflow.db` in the local results folder.
+    """Where runs are tracked: `MLFLOW_TRACKING_URI` where it is set, else the database `mlflow.db` in the results folder.
 
-    Raises UserError where the results are remote and the variable is not set, as a database file can't live there.
+    For results at an address that is the working copy's: a view of what was trained from this machine.
     """
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
-    location = str(results).removeprefix("file://")
-    if "://" in location:
-        raise UserError(
-            f"results are at {results}, where MLflow can't keep its database: set MLFLOW_TRACKING_URI to a server, or turn tracking off"
-        )
-    return f"{SQLITE}{Path(location).expanduser().resolve() / 'mlflow.db'}"
+    return f"{SQLITE}{Path(results).expanduser().resolve() / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Where a browser finds MLflow's pages. start: the command that serves them there, None where a server of its own does."""
+
+    address: str
+    start: str | None
+
+    def page(self, run_id: str | None) -> str | None:
+        """The address of a run's page."""
+        return None if run_id is None else f"{self.address}/#/runs/{quote(run_id, safe='')}"
+
+
+def interface(results: Path) -> Interface:
+    """MLflow's pages for the runs of a results folder: the server of `MLFLOW_TRACKING_URI`, else where `mlflow ui` serves by itself.
+
+    A name and a password in the variable stay there: the address is for others to see.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    parts = urlsplit(given)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        return Interface(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", "")), None)
+    database = os.path.relpath(results / "mlflow.db")
+    uri = f"{SQLITE}{results / 'mlflow.db'}" if database.startswith("..") else f"{SQLITE}{database}"
+    return Interface("http://127.0.0.1:5000", f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
 class Tracker(Protocol):
@@ -99,6 +123,10 @@ class Tracker(Protocol):
         """Whether runs can be written now. It asks, however lately there was no answer."""
         ...
 
+    def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
+        """Keep a report of the boards of these protocols, and lead to it from their runs; the id of the run that it is an artifact of."""
+        ...
+
 
 class NoTracker:
     """Tracks nothing."""
@@ -117,6 +145,9 @@ class NoTracker:
 
     def answers(self) -> bool:
         return False
+
+    def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
+        return None
 
 
 class MlflowTracker:
@@ -190,6 +221,26 @@ class MlflowTracker:
         """Whether MLflow did not answer lately."""
         return time.monotonic() < self._silent_until
 
+    def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
+        """One run a tracked experiment, "leaderboard": a later report replaces the one before it."""
+        run_id = self.parent("leaderboard", f"leaderboard/{self.experiment_name}", {PROTOCOL_TAG: ", ".join(protocols)})
+        if run_id is None:
+            return None
+        for path in (report, *pictures):
+            self.attempt(partial(_send_artifact, run_id, path), essential=False)
+        self.attempt(partial(_lead_to, run_id, protocols, report), essential=False)
+        self.close_parent(run_id)
+        return run_id
+
+    def client(self) -> MlflowClient:
+        """A client of the server or database. Raises whatever MLflow, its database driver or the network raise where there is none."""
+        return self._connected()[0]
+
+    def _connected(self) -> tuple[MlflowClient, str]:
+        if self._connection is None:
+            self._connection = _connect(self.tracking_uri, self.experiment_name)
+        return self._connection
+
     def attempt(self, action: Callable[[MlflowClient, str], Result], essential: bool = True) -> Result | None:
         """`action(client, experiment id)`; None where MLflow can't be reached or refuses, with a warning.
 
@@ -198,9 +249,7 @@ class MlflowTracker:
         if self.silent:
             return None
         try:
-            if self._connection is None:
-                self._connection = _connect(self.tracking_uri, self.experiment_name)
-            return action(*self._connection)
+            return action(*self._connected())
         except Exception as error:  # MLflow passes on whatever its database driver or object store raises
             self._complain(error, essential)
             return None
@@ -320,6 +369,30 @@ def _send_artifact(run_id: str, path: Path, client: MlflowClient, _: str) -> Non
 
 def _send_text(run_id: str, name: str, text: str, client: MlflowClient, _: str) -> None:
     client.log_text(run_id, text, name)
+
+
+def _lead_to(board: str, protocols: Sequence[str], report: Path, client: MlflowClient, experiment: str) -> None:
+    """A description with a link to the report for the runs that stand behind a board, but for trials, of which there are too many."""
+    page = f"#/experiments/{experiment}/runs/{board}/artifacts/{quote(report.name)}"
+    client.set_tag(board, NOTE_TAG, f"The leaderboard: [{report.name}]({page}), under Artifacts. Also at `{report}`.")
+    for protocol in protocols:
+        for run in _all_runs(client, experiment, f"tags.`{PROTOCOL_TAG}` = '{protocol}'"):
+            tags = run.data.tags
+            if NOTE_TAG in tags or tags.get(ROLE_TAG) == "trial":
+                continue
+            record = tags.get(RUN_TAG)
+            which = f" Record `{record}`: `kdbench export {record}` writes its student to a file." if record else ""
+            client.set_tag(run.info.run_id, NOTE_TAG, f"On the [leaderboard]({page}) of protocol `{protocol}`.{which}")
+
+
+def _all_runs(client: MlflowClient, experiment: str, found_by: str) -> Iterator[Any]:
+    token = None
+    while True:
+        some = client.search_runs([experiment], found_by, page_token=token)
+        yield from some
+        token = some.token
+        if not token:
+            return
 
 
 def _close(run_id: str, status: Status, client: MlflowClient, _: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -198,16 +198,41 @@ class Builder:
             StreamFiles(self.folder, stream.name).begin(stream, plan.measured if stream.name == LOGITS else None)
 
     def write(self, piece: Piece) -> Iterator[int]:
-        """Predict a piece's images and write them, yielding how many after each batch. Any process may do any piece."""
+        """Predict a piece's images and write them, yielding how many after each batch. Any process of this machine may do any piece."""
+        with self._writing(piece) as writers:
+            for images, outputs in self._outputs(piece):
+                for name, writer in writers.items():
+                    writer.write(outputs[name])
+                yield images
+
+    def predicted(self, piece: Piece, streams: Mapping[str, Stream]) -> dict[str, bytes]:
+        """A piece's rows as each of its streams stores them: for a process that has the entry's files out of reach."""
+        rows: dict[str, list[bytes]] = {name: [] for name in piece.streams}
+        for _, outputs in self._outputs(piece):
+            for name, parts in rows.items():
+                parts.append(streams[name].packed(outputs[name]).tobytes())
+        return {name: b"".join(parts) for name, parts in rows.items()}
+
+    def put(self, piece: Piece, rows: Mapping[str, bytes]) -> None:
+        """Write what another process `predicted`."""
+        with self._writing(piece) as writers:
+            for name, writer in writers.items():
+                writer.write_packed(rows[name])
+
+    def _outputs(self, piece: Piece) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Batch by batch: how many images, and what each stream gets."""
         teacher = self.teacher(piece.taps)
+        for batch in self._batches(piece.shard, piece.test):
+            outputs = teacher(batch)
+            maps = {tap_stream(tap): tensor for tap, tensor in outputs.maps.items()}
+            yield len(batch), {name: maps.get(name, outputs.logits) for name in piece.streams}
+
+    @contextmanager
+    def _writing(self, piece: Piece) -> Iterator[dict[str, ShardWriter]]:
+        """Writers for the piece's streams. The shards count once this is left without an error."""
         with ExitStack() as files:
             writers = {name: files.enter_context(self._writer(name, piece.shard)) for name in piece.streams}
-            for batch in self._batches(piece.shard, piece.test):
-                outputs = teacher(batch)
-                maps = {tap_stream(tap): tensor for tap, tensor in outputs.maps.items()}
-                for name, writer in writers.items():
-                    writer.write(maps.get(name, outputs.logits))
-                yield len(batch)
+            yield writers
             for writer in writers.values():
                 writer.finish()
 

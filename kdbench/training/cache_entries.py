@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
+
+from pydantic import ValidationError
 
 from kdbench.catalogue import nearest
 from kdbench.errors import RunFailed, UserError, not_written
 from kdbench.experiment import content_hash
 from kdbench.results.layout import Layout
 from kdbench.results.locks import Held, locked
+from kdbench.results.working_copy import forget_folder, kept, origin
 from kdbench.training.cache_build import mend
+from kdbench.training.cache_copies import bring, stored_entries
 from kdbench.training.cache_streams import ENTRY, StreamFiles, streams_in
 from kdbench.training.teacher_cache import FORMAT_VERSION, Entry, read_entry
 
@@ -37,10 +43,27 @@ class Listed:
 
 
 def entries(layout: Layout) -> list[Listed]:
-    """All entries, the last used first."""
+    """All entries, the last used first. Of results at an address those of the store, whether they are on this machine or not."""
     folder = layout.cache("")
-    found = [_listed(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    if origin(layout.root) is not None:
+        found = [_stored(path, files) for path, files in stored_entries(layout)]
+    else:
+        found = [_listed(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(found, key=lambda listed: -listed.used)
+
+
+def _stored(folder: Path, files: Mapping[str, int]) -> Listed:
+    """Only whole streams are sent to a store."""
+    place = kept(folder)
+    assert place is not None, "only asked of a working copy"
+    names = sorted(unquote(file.removesuffix(".json")) for file in files if file.endswith(".json") and file != ENTRY)
+    entry, used = None, 0.0
+    if ENTRY in files:
+        stamp = f"{place.path}/{ENTRY}"
+        used = place.store.modified(stamp).timestamp()
+        with suppress(ValidationError):
+            entry = Entry.model_validate_json(place.store.read(stamp))
+    return Listed(folder.name, entry, tuple(names), (), sum(files.values()), used)
 
 
 def _listed(folder: Path) -> Listed:
@@ -72,7 +95,7 @@ def chosen(layout: Layout, beginning: str | None) -> list[Listed]:
     if matching:
         raise UserError(f"cache entry {beginning!r}: {len(matching)} keys begin so; give more of it")
     hint = nearest(beginning, [listed.key for listed in found]) if found else "; the cache is empty"
-    raise UserError(f"cache entry {beginning!r}: there is none in {layout.root}{hint}")
+    raise UserError(f"cache entry {beginning!r}: there is none in {layout.location}{hint}")
 
 
 def verify(layout: Layout, listed: Listed) -> Iterator[str]:
@@ -81,6 +104,7 @@ def verify(layout: Layout, listed: Listed) -> Iterator[str]:
     What is damaged is taken out, so that the next run writes it again, and it alone. An entry that is being written is waited for.
     """
     folder = layout.cache(listed.key)
+    yield from (f"{name}: damaged in the store" for name in bring(folder, listed.streams))
     with locked(layout.cache_lock(listed.key, "build"), wait=True):
         yield from (f"{name}: can't be read" for name in mend(folder))
         entry = read_entry(folder)
@@ -124,7 +148,10 @@ def remove(layout: Layout, listed: Listed) -> bool:
     """Delete an entry; False where a run uses it. Raises RunFailed where it can't be deleted."""
     try:
         with locked(layout.cache_lock(listed.key, "use")):
-            shutil.rmtree(layout.cache(listed.key))
+            folder = layout.cache(listed.key)
+            if folder.exists():
+                shutil.rmtree(folder)
+            forget_folder(folder)
     except Held:
         return False
     except OSError as error:

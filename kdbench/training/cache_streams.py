@@ -211,9 +211,13 @@ class StreamFiles:
         self.data.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
 
-    def broken_shards(self) -> list[Shard]:
-        """Those of a finished stream whose bytes are not the ones that were written. Reads all of it."""
-        manifest = self.read()
+    def keep(self, manifest: Manifest) -> None:
+        """The data are those of a finished stream: from now on it is read."""
+        self._write(manifest)
+
+    def broken_shards(self, manifest: Manifest | None = None) -> list[Shard]:
+        """Those of a finished stream (of `manifest`, or of its own) whose bytes are not the ones that were written. Reads all of it."""
+        manifest = manifest or self.read()
         if manifest is None or not manifest.finished:
             return []
         stream = manifest.stream
@@ -269,7 +273,11 @@ class ShardWriter:
 
     def write(self, outputs: Tensor) -> None:
         """The next rows, outputs [B, *shape]."""
-        data = memoryview(self._stream.packed(outputs).tobytes())
+        self.write_packed(self._stream.packed(outputs).tobytes())
+
+    def write_packed(self, rows: bytes) -> None:
+        """The next rows, as they are stored."""
+        data = memoryview(rows)
         self._digest.update(data)
         try:
             while data:

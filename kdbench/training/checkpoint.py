@@ -16,12 +16,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from kdbench.errors import not_written
+from kdbench.results.folder import file_sha256 as file_sha256
+from kdbench.results.working_copy import fetch_later, upload
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name, flush it to disk, and only then give it its name.
+    """Let `write` make a file under a temporary name, flush it to disk, and only then give it its name. In a working copy it is uploaded.
 
-    Raises DiskFull where there is no space, RunFailed where the folder can't be written.
+    Raises DiskFull where there is no space, StorageFailed where it can't be uploaded, RunFailed where the folder can't be written.
     Leaves no temporary file behind unless the process is killed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,6 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise not_written(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+    upload(path)
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
@@ -45,9 +48,12 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state that `save_checkpoint` kept, or None where the file can't be read: training then starts anew, which gives the same."""
+    """The state that `save_checkpoint` kept, here or on another machine.
+
+    None where there is none or it can't be read: training then starts anew, which gives the same.
+    """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(fetch_later(path), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return None
     return state
@@ -72,8 +78,3 @@ def unpack_predictions(data: bytes) -> tuple[Tensor, Tensor]:
     """What `pack_predictions` packed: prediction [N, ...] float16 and index [N]."""
     tensors = load_safetensors(data)
     return tensors["prediction"], tensors["index"]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,6 +27,7 @@ from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec, model_inputs
 from kdbench.results.record import RunRecord
 from kdbench.results.store import path_name
+from kdbench.results.working_copy import fetch
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import write_atomically
@@ -85,12 +86,8 @@ def export(record: RunRecord, store_root: Path, format: str, output: Path | None
     path = output or Path("-".join(map(path_name, (record.student, record.label, record.run_id))) + f".{format}")
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder, expected a file name")
-    experiment = _experiment(record)
-    task = build_task(experiment.task)
-    spec = _model_spec(record, experiment)
-    model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
-    images = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
-    return _write_checked(Deployed(model).eval(), images, path, format, _metadata(record, spec, task, model))
+    network, images, metadata = deployed(record, store_root)
+    return _write_checked(network, images, path, format, metadata)
 
 
 def _require_onnx() -> None:
@@ -102,7 +99,21 @@ def _require_onnx() -> None:
 # --- from the record back to the network -----------------------------------------------------------------------------
 
 
-def _experiment(record: RunRecord) -> Experiment:
+def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dict[str, str]]:
+    """The network of a record, ready to predict; test images [N, C, H, W] in [0, 1] to check it with; what its user must know, as text.
+
+    Raises UserError where the record has no weights, or doesn't say how to build the network.
+    """
+    experiment = experiment_of(record)
+    task = build_task(experiment.task)
+    spec = _model_spec(record, experiment)
+    model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
+    images = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
+    return Deployed(model).eval(), images, _metadata(record, spec, task, model)
+
+
+def experiment_of(record: RunRecord) -> Experiment:
+    """The experiment that a record holds. Raises UserError where it holds none, or one that this kdbench can't read."""
     if record.config is None:
         raise UserError(f"run {record.run_id}: its record doesn't hold the experiment, so its model can't be built again")
     where = f"the experiment of run {record.run_id}"
@@ -116,7 +127,7 @@ def _weights(record: RunRecord, store_root: Path) -> Path:
         reason = {"failed": f"it failed: {record.failure}", "stopped": "it was stopped early"}.get(record.status)
         reason = reason or f"it is a {record.role}, and only the weights of final runs and of teachers trained here are kept"
         raise UserError(f"run {record.run_id} has no weights to export: {reason}")
-    path = store_root / record.artifacts_uri
+    path = fetch(store_root / record.artifacts_uri)
     if not path.is_file():
         raise UserError(f"run {record.run_id}: its weights {path} are gone; restore them from a copy of the results folder")
     return path
@@ -147,21 +158,26 @@ class Deployed(nn.Module):
         return prediction["logits"] if isinstance(prediction, dict) else prediction
 
 
+def difference_allowed(found: Tensor, expected: Tensor, what: object) -> tuple[float, float]:
+    """The largest difference of two sets of predictions, and what is allowed. Raises RunFailed where it is more: `what` is not written."""
+    difference, tolerance = float((found - expected).abs().max()), TOLERANCE * float(expected.abs().max())
+    if not difference <= tolerance:  # nan too
+        raise RunFailed(
+            f"{what} was not written: on {len(expected)} test images its predictions differ from the original's by up to "
+            f"{difference:.2g}, allowed are {tolerance:.2g}"
+        )
+    return difference, tolerance
+
+
 def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, metadata: dict[str, str]) -> ExportReport:
     # Before the graph is traced: it takes the constants of the normalisation from this pass, real numbers instead of traced ones.
     with torch.no_grad():
         expected = network(images)
-    tolerance = TOLERANCE * float(expected.abs().max())
-    differences = []
+    checked: list[tuple[float, float]] = []
 
     def write(temporary: Path) -> None:
         found = _WRITERS[format](network, images, temporary, metadata)
-        differences.append(float((found - expected).abs().max()))
-        if not differences[0] <= tolerance:  # nan too
-            raise RunFailed(
-                f"{path} was not written: on {len(images)} test images its predictions differ from the original's by up to "
-                f"{differences[0]:.2g}, allowed are {tolerance:.2g}"
-            )
+        checked.append(difference_allowed(found, expected, path))
 
     write_atomically(path, write)
     shape = "x".join(map(str, images.shape[1:]))
@@ -172,8 +188,8 @@ def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, m
         model=metadata["model"],
         size_bytes=path.stat().st_size,
         images=len(images),
-        difference=differences[0],
-        tolerance=tolerance,
+        difference=checked[0][0],
+        tolerance=checked[0][1],
         inputs=f"float32 images {shape}, any number of them, {scale}",
         output_shape=tuple(expected.shape[1:]),
     )
@@ -194,7 +210,7 @@ def _write_onnx(network: Deployed, images: Tensor, path: Path, metadata: dict[st
     import onnx
     import onnxruntime
 
-    with _silent(), _explained(metadata["model"]):
+    with silent(), _explained(metadata["model"]):
         program = torch.onnx.export(
             network,
             (images[:_TRACED_IMAGES],),
@@ -216,8 +232,8 @@ _WRITERS: dict[str, Callable[[Deployed, Tensor, Path, dict[str, str]], Tensor]] 
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """The exporter prints and logs each of its steps; what goes wrong it raises as well."""
+def silent() -> Iterator[None]:
+    """Those that trace a network print and log each of their steps; what goes wrong they raise as well."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

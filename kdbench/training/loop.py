@@ -32,7 +32,7 @@ from kdbench.training.optimization import Schedule, make_average, make_optimizer
 from kdbench.training.outcome import finished_record
 from kdbench.training.precision import autocast, compiled_call, images_for, place
 from kdbench.training.session import Session
-from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
+from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher, teacher_here
 from kdbench.training.teacher_cache import TeacherCache
 
 # Method generators get a stream of their own, so that a method's randomness never shifts the student's initial weights.
@@ -136,6 +136,7 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
     Raises Diverged where a loss is no longer finite, UserError where the pair can't work.
     """
     torch.set_num_threads(session.threads)
+    unit = found_here(unit, layout)
     if unit.mapped_data is not None:
         adopt(unit.mapped_data)
     run = prepare(unit, session)
@@ -151,6 +152,13 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
         last = epoch + 1 == unit.recipe.epochs
         session.report(metrics, run.state if _due(run) and not last else None)
     return finished_record(run, layout)
+
+
+def found_here(unit: Unit, layout: Layout) -> Unit:
+    """The unit with the places of its files as they are on this machine."""
+    teacher = teacher_here(unit.teacher, layout) if unit.teacher is not None else None
+    mapped = layout.here(unit.mapped_data) if unit.mapped_data is not None else None
+    return unit.model_copy(update={"teacher": teacher, "mapped_data": mapped})
 
 
 def _place(run: Training) -> str:

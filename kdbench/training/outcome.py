@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdbench.errors import KDBenchError
 from kdbench.experiment import Unit, worker_bounds
@@ -17,12 +17,13 @@ from kdbench.results.record import RunRecord, new_run_id
 from kdbench.search_space import dotted
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
+from kdbench.training.cache_copies import bring
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
 from kdbench.training.cost import measure, peak_memory_mb
 from kdbench.training.evaluate import predict
 from kdbench.training.precision import place
 from kdbench.training.session import Session
-from kdbench.training.teacher_cache import cached_test
+from kdbench.training.teacher_cache import TEST, cached_test
 
 if TYPE_CHECKING:
     from kdbench.training.loop import Training
@@ -57,7 +58,7 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
     packed = pack_predictions(prediction, splits.test.index)
     quality = task.metrics(prediction.float(), splits.test.target)  # of the rounded numbers that are kept, so that anyone can re-derive it
     alike: dict[str, float] = {}
-    teacher = cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
+    teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
     if teacher is not None:
         alike = task.agreement(prediction.float(), teacher)
     cost = measure(model, task.info.image_shape, session.device)
@@ -79,6 +80,11 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
         "predictions_uri": where,
         "predictions_sha256": hashlib.sha256(packed).hexdigest(),
     }
+
+
+def _cached_test(folder: Path) -> Tensor | None:
+    bring(folder, [TEST])
+    return cached_test(folder)
 
 
 def measured_teacher(unit: Unit, weights: Path, session: Session, layout: Layout) -> RunRecord:

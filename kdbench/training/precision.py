@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdbench.experiment import Recipe
 from kdbench.models.inputs import model_inputs
+from kdbench.results.working_copy import fetch
 from kdbench.training.checkpoint import write_atomically
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +73,7 @@ def _remembered(memo: Path) -> dict[str, Any]:
     Empty where nothing is kept, or nothing that this module wrote: it is then measured again.
     """
     try:
-        chosen: dict[str, Any] = json.loads(memo.read_text())
+        chosen: dict[str, Any] = json.loads(fetch(memo, newest=True).read_text())
         known = chosen["precision"] in DTYPES and chosen["memory_format"] in FORMATS and isinstance(chosen.get("compile", {}), dict)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -90,7 +90,7 @@ class LocalSession:
             self.on_report(metrics)
 
     def resume(self) -> State | None:
-        return load_checkpoint(self.checkpoint) if self.checkpoint is not None and self.checkpoint.exists() else None
+        return load_checkpoint(self.checkpoint) if self.checkpoint is not None else None
 
     def gather(self, rows: Tensor) -> Tensor:
         return rows

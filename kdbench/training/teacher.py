@@ -11,16 +11,25 @@ from kdbench.data.batch import Batch
 from kdbench.experiment import Recipe, TeacherRef
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
+from kdbench.results.layout import Layout
+from kdbench.results.working_copy import fetch
 from kdbench.tasks.base import Task
+from kdbench.training.cache_copies import bring
 from kdbench.training.precision import autocast, images_for, place
-from kdbench.training.teacher_cache import TeacherCache, open_cache, read_entry
+from kdbench.training.teacher_cache import TeacherCache, open_cache, read_entry, streams_of
+
+
+def teacher_here(ref: TeacherRef, layout: Layout) -> TeacherRef:
+    """A teacher with the places of its files as they are on this machine; what is in a working copy is fetched when it is opened."""
+    cache = layout.here(ref.cache) if ref.cache is not None else None
+    return ref.model_copy(update={"weights": layout.here(ref.weights), "cache": cache})
 
 
 def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module:
     """The frozen network: weights read strictly, eval mode, no gradients. Raises UserError where the weights don't fit the data."""
     # Its initial weights are drawn only to be overwritten: a training draws the same numbers whether it loads the teacher or not.
     with torch.random.fork_rng(devices=[]):
-        model = task.build_model(ref.model.model_copy(update={"weights": ref.weights}))
+        model = task.build_model(ref.model.model_copy(update={"weights": fetch(ref.weights, sha256=ref.sha)}))
     return place(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
 
 
@@ -53,5 +62,6 @@ def open_teacher(ref: TeacherRef, task: Task, taps: tuple[str, ...], device: tor
 
 
 def _cached(folder: Path, taps: tuple[str, ...], recipe: Recipe, data_seed: int) -> TeacherCache | None:
+    bring(folder, streams_of(taps))
     entry = read_entry(folder)
     return open_cache(folder, taps) if entry is not None and entry.shows(recipe, data_seed) else None

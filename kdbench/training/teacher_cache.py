@@ -37,6 +37,11 @@ def tap_stream(tap: str) -> str:
     return f"tap {tap}"
 
 
+def streams_of(taps: Sequence[str]) -> tuple[str, ...]:
+    """What a method that looks at these taps reads."""
+    return LOGITS, *map(tap_stream, taps)
+
+
 def view_count(recipe: Recipe) -> int | None:
     """How many different copies of an image training sees; None where every epoch has a fresh one and nothing can be cached."""
     if recipe.augment.none:
@@ -160,7 +165,7 @@ def open_cache(folder: Path, taps: Sequence[str] = ()) -> TeacherCache | None:
     Cheap: sizes and manifests are checked, not checksums. Raises RunFailed, naming the folder, where it is damaged.
     """
     entry = read_entry(folder)
-    mapped = {name: _mapped(folder, name) for name in (LOGITS, *map(tap_stream, taps))}
+    mapped = {name: _mapped(folder, name) for name in streams_of(taps)}
     there = {name: stream for name, stream in mapped.items() if stream is not None}
     if entry is None or len(there) < len(mapped):
         return None

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdbench.errors import DiskFull, Diverged, KDBenchError, in_one_line
+from kdbench.errors import Diverged, KDBenchError, StorageFailed, in_one_line
 from kdbench.experiment import Unit
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
+from kdbench.results.working_copy import forget
 from kdbench.training.checkpoint import write_atomically
 from kdbench.training.loop import fit
 from kdbench.training.outcome import failed_record
@@ -58,11 +59,11 @@ class StoppedEarly(BaseException):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a training ended: a record, or the one-line reason why there is none. Where the disk is full, no other could end better."""
+    """How a training ended: a record, or the one-line reason why there is none. Where the storage failed, no other could end better."""
 
     record: RunRecord | None = None
     crash: str | None = None
-    disk_full: bool = False
+    storage_failed: bool = False
 
 
 # What a report carries, by its key: an Ending, an epoch's row of the curve, the place from which a training goes on, or that a worker died.
@@ -71,12 +72,12 @@ ENDING, EPOCH, RESUMED, DEATH = "ending", "row", "resumed", "death"
 
 def pack_ending(ending: Ending) -> dict[str, str]:
     """As a metric that Ray carries from the process that trained to the driver."""
-    return {ENDING: json.dumps([ending.record.model_dump_json() if ending.record else None, ending.crash, ending.disk_full])}
+    return {ENDING: json.dumps([ending.record.model_dump_json() if ending.record else None, ending.crash, ending.storage_failed])}
 
 
 def unpack_ending(metrics: Mapping[str, Any]) -> Ending:
-    record, crash, disk_full = json.loads(metrics[ENDING])
-    return Ending(RunRecord.model_validate_json(record) if record else None, crash, disk_full)
+    record, crash, storage_failed = json.loads(metrics[ENDING])
+    return Ending(RunRecord.model_validate_json(record) if record else None, crash, storage_failed)
 
 
 def pack_epoch(metrics: Mapping[str, float]) -> dict[str, str]:
@@ -106,8 +107,8 @@ def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
         return Ending(fit(unit, session, layout))
     except Diverged as failure:
         return Ending(failed_record(unit, str(failure)))
-    except DiskFull as error:
-        return Ending(crash=str(error), disk_full=True)
+    except StorageFailed as error:
+        return Ending(crash=str(error), storage_failed=True)
     except KDBenchError as error:
         return Ending(crash=f"{unit.title}: {error}")
     except Exception as error:
@@ -129,15 +130,15 @@ def _kept_traceback(path: Path) -> str:
 def settle(work: Work, unit: Unit, ending: Ending, layout: Layout) -> None:
     """Hand a unit's end to its queue; once it is on record the unit's checkpoint is of no more use.
 
-    Raises DiskFull where that was its end.
+    Raises StorageFailed where that was its end.
     """
-    if ending.disk_full:
-        raise DiskFull(ending.crash)
+    if ending.storage_failed:
+        raise StorageFailed(ending.crash)
     if ending.record is None:
         work.crash(unit, ending.crash or f"{unit.title}: unknown")
         return
     work.finish(unit, ending.record)
-    layout.checkpoint(unit.experiment, unit.key).unlink(missing_ok=True)
+    forget(layout.checkpoint(unit.experiment, unit.key))
 
 
 def stopped_record(unit: Unit) -> RunRecord:

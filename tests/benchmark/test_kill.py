@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,40 +19,49 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
+
+from kdbench.results.journals import fetch_journal
+from kdbench.results.layout import results_folder
+from tests.object_storage import KEY, SECRET, ObjectStorage
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "kill.yaml"
 # What differs between two runs of the same trainings: names, and how long things took on a machine that does other things too.
 UNREPEATABLE = ("run_ids", "device_hours", "latency_ms_p50")
 
 
-def start(results: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "kdbench.cli", "run", str(EXPERIMENT), "--results", str(results)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(results: Path | str, environment: dict[str, str] | None = None, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "kdbench.cli", "run", str(EXPERIMENT), "--results", str(results), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | (environment or {}))
 
 
-def finish(results: Path) -> str:
-    process = start(results)
+def finish(results: Path | str, environment: dict[str, str] | None = None, *options: str) -> str:
+    process = start(results, environment, *options)
     output = process.communicate(timeout=240)[0].decode()
     assert process.returncode == 0, output
     return output
 
 
 def kill_when(results: Path, moment: Callable[[Path], bool]) -> None:
-    process = start(results)
+    kill_once(start(results), lambda: moment(results))
+
+
+def kill_once(process: subprocess.Popen[bytes], it_is_time: Callable[[], bool]) -> str:
+    """What the process had said when it was killed."""
     limit = time.monotonic() + 200
-    while not moment(results):
+    while not it_is_time():
         assert process.poll() is None, process.communicate()[0].decode()
         assert time.monotonic() < limit, "the moment never came"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    return process.communicate()[0].decode()
 
 
 def records(results: Path) -> list[dict[str, Any]]:
     return [pq.ParquetFile(path).read().to_pylist()[0] for path in sorted((results / "v1").rglob("*.parquet"))]
 
 
-def board(results: Path) -> list[dict[str, Any]]:
+def board(results: Path | str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "kdbench.cli", "leaderboard", "--format", "json", "--results", str(results)]
     boards = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["boards"]
     for row in (row for found in boards for row in found["rows"]):
@@ -117,6 +127,55 @@ def runs_in_mlflow(results: Path) -> list[tuple[str, str]]:
     experiment = client.get_experiment_by_name("kill")
     runs = client.search_runs([experiment.experiment_id])
     return sorted((run.info.run_name, run.info.status) for run in runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_driver_killed_on_one_machine_goes_on_from_the_bucket_on_another_and_on_a_cluster_that_shares_no_disk_with_it(
+    undisturbed: Path, tmp_path: Path, object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, one, other, nodes = object_storage.new_bucket(), tmp_path / "one", tmp_path / "other", tmp_path / "nodes"
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "4")
+
+    def is_in_search() -> bool:
+        return b'"epochs"' in object_storage.journals(bucket)
+
+    said = kill_once(start(bucket, object_storage.environment(one)), is_in_search)
+    done = [path for path in object_storage.objects(bucket) if path.startswith("v1/")]
+    traces = everything(one)
+    shutil.rmtree(one)
+    for name, value in object_storage.environment(nodes).items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        said += finish(bucket, object_storage.environment(other), "--set", f"runtime.address={cluster.address}")
+    finally:
+        cluster.shutdown()
+
+    assert [path.name for path in nodes.rglob("model.safetensors")] == [], "the cached outputs were enough"
+    assert list(nodes.rglob("logits.npy")), "the processes of the cluster had working copies of their own"
+    assert board(bucket) == board(undisturbed)
+    kept = object_storage.objects(bucket)
+    assert not [path for path in kept if path.startswith(".ray-")], "what Tune noted down is left"
+    copy = tmp_path / "downloaded"
+    for path, content in kept.items():
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path).write_bytes(content)
+    keys = [record["unit_key"] for record in records(copy)]
+    assert set(done) <= kept.keys()
+    assert sorted(keys) == sorted(record["unit_key"] for record in records(undisturbed)), "a unit ran twice, or is lost"
+    for path in kept:
+        if path.endswith(".journal"):
+            fetch_journal(results_folder(bucket) / path)
+    mine, theirs = trials(results_folder(bucket)), trials(undisturbed)
+    assert sorted((t.number, str(t.params), t.value) for t in mine) == sorted((t.number, str(t.params), t.value) for t in theirs)
+    assert not [path for path in kept if path.startswith("checkpoints/")], "a checkpoint of finished work is left"
+    traces += everything(other) + everything(nodes) + said.encode() + b"".join(kept.values())
+    assert not [secret for secret in (KEY, SECRET) if secret.encode() in traces]
+
+
+def everything(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and "/data/" not in str(path))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from scipy import stats as oracle
 
 from kdbench.results.leaderboard import Board, Row, boards
 from kdbench.results.published import load_published
+from kdbench.results.stats import detectable_effect
 
 
 @pytest.fixture
@@ -240,3 +242,80 @@ def test_published_figures_stand_beside_and_change_nothing(finals) -> None:
 
     assert {figure.method for figure in board.published} == {"nkd"}
     assert board.rows == only(boards(records)).rows
+
+
+# --- what few seeds and many methods allow to say --------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowded(finals):
+    """kd and five methods on three seeds; only `a` beats kd when one asks how many were tried, `b` when one does not."""
+    kd = [91.0, 91.2, 91.1]
+    differences = {"a": [1.0, 1.02, 1.01], "b": [1.0, 1.3, 0.8], "c": [0.5, -0.5, 0.1], "d": [-0.2, 0.3, 0.0], "e": [-1.0, -1.02, -1.01]}
+    methods = [finals(label, [x + y for x, y in zip(kd, by, strict=True)]) for label, by in differences.items()]
+    return [*finals("none", [90.0, 90.1, 90.2]), *finals("kd", kd), *(record for records in methods for record in records)], differences
+
+
+def test_verdicts_against_kd_are_corrected_for_the_number_of_methods(crowded) -> None:
+    records, differences = crowded
+    board = only(boards(records))
+
+    plain = {label: oracle.ttest_1samp(by, 0.0).pvalue for label, by in differences.items()}
+    p_values = {r.label: r.vs_kd_p for r in board.rows}
+    assert p_values["b"] == pytest.approx(3 * plain["b"])  # the third smallest of five
+    assert min(plain["a"], plain["e"]) * 5 == pytest.approx(min(p_values["a"], p_values["e"]), rel=1e-6)
+    assert (p_values["kd"], p_values["none"]) == (None, None)
+    assert {r.label: r.verdict for r in board.rows} == {"a": 1, "b": 0, "c": 0, "d": 0, "e": -1, "none": -1, "kd": 0}
+    assert board.findings == ("does not beat kd (not tuned): b, c, d, e", "beats kd (not tuned): a")
+    assert row(board, "b").vs_kd_low > 0
+    assert any(note == "the interval to kd leaves out 0, but not after Holm's correction for 5 methods: b" for note in board.notes)
+
+
+def test_the_detectable_effect_is_that_of_the_pooled_spread_and_of_holms_first_step(crowded) -> None:
+    records, differences = crowded
+    board = only(boards(records))
+
+    spread = math.sqrt(sum(statistics.variance(by) for by in differences.values()) / 5)
+    assert board.detectable == pytest.approx(detectable_effect(3, spread, comparisons=5))
+    assert any(f"below {board.detectable:.2g} is missed more than one time in five with 3 seeds" in note for note in board.notes)
+
+
+def test_without_kd_or_with_one_seed_no_effect_is_called_detectable(finals) -> None:
+    one_seed = only(boards([*finals("kd", [91.0]), *finals("nkd", [92.0])]))
+    no_kd = only(boards(finals("nkd", [92.0, 92.5])))
+
+    assert (one_seed.detectable, no_kd.detectable) == (None, None)
+    assert (row(one_seed, "nkd").vs_kd_p, row(one_seed, "nkd").verdict) == (None, 0)
+
+
+def test_a_board_names_the_rows_that_gains_and_differences_are_over(finals) -> None:
+    board = only(boards([*finals("plain", [90.0], method="none"), *finals("hinton", [91.0], method="kd")]))
+
+    assert (board.undistilled, board.control) == ("plain", "hinton")
+    assert (only(boards(finals("nkd", [92.0]))).undistilled, only(boards(finals("nkd", [92.0]))).control) == (None, None)
+
+
+def test_a_row_keeps_the_values_that_count_by_seed(finals, make_record) -> None:
+    records = [*finals("none", [90.0, 80.0]), *finals("kd", [91.0]), make_record(method="kd", seed=1, status="failed", test_metric=None)]
+
+    assert row(only(boards(records)), "kd").values == {0: 91.0, 1: 80.0}
+
+
+def test_the_front_of_a_cost_holds_what_nothing_better_undercuts(finals) -> None:
+    same = {"params_count": 100, "flops": 1000}
+    records = [
+        *finals("none", [90.0, 90.1], device_hours=1.0, latency_ms_p50=1.0, **same),
+        *finals("kd", [91.0, 91.1], device_hours=2.0, search_device_hours=3.0, latency_ms_p50=1.2, **same),
+        *finals("nkd", [90.5, 90.6], device_hours=6.0, latency_ms_p50=0.9, **same),  # faster by the noise of measuring alone
+        *finals("pruned", [90.2, 90.3], device_hours=9.0, latency_ms_p50=0.5, params_count=50, flops=500),
+        *finals("few", [99.0], device_hours=0.1, latency_ms_p50=0.1, params_count=1, flops=1),  # too few seeds to be compared
+    ]
+    board = only(boards(records))
+
+    assert {r.label: r.pareto for r in board.rows} == {
+        "kd": ("latency_ms_p50", "params_count", "device_hours"),
+        "nkd": (),
+        "pruned": ("latency_ms_p50", "params_count"),
+        "none": ("device_hours",),
+        "few": (),
+    }

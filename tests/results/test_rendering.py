@@ -15,6 +15,7 @@ from kdbench.results.leaderboard import boards
 from kdbench.results.picture import draw
 from kdbench.results.published import load_published
 from kdbench.results.rendering import FORMATS, nothing_to_rank, render
+from kdbench.results.summary import of_method, summaries
 
 CONTRACT = {
     "rank",
@@ -71,7 +72,7 @@ def test_json_keeps_its_contract_and_full_precision(found) -> None:
 
 
 def test_no_board_is_an_empty_list_in_json() -> None:
-    assert json.loads(render([], "json")) == {"boards": []}
+    assert json.loads(render([], "json")) == {"boards": [], "across_pairs": []}
 
 
 def test_csv_reads_back_row_by_row(found) -> None:
@@ -158,7 +159,7 @@ def test_a_metric_below_two_has_four_decimals(make_record) -> None:
 def test_an_unknown_format_names_the_nearest() -> None:
     with pytest.raises(UserError, match="'jsn'; did you mean 'json'"):
         render([], "jsn")
-    assert FORMATS == ("table", "markdown", "csv", "json")
+    assert FORMATS == ("table", "markdown", "latex", "csv", "json")
 
 
 def test_an_empty_folder_says_how_to_start_and_an_unfinished_one_how_to_go_on(make_record) -> None:
@@ -179,3 +180,91 @@ def test_the_picture_is_drawn_for_boards_with_a_gain_and_refuses_other_names(fou
         draw([], tmp_path / "none.png")
     with pytest.raises(RunFailed, match="could not be written"):
         draw(found, tmp_path / "board.png" / "folder.png")
+
+
+# --- several pairs together ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(make_record):
+    """Two pairs with the same recipe."""
+    values = {"none": [90.0, 90.2, 90.1], "kd": [91.0, 91.3, 91.1], "nkd": [92.0, 92.3, 92.0]}
+    return boards(
+        make_record(method=method, seed=seed, test_metric=value, student=student, protocol_hash=f"p-{student}")
+        for student in ("small", "large")
+        for method, metrics in values.items()
+        for seed, value in enumerate(metrics)
+    )
+
+
+def test_a_summary_stands_below_the_boards_in_tables_markdown_and_json(family) -> None:
+    across = summaries(family)
+    shown, markdown = text(family, 200, across=across), render(family, "markdown", across=across)
+    title = "classification across 2 pairs: cifar_resnet56 -> large on fashion_mnist, cifar_resnet56 -> small on fashion_mnist"
+    assert title in shown
+    assert f"### {title}" in markdown
+    [nkd] = [line for line in markdown.splitlines() if line.startswith("| nkd |")]
+    assert nkd.count("%") == 8  # the interquartile mean with its interval, and five shares
+    assert "2 pairs; the interval is for new seeds on these pairs, not for new pairs" in shown
+    [summary] = json.loads(render(family, "json", across=across))["across_pairs"]
+    assert [row["method"] for row in summary["rows"]] == ["nkd", "kd", "none"]
+    assert summary["rows"][0]["gap_recovered"] == across[0].rows[0].gap_recovered
+    assert summary["rows"][0]["profile"] == {"0.0": 1.0, "0.25": 1.0, "0.5": 2 / 3, "0.75": 0.0, "1.0": 0.0}
+    assert summary["rows"][0]["probability_of_improvement"] == 1.0
+    assert [pair["student"] for pair in summary["pairs"]] == ["large", "small"]
+
+
+def test_a_summary_fits_a_narrow_terminal(family) -> None:
+    lines = text([], 70, across=summaries(family)).splitlines()
+    table = [line for line in lines if "%" in line]
+
+    assert len(table) == 3  # the titles, nkd and kd
+    assert all(len(line) <= 70 for line in table)
+
+
+def test_one_methods_rows_keep_the_figures_of_the_whole(family) -> None:
+    [summary], [board, _] = of_method(summaries(family), "nkd"), of_method(family, "nkd")
+
+    assert [row.label for row in summary.rows] == [row.label for row in board.rows] == ["nkd"]
+    assert summary.rows[0].gap_recovered == summaries(family)[0].rows[0].gap_recovered
+    assert of_method(family, "nothing") == []
+
+
+# --- LaTeX -----------------------------------------------------------------------------------------------------------
+
+
+def test_latex_is_a_booktabs_table_with_intervals(found) -> None:
+    table = render(found, "latex")
+
+    assert r"\usepackage{booktabs}" in table.splitlines()[0]
+    rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+    assert rows[0] == r"Method & top1 & Gain & vs.\ kd & Gap & Seeds \\"
+    assert len({row.count("&") for row in rows}) == 1
+    assert rows[2] == (
+        r"kd & $\mathbf{91.05}\;{\scriptstyle[90.41,\,91.69]}$ & $+0.99\;{\scriptstyle[+0.84,\,+1.14]}$ & -- & $25$\,\% & 2 \\"
+    )
+    assert r"\mathbf{92.05}" in rows[1]
+    assert "$90.06" in rows[3]  # not bold: told apart from the best
+    assert [table.count(f"\\{word}") for word in ("toprule", "midrule", "bottomrule", "begin{table}", "end{table}")] == [1] * 5
+    assert table.count("{") == table.count("}")
+
+
+def test_latex_escapes_names_and_marks_what_beats_kd(make_record) -> None:
+    values = {"none": [90.0, 90.1, 90.2], "kd": [91.0, 91.1, 91.2], r"my_{50%} & $\#^~": [92.0, 92.1, 92.21]}
+    records = [
+        make_record(method="none" if label == "none" else "kd" if label == "kd" else "nkd", label=label, seed=seed, test_metric=value)
+        for label, metrics in values.items()
+        for seed, value in enumerate(metrics)
+    ]
+    table = render(boards(records), "latex")
+
+    assert r"my\_\{50\%\} \& \$\textbackslash{}\#\textasciicircum{}\textasciitilde{}$^{*}$ & " in table
+    assert "after Holm's correction" in table
+    assert r"kd & $91.10" in table
+
+
+def test_latex_of_a_failed_seed_and_of_unknown_figures(make_record) -> None:
+    table = render(boards([make_record(status="failed", test_metric=None)]), "latex")
+
+    assert "kd & --" in table
+    assert "0 (1 failed)" in table

@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdbench.cli.cache import cache_app
+from kdbench.cli.options import ExperimentFile, Format, ManyResults, NoMlflow, Overrides, Results, example
+from kdbench.cli.results import chosen, recommend, results_app, verify
 from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
 
 if TYPE_CHECKING:
     from kdbench.display import Display
     from kdbench.experiment import Experiment
+    from kdbench.results.folders import Folders
     from kdbench.results.leaderboard import Board
+    from kdbench.results.record import RunRecord
+    from kdbench.results.summary import Summary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,33 +39,11 @@ app = typer.Typer(
 )
 
 # Where the output is a file or a log there is no width to fit: every column is shown.
-_WIDTH_OF_A_FILE = 220
-
-ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a dotted key, such as recipe.epochs=3 or method.temperature=2. May be repeated."
-    ),
-]
-Results = Annotated[
-    Path | None,
-    typer.Option(
-        "--results",
-        metavar="DIR",
-        help="Where results are kept. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.",
-        show_default=False,
-    ),
-]
-NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
-Format = Annotated[str, typer.Option("--format", help="table, markdown, csv or json.")]
+_WIDTH_OF_A_FILE = 260
+_MANY_FILES = 2_000  # of one record each: reading them takes seconds
 
 
-def _example(command: str) -> str:
-    return f"Example: kdbench {command}"
-
-
-@app.command(epilog=_example("run experiments/quickstart.yaml --set recipe.epochs=10"))
+@app.command(epilog=example("run experiments/quickstart.yaml --set recipe.epochs=10"))
 def run(
     experiment: ExperimentFile,
     set_: Overrides = None,
@@ -83,7 +67,7 @@ def run(
     _end_with(summary.failures)
 
 
-@app.command(epilog=_example("tune experiments/quickstart.yaml --set search.trials=20"))
+@app.command(epilog=example("tune experiments/quickstart.yaml --set search.trials=20"))
 def tune(experiment: ExperimentFile, set_: Overrides = None, results: Results = None, no_mlflow: NoMlflow = False) -> None:
     """The search alone: print the best parameters of every method."""
     import json
@@ -96,7 +80,7 @@ def tune(experiment: ExperimentFile, set_: Overrides = None, results: Results = 
 
 
 @contextmanager
-def _watched(path: Path, overrides: list[str] | None, results: Path | None) -> Iterator[tuple[Experiment, Path, Display]]:
+def watched(path: Path, overrides: list[str] | None, results: str | None) -> Iterator[tuple[Experiment, Path, Display]]:
     """The experiment, its results folder and a display, for work that can be interrupted and gone on with."""
     from kdbench.distributed.cluster import quiet
 
@@ -118,17 +102,24 @@ def _watched(path: Path, overrides: list[str] | None, results: Path | None) -> I
         raise typer.Exit(130) from None
 
 
-def _run_experiment(path: Path, overrides: list[str] | None, results: Path | None, no_mlflow: bool, search_only: bool) -> Any:
-    with _watched(path, overrides, results) as (experiment, folder, display):
+def _run_experiment(path: Path, overrides: list[str] | None, results: str | None, no_mlflow: bool, search_only: bool) -> Any:
+    with watched(path, overrides, results) as (experiment, folder, display):
         from kdbench.benchmark.run import run as run_benchmark
         from kdbench.results.tracking import MlflowTracker, NoTracker, tracking_uri
 
         tracker = NoTracker() if no_mlflow else MlflowTracker(tracking_uri(folder), experiment.name)
         summary = run_benchmark(experiment, folder, display, tracker, search_only)
     if not search_only:
-        found = [board for protocol in summary.protocols for board in _boards(folder, {"protocol_hash": protocol})]
-        _print_boards(found, "table")
-        _draw(found, folder / "boards" / f"{experiment.name}.png")
+        from kdbench.results.folders import Folders
+        from kdbench.results.summary import summaries
+
+        found = [board for protocol in summary.protocols for board in _boards(Folders([folder]), {"protocol_hash": protocol})]
+        _print_boards(found, "table", summaries(found))
+        if found:
+            from kdbench.results.report.files import publish
+
+            for path in publish(found, folder, experiment.name, tracker):
+                typer.echo(f"{'report' if path.suffix == '.html' else 'picture'}: {path}")
     return summary
 
 
@@ -143,23 +134,15 @@ def _dry_run(path: Path, overrides: list[str] | None) -> None:
     typer.echo(dry_run_page(dry_run(load_experiment(path, overrides or ()))))
 
 
-def _profile(path: Path, overrides: list[str] | None, results: Path | None) -> None:
+def _profile(path: Path, overrides: list[str] | None, results: str | None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler announces every start and stop otherwise
-    with _watched(path, overrides, results) as (experiment, folder, display):
+    with watched(path, overrides, results) as (experiment, folder, display):
         from kdbench.benchmark.run import profile
         from kdbench.pages import profile_page
 
         profiles = profile(experiment, folder, display)
     typer.echo(profile_page(profiles, experiment.recipe.batch_size))
     typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
-
-
-def _draw(found: list[Board], path: Path) -> None:
-    from kdbench.results.picture import draw, worth_drawing
-
-    if any(worth_drawing(board) for board in found):
-        draw(found, path)
-        typer.echo(f"picture: {path}")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -175,9 +158,9 @@ def _end_with(failures: tuple[str, ...]) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog=_example("leaderboard --data fashion_mnist --format markdown"))
+@app.command(epilog=example("leaderboard --data fashion_mnist --html report.html"))
 def leaderboard(
-    results: Results = None,
+    results: ManyResults = None,
     format_: Format = "table",
     task: Annotated[str | None, typer.Option(help="Only this task.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="Only this data set.", show_default=False)] = None,
@@ -189,50 +172,103 @@ def leaderboard(
         Path | None, typer.Option(metavar="FILE", help="Also draw the gains: FILE.png, .svg or .pdf.", show_default=False)
     ] = None,
     published: Annotated[bool, typer.Option("--published", help="Also quote the papers' own figures, apart from the ranking.")] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="Trace every figure of this method's rows to runs, instead of the board.", show_default=False),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report instead: one HTML file.", show_default=False)] = None,
+    site: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a static site instead: an index and a page a board.", show_default=False)
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the report to this machine's browsers; it renews itself as results arrive.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes any that is free.")] = 8230,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
+    from kdbench.results.folders import Folders
     from kdbench.results.layout import results_folder
     from kdbench.results.rendering import check_format
+    from kdbench.results.summary import of_method, summaries
 
     check_format(format_)
-    filters = {"task": task, "data": data, "teacher": teacher, "student": student, "experiment": experiment}
-    found = _boards(results_folder(results), {name: value for name, value in filters.items() if value is not None}, method)
-    _print_boards(found, format_, published)
+    wanted = chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment)
+    folders = Folders([results_folder(folder) for folder in results] if results else [results_folder()])
+    if html is not None or site is not None or serve:
+        _report(folders, wanted, method, html, site, port if serve else None)
+        return
+    if explain is not None:
+        _explain(folders, wanted, explain, format_)
+        return
+    found = _boards(folders, wanted)
+    across = summaries(found)
+    if method is not None:
+        found, across = of_method(found, method), of_method(across, method)
+    _print_boards(found, format_, across, published)
     if picture is not None:
         from kdbench.results.picture import draw
 
         draw(found, picture)
 
 
-def _boards(folder: Path, filters: Mapping[str, str], method: str | None = None) -> list[Board]:
-    """The boards of the records that the filters leave; says what to do where there is none."""
-    from dataclasses import replace
+def _report(
+    folders: Folders, filters: Mapping[str, str], method: str | None, html: Path | None, site: Path | None, port: int | None
+) -> None:
+    """The boards as HTML: a file, a folder, or on a port until Ctrl-C."""
+    from kdbench.results.report.files import Report
 
+    report = Report(folders, [filters], method)
+    if html is not None:
+        typer.echo(f"report: {report.write(html)}")
+    if site is not None:
+        typer.echo(f"site: {report.write_site(site)}")
+    if port is not None:
+        signal.signal(signal.SIGTERM, _interrupt)
+        report.serve(port, lambda address: typer.echo(f"{address} (Ctrl-C ends it)"))
+        typer.echo("stopped")
+
+
+def _boards(folders: Folders, filters: Mapping[str, str]) -> list[Board]:
+    """The boards of the records that the filters leave; says what to do where there is none."""
     from kdbench.results.leaderboard import boards
     from kdbench.results.published import load_published
     from kdbench.results.rendering import nothing_to_rank
-    from kdbench.results.store import ResultStore
+    from kdbench.results.store import LONG_FIELDS
 
-    records = ResultStore(folder).scan(**filters)
+    records = folders.scan(without=LONG_FIELDS, **filters)
     found = boards(records, load_published())
-    if method is not None:
-        kept = [(board, tuple(row for row in board.rows if method in (row.label, row.method))) for board in found]
-        found = [replace(board, rows=rows) for board, rows in kept if rows]
     if not found:
-        typer.echo(nothing_to_rank(str(folder), records), err=True)
+        typer.echo(nothing_to_rank(str(folders), records), err=True)
+    if folders.single_files > _MANY_FILES:
+        typer.echo(f"kdbench: {folders.single_files} files of one record each: kdbench results compact makes reading faster", err=True)
     return found
 
 
-def _print_boards(found: list[Board], format_: str, published: bool = False) -> None:
+def _explain(folders: Folders, filters: Mapping[str, str], method: str, format_: str) -> None:
+    import json
+
+    from kdbench.pages import check_table_or_json, explanation_page
+    from kdbench.results.explanation import explain, explanation_data
+    from kdbench.results.leaderboard import boards
+
+    check_table_or_json(format_)
+    traced = explain(boards(folders.scan(**filters)), folders.scan(), method)
+    if format_ == "json":
+        typer.echo(json.dumps({"explanations": [explanation_data(each) for each in traced]}, indent=2, allow_nan=False))
+    else:
+        typer.echo("\n\n".join(map(explanation_page, traced)))
+
+
+def _print_boards(found: list[Board], format_: str, across: Sequence[Summary] = (), published: bool = False) -> None:
     from rich.console import Console
 
     from kdbench.results.rendering import render
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
-    typer.echo(render(found, format_, with_published=published, console=console), nl=False)
+    typer.echo(render(found, format_, across=across, with_published=published, console=console), nl=False)
 
 
-@app.command("list", epilog=_example("list methods"))
+@app.command("list", epilog=example("list methods"))
 def list_(
     kind: Annotated[str, typer.Argument(metavar="methods|tasks|data|models", help="What to list.", show_default=False)],
     format_: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
@@ -243,7 +279,7 @@ def list_(
     typer.echo(catalogue_page(kind, format_))
 
 
-@app.command(epilog=_example("show dkd"))
+@app.command(epilog=example("show dkd"))
 def show(
     name: Annotated[str, typer.Argument(help="A method, task, data set or model, as `kdbench list` names it.", show_default=False)],
 ) -> None:
@@ -253,7 +289,7 @@ def show(
     typer.echo(show_page(name))
 
 
-@app.command(epilog=_example("taps resnet18 --image 3x224x224 --classes 1000"))
+@app.command(epilog=example("taps resnet18 --image 3x224x224 --classes 1000"))
 def taps(
     model: Annotated[str, typer.Argument(help="A model of `kdbench list models` or of timm, or package.module:Class.", show_default=False)],
     image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image.")] = "3x32x32",
@@ -266,7 +302,7 @@ def taps(
     typer.echo(taps_page(model, image_shape(image), classes, all_))
 
 
-@app.command(epilog=_example("export 01KAMZ3Q --format onnx"))
+@app.command(epilog=example("export 01KAMZ3Q --format onnx"))
 def export(
     run_id: Annotated[
         str,
@@ -278,6 +314,10 @@ def export(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default: STUDENT-METHOD-RUN.FORMAT in this folder.", show_default=False)
     ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Write no file: register it in MLflow as a version of the model NAME.", show_default=False),
+    ] = None,
     results: Results = None,
 ) -> None:
     """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""
@@ -287,6 +327,9 @@ def export(
     from kdbench.training.export import find_run
 
     folder = results_folder(results)
+    if register is not None:
+        _register(find_run(ResultStore(folder).scan(), run_id), folder, register)
+        return
     report = export_run(find_run(ResultStore(folder).scan(), run_id), folder, format_, output)
     typer.echo(f"{report.path}: {report.model}, {report.size_bytes / 1e6:.2f} MB")
     typer.echo(f"input: {report.inputs}")
@@ -294,78 +337,24 @@ def export(
     typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
 
 
-cache_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="The teacher's outputs, kept for all trainings: see, build, verify, prune."
-)
-app.add_typer(cache_app, name="cache", epilog=_example("cache ls"))
+def _register(record: RunRecord, folder: Path, name: str) -> None:
+    from kdbench.results.tracking import MlflowTracker, tracking_uri
+    from kdbench.training.register import register
+
+    made = register(record, folder, name, MlflowTracker(tracking_uri(folder), record.experiment))
+    typer.echo(f"{made.uri} {'is new' if made.new else 'was registered before'}, at {made.tracking_uri}")
+    typer.echo(f"input: float32 images {'x'.join(map(str, made.input_shape))} in [0, 1], any number of them")
+    typer.echo(f"output: {'x'.join(map(str, made.output_shape))} for each image")
+    typer.echo(f"checked on {made.images} test images: largest difference {made.difference:.1e}, allowed {made.tolerance:.1e}")
 
 
-@cache_app.command("ls", epilog=_example("cache ls"))
-def cache_ls(results: Results = None) -> None:
-    """Every entry: whose outputs, of which data, which streams, how large, when it was last used."""
-    from kdbench.pages import cache_page
-    from kdbench.results.layout import Layout, results_folder
-    from kdbench.training.cache_entries import entries
-
-    typer.echo(cache_page(entries(Layout(results_folder(results)))))
+app.command(epilog=example("recommend --latency 5ms --min-gain 1.0"))(recommend)
+app.command(epilog=example("verify --results /data/results"))(verify)
+app.add_typer(results_app, name="results", epilog=example("results export boards.zip"))
+app.add_typer(cache_app, name="cache", epilog=example("cache ls"))
 
 
-@cache_app.command("build", epilog=_example("cache build experiments/quickstart.yaml"))
-def cache_build(experiment: ExperimentFile, set_: Overrides = None, results: Results = None) -> None:
-    """Write what the experiment's methods need of its teacher, which must be there already. Trains nothing; `run` does this by itself."""
-    with _watched(experiment, set_, results) as (read, folder, display):
-        from kdbench.benchmark.run import build_cache
-
-        build_cache(read, folder, display)
-
-
-@cache_app.command("verify", epilog=_example("cache verify 8ee9e9"))
-def cache_verify(
-    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="An entry's key or the beginning of it. Default: all.")] = None,
-    results: Results = None,
-) -> None:
-    """Make all checksums anew. Exit code 1 where something is damaged; it is taken out, and the next run writes it again."""
-    from kdbench.results.layout import Layout, results_folder
-    from kdbench.training.cache_entries import chosen, verify
-
-    layout = Layout(results_folder(results))
-    damage = 0
-    for listed in chosen(layout, key):
-        problems = list(verify(layout, listed))
-        damage += len(problems)
-        typer.echo("\n".join(f"{listed.key}  {problem}" for problem in problems) or f"{listed.key}  ok")
-    if damage:
-        typer.echo("kdbench: what is damaged was taken out; the next run, or kdbench cache build, writes it again", err=True)
-        raise typer.Exit(1)
-
-
-@cache_app.command("prune", epilog=_example("cache prune --older-than 30 --dry-run"))
-def cache_prune(
-    older_than: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Also what was not used for so long.", show_default=False)
-    ] = None,
-    keep_gb: Annotated[
-        float | None, typer.Option(min=0, help="Also the least recently used, until no more than this is left.", show_default=False)
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    results: Results = None,
-) -> None:
-    """Delete entries that no run can read or whose teacher is in no record. None that a run is using; what goes can be built again."""
-    from kdbench.results.layout import Layout, results_folder
-    from kdbench.results.store import ResultStore
-    from kdbench.training.cache_entries import disposable, entries, remove
-
-    layout = Layout(results_folder(results))
-    teachers = {record.teacher_sha for record in ResultStore(layout.root).scan(role="teacher") if record.teacher_sha}
-    freed = 0
-    for listed, reason in disposable(entries(layout), teachers, older_than, keep_gb):
-        gone = dry_run or remove(layout, listed)
-        freed += listed.nbytes if gone else 0
-        typer.echo(f"{listed.key}  {listed.nbytes / 1e6:.2f} MB  {reason}{'' if gone else ': in use, kept'}")
-    typer.echo(f"{freed / 1e6:.2f} MB {'would be freed' if dry_run else 'freed'}")
-
-
-@app.command(epilog=_example("doctor --results /data/results"))
+@app.command(epilog=example("doctor --results /data/results"))
 def doctor(results: Results = None) -> None:
     """What this machine has and lacks. Exit code 1 where something is missing that kdbench needs."""
     from kdbench.doctor import examine
@@ -406,7 +395,3 @@ def _unforeseen(error: Exception) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="kdbench-", suffix=".log", delete=False) as trace:
         traceback.print_exception(error, file=trace)
     return f"{in_one_line(error)}; traceback in {trace.name}"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,6 @@
+"""`python -m kdbench.cli`."""
+
+from kdbench.cli import main
+
+if __name__ == "__main__":
+    main()

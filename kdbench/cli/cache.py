@@ -1,0 +1,80 @@
+"""`kdbench cache`: the teacher's outputs that are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kdbench.cli.options import ExperimentFile, Overrides, Results, example
+
+cache_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="The teacher's outputs, kept for all trainings: see, build, verify, prune."
+)
+
+
+@cache_app.command("ls", epilog=example("cache ls"))
+def cache_ls(results: Results = None) -> None:
+    """Every entry: whose outputs, of which data, which streams, how large, when it was last used."""
+    from kdbench.pages import cache_page
+    from kdbench.results.layout import Layout, results_folder
+    from kdbench.training.cache_entries import entries
+
+    typer.echo(cache_page(entries(Layout(results_folder(results)))))
+
+
+@cache_app.command("build", epilog=example("cache build experiments/quickstart.yaml"))
+def cache_build(experiment: ExperimentFile, set_: Overrides = None, results: Results = None) -> None:
+    """Write what the experiment's methods need of its teacher, which must be there already. Trains nothing; `run` does this by itself."""
+    from kdbench.cli import watched
+
+    with watched(experiment, set_, results) as (read, folder, display):
+        from kdbench.benchmark.run import build_cache
+
+        build_cache(read, folder, display)
+
+
+@cache_app.command("verify", epilog=example("cache verify 8ee9e9"))
+def cache_verify(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="An entry's key or the beginning of it. Default: all.")] = None,
+    results: Results = None,
+) -> None:
+    """Make all checksums anew. Exit code 1 where something is damaged; it is taken out, and the next run writes it again."""
+    from kdbench.results.layout import Layout, results_folder
+    from kdbench.training.cache_entries import chosen, verify
+
+    layout = Layout(results_folder(results))
+    damage = 0
+    for listed in chosen(layout, key):
+        problems = list(verify(layout, listed))
+        damage += len(problems)
+        typer.echo("\n".join(f"{listed.key}  {problem}" for problem in problems) or f"{listed.key}  ok")
+    if damage:
+        typer.echo("kdbench: what is damaged was taken out; the next run, or kdbench cache build, writes it again", err=True)
+        raise typer.Exit(1)
+
+
+@cache_app.command("prune", epilog=example("cache prune --older-than 30 --dry-run"))
+def cache_prune(
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also what was not used for so long.", show_default=False)
+    ] = None,
+    keep_gb: Annotated[
+        float | None, typer.Option(min=0, help="Also the least recently used, until no more than this is left.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    results: Results = None,
+) -> None:
+    """Delete entries that no run can read or whose teacher is in no record. None that a run is using; what goes can be built again."""
+    from kdbench.results.layout import Layout, results_folder
+    from kdbench.results.store import ResultStore
+    from kdbench.training.cache_entries import disposable, entries, remove
+
+    layout = Layout(results_folder(results))
+    teachers = {record.teacher_sha for record in ResultStore(layout.root).scan(role="teacher") if record.teacher_sha}
+    freed = 0
+    for listed, reason in disposable(entries(layout), teachers, older_than, keep_gb):
+        gone = dry_run or remove(layout, listed)
+        freed += listed.nbytes if gone else 0
+        typer.echo(f"{listed.key}  {listed.nbytes / 1e6:.2f} MB  {reason}{'' if gone else ': in use, kept'}")
+    typer.echo(f"{freed / 1e6:.2f} MB {'would be freed' if dry_run else 'freed'}")

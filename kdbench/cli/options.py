@@ -1,0 +1,40 @@
+"""Options that several commands take, and how an example is shown below a command's help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a dotted key, such as recipe.epochs=3 or method.temperature=2. May be repeated."
+    ),
+]
+Results = Annotated[
+    str | None,
+    typer.Option(
+        "--results",
+        metavar="DIR",
+        help="Where results are kept: a folder, or s3://bucket/folder. Default: `results:` in the file, KDBENCH_RESULTS, or ./results.",
+        show_default=False,
+    ),
+]
+ManyResults = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--results",
+        metavar="DIR",
+        help="Where results are kept; may be repeated to read several folders as one. Default: KDBENCH_RESULTS, or ./results.",
+        show_default=False,
+    ),
+]
+NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
+Format = Annotated[str, typer.Option("--format", help="table, markdown, latex, csv or json.")]
+
+
+def example(command: str) -> str:
+    return f"Example: kdbench {command}"

@@ -1,0 +1,110 @@
+"""Files below a local folder: whole or not there, and on disk before a call returns."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdbench.errors import UserError, not_written
+
+NOT_WRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
+)
+NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
+
+
+def file_sha256(path: Path) -> str:
+    """In hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Folder:
+    """`object_store.Files` in a folder, which need not exist yet. Paths are relative to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.name = str(self.root)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a new file. Raises FileExistsError where there is one, and what `replace` raises."""
+        if self.exists(path):
+            raise FileExistsError(path)
+        self.replace(path, data)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a file in one step. Raises UserError where the folder can't be written, DiskFull where there is no space."""
+        target = self.root / path
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            _write(temporary, target, data)
+        except OSError as error:
+            raise self._explained(error, target) from error
+
+    def read(self, path: str) -> bytes:
+        """Raises FileNotFoundError."""
+        return (self.root / path).read_bytes()
+
+    def exists(self, path: str) -> bool:
+        return (self.root / path).exists()
+
+    def find(self, prefix: str) -> list[str]:
+        """The paths of all files in the folder `prefix`, in any order. Raises UserError where this is a file itself."""
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{self.name} is a file, expected a results folder")
+        top = self.root / prefix
+        start = len(str(self.root)) + 1
+        return [f"{parent}/{name}"[start:] for parent, _, names in os.walk(top) for name in names]
+
+    def remove(self, path: str, patient: bool = True) -> None:
+        """No error where there is no such file."""
+        (self.root / path).unlink(missing_ok=True)
+
+    def _explained(self, error: OSError, path: Path) -> Exception:
+        if error.errno in NOT_WRITABLE or isinstance(error, PermissionError):
+            return UserError(
+                f"the results folder {self.name} can't be written ({error.strerror or error}): "
+                "choose another with --results DIR or the variable KDBENCH_RESULTS"
+            )
+        return not_written(error, path)
+
+
+def _write(temporary: Path, target: Path, data: bytes) -> None:
+    """Survives a power cut: the content and every folder entry that leads to it are on disk before this returns."""
+    folder = target.parent
+    new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _removed_on_failure(lambda: temporary.unlink(missing_ok=True)):
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    for changed in dict.fromkeys([folder, *(new.parent for new in new_folders)]):
+        _sync_folder(changed)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:  # some network file systems have no such call; their rename is durable or nothing can be done
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _removed_on_failure(remove: Callable[[], None]) -> Iterator[None]:
+    """Calls `remove` when the body is left by an exception, an interrupt from the keyboard included."""
+    try:
+        yield
+    except BaseException:
+        remove()
+        raise

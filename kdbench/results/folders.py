@@ -1,0 +1,35 @@
+"""Several results folders read as one: of a training that more than one of them has, the latest record counts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdbench.results.record import RunRecord
+from kdbench.results.store import ResultStore
+
+
+class Folders:
+    """Records of all `paths`, which need not exist yet. Like a store, it reads again only what is new."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        self._stores = [ResultStore(path) for path in paths]
+
+    @property
+    def single_files(self) -> int:
+        """How many files of one record were read so far."""
+        return sum(store.single_files for store in self._stores)
+
+    def scan(self, *, without: Collection[str] = (), **equals: Any) -> list[RunRecord]:
+        """The records whose fields have the given values, oldest first, one a `unit_key`. As `ResultStore.scan`, UserError included."""
+        latest: dict[str, RunRecord] = {}
+        for record in sorted(
+            (r for store in self._stores for r in store.scan(without=without, **equals)), key=lambda r: (r.created_at, r.run_id)
+        ):
+            latest[record.unit_key] = record
+        return sorted(latest.values(), key=lambda r: (r.created_at, r.run_id))
+
+    def __str__(self) -> str:
+        return ", ".join(store.location for store in self._stores)

@@ -1,0 +1,75 @@
+"""Append-only files of a working copy in the store: what was added goes up as an object of its own, so that its price doesn't grow.
+
+A journal is the object `PATH`, its beginning, and objects `PATH.parts/OFFSET`, each going on where the one before ends. Whoever opens it
+next puts them together. Parts are made by conditional PUTs: a driver that goes on though another one took over can't write over it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kdbench.errors import RunFailed
+from kdbench.results.working_copy import Kept, kept
+
+_READERS = 16
+
+_sent: dict[Path, int] = {}  # how much of a journal the store has, for those that this process opened
+
+
+def fetch_journal(path: Path) -> Path:
+    """Have the store's state of a journal here; returns `path`. Its writer calls this once, before it opens it.
+
+    What is here stays where it goes on from what the store has: then its end could not be uploaded. Else another machine went on.
+    """
+    _sent.pop(path, None)
+    place = kept(path)
+    if place is None:
+        return path
+    theirs = _stored(place)
+    if theirs and not (path.exists() and path.read_bytes().startswith(theirs)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(theirs)
+    return path
+
+
+def upload_journal(path: Path) -> None:
+    """Have the store hold all of a journal. Raises StorageFailed where it does not take it, RunFailed where another driver writes to it."""
+    place = kept(path)
+    if place is None:
+        return
+    sent = _sent.get(path)
+    if sent is None:
+        content = path.read_bytes()
+        place.store.replace(place.path, content)
+        for part in _parts(place):
+            place.store.remove(part)
+        _sent[path] = len(content)
+        return
+    with path.open("rb") as file:
+        file.seek(sent)
+        added = file.read()
+    if not added:
+        return
+    try:
+        place.store.create(f"{place.path}.parts/{sent:012d}", added)
+    except FileExistsError:
+        raise RunFailed(f"{place.store.name}/{place.path}: another driver writes to this search; let one of them go on") from None
+    _sent[path] = sent + len(added)
+
+
+def _stored(place: Kept) -> bytes:
+    try:
+        content = place.store.read(place.path)
+    except FileNotFoundError:
+        return b""
+    parts = _parts(place)
+    with ThreadPoolExecutor(_READERS) as readers:
+        for part, added in zip(parts, readers.map(place.store.read, parts), strict=True):
+            if int(part.rpartition("/")[2]) == len(content):  # a smaller one is in the beginning already: its deletion was cut off
+                content += added
+    return content
+
+
+def _parts(place: Kept) -> list[str]:
+    return sorted(place.store.find(f"{place.path}.parts"))

@@ -1,0 +1,142 @@
+"""A file of the store, of one record or of many, and what of it is read when: who is asked for first, the whole record last."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kdbench.errors import UserError
+from kdbench.results.record import SCHEMA_VERSION, RunRecord, all_from_table, from_table, partly_from_table
+
+COMPACTED = "compacted-"  # how the names of files of many records begin
+
+
+class Identity(NamedTuple):
+    """Which record it is, and which of two of a unit is the later. created_at: microseconds since 1970."""
+
+    created_at: int
+    run_id: str
+    unit_key: str
+
+
+class RecordFile(Protocol):
+    """Rows of records, numbered from 0."""
+
+    @property
+    def identities(self) -> Sequence[Identity]:
+        """Of each row, in order."""
+        ...
+
+    def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
+        """The numbers of the rows whose fields have these values."""
+        ...
+
+    def records(self, rows: Sequence[int], without: Collection[str]) -> list[RunRecord]:
+        """These rows; fields of `without` may be missing from them."""
+        ...
+
+
+class OneRecord:
+    """What a finished training wrote. It is small, and kept as a whole."""
+
+    def __init__(self, content: bytes, path: str) -> None:
+        """Raises UserError where it is no readable record."""
+        self.record = from_table(read_table(content, path, "restore it from a copy, or delete it to have that training run again"), path)
+        moment = self.record.created_at.timestamp()
+        self.identities = [Identity(round(moment * 1e6), self.record.run_id, self.record.unit_key)]
+
+    def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
+        return {0} if all(getattr(self.record, name) == value for name, value in equals.items()) else set()
+
+    def records(self, rows: Sequence[int], without: Collection[str]) -> list[RunRecord]:
+        return [self.record for _ in rows]
+
+
+class ManyRecords:
+    """What `compact` wrote. Kept as it was read, compressed; columns are taken out of it as they are needed."""
+
+    def __init__(self, content: bytes, path: str) -> None:
+        """Raises UserError where it is no readable file of records."""
+        self._content, self._path = pa.py_buffer(content), path
+        table = self._columns(["created_at", "run_id", "unit_key"])
+        moments = table["created_at"].cast(pa.int64()).to_pylist()
+        self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist()))
+
+    def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
+        if not equals:
+            return range(len(self.identities))
+        table = self._columns(list(equals))
+        kept: Any = None
+        for name, value in equals.items():
+            fits = pc.is_null(table[name]) if value is None else pc.fill_null(pc.equal(table[name], value), False)
+            kept = fits if kept is None else pc.and_(kept, fits)
+        return set(pc.indices_nonzero(kept).to_pylist())
+
+    def records(self, rows: Sequence[int], without: Collection[str]) -> list[RunRecord]:
+        if not rows:
+            return []
+        whole = not without or pc.min(self._columns(["schema_version"])["schema_version"]).as_py() != SCHEMA_VERSION
+        names = [name for name in self._layout.names if whole or name not in without]
+        groups = self._layout.groups_of(rows)
+        table = self._columns(names, groups).take(pa.array(self._layout.inside(groups, rows)))
+        return all_from_table(table, self._path) if whole else partly_from_table(table)
+
+    @cached_property
+    def _layout(self) -> _Layout:
+        file = pq.ParquetFile(pa.BufferReader(self._content))
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        return _Layout(tuple(file.schema_arrow.names), tuple(accumulate(sizes, initial=0)))
+
+    def _columns(self, names: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
+        return read_table(self._content, self._path, "restore it from a copy: it holds many records", names, groups)
+
+
+class _Layout(NamedTuple):
+    """The columns of a file, and the numbers of the rows at which its groups begin, with that of its end."""
+
+    names: tuple[str, ...]
+    begins: tuple[int, ...]
+
+    def groups_of(self, rows: Sequence[int]) -> list[int]:
+        """The groups that these rows are in: of one record not the whole file is unpacked."""
+        return sorted({bisect_right(self.begins, row) - 1 for row in rows})
+
+    def inside(self, groups: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """Where the rows are in a table of these groups."""
+        sizes = [self.begins[group + 1] - self.begins[group] for group in groups]
+        moved = {group: first - self.begins[group] for group, first in zip(groups, accumulate(sizes, initial=0), strict=False)}
+        return [row + moved[bisect_right(self.begins, row) - 1] for row in rows]
+
+
+def is_record_file(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return name.endswith(".parquet") and not name.startswith(".")
+
+
+def is_compacted(path: str) -> bool:
+    return path.rpartition("/")[2].startswith(COMPACTED)
+
+
+def opened(content: bytes, path: str) -> RecordFile:
+    """Raises UserError, naming the path, where it can't be read."""
+    return ManyRecords(content, path) if is_compacted(path) else OneRecord(content, path)
+
+
+def read_table(
+    content: bytes | pa.Buffer, path: str, way_out: str, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+) -> pa.Table:
+    """The content of a Parquet file, or of some of its groups of rows. Raises UserError with the path, what is wrong, and the way out."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        if groups is None:
+            return file.read(columns=columns, use_threads=False)
+        return file.read_row_groups(groups, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0].rstrip('.')}): {way_out}") from error

@@ -1,0 +1,151 @@
+"""Whether a results folder's figures are those of its files: every checksum made anew, every metric derived again from predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdbench.errors import KDBenchError
+from kdbench.results.integrity import checked_records
+from kdbench.results.record import RunRecord
+from kdbench.results.store import ResultStore
+from kdbench.tasks.build import build_task
+from kdbench.training.checkpoint import file_sha256, unpack_predictions
+from kdbench.training.export import experiment_of
+from kdbench.training.outcome import rederive
+
+# A record's metrics are those of the predictions as they are kept, rounded to half precision. So the rounding is in both numbers, and what
+# is left is the order of sums in double precision.
+TOLERANCE = 1e-9
+# The teacher's predictions that a record was compared with came from its cache, those that are kept from its own test. They are mostly the
+# same numbers. Where batches of another size changed a last bit, two roundings to half precision, each of half of 2**-10 of a logit, may
+# have gone different ways.
+TEACHER_ROUNDING = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Verification:
+    """records: looked at. derived: those whose metrics were computed again. compared: those whose agreement was. problems: a line each."""
+
+    records: int
+    derived: int
+    compared: int
+    problems: tuple[str, ...]
+
+
+def verify(results: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Check every record below `results`. `progress` is told how many are done, of how many."""
+    store = ResultStore(results)
+    checked = list(checked_records(store))
+    problems = [problem for _, _, problem in checked if problem is not None]
+    records = [record for _, record, _ in checked if record is not None]
+    problems += _twins(records)
+    teachers = {record.teacher_sha: record for record in records if record.role == "teacher" and record.teacher_sha}
+    derived = compared = 0
+    for done, record in enumerate(records, start=1):
+        found = _Check(store, results, record, teachers)
+        problems += found.problems()
+        derived, compared = derived + found.derived, compared + found.compared
+        progress(done, len(records))
+    return Verification(len(checked), derived, compared, tuple(problems))
+
+
+def _twins(records: Sequence[RunRecord]) -> Iterator[str]:
+    """Two records of one run that say different things."""
+    by_id: dict[str, RunRecord] = {}
+    for record in records:
+        known = by_id.setdefault(record.run_id, record)
+        if known.model_dump_json() != record.model_dump_json():  # as text, where a nan is equal to itself
+            yield f"run {record.run_id} stands in two records that differ"
+
+
+class _Check:
+    """One record against what it says that it was made from."""
+
+    def __init__(self, store: ResultStore, results: Path, record: RunRecord, teachers: Mapping[str, RunRecord]) -> None:
+        self.store, self.results, self.record, self.teachers = store, results, record, teachers
+        self.derived = self.compared = False
+
+    def problems(self) -> list[str]:
+        try:
+            return [f"run {self.record.run_id} ({self.record.label}, seed {self.record.seed}): {line}" for line in self._problems()]
+        except KDBenchError as error:
+            return [f"run {self.record.run_id} ({self.record.label}, seed {self.record.seed}): {error}"]
+
+    def _problems(self) -> Iterator[str]:
+        record = self.record
+        teacher = self.teachers.get(record.teacher_sha or "")
+        if record.role == "teacher":
+            yield from self._weights()
+        elif teacher is not None and record.teacher_metric is not None and not _equal(record.teacher_metric, teacher.test_metric):
+            yield f"teacher_metric is {record.teacher_metric!r}, the teacher's own record has {teacher.test_metric!r}"
+        if record.predictions_uri is not None:
+            yield from self._metrics(record.predictions_uri, teacher)
+        elif record.status == "ok" and record.source == "kdbench" and record.test_metric is not None:
+            yield "it has a test metric and no predictions that it was measured on"
+
+    def _weights(self) -> Iterator[str]:
+        """A teacher's weights are named by their hash, where they lie in this folder."""
+        path = self.results / self.record.artifacts_uri if self.record.artifacts_uri else None
+        if path is not None and path.is_file() and file_sha256(path) != self.record.teacher_sha:
+            yield f"{self.record.artifacts_uri} is not the weights file that its students learned from (its SHA-256 differs)"
+
+    def _metrics(self, uri: str, teacher: RunRecord | None) -> Iterator[str]:
+        record = self.record
+        content = self.store.read_bytes(uri)
+        task = build_task(experiment_of(record).task)
+        metrics = rederive(record, task, content)
+        self.derived = True
+        splits = task.splits()
+        if (splits.data_hash, splits.hash) != (record.data_hash, record.split_hash):
+            yield f"the data set {record.data} here is not the one that it was measured on (its hash differs)"
+        told = {f"metrics.{name}": value for name, value in record.metrics.items()}
+        told |= {"test_metric": record.test_metric} | {name: getattr(record, name) for name in ("nll", "ece") if name in metrics}
+        again = {f"metrics.{name}": value for name, value in metrics.items()}
+        again |= {"test_metric": metrics[task.primary]} | {name: metrics[name] for name in ("nll", "ece") if name in metrics}
+        for name in sorted(told.keys() | again.keys()):
+            if not _equal(told.get(name), again.get(name)):
+                yield f"{name} is {told.get(name)!r}, its predictions give {again.get(name)!r}"
+        if record.agreement is not None and teacher is not None and teacher.predictions_uri is not None:
+            yield from self._agreement(content, teacher, teacher.predictions_uri)
+
+    def _agreement(self, content: bytes, teacher: RunRecord, uri: str) -> Iterator[str]:
+        record, task = self.record, build_task(experiment_of(self.record).task)
+        ours, theirs = (unpack_predictions(data)[0].float() for data in (content, self.store.read_bytes(uri)))
+        if len(theirs) != len(ours):
+            yield f"the teacher's predictions are of {len(theirs)} samples, expected {len(ours)}"
+            return
+        found = task.agreement(ours, theirs)
+        self.compared = True
+        for name, allowed in (("agreement", _undecided(theirs)), ("teacher_kl", _rounding_of_kl(found["teacher_kl"], theirs))):
+            stored = getattr(record, name)
+            if stored is not None and not abs(found[name] - stored) <= allowed + TOLERANCE:
+                yield f"{name} is {stored!r}, the predictions give {found[name]!r} (allowed are {allowed:.2g} for rounding)"
+
+
+def _undecided(teacher: torch.Tensor) -> float:
+    """The share of the teacher's predictions [N, C, ...] whose two best classes rounding could swap: the others agree as they did."""
+    if teacher.shape[1] < 2:
+        return 0.0
+    best, second = teacher.topk(2, dim=1).values.unbind(dim=1)
+    return (best - second <= 2 * TEACHER_ROUNDING * teacher.abs().amax(dim=1)).double().mean().item()
+
+
+def _rounding_of_kl(divergence: float, teacher: torch.Tensor) -> float:
+    """How far rounding of the teacher's logits z by r = TEACHER_ROUNDING max|z| can move KL(teacher || student), to first order.
+
+    The gradient by z is p (log p/q - KL). Its absolute sum is at most 2 E|log p/q|, and that expectation at most KL + 0.74.
+    """
+    return TEACHER_ROUNDING * teacher.abs().amax(dim=1).double().mean().item() * 2 * (divergence + 1)
+
+
+def _equal(stored: float | None, derived: float | None) -> bool:
+    if stored is None or derived is None:
+        return stored is derived
+    if math.isnan(stored) or math.isnan(derived):
+        return math.isnan(stored) and math.isnan(derived)
+    return math.isclose(stored, derived, rel_tol=TOLERANCE, abs_tol=TOLERANCE)

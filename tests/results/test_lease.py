@@ -1,0 +1,91 @@
+"""One driver holds an experiment, whatever machine it is on; a dead one is replaced, and one that was cut off stops."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kdbench.errors import RunFailed
+from kdbench.results.lease import leased
+from kdbench.results.locks import Held
+from kdbench.results.object_store import ObjectStore
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "1")
+
+
+@pytest.fixture
+def store(bucket: str) -> ObjectStore:
+    return ObjectStore(bucket)
+
+
+def held_by(store: ObjectStore, holder: str) -> None:
+    with leased(store, "study", holder, print):
+        pass
+
+
+def leave_behind(store: ObjectStore, holder: str) -> None:
+    """What a killed driver leaves."""
+    store.create("locks/study.lease/00000001", f'{{"owner": "x", "holder": "{holder}"}}'.encode())
+
+
+def test_another_machine_is_refused_while_the_first_renews(store: ObjectStore) -> None:
+    with leased(store, "study", "here", print):
+        time.sleep(1.5)  # longer than a lease that nobody renews
+        with pytest.raises(Held, match="another machine"):
+            held_by(store, "there")
+
+
+def test_a_lease_that_was_given_back_is_taken_at_once(store: ObjectStore) -> None:
+    held_by(store, "here")
+    with leased(store, "study", "there", lambda text: pytest.fail(f"waited: {text}")):
+        pass
+
+
+def test_a_killed_drivers_lease_is_taken_over_by_another_machine_once_it_expired(store: ObjectStore) -> None:
+    leave_behind(store, "there")
+    said: list[str] = []
+    with leased(store, "study", "here", said.append):
+        assert [text for text in said if "it is given up after 1 s without a sign" in text]
+
+
+def test_a_killed_drivers_lease_is_no_obstacle_on_its_own_machine(store: ObjectStore) -> None:
+    leave_behind(store, "here")
+    with leased(store, "study", "here", lambda text: pytest.fail(f"waited: {text}")):
+        pass
+
+
+def test_of_two_that_take_over_at_once_one_holds(store: ObjectStore, monkeypatch) -> None:
+    """The other one was quicker by a moment, and then died: it is found, waited for, and followed."""
+    create = store.create
+
+    def after_another_one(path: str, data: bytes) -> None:
+        if path.endswith("00000001"):
+            create(path, b'{"holder": "quicker"}')
+        create(path, data)
+
+    monkeypatch.setattr(store, "create", after_another_one)
+    said: list[str] = []
+    with leased(store, "study", "here", said.append):
+        assert said
+        assert sorted(store.find("locks")) == ["locks/study.lease/00000001", "locks/study.lease/00000002"]
+
+
+def test_a_driver_that_was_taken_over_stops(store: ObjectStore) -> None:
+    def go_on() -> None:
+        with leased(store, "study", "here", print):
+            store.create("locks/study.lease/00000002", b"{}")
+            time.sleep(60)
+
+    with pytest.raises(RunFailed, match="another machine took this experiment over"):
+        go_on()
+
+
+def test_a_storage_without_conditional_writes_is_told_of(store: ObjectStore, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(store, "create", store.replace)
+    held_by(store, "here")
+
+    assert "takes no conditional writes" in caplog.text

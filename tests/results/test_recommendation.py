@@ -1,0 +1,158 @@
+"""The answer keeps to the budget, says how sure it is, and what comes nearest where nothing qualifies."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats as oracle
+
+from kdbench.errors import UserError
+from kdbench.pages import recommendation_page
+from kdbench.results.leaderboard import boards
+from kdbench.results.recommendation import Answer, Budget, answer_data, milliseconds, parameter_count, recommend
+
+SMALL = {"student": "small", "latency_ms_p50": 2.0, "params_count": 20_000, "latency_device": "cpu"}
+LARGE = {"student": "large", "latency_ms_p50": 8.0, "params_count": 300_000, "latency_device": "cpu"}
+NONE, KD, NKD, WILD = [70.0, 70.4, 69.8], [72.0, 72.3, 71.9], [71.5, 71.8, 71.35], [75.0, 70.5, 72.5]
+
+
+@pytest.fixture
+def records(make_record):
+    """Two students; on each `none`, and kd and nkd that are surely better, and a wild method that is better on average."""
+
+    def finals(method: str, values: list[float], shift: float, **fields):
+        given = {"device_hours": 1.0, "search_device_hours": 3.0, "teacher_metric": 80.0, "params": {"temperature": 4.0}, **fields}
+        return [make_record(method=method, seed=seed, test_metric=value + shift, **given) for seed, value in enumerate(values)]
+
+    methods = {"none": NONE, "kd": KD, "nkd": NKD, "dkd": WILD}
+    return [
+        record
+        for student, shift in ((SMALL, 0.0), (LARGE, 3.0))
+        for method, values in methods.items()
+        for record in finals(method, values, shift, **student)
+    ]
+
+
+def answer(records, **budget) -> Answer:
+    [found] = recommend(boards(records), records, Budget(**budget))
+    return found
+
+
+def names(found: Answer) -> list[tuple[str, str]]:
+    return [(option.board.student, option.row.label) for option in found.options]
+
+
+def test_without_limits_the_best_worst_case_among_the_sure_comes_first(records) -> None:
+    found = answer(records)
+
+    assert names(found)[0] == ("large", "kd")
+    assert found.verdict == "sure"
+    assert ("large", "none") not in names(found)
+    assert [option.sure for option in found.options] == sorted((option.sure for option in found.options), reverse=True)
+
+
+def test_limits_on_cost_leave_what_keeps_to_them(records) -> None:
+    assert names(answer(records, latency_ms_p50=5.0))[0] == ("small", "kd")
+    assert {student for student, _ in names(answer(records, params_count=20_000))} == {"small"}
+    assert names(answer(records, device_hours=3.9)) == []
+    assert len(names(answer(records, device_hours=4.0))) == 6
+
+
+def test_confidence_is_that_of_the_one_sided_paired_test(records) -> None:
+    found = answer(records, min_gain=1.6, latency_ms_p50=5.0)
+
+    gains = {label: np.array(values) - NONE for label, values in (("kd", KD), ("dkd", WILD))}
+    expected = {label: 1 - oracle.ttest_1samp(by, 1.6, alternative="greater").pvalue for label, by in gains.items()}
+    by_label = {option.row.label: option for option in found.options}
+    assert {label: option.confidence for label, option in by_label.items()} == pytest.approx(expected)
+    assert (by_label["kd"].sure, by_label["dkd"].sure) == (True, False)
+
+
+def test_sure_means_that_the_whole_interval_lies_above(records) -> None:
+    low = next(row.gain_low for board in boards(records) for row in board.rows if board.student == "small" and row.label == "kd")
+
+    judged = [answer(records, min_gain=low + by, latency_ms_p50=5.0) for by in (-1e-6, 1e-6)]
+    assert [found.options[0].sure and found.options[0].row.label == "kd" for found in judged] == [True, False]
+
+
+def test_a_gain_that_is_only_there_on_average_is_an_unsure_answer(records) -> None:
+    found = answer(records, min_gain=2.3, latency_ms_p50=5.0)
+
+    assert (found.verdict, names(found)) == ("unsure", [("small", "dkd")])
+    assert "dkd for small: not sure of a gain of at least 2.3 (" in recommendation_page([found], Budget(min_gain=2.3))
+
+
+def test_where_nothing_qualifies_the_nearest_says_what_it_misses(records) -> None:
+    found = answer(records, min_gain=2.7, latency_ms_p50=1.9)
+
+    assert (found.verdict, found.options) == ("none", ())
+    assert found.nearest is not None
+    assert (found.nearest.board.student, found.nearest.row.label) == ("small", "dkd")
+    assert found.nearest.missed == ("its gain of +2.60 is 0.10 short", "2 ms are over the limit of 1.9")
+    assert "nothing qualifies; the nearest misses it: its gain of +2.60 is 0.10 short" in recommendation_page([found], Budget(2.7, 1.9))
+
+
+def test_an_unknown_cost_keeps_to_no_limit(records) -> None:
+    unknown = [record.model_copy(update={"latency_ms_p50": None}) for record in records if record.student == "small"]
+    found = answer(unknown, latency_ms_p50=5.0)
+
+    assert found.verdict == "none"
+    assert found.nearest is not None
+    assert found.nearest.missed == ("its ms are not known",)
+    assert answer(unknown).verdict == "sure"
+
+
+def test_one_seed_is_never_sure(records) -> None:
+    found = answer([record for record in records if record.seed == 0], min_gain=1.0)
+
+    assert (found.verdict, found.options[0].confidence) == ("unsure", None)
+    assert "one seed tells nothing" in recommendation_page([found], Budget(1.0))
+
+
+def test_incomplete_rows_are_not_recommended(records, make_record) -> None:
+    lucky = make_record(method="vid", test_metric=99.0, **SMALL)
+
+    assert ("small", "vid") not in names(answer([*records, lucky]))
+
+
+def test_what_can_not_be_told_apart_is_named(records) -> None:
+    found = answer(records, latency_ms_p50=5.0)
+
+    assert found.options[0].alike == ("dkd",)
+    assert "not told apart from it: dkd" in recommendation_page([found], Budget(latency_ms_p50=5.0))
+
+
+def test_tasks_data_and_teachers_get_answers_of_their_own(records, make_record) -> None:
+    other = [make_record(method=m, seed=s, test_metric=v, data="cifar100") for m, v in (("none", 50.0), ("kd", 55.0)) for s in range(2)]
+
+    assert [found.data for found in recommend(boards([*records, *other]), records, Budget())] == ["cifar100", "fashion_mnist"]
+
+
+def test_the_answer_as_data_holds_parameters_intervals_and_runs(records) -> None:
+    data = json.loads(json.dumps(answer_data(answer(records, latency_ms_p50=5.0, min_gain=1.0)), allow_nan=False))
+
+    best = data["options"][0]
+    assert (data["verdict"], best["method"], best["student"], best["params"]) == ("sure", "kd", "small", {"temperature": 4.0})
+    assert best["gain_low"] > 1.0
+    assert best["latency_device"] == "cpu"
+    assert len(best["run_ids"]) == 3
+
+
+@pytest.mark.parametrize(("text", "value"), [("5ms", 5.0), ("5", 5.0), ("0.005 s", 5.0), ("800us", 0.8), (".5MS", 0.5)])
+def test_latencies_are_read_as_people_write_them(text, value) -> None:
+    assert milliseconds(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1M", 1e6), ("250k", 2.5e5), ("24100", 24100), ("1.5g", 1.5e9)])
+def test_counts_are_read_as_people_write_them(text, value) -> None:
+    assert parameter_count(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "fast", "5min", "-5ms", "0ms", "5 5ms", "nan", "1e3"])
+def test_what_is_no_latency_or_count_says_what_is_expected(text) -> None:
+    with pytest.raises(UserError, match=r"--latency .*: expected a time such as 5ms"):
+        milliseconds(text)
+    with pytest.raises(UserError, match=r"--params .*: expected a count such as 250k"):
+        parameter_count(text if text != "1e3" else "1e3x")
