@@ -160,15 +160,60 @@ class CacheOptions(_Part):
         return self.model_dump(mode="json", exclude={"budget_gb"})
 
 
+class WorkerRange(_Part):
+    """As many workers as there is room for, and another number after a loss or when nodes join. The global batch stays what it is."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max {self.max}; expected min to be the smaller")
+        return self
+
+
+def _workers(value: Any) -> Any:
+    if isinstance(value, dict):
+        try:
+            return WorkerRange.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(explain(error, "of a range", WorkerRange).splitlines()[0]) from None
+    if isinstance(value, WorkerRange) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"expected a whole number above 0, or a range such as {{min: 1, max: 8}}, got {value!r}")
+
+
+Workers = Annotated[int | WorkerRange, BeforeValidator(_workers)]
+
+
+def worker_bounds(workers: int | WorkerRange) -> tuple[int, int]:
+    """The fewest and the most processes that one training has."""
+    return (workers.min, workers.max) if isinstance(workers, WorkerRange) else (workers, workers)
+
+
 class Runtime(_Part):
     """What one training uses, and where Ray is."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: Workers = 1
     cpus_per_worker: int = Field(default=1, ge=1)
     gpus_per_worker: float = Field(default=0, ge=0)
+    placement: Literal["pack", "spread"] = "pack"  # a training's workers: on as few nodes as they fit, or on as many as there are
     concurrent: int | None = Field(default=None, ge=1)  # trainings at once; by default as many as fit
     address: str | None = None  # a running Ray cluster; `auto` finds one
     checkpoint_seconds: float = Field(default=15.0, ge=0)  # the most that a killed training loses
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_or_a_share(cls, value: float) -> float:
+        if value > 1 and value % 1:
+            raise ValueError(f"expected a share of one GPU, such as 0.5, or a whole number of them, got {value:g}")
+        return value
+
+    @property
+    def single(self) -> bool:
+        """Whether a training is one process."""
+        return self.workers == 1
 
 
 class Experiment(_Part):
@@ -373,7 +418,7 @@ class Unit(_Part):
     recipe: Recipe
     seed: int
     data_seed: int = 0
-    workers: int = 1
+    workers: Workers = 1
     checkpoint_seconds: float = 15.0
     number: int | None = None  # of a trial in its study
     mapped_data: Path | None = None  # where the process that started the run left the data set for others to map

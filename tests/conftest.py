@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kdbench.distributed.cluster import quiet
+from tests import private_ray
 from tests.console import Kdbench
 from tests.object_storage import ObjectStorage
 
@@ -36,15 +37,7 @@ def ray() -> Iterator[None]:
     """One Ray instance for all tests of a process: starting it is dear."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        resources={"trial_slot": 1},
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    private_ray.start()
     yield
     ray.shutdown()
 

@@ -37,6 +37,7 @@ PAGES = (
     "docs/leaderboard.md",
     "docs/design-notes.md",
     "docs/benchmarks.md",
+    "docs/faults.md",
     "docs/methods.md",
     "docs/scaling.md",
     "CHANGELOG.md",

@@ -27,7 +27,7 @@ from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import UserError
-from kdbench.experiment import Experiment, Recipe, TeacherSpec
+from kdbench.experiment import Experiment, Recipe, TeacherSpec, worker_bounds
 from kdbench.methods.base import Method, Progress
 from kdbench.methods.build import MethodSpec, fitted
 from kdbench.models.build import ModelSpec, without_weights
@@ -290,7 +290,7 @@ def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher:
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     flops = _FORWARD_AND_BACKWARD * forward + (own.flops or 0.0) + (teacher.flops if live and teacher else 0)
     axes = axes_of(spec, experiment.search, recipe)
-    share = batch / experiment.runtime.workers / recipe.accumulate
+    share = batch / worker_bounds(experiment.runtime.workers)[0] / recipe.accumulate
     weights = 4.0 * (student.params + extra) * (2 + _optimizer_state(recipe) + (recipe.ema is not None))
     if live and teacher is not None:
         weights += 4.0 * teacher.params

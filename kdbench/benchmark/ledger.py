@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ LIVE_AFTER_SECONDS = 10.0
 STATUSES: dict[str, Status] = {"ok": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
+Parent = Callable[[], str | None]  # gives the MLflow run that others hang under, made when it is asked for
+
+
+def no_parent() -> None:
+    """Of a run that hangs under no other."""
+
+
 class Ledger:
     """Store, tracker and watch of one run, and the count of what it did."""
 
@@ -36,8 +44,10 @@ class Ledger:
         self._context = {"config": to_yaml(experiment), **describe_environment()}
         self._curves: dict[str, list[dict[str, float]]] = {}
         self._live: dict[str, LiveRun] = {}
+        self._untracked: dict[str, Callable[[], str | None]] = {}  # what MLflow lacks, or may lack, by key: how to write it
+        self._missed: set[str] = set()  # of these, what it lacks for sure, as it could not be reached in this run
 
-    def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str, parent: str | None = None) -> None:
+    def epoch(self, unit: Unit, metrics: Mapping[str, float], primary: str, parent: Parent = no_parent) -> None:
         """Show an epoch of a training that runs."""
         self.watch.epoch(unit, metrics, primary)
         key = _key(unit)
@@ -50,18 +60,17 @@ class Ledger:
         if key in self._live:
             curve = curve[-1:]
         else:
-            self._live[key] = self.tracker.live(parent, unit.title, key)
+            self._live[key] = self.tracker.live(parent(), unit.title, key)
         for row in curve:
             self._live[key].log(_metrics(row), int(row["epoch"]))
+
+    def resumed(self, unit: Unit, place: str) -> None:
+        """Say how much of an interrupted training was kept."""
+        self.watch.note(f"{unit.title}: goes on from {place}")
 
     def curve_of(self, unit: Unit) -> list[dict[str, float]]:
         """The epochs that were reported of a training that runs or was stopped."""
         return self._curves.get(_key(unit), [])
-
-    def recall(self, record: RunRecord) -> None:
-        """Count a training of a student that the store has already."""
-        self.found += 1
-        self.watch.found(record)
 
     def drop(self, unit: Unit) -> None:
         """A training that could not be finished leaves a failed run in MLflow, where it was shown at all."""
@@ -75,7 +84,33 @@ class Ledger:
         while self._live:
             self._live.popitem()[1].finish("KILLED")
 
-    def keep(self, unit: Unit, record: RunRecord, parent: str | None = None, **facts: Any) -> RunRecord:
+    def found_again(self, unit: Unit, record: RunRecord, parent: Parent = no_parent) -> None:
+        """Count a unit that an earlier run put on record. If MLflow could not be reached then, it is shown when this run ends."""
+        self.found += 1
+        if record.role != "teacher":
+            self.watch.found(record)
+        if record.mlflow_run_id is None:
+            self._owe(unit, record, parent)
+
+    def _owe(self, unit: Unit, record: RunRecord, parent: Parent) -> None:
+        if not isinstance(self.tracker, NoTracker):
+            self._untracked[_key(unit)] = partial(self._write, unit, record, parent)
+
+    def catch_up(self) -> None:
+        """Send what MLflow lacks, as it could not be reached when that ended. A key that it has by now is not written again."""
+        if not self._untracked:
+            return
+        if self.tracker.answers():
+            for key in list(self._untracked):
+                if self._untracked[key]() is not None:
+                    del self._untracked[key]
+        if missed := self._missed & self._untracked.keys():
+            self.watch.note(
+                f"MLflow lacks {len(missed)} of the finished trainings, as it could not be reached; "
+                "the same command sends those that are on record"
+            )
+
+    def keep(self, unit: Unit, record: RunRecord, parent: Parent = no_parent, **facts: Any) -> RunRecord:
         """Put a finished unit on record. MLflow comes first, so that the record can name its run; the record is what counts."""
         record = record.model_copy(update={**self._context, **facts})
         record = record.model_copy(update={"mlflow_run_id": self._show(unit, record, parent)})
@@ -83,7 +118,7 @@ class Ledger:
         self._count(unit, record)
         return record
 
-    def note_trial(self, unit: Unit, record: RunRecord, parent: str | None) -> None:
+    def note_trial(self, unit: Unit, record: RunRecord, parent: Parent) -> None:
         """A trial is its study's to remember; MLflow and the watch are shown it."""
         self._show(unit, record.model_copy(update=self._context), parent)
         self._count(unit, record)
@@ -99,9 +134,31 @@ class Ledger:
             return []
         return [fetch(self.layout.root / record.artifacts_uri)]
 
-    def _show(self, unit: Unit, record: RunRecord, parent: str | None) -> str | None:
-        """The record as an MLflow run; its id."""
-        what: dict[str, Any] = {
+    def _show(self, unit: Unit, record: RunRecord, parent: Parent) -> str | None:
+        """The record as an MLflow run; its id, or None where MLflow can't be reached. It is then sent later."""
+        run_id = self._finish_live(unit, record) or self._write(unit, record, parent)
+        if run_id is None:
+            self._owe(unit, record, parent)
+            self._missed.add(_key(unit))
+        return run_id
+
+    def _finish_live(self, unit: Unit, record: RunRecord) -> str | None:
+        live = self._live.pop(_key(unit), None)
+        if live is None:
+            return None
+        shown = {row["epoch"] for row in self.curve_of(unit)}
+        for row in record.curve:  # epochs of an earlier process, before it was killed
+            if row["epoch"] not in shown:
+                live.log(_metrics(row), int(row["epoch"]))
+        return live.finish(**self._what(record))
+
+    def _write(self, unit: Unit, record: RunRecord, parent: Parent) -> str | None:
+        curve = [_metrics(row, keep_epoch=True) for row in record.curve]
+        return self.tracker.log_run(parent(), unit.title, _key(unit), curve=curve, **self._what(record))
+
+    def _what(self, record: RunRecord) -> dict[str, Any]:
+        """Of a record, what MLflow shows beside the curve."""
+        return {
             "params": {**{f"recipe.{name}": value for name, value in record.recipe.items()}, **record.params, "seed": record.seed},
             "metrics": {name: value for name, value in _summary(record).items() if value is not None},
             "tags": {
@@ -117,14 +174,6 @@ class Ledger:
             "artifacts": self._artifacts(record),
             "texts": {"experiment.yaml": record.config or ""} if record.role != "trial" else {},
         }
-        live = self._live.pop(_key(unit), None)
-        if live is not None:
-            shown = {row["epoch"] for row in self.curve_of(unit)}
-            for row in record.curve:  # epochs of an earlier process, before it was killed
-                if row["epoch"] not in shown:
-                    live.log(_metrics(row), int(row["epoch"]))
-            return live.finish(**what)
-        return self.tracker.log_run(parent, unit.title, _key(unit), curve=[_metrics(row, keep_epoch=True) for row in record.curve], **what)
 
 
 def _key(unit: Unit) -> str:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.watch import Phase
 from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
 from kdbench.errors import UserError, nearest
-from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated
+from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
@@ -98,7 +98,7 @@ class Pair:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "data_seed": self.experiment.data_seed,
                 "cache": self.experiment.cache.numbers,
-                "workers": self.experiment.runtime.workers,
+                "workers": self.experiment.runtime.model_dump(mode="json")["workers"],
                 "space": describe(axes),
                 "search": search.model_dump(mode="json", exclude={"trials", "top_k", "confirm_seeds", "also"}),
             }
@@ -163,11 +163,12 @@ class Contender:
     started: set[str] = field(default_factory=set)
     ended: dict[str, RunRecord | None] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
+    parent_id: str | None = None
 
-    @cached_property
     def parent(self) -> str | None:
-        """The MLflow run that this method's runs are nested under; made when the first of them is."""
-        return self.open_parent()
+        """The MLflow run that this method's runs are nested under; made when the first of them is. None while MLflow can't be reached."""
+        self.parent_id = self.parent_id or self.open_parent()
+        return self.parent_id
 
     @property
     def done(self) -> bool:
@@ -239,8 +240,7 @@ class PairWork:
     def close(self) -> None:
         """Tell MLflow which methods are through."""
         for contender in self.contenders:
-            if "parent" in vars(contender):
-                self.ledger.tracker.close_parent(contender.parent, "FINISHED" if contender.done else "KILLED")
+            self.ledger.tracker.close_parent(contender.parent_id, "FINISHED" if contender.done else "KILLED")
 
     # --- the queue ---------------------------------------------------------------------------------------------------
 
@@ -273,6 +273,9 @@ class PairWork:
             return False
         epoch = int(metrics["epoch"])
         return study.report(unit.number, epoch, metrics[f"val_{self.pair.task.primary}"], last=epoch == unit.recipe.epochs)
+
+    def resumed(self, unit: Unit, place: str) -> None:
+        self.ledger.resumed(unit, place)
 
     def finish(self, unit: Unit, record: RunRecord) -> None:
         contender = self.owner(unit)
@@ -335,7 +338,7 @@ class PairWork:
         if contender.study is None or self.search is None:
             return {}
         spent, checks = contender.study.spent(), [contender.ended[key] for key in contender.checks if key in contender.ended]
-        workers = self.pair.experiment.runtime.workers
+        _, workers = worker_bounds(self.pair.experiment.runtime.workers)  # of a range, the most: a trial that is stopped says not how many
         return {
             "study_id": contender.study_id,
             "sampler": self.search.sampler,
@@ -392,7 +395,7 @@ class PairWork:
         for unit in units:
             if unit.key in self._known:
                 record = contender.ended[unit.key] = self._known[unit.key]
-                self.ledger.recall(record)
+                self.ledger.found_again(unit, record, contender.parent)
                 if record.status == "failed":
                     self.ledger.failures.append(record.failure or unit.title)
 

@@ -26,7 +26,7 @@ from kdbench.data.loader import check_views
 from kdbench.data.mapped import write_mapped
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
-from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated
+from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
@@ -122,14 +122,22 @@ def check_choices(experiment: Experiment, task: str) -> None:
             raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {task}")
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
-    workers = experiment.runtime.workers
+    fewest, most = worker_bounds(experiment.runtime.workers)
     for recipe in _recipes(experiment):
         check_optimization(recipe)
-        if recipe.batch_size % workers:
-            raise UserError(
-                f"recipe.batch_size: {recipe.batch_size} can't be cut into {workers} equal parts, one a worker; "
-                f"make it a multiple of {workers}"
-            )
+        _check_shares(recipe, fewest, most)
+
+
+def _check_shares(recipe: Recipe, fewest: int, most: int) -> None:
+    """Raise UserError where a batch can't be cut among the workers. Where their number may change, the parts need not be equal."""
+    if fewest == most and recipe.batch_size % most:
+        raise UserError(
+            f"recipe.batch_size: {recipe.batch_size} can't be cut into {most} equal parts, one a worker; make it a multiple of {most}"
+        )
+    if recipe.batch_size < most:
+        raise UserError(f"recipe.batch_size: {recipe.batch_size} images are too few for {most} workers, runtime.workers.max")
+    if fewest < most and recipe.accumulate > 1:
+        raise UserError("recipe.accumulate needs a fixed number of workers, and runtime.workers is a range; use accumulate: 1")
 
 
 def _recipes(experiment: Experiment) -> Iterator[Recipe]:
@@ -192,10 +200,11 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
                 for work in queue.queues:
                     work.check()
                 _empty(queue, experiment, ledger)
+        ledger.catch_up()
     finally:
+        ledger.close()
         for work in queue.queues:
             work.close()
-        ledger.close()
     if queue.done and not ledger.failures:
         forget_folder(ledger.layout.checkpoints(experiment.name))
     tuned = {work.pair.student.label: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
@@ -226,6 +235,8 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
     from kdbench.distributed.cluster import started
 
     slots = ledger.held.enter_context(started(runtime))
+    if slots.short:
+        ledger.watch.note(f"{slots.short}: waiting for nodes to join the cluster at {runtime.address}")
     from kdbench.distributed.tune import run_with_tune
 
     run_with_tune(work, ledger.layout, runtime, slots)
@@ -233,7 +244,7 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
 
 def _needs_ray(runtime: Runtime, searching: bool) -> bool:
     """One worker, no cluster and no search: no Ray."""
-    alone = runtime.workers == 1 and runtime.address is None and not runtime.gpus_per_worker
+    alone = runtime.single and runtime.address is None and not runtime.gpus_per_worker
     return not alone or searching or (runtime.concurrent or 1) > 1
 
 
@@ -312,7 +323,7 @@ def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task, che
     weights = ledger.layout.teacher(unit.key)
     record = ledger.store.by_unit_key(unit.key)
     if record is not None and fetch(weights, sha256=record.teacher_sha).exists() and file_sha256(weights) == record.teacher_sha:
-        ledger.found += 1
+        ledger.found_again(unit, record)
         return record, weights
     check_first()
     work = TeacherWork(unit, task, ledger)
@@ -371,6 +382,9 @@ class TeacherWork:
     def report(self, unit: Unit, metrics: Mapping[str, float]) -> bool:
         self.ledger.epoch(unit, metrics, self.task.primary)
         return False
+
+    def resumed(self, unit: Unit, place: str) -> None:
+        self.ledger.resumed(unit, place)
 
     def finish(self, unit: Unit, record: RunRecord) -> None:
         if record.status != "ok":
@@ -458,6 +472,9 @@ class InTurn:
 
     def report(self, unit: Unit, metrics: Mapping[str, float]) -> bool:
         return self._owner[unit.key].report(unit, metrics)
+
+    def resumed(self, unit: Unit, place: str) -> None:
+        self._owner[unit.key].resumed(unit, place)
 
     def finish(self, unit: Unit, record: RunRecord) -> None:
         self._owner[unit.key].finish(unit, record)

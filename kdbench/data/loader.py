@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ _CPU = torch.device("cpu")
 class Loader:
     """Training batches of one worker, a pure function of (order seed, epoch, step, rank).
 
-    `batch_size` counts the samples of all workers together: rank r takes the r-th of `world_size` equal chunks, so the workers' batches
+    `batch_size` counts the samples of all workers together: rank r takes the r-th of `world_size` chunks, so the workers' batches
     joined in rank order are the batch that a single worker would see. An incomplete last batch is dropped; a set smaller than one batch
     gives one batch of what it has. Images in memory stay uint8 on `device`; files are decoded ahead by threads.
 
+    even: whether the batch must be cut into equal parts; else some workers have one sample more than others, and the batch is the same for
+    any number of workers.
     views: epoch e shows view e mod `views` of every sample; None shows a new view every epoch. Without augmentation the view is always 0.
     Raises UserError where the batch can't be cut evenly, and where `check_views` does.
     """
@@ -40,20 +43,24 @@ class Loader:
         order_seed: int,
         rank: int = 0,
         world_size: int = 1,
+        even: bool = True,
         device: torch.device = _CPU,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
+        if batch_size < 1 or (even and batch_size % world_size):
             raise UserError(f"batch_size {batch_size} can't be cut evenly among {world_size} workers; make it a multiple of {world_size}")
         if views is not None and views < 1:
             raise UserError(f"views is {views}; expected at least 1, or nothing for a new view every epoch")
-        self.batch_size = min(batch_size, len(part) // world_size * world_size)
-        if not self.batch_size:
+        self.batch_size = min(batch_size, len(part) // world_size * world_size if even else len(part))
+        if self.batch_size < world_size:
             raise UserError(f"{len(part)} training samples are too few for {world_size} workers")
         check_views(part, augment)
         self.part, self.device = part.on(device), device
         self.augment, self.views = augment, views
         self.data_seed, self.order_seed = data_seed, order_seed
-        self.rank, self.world_size = rank, world_size
+        self.rank = rank
+        ends = [self.batch_size * worker // world_size for worker in range(world_size + 1)]
+        self.shares = tuple(end - start for start, end in pairwise(ends))  # samples of each worker in a batch
+        self._first = ends[rank]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -68,8 +75,8 @@ class Loader:
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The epoch's batches from `start_step` on: what a resumed run still has to see."""
         order = self._order(epoch)
-        share = self.batch_size // self.world_size
-        firsts = (step * self.batch_size + self.rank * share for step in range(start_step, self.steps_per_epoch))
+        share = self.shares[self.rank]
+        firsts = (step * self.batch_size + self._first for step in range(start_step, self.steps_per_epoch))
         plan = (order[first : first + share] for first in firsts)
         draws = Draws(self.data_seed, self.part.index, self.view(epoch))
         if isinstance(self.part.inputs, Tensor):

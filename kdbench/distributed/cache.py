@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdbench.distributed.cluster import available_cpus
+from kdbench.distributed.cluster import nodes_of, resources_of, workers_on
 from kdbench.errors import KDBenchError, RunFailed
 from kdbench.experiment import Runtime
 from kdbench.results.address import is_address
@@ -22,14 +22,14 @@ from kdbench.training.teacher_cache import CacheSpec
 
 # Starting Ray's processes takes about ten seconds, so that a build must be long before several of them end sooner than one.
 LONG_SECONDS = 60.0
-_RETRIES = 2  # of a writer whose process died; what it had finished stays
+_RETRIES = 2  # deaths for each writer without a shard in between, after which the build is given up; what they had finished stays
 
 
 def worth_ray(runtime: Runtime, plan: Plan, seconds: float, started_anyway: bool) -> bool:
     """Whether Ray should write it: always on a cluster; on one machine where it is long, several writers fit and Ray is used after it."""
     if len(plan.pieces) < 2:
         return False
-    return runtime.address is not None or (started_anyway and seconds > LONG_SECONDS and _fit_here(runtime) > 1)
+    return runtime.address is not None or (started_anyway and seconds > LONG_SECONDS and _fit(runtime) > 1)
 
 
 def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[int]:
@@ -39,38 +39,47 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
     """
     import ray
 
-    count = min(len(plan.pieces), _fit_here(runtime) if runtime.address is None else _fit_on_cluster(runtime))
-    kind: Any = ray.remote(_Writer).options(
-        num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=_RETRIES, max_task_retries=_RETRIES
-    )
+    count, reserved = min(len(plan.pieces), _fit(runtime)), resources_of(runtime)
+    kind: Any = ray.remote(_Writer).options(num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0))
     layout = Layout(builder.folder.parents[1])
     # The folder is only this machine's where results are at an address: rows then come back here, and the store gets the entry from here.
     apart = runtime.address is not None and is_address(layout.location)
     streams = {stream.name: stream for stream in plan.streams} if apart else None
     given = (builder.spec.model_dump_json(), str(builder.folder), layout.location, runtime.cpus_per_worker, streams)
-    # They end when nothing refers to them any more. Killed, they would leave Ray with tasks to complain of.
-    writers: list[Any] = [kind.remote(*given) for _ in range(count)]
-    # A writer gets pieces once it runs: one that other jobs on the cluster leave no room for holds up nobody.
-    busy: dict[Any, tuple[Any, Piece | None]] = {writer.ready.remote(): (writer, None) for writer in writers}
-    todo, left = deque(plan.pieces), len(plan.pieces)
-    try:
-        while left:
-            (ready,), _ = ray.wait(list(busy), num_returns=1)
-            (writer, piece), rows = busy.pop(ready), ray.get(ready)
-            if isinstance(rows, KDBenchError):
-                raise rows
-            if todo:
-                following = todo.popleft()
-                busy[writer.write.remote(following)] = writer, following
+    # Who does what. A writer gets pieces once it runs, so that one that other jobs leave no room for holds up nobody, and ends when nothing
+    # refers to it any more, which leaves its place to one that takes over from a lost node. Killed, it would leave Ray with complaints.
+    busy: dict[Any, tuple[Any, Piece | None]] = {
+        writer.ready.remote(): (writer, None) for writer in (kind.remote(*given) for _ in range(count))
+    }
+    todo, left, deaths = deque(plan.pieces), len(plan.pieces), 0
+    while left:
+        (ready,), _ = ray.wait(list(busy), num_returns=1)
+        writer, piece = busy.pop(ready)
+        try:
+            rows = ray.get(ready)
+        except ray.exceptions.RayActorError as error:
+            # Not Ray's own retries: these are used up within a second, before Ray knows that a node is gone.
+            deaths += 1
+            if deaths > _RETRIES * count:
+                raise RunFailed(
+                    f"{deaths} processes that wrote the teacher's outputs died; is there enough memory? The same command goes on"
+                ) from error
             if piece is not None:
-                if rows:
-                    builder.put(piece, rows)
-                left -= 1
-                yield piece.images
-    except ray.exceptions.RayActorError as error:
-        raise RunFailed(
-            f"a process that wrote the teacher's outputs died {_RETRIES + 1} times; is there enough memory? The same command goes on"
-        ) from error
+                todo.append(piece)
+            writer = kind.remote(*given)
+            busy[writer.ready.remote()] = writer, None
+            continue
+        if isinstance(rows, KDBenchError):
+            raise rows
+        if todo:
+            following = todo.popleft()
+            busy[writer.write.remote(following)] = writer, following
+        del writer, ready
+        if piece is not None:
+            if rows:
+                builder.put(piece, rows)
+            left, deaths = left - 1, 0
+            yield piece.images
 
 
 class _Writer:
@@ -98,18 +107,6 @@ class _Writer:
             return error
 
 
-def _fit_here(runtime: Runtime) -> int:
-    return _fit({"CPU": available_cpus(), "GPU": torch.cuda.device_count()}, runtime)
-
-
-def _fit_on_cluster(runtime: Runtime) -> int:
-    import ray
-
-    return max(1, sum(_fit(node["Resources"], runtime) for node in ray.nodes() if node["Alive"]))
-
-
-def _fit(resources: dict[str, float], runtime: Runtime) -> int:
-    """How many writers fit on a node; each reserves what one worker of a training does."""
-    cpus = resources.get("CPU", 0) // runtime.cpus_per_worker
-    gpus = resources.get("GPU", 0) // runtime.gpus_per_worker if runtime.gpus_per_worker else cpus
-    return int(min(cpus, gpus))
+def _fit(runtime: Runtime) -> int:
+    """How many writers there is room for; each reserves what one worker of a training does."""
+    return max(1, sum(workers_on(node, runtime) for node in nodes_of(runtime)))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import signal
+import socket
+import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import RunFailed, UserError
-from kdbench.experiment import Runtime
+from kdbench.experiment import Runtime, worker_bounds
 
 # Set before Ray is imported; what the user has set stays.
 ENVIRONMENT = {
@@ -23,10 +27,12 @@ ENVIRONMENT = {
     "DASHBOARD_METRIC_PORT": "-1",
     "AUTOSCALER_METRIC_PORT": "-1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() blocks on this poll: 2 s by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for a place, not for processes; then Train looks again how many workers fit
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in an experiment means the same in a trial as on the command line
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task",  # half a page; what it means is said by ours
+    # Half a page each; what they mean is said by ours.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task|The node with node id|Raylet is terminated",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C makes fit() return as if all were well
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -36,38 +42,46 @@ ENVIRONMENT = {
 # Nothing travels through the object store: units are small, data and caches are files.
 _OBJECT_STORE_BYTES = 256 * 2**20
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# What a trial holds that only waits for its workers: memory, which every node has, and about what its process takes. A share of a CPU,
+# however small, would keep a worker that needs a whole one from its place.
+_WAITING_TRIAL = {"memory": 512 * 2**20}
+
+
+_SIOCGIFADDR = 0x8915  # Linux: the address of an interface, from netdevice(7)
+_HEAD_SECONDS = 3.0  # between two looks at whether the head of a cluster is there
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How many trainings run at once, and what Tune reserves for each trial's own process."""
+    """How many trainings run at once, and what Tune reserves for each trial's own process.
+
+    now: of these, how many there is room for at this moment.
+    short: why not even one training can start before the cluster grows; empty where one can.
+    """
 
     concurrent: int
+    now: int
     trial_resources: dict[str, float]
-
-
-def needed_cpus(runtime: Runtime) -> int:
-    return runtime.workers * runtime.cpus_per_worker
+    short: str = ""
 
 
 def check_fits_here(runtime: Runtime) -> None:
     """Raises UserError where this machine, without a cluster, can't hold one training."""
     if runtime.address is not None:
         return
-    cpus = available_cpus()
-    if needed_cpus(runtime) > cpus:
+    fewest, _ = worker_bounds(runtime.workers)
+    cpus, needed = available_cpus(), fewest * runtime.cpus_per_worker
+    if needed > cpus:
         raise UserError(
-            f"runtime.workers: {runtime.workers} workers of {runtime.cpus_per_worker} CPU need {needed_cpus(runtime)} CPUs, "
+            f"runtime.workers: {fewest} workers of {runtime.cpus_per_worker} CPU need {needed} CPUs, "
             f"this machine has {cpus}; use at most {max(1, cpus // runtime.cpus_per_worker)}, or name a cluster with runtime.address"
         )
-    if runtime.gpus_per_worker > 0:
-        import torch
-
-        if runtime.workers * runtime.gpus_per_worker > torch.cuda.device_count():
-            raise UserError(
-                f"runtime.gpus_per_worker: {runtime.workers} workers need {runtime.workers * runtime.gpus_per_worker:g} GPUs, "
-                f"this machine has {torch.cuda.device_count()}; use gpus_per_worker: 0 to train on CPUs"
-            )
+    if workers_on(_here(), runtime) < fewest:
+        raise UserError(
+            f"runtime.gpus_per_worker: {fewest} workers need {fewest * runtime.gpus_per_worker:g} GPUs, "
+            f"this machine has {_here()['GPU']:g}; use gpus_per_worker: 0 to train on CPUs"
+        )
 
 
 def available_cpus() -> int:
@@ -91,9 +105,14 @@ def started(runtime: Runtime) -> Iterator[Slots]:
         mine = not ray.is_initialized()
         if mine:
             _init(runtime)
+    ended = threading.Event()
+    if mine and runtime.address is not None:
+        head = ray.get_runtime_context().gcs_address
+        threading.Thread(target=_watch_head, args=(head, ended), daemon=True).start()
     try:
-        yield slots_of(runtime, _here() if runtime.address is None else ray.cluster_resources())
+        yield slots_of(runtime, nodes_of(runtime))
     finally:
+        ended.set()
         if mine:
             ray.shutdown()
 
@@ -107,8 +126,7 @@ def _init(runtime: Runtime) -> None:
         options |= {
             "address": "local",  # else Ray joins a head that happens to run on this machine
             "num_cpus": available_cpus(),
-            "resources": {"trial_slot": slots_of(runtime, _here()).concurrent},
-            "include_dashboard": runtime.workers > 1,  # without it Ray Train logs an error a second
+            "include_dashboard": not runtime.single,  # without it Ray Train logs an error a second
             "dashboard_host": "127.0.0.1",
             "_node_ip_address": "127.0.0.1",
             "object_store_memory": _OBJECT_STORE_BYTES,
@@ -140,6 +158,24 @@ def _on_loopback(private: bool) -> Iterator[None]:
             os.environ[_LOOPBACK_SWITCH] = before
 
 
+def _watch_head(address: str, ended: threading.Event) -> None:
+    """Say that the cluster's head is gone: without it Ray waits a minute, and then ends this process with a line of its own."""
+    host, _, port = address.rpartition(":")
+    gone = False
+    while not ended.wait(_HEAD_SECONDS):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_HEAD_SECONDS).close()
+            gone = False
+        except OSError:
+            if not gone:
+                log.warning(
+                    "the head of the Ray cluster at %s does not answer; if it stays away, this ends within a minute or two. "
+                    "What is finished is kept, and the same command goes on, on any cluster that sees the results folder",
+                    address,
+                )
+            gone = True
+
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep Ray from taking SIGTERM over for good: its handler exits at once, with nothing said or closed."""
@@ -162,22 +198,68 @@ def _here() -> dict[str, float]:
     return {"CPU": available_cpus(), "GPU": torch.cuda.device_count()}
 
 
-def slots_of(runtime: Runtime, has: Mapping[str, float]) -> Slots:
-    """How many trainings run at once on what there is (`CPU`, `GPU`), unless the experiment says it, and what each holds.
+def nodes_of(runtime: Runtime) -> list[dict[str, float]]:
+    """The resources of each machine that trainings may run on."""
+    if runtime.address is None:
+        return [_here()]
+    import ray
 
-    One worker: the trial's process is the worker, and reserves its CPUs.
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
-    Several: the trial only waits for them, and holds a slot instead of a CPU, or trials would keep each other's workers from starting.
+
+def workers_on(node: Mapping[str, float], runtime: Runtime) -> int:
+    """How many workers fit on a node at once (`CPU`, `GPU`). One that takes a part of a GPU takes it of a single one."""
+    cpus, share = int(node.get("CPU", 0) // runtime.cpus_per_worker), runtime.gpus_per_worker
+    if not share:
+        return cpus
+    gpus = int(node.get("GPU", 0))
+    return min(cpus, int(gpus // share) if share >= 1 else gpus * int(1 / share + 1e-9))
+
+
+def resources_of(runtime: Runtime) -> dict[str, float]:
+    """What one worker reserves, under Ray's names."""
+    cpus: dict[str, float] = {"CPU": runtime.cpus_per_worker}
+    return cpus | {"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else cpus
+
+
+def slots_of(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Slots:
+    """How many trainings run at once on these nodes (`CPU`, `GPU` of each), unless the experiment says it, and what each trial holds.
+
+    One worker: the trial's process is the worker, and reserves what it needs.
+
+    Several: the trial only waits for them. Ray places a training's workers all together or not at all, on one node or on several, so that
+    trainings never keep each other from starting.
     """
-    fit = int(has.get("CPU", 1) // needed_cpus(runtime))
-    if runtime.gpus_per_worker:
-        fit = min(fit, int(has.get("GPU", 0) / (runtime.workers * runtime.gpus_per_worker)))
-    fit = max(1, fit)
+    fewest, most = worker_bounds(runtime.workers)
+    room = sum(workers_on(node, runtime) for node in nodes)
+    fit = max(1, room // most)
     # A cluster may grow: there `concurrent` may ask for more than it holds now.
     concurrent = min(runtime.concurrent or fit, fit) if runtime.address is None else runtime.concurrent or fit
-    if runtime.workers > 1:
-        return Slots(concurrent, {"trial_slot": 1} if runtime.address is None else {"CPU": 0.01})
-    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
-    if runtime.gpus_per_worker:
-        resources["GPU"] = runtime.gpus_per_worker
-    return Slots(concurrent, resources)
+    each = " and ".join(f"{amount:g} {name}" for name, amount in resources_of(runtime).items())
+    short = f"a training needs {fewest} x {each}, and there is room for {room} of them" if room < fewest else ""
+    return Slots(concurrent, min(concurrent, room // fewest), resources_of(runtime) if runtime.single else dict(_WAITING_TRIAL), short)
+
+
+def talk_on_rays_network() -> None:
+    """Have gloo use the interface that has this node's address in Ray, unless the user has named one.
+
+    It would resolve the host's own name, which on many machines gives 127.0.1.1 or an address that the others can't reach.
+    """
+    import ray
+
+    interface = _interface_of(ray.util.get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _interface_of(address: str) -> str | None:
+    """The name of the network interface with an IPv4 address, None where none has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None

@@ -11,12 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kdbench.distributed.cluster import quiet, resources_of, talk_on_rays_network
 from kdbench.distributed.storage import ray_storage
-from kdbench.experiment import Runtime, Unit
+from kdbench.experiment import Runtime, Unit, WorkerRange
 from kdbench.results.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.session import State
-from kdbench.training.work import ENDING, attempt, pack_ending, pack_epoch, unpack_ending
+from kdbench.training.work import (
+    ENDING,
+    EPOCH,
+    Ending,
+    attempt,
+    pack_death,
+    pack_ending,
+    pack_epoch,
+    pack_resumed,
+    unpack_ending,
+    unpack_epoch,
+)
+
+# So many deaths of workers one after the other, without an epoch in between, and the training is given up.
+DEATHS = 3
+# How often a training whose workers may be more or fewer looks whether the cluster has room for more.
+RESIZE_SECONDS = 60.0
 
 
 class RaySession:
@@ -46,13 +63,22 @@ class RaySession:
 
         if state is not None and self.rank == 0:
             save_checkpoint(state(), self.checkpoint)
-        ray.train.report(pack_epoch(metrics))
+        if metrics:
+            ray.train.report(pack_epoch(metrics))
 
     def resume(self) -> State | None:
         return load_checkpoint(self.checkpoint)
 
+    def resumed(self, place: str) -> None:
+        import ray.train
+
+        ray.train.report(pack_resumed(place))
+
     def gather(self, rows: Tensor) -> Tensor:
         return gathered(rows)
+
+    def lost_peer(self, error: Exception) -> bool:
+        return lost_peer(error)
 
 
 def gathered(rows: Tensor) -> Tensor:
@@ -60,6 +86,11 @@ def gathered(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether an exchange failed as another worker is gone. gloo says so in a plain RuntimeError."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class WorkerFailed(Exception):
@@ -82,31 +113,83 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: str) -> None:
-    """Run inside a Tune trial: a worker group for this unit, its reports passed on to Tune, which repeats it where a worker died."""
+    """Run inside a Tune trial: a worker group for this unit, its reports passed on to Tune.
+
+    Train begins a group again where a worker died, with as many workers as there is room for where their number is a range.
+    """
+    quiet()  # on another node than the driver's nobody has
     import ray.train
     from ray import tune
     from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
 
-    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
-    if runtime.gpus_per_worker:
-        resources["GPU"] = runtime.gpus_per_worker
+    workers = unit.workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"unit": unit.model_dump_json(), "results": layout.location, "threads": runtime.cpus_per_worker},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=runtime.workers, use_gpu=runtime.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(workers.min, workers.max) if isinstance(workers, WorkerRange) else workers,  # type: ignore[arg-type]
+            use_gpu=runtime.gpus_per_worker > 0,
+            resources_per_worker=resources_of(runtime),
+            placement_strategy=runtime.placement.upper(),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
         ),
+        torch_config=_network(),
         run_config=ray.train.RunConfig(
             **ray_storage(storage),
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # the callback counts
+            callbacks=[_to_tune(unit.title)],
+            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
         ),
     )
     try:
         trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        told = [str(failure) for failure in error.worker_failures.values() if isinstance(failure, WorkerFailed)]
-        if not told:  # they died without a word: Tune tries again
+    except ray.train.ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerFailed):
             raise
-        tune.report({ENDING: told[0]})
+        tune.report({ENDING: str(error.controller_failure)})
+
+
+def _network() -> Any:
+    """How Ray Train joins the workers, on the network that Ray itself uses."""
+    from ray.train.torch import TorchConfig
+
+    backend: Any = TorchConfig().backend_cls
+
+    class OnRaysNetwork(backend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(talk_on_rays_network)
+            super().on_start(worker_group, backend_config)
+
+    class Network(TorchConfig):
+        backend_cls = OnRaysNetwork
+
+    return Network()
+
+
+def _to_tune(title: str) -> Any:
+    """A callback of Ray Train that passes reports on to Tune, and says what is to be done when workers end with an exception."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    class ToTune(TuneReportCallback):
+        """Runs in Train's controller. What it raises ends the training; else Train begins the group again."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.deaths, self.epochs = 0, 0.0
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if EPOCH in metrics[0] and (epoch := unpack_epoch(metrics[0])["epoch"]) > self.epochs:
+                self.deaths, self.epochs = 0, epoch
+            super().after_report(run_context, metrics, checkpoint)
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            told = [failure for failure in worker_exceptions.values() if isinstance(failure, WorkerFailed)]
+            if told:
+                raise told[0]
+            self.deaths += 1
+            if self.deaths == DEATHS:
+                reason = f"{title}: workers died {DEATHS} times without an epoch in between; is there enough memory?"
+                raise WorkerFailed(pack_ending(Ending(crash=reason))[ENDING])
+            super().after_report(run_context, [pack_death()], None)
+
+    return ToTune()

@@ -29,13 +29,16 @@ from kdbench.experiment import Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.training.session import LocalSession
 from kdbench.training.work import (
+    DEATH,
     ENDING,
     EPOCH,
+    RESUMED,
     Ending,
     Work,
     attempt,
     pack_ending,
     pack_epoch,
+    pack_resumed,
     settle,
     stopped_record,
     unpack_ending,
@@ -44,7 +47,7 @@ from kdbench.training.work import (
 
 log = logging.getLogger(__name__)
 
-# An actor that dies (out of memory, a lost node) is replaced and its unit taken up again this often.
+# An actor that dies (out of memory, a lost node) is replaced and its unit taken up again, so often without an epoch in between.
 _RETRIES = 2
 # An actor imports torch in a few seconds; one that takes longer than this is not waited for.
 _START_SECONDS = 30.0
@@ -54,7 +57,7 @@ _LOOKS_A_SECOND = 80  # at who is up, by all actors together: a thousand of them
 def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
     """Empty the queue on Ray, which is running. Raises what the queue raised, or RunFailed where Tune itself could not go on."""
     desk = _Desk(work, layout)
-    first = desk.draw(slots.concurrent)
+    first = desk.draw(slots.now)
     # Else Tune starts its actors one after the other, and it calls off one that still starts whenever another comes free: with trials
     # shorter than the start of a process there would be a single actor for ever.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.concurrent)
@@ -78,7 +81,7 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
                 **ray_storage(storage),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=_RETRIES),
-                callbacks=[_Recoveries(desk)],
+                callbacks=[_Deaths(desk)],
             ),
         )
         try:
@@ -126,13 +129,21 @@ class _Desk:
         if self.error is not None:
             return True
         unit = self.running.get(trial_id)
-        if unit is None or EPOCH not in result:
+        if unit is None:
             return False
         try:
-            return self.work.report(unit, unpack_epoch(result))
+            if DEATH in result:
+                self.died(unit)
+            elif RESUMED in result:
+                self.work.resumed(unit, result[RESUMED])
+            return EPOCH in result and self.work.report(unit, unpack_epoch(result))
         except Exception as error:
             self.error = error
             return True
+
+    def died(self, unit: Unit) -> None:
+        """Say that a process died, which costs time, and that nothing of what is finished is lost by it."""
+        log.warning("%s: its process died; another one goes on with it", unit.title)
 
     def finish(self, trial_id: str, result: Mapping[str, Any] | None, crashed: bool) -> None:
         unit = self.running.pop(trial_id, None)
@@ -195,25 +206,31 @@ class QueueScheduler(FIFOScheduler):
         return TrialScheduler.STOP if self._desk.report(trial.trial_id, result) else TrialScheduler.CONTINUE
 
 
-class _Recoveries(tune.Callback):
-    """Says that a process died, which costs time, and that nothing is lost by it."""
+class _Deaths(tune.Callback):
+    """Hears that a trial's process died. Only deaths without an epoch in between count: a long training may lose many nodes."""
 
     def __init__(self, desk: _Desk) -> None:
         self._desk = desk
+        self._furthest: dict[str, float] = {}
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+        epoch = unpack_epoch(result)["epoch"] if EPOCH in result else 0.0
+        if epoch > self._furthest.get(trial.trial_id, 0.0):
+            self._furthest[trial.trial_id] = epoch
+            trial.run_metadata.num_failures = 0  # Tune itself has one count for all of a trial
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        unit = self._desk.running[trial.trial_id]
-        log.warning("%s: its process died; another one goes on with it", unit.title)
+        self._desk.died(self._desk.running[trial.trial_id])
 
 
 def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str, first: int) -> None:
     """What a Tune trial runs, in its actor. first: how many trials start with the first one."""
     unit, layout, how = Unit.model_validate_json(config["unit"]), Layout.at(results), Runtime.model_validate_json(runtime)
-    if how.workers > 1:
+    if not how.single:
         train_with_workers(unit, how, layout, storage)
         return
     _wait_for_the_others(storage, first)
-    session = LocalSession(layout.checkpoint(unit.experiment, unit.key), _to_tune, threads=how.cpus_per_worker)
+    session = LocalSession(layout.checkpoint(unit.experiment, unit.key), _epoch_to_tune, _place_to_tune, threads=how.cpus_per_worker)
     tune.report(pack_ending(attempt(unit, session, layout)))
 
 
@@ -228,5 +245,9 @@ def _wait_for_the_others(storage: str, count: int) -> None:
         time.sleep(max(0.05, count / _LOOKS_A_SECOND))
 
 
-def _to_tune(metrics: Mapping[str, float]) -> None:
+def _epoch_to_tune(metrics: Mapping[str, float]) -> None:
     tune.report(pack_epoch(metrics))
+
+
+def _place_to_tune(place: str) -> None:
+    tune.report(pack_resumed(place))

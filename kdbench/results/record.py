@@ -61,7 +61,8 @@ class RunRecord(BaseModel):
     split_hash: str
     recipe: dict[str, Any]
     global_batch: int
-    world_size: int
+    world_size: int  # workers of one training; of one whose number changed, those at its end
+    worker_counts: list[int] | None = None  # how many took part, one number after the other; unknown of older records
     precision: str
 
     # pair

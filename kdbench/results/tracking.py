@@ -119,6 +119,10 @@ class Tracker(Protocol):
         """Open a run to write to while it trains."""
         ...
 
+    def answers(self) -> bool:
+        """Whether runs can be written now. It asks, however lately there was no answer."""
+        ...
+
     def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
         """Keep a report of the boards of these protocols, and lead to it from their runs; the id of the run that it is an artifact of."""
         ...
@@ -138,6 +142,9 @@ class NoTracker:
 
     def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
         return LiveRun(None, None)
+
+    def answers(self) -> bool:
+        return False
 
     def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
         return None
@@ -205,6 +212,15 @@ class MlflowTracker:
 
         return LiveRun(self, self.attempt(replace))
 
+    def answers(self) -> bool:
+        self._silent_until = 0.0
+        return bool(self.attempt(lambda client, experiment: client.get_experiment(experiment)))
+
+    @property
+    def silent(self) -> bool:
+        """Whether MLflow did not answer lately."""
+        return time.monotonic() < self._silent_until
+
     def publish(self, protocols: Sequence[str], report: Path, pictures: Sequence[Path]) -> str | None:
         """One run a tracked experiment, "leaderboard": a later report replaces the one before it."""
         run_id = self.parent("leaderboard", f"leaderboard/{self.experiment_name}", {PROTOCOL_TAG: ", ".join(protocols)})
@@ -230,7 +246,7 @@ class MlflowTracker:
 
         After an `essential` failure MLflow is left alone for a while: each try of a dead server costs its time-outs.
         """
-        if time.monotonic() < self._silent_until:
+        if self.silent:
             return None
         try:
             return action(*self._connected())
@@ -255,7 +271,10 @@ class MlflowTracker:
 
 
 class LiveRun:
-    """One open run. Metrics are buffered and sent at most every ten seconds; `finish` sends the rest and closes it."""
+    """One open run. Metrics are buffered and sent at most every ten seconds; `finish` sends the rest and closes it.
+
+    What could not be sent as MLflow did not answer is kept, and goes with the next sending.
+    """
 
     def __init__(self, tracker: MlflowTracker | None, run_id: str | None) -> None:
         """Without a tracker or an id, every call does nothing."""
@@ -291,23 +310,24 @@ class LiveRun:
         artifacts: Sequence[Path] = (),
         texts: Mapping[str, str] | None = None,
     ) -> str | None:
-        """Send what is left and close the run; its id, or None where MLflow does not have it as finished."""
+        """Send what is left and close the run; its id, or None where MLflow does not have all of it."""
         if self.run_id is None or self._tracker is None:
             return None
         run_id = self.run_id
         self.log(metrics or {}, self._last_step)
         infinite = {INFINITE_TAG: ", ".join(sorted(self._infinite))} if self._infinite else {}
-        self._send(params or {}, {**(tags or {}), **infinite})
+        if not self._send(params or {}, {**(tags or {}), **infinite}):
+            return None
         for path in artifacts:
             self._tracker.attempt(partial(_send_artifact, run_id, path), essential=False)
         for name, text in (texts or {}).items():
             self._tracker.attempt(partial(_send_text, run_id, name, text), essential=False)
         return self._tracker.attempt(partial(_close, run_id, status))
 
-    def _send(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """All that waits, in as few calls as MLflow's limits allow."""
+    def _send(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> bool:
+        """All that waits, in as few calls as MLflow's limits allow. False where MLflow does not answer; the metrics then wait on."""
         if self._tracker is None or self.run_id is None:
-            return
+            return False
         from mlflow.entities import Param, RunTag
 
         waiting, self._metrics, self._flushed = self._metrics, [], time.monotonic()
@@ -320,6 +340,9 @@ class LiveRun:
         )
         for some_metrics, some_params, some_tags in parts:
             self._tracker.attempt(partial(_send_batch, self.run_id, some_metrics, some_params, some_tags))
+            if self._tracker.silent:  # else it was sent, or refused for good
+                self._metrics += some_metrics
+        return not self._tracker.silent
 
 
 def metric_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,40 +42,65 @@ class Distiller(nn.Module):
             buffers = [f"method.{name}" for name, _ in method.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
-    def forward(self, batch: Batch, teacher: Outputs | None, at: Progress, autocast: torch.autocast) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, teacher: Outputs | None, at: Progress, autocast: torch.autocast, shares: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
         """Loss terms by name, with `total` to step on. The networks run under `autocast`, the losses outside it.
+
+        shares: how many samples of the batch each worker has. Where they differ, a term that is a mean over a worker's own samples counts
+        by how many these are, so that the mean over workers is the mean over samples.
 
         Where the method is batch-coupled and there are several workers, it sees the joined batch; gradients flow back to each one's part.
         """
         with autocast:
             outputs = self._taps(batch.inputs)
             outputs.peers = tuple(taps(batch.inputs) for taps in self._peer_taps)
-        terms = {name: self.method.params.task_weight * loss for name, loss in self.task.loss(outputs, batch).items()}
-        if self.method.batch_coupled and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            outputs, teacher, batch = _joined(outputs), _joined(teacher) if teacher else None, _joined_batch(batch)
-        terms |= self.method(outputs, teacher, batch, at)
-        terms = {name: term.sum() for name, term in terms.items()}
+        own = {name: self.method.params.task_weight * loss for name, loss in self.task.loss(outputs, batch).items()}
+        joined: dict[str, Tensor] = {}
+        if self.method.batch_coupled and len(shares) > 1:
+            outputs, teacher = _joined(outputs, shares), _joined(teacher, shares) if teacher else None
+            joined = self.method(outputs, teacher, _joined_batch(batch, shares), at)
+        else:
+            own |= self.method(outputs, teacher, batch, at)
+        if len(set(shares)) > 1:
+            weight = shares[torch.distributed.get_rank()] * len(shares) / sum(shares)
+            own = {name: weight * term for name, term in own.items()}
+        terms = {name: term.sum() for name, term in (own | joined).items()}
         terms["total"] = torch.stack(list(terms.values())).sum()
         return terms
 
 
-def _join(tensor: Tensor) -> Tensor:
+def _join(tensor: Tensor, shares: Sequence[int]) -> Tensor:
     """All workers' rows in rank order, with gradients to this worker's own."""
-    return torch.cat(exchange.all_gather(tensor.contiguous())) if tensor.requires_grad else _join_values(tensor)
+    if not tensor.requires_grad:
+        return _join_values(tensor, shares)
+    return _cut(exchange.all_gather(_padded(tensor, shares)), shares)
 
 
-def _join_values(tensor: Tensor) -> Tensor:
-    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+def _join_values(tensor: Tensor, shares: Sequence[int]) -> Tensor:
+    padded = _padded(tensor, shares)
+    parts = [torch.empty_like(padded) for _ in shares]
+    torch.distributed.all_gather(parts, padded)
+    return _cut(parts, shares)
 
 
-def _joined(outputs: Outputs) -> Outputs:
+def _padded(tensor: Tensor, shares: Sequence[int]) -> Tensor:
+    """As many rows as the worker has that has most: an exchange is of equal parts."""
+    missing = max(shares) - len(tensor)
+    return (torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor).contiguous()
+
+
+def _cut(parts: Sequence[Tensor], shares: Sequence[int]) -> Tensor:
+    return torch.cat([part[:rows] for part, rows in zip(parts, shares, strict=True)])
+
+
+def _joined(outputs: Outputs, shares: Sequence[int]) -> Outputs:
     prediction = outputs.prediction
-    joined = {name: _join(t) for name, t in prediction.items()} if isinstance(prediction, dict) else _join(prediction)
-    maps = {name: _join(tensor) for name, tensor in outputs.maps.items()}
-    return Outputs(joined, maps, tuple(_joined(peer) for peer in outputs.peers))
+    joined = {name: _join(t, shares) for name, t in prediction.items()} if isinstance(prediction, dict) else _join(prediction, shares)
+    maps = {name: _join(tensor, shares) for name, tensor in outputs.maps.items()}
+    return Outputs(joined, maps, tuple(_joined(peer, shares) for peer in outputs.peers))
 
 
-def _joined_batch(batch: Batch) -> Batch:
-    return replace(batch, inputs=_join_values(batch.inputs), target=_join_values(batch.target), index=_join_values(batch.index))
+def _joined_batch(batch: Batch, shares: Sequence[int]) -> Batch:
+    inputs, target, index = (_join_values(tensor, shares) for tensor in (batch.inputs, batch.target, batch.index))
+    return replace(batch, inputs=inputs, target=target, index=index)

@@ -63,16 +63,29 @@ class Training:
     curve: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
     best_value: float = -math.inf
-    seconds: float = 0.0  # spent on this training, by all processes that worked on it
+    seconds: float = 0.0  # spent on this training, by all processes that worked on it one after the other
+    device_seconds: float = 0.0  # the same, times the workers there were
+    worker_counts: list[int] = field(default_factory=list)  # how many workers took part, one number after the other
     kept_at: float = 0.0  # `seconds` when the last checkpoint was asked for
+    kept_step: int = 0  # and `total_steps`
+    ask_at: int = 0  # `total_steps` at which the workers compare their clocks next
 
     @property
     def evaluated(self) -> nn.Module:
         """The network that is measured and kept: the moving average where there is one."""
         return self.average.module if self.average is not None else self.distiller.student
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps since the training began."""
+        return self.epoch * self.loader.steps_per_epoch + self.step
+
+    def passed(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.device_seconds += seconds * self.session.world_size
+
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values: the whole of a training at this moment."""
+        """Tensors and plain values: the whole of a training at this moment, to be gone on with by any number of workers."""
         return {
             "unit": self.unit.key,
             "distiller": self.distiller.state_dict(),
@@ -96,11 +109,24 @@ class Training:
         if state["random_device"] is not None:
             torch.cuda.set_rng_state(state["random_device"], self.session.device)
         self.generator.set_state(state["random_method"])
-        for name in _PROGRESS:
-            setattr(self, name, state["progress"][name])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        self.kept_step = self.ask_at = self.total_steps
 
 
-_PROGRESS = ("epoch", "step", "sums", "terms", "curve", "best", "best_value", "seconds", "kept_at")
+_PROGRESS = (
+    "epoch",
+    "step",
+    "sums",
+    "terms",
+    "curve",
+    "best",
+    "best_value",
+    "seconds",
+    "device_seconds",
+    "worker_counts",
+    "kept_at",
+)
 
 
 def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
@@ -117,6 +143,9 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
     kept = session.resume()
     if kept is not None and kept["unit"] == unit.key:
         run.restore(kept)
+        session.resumed(_place(run))
+    if run.worker_counts[-1:] != [session.world_size]:
+        run.worker_counts.append(session.world_size)
     for epoch in range(run.epoch, unit.recipe.epochs):
         train_epoch(run, epoch)
         metrics = close_epoch(run)
@@ -130,6 +159,14 @@ def found_here(unit: Unit, layout: Layout) -> Unit:
     teacher = teacher_here(unit.teacher, layout) if unit.teacher is not None else None
     mapped = layout.here(unit.mapped_data) if unit.mapped_data is not None else None
     return unit.model_copy(update={"teacher": teacher, "mapped_data": mapped})
+
+
+def _place(run: Training) -> str:
+    """Where a restored training stands, for people."""
+    inside = f", step {run.step + 1} of {run.loader.steps_per_epoch}" if run.step else ""
+    before, now = run.worker_counts[-1:], run.session.world_size
+    workers = f", with {now} worker{'s' if now > 1 else ''} instead of {before[0]}" if before and before[0] != now else ""
+    return f"epoch {run.epoch + 1} of {run.unit.recipe.epochs}{inside}{workers}"
 
 
 def prepare(unit: Unit, session: Session) -> Training:
@@ -169,6 +206,7 @@ def prepare(unit: Unit, session: Session) -> Training:
         order_seed=unit.seed,
         rank=session.rank,
         world_size=session.world_size,
+        even=isinstance(unit.workers, int),
         device=session.device,
     )
     return Training(
@@ -231,15 +269,16 @@ def train_epoch(run: Training, epoch: int) -> None:
         run.sums = losses if run.sums is None else run.sums + losses
         run.step += 1
         now = time.monotonic()
-        run.seconds, start = run.seconds + now - start, now
-        if run.session.world_size == 1 and run.step < run.loader.steps_per_epoch and _due(run):
-            run.session.report({}, run.state)
+        run.passed(now - start)
+        start = now
+        if run.step < run.loader.steps_per_epoch and _due(run):
+            _keep(run)
 
 
 def train_step(run: Training, batch: Batch) -> Tensor:
     """One optimizer step on one global batch (this worker's share of it); returns each loss term's mean, in the order of `run.terms`."""
     recipe = run.unit.recipe
-    done = run.epoch * run.loader.steps_per_epoch + run.step
+    done = run.total_steps
     at = Progress(run.epoch + run.step / run.loader.steps_per_epoch, done, recipe.epochs * run.loader.steps_per_epoch)
     factor = run.schedule(done)
     for optimizer in run.optimizers:
@@ -278,7 +317,7 @@ def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> Tenso
     recipe = run.unit.recipe
     batch = replace(batch, inputs=images_for(batch.inputs, recipe.precision, recipe.memory_format))
     teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
-    terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device))
+    terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device), run.loader.shares)
     run.scaler.scale(terms["total"] * weight).backward()
     run.terms = tuple(terms)
     return torch.stack([term.detach() for term in terms.values()]) * weight
@@ -316,16 +355,39 @@ def close_epoch(run: Training) -> dict[str, float]:
         run.best_value = value if task.higher_is_better else -value
         run.best = {name: tensor.detach().cpu().clone() for name, tensor in run.evaluated.state_dict().items()}
     run.epoch, run.step, run.sums = run.epoch + 1, 0, None
-    run.seconds += time.monotonic() - start
+    run.passed(time.monotonic() - start)
     row = {"epoch": float(run.epoch), "lr": run.optimizers[0].param_groups[0]["lr"], "seconds": run.seconds}
     row |= losses | {f"val_{name}": number for name, number in metrics.items()}
     run.curve.append(row)
     return row
 
 
+def _keep(run: Training) -> None:
+    """Keep a checkpoint in the middle of an epoch. The losses so far are the mean of all workers', so that any number can add to them."""
+    state, several = run.state, run.session.world_size > 1
+    sums = run.session.gather(run.sums[None]).mean(0) if several and run.sums is not None else run.sums
+
+    def with_sums() -> dict[str, Any]:
+        kept = state()
+        kept["progress"]["sums"] = sums
+        return kept
+
+    run.session.report({}, with_sums)
+
+
 def _due(run: Training) -> bool:
-    """Several workers keep a checkpoint each epoch, all at once; one worker when enough time has passed."""
-    due = run.session.world_size > 1 or run.seconds - run.kept_at >= run.unit.checkpoint_seconds
-    if due:
-        run.kept_at = run.seconds
-    return due
+    """Whether enough time has passed since the last checkpoint. All workers come to the same answer, at the same step."""
+    done = run.total_steps
+    if done < run.ask_at:
+        return False
+    passed, limit = run.seconds - run.kept_at, run.unit.checkpoint_seconds
+    if run.session.world_size > 1:
+        # They compare their clocks at a step that they know beforehand: at each step it would cost more than a small step itself.
+        clock = torch.tensor([passed], dtype=torch.float64, device=run.session.device)
+        passed = run.session.gather(clock).max().item()
+        a_step = passed / max(1, done - run.kept_step)
+        run.ask_at = done + max(1, int((limit - (0.0 if passed >= limit else passed)) / max(a_step, 1e-9)))
+    if passed < limit:
+        return False
+    run.kept_at, run.kept_step = run.seconds, done
+    return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.errors import KDBenchError
-from kdbench.experiment import Unit
+from kdbench.experiment import Unit, worker_bounds
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord, new_run_id
 from kdbench.search_space import dotted
@@ -120,7 +120,7 @@ def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
         split_hash=splits.hash,
         recipe=unit.recipe.model_dump(mode="json"),
         global_batch=unit.recipe.batch_size,
-        world_size=unit.workers,
+        world_size=worker_bounds(unit.workers)[1],
         precision=unit.recipe.precision,
         teacher=teacher.model.label if teacher else None,
         teacher_sha=teacher.sha if teacher else None,
@@ -148,7 +148,9 @@ def _training_facts(run: Training, deployed: nn.Module) -> dict[str, object]:
         "val_metric": best if recipe.weights == "best" else values[-1],
         "curve": curve,
         "train_seconds": run.seconds,
-        "device_hours": run.seconds * run.session.world_size / 3600,
+        "device_hours": run.device_seconds / 3600,
+        "world_size": run.session.world_size,
+        "worker_counts": run.worker_counts,
         "samples_per_second": images / run.seconds,
         "peak_memory_mb": peak_memory_mb(run.session.device),
         "adapter_params": trained - kept,

@@ -14,6 +14,7 @@ from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 
 State = dict[str, Any]
 OnReport = Callable[[Mapping[str, float]], None]
+OnResume = Callable[[str], None]
 
 
 class Session(Protocol):
@@ -40,6 +41,14 @@ class Session(Protocol):
         """The last kept state of this unit, or None for a fresh start."""
         ...
 
+    def resumed(self, place: str) -> None:
+        """Make known where an interrupted training goes on. All workers call together."""
+        ...
+
+    def lost_peer(self, error: Exception) -> bool:
+        """Whether an error says no more than that another worker is gone."""
+        ...
+
     def gather(self, rows: Tensor) -> Tensor:
         """Concatenate every worker's rows (equal numbers of them) in rank order."""
         ...
@@ -55,12 +64,16 @@ class LocalSession:
         self,
         checkpoint: Path | None = None,
         on_report: OnReport | None = None,
+        on_resume: OnResume | None = None,
         device: torch.device | None = None,
         threads: int | None = None,
     ) -> None:
-        """checkpoint: the file that is kept and resumed from; on_report: told of each epoch; threads: of CPU kernels, all by default."""
+        """checkpoint: the file that is kept and resumed from; on_report: told of each epoch; on_resume: told where an interrupted training
+        goes on; threads: of CPU kernels, all by default.
+        """
         self.checkpoint = checkpoint
         self.on_report = on_report
+        self.on_resume = on_resume
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.threads = threads or torch.get_num_threads()
 
@@ -81,3 +94,10 @@ class LocalSession:
 
     def gather(self, rows: Tensor) -> Tensor:
         return rows
+
+    def resumed(self, place: str) -> None:
+        if self.on_resume is not None:
+            self.on_resume(place)
+
+    def lost_peer(self, error: Exception) -> bool:
+        return False

@@ -9,6 +9,7 @@ import json
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,10 @@ class Work(Protocol):
         """Take note of an epoch; True asks that the unit be stopped early."""
         ...
 
+    def resumed(self, unit: Unit, place: str) -> None:
+        """Take note of where a unit that was interrupted goes on: all that came after is done again."""
+        ...
+
     def finish(self, unit: Unit, record: RunRecord) -> None:
         """Take note of a unit's end: `ok`, `failed` because it diverged, or `stopped` early."""
         ...
@@ -61,8 +66,8 @@ class Ending:
     storage_failed: bool = False
 
 
-ENDING = "ending"  # the key of a report that carries an Ending
-EPOCH = "row"  # the key of a report that carries an epoch's row of the curve
+# What a report carries, by its key: an Ending, an epoch's row of the curve, the place from which a training goes on, or that a worker died.
+ENDING, EPOCH, RESUMED, DEATH = "ending", "row", "resumed", "death"
 
 
 def pack_ending(ending: Ending) -> dict[str, str]:
@@ -85,8 +90,19 @@ def unpack_epoch(metrics: Mapping[str, Any]) -> dict[str, float]:
     return row
 
 
+def pack_resumed(place: str) -> dict[str, str]:
+    return {RESUMED: place}
+
+
+def pack_death() -> dict[str, bool]:
+    return {DEATH: True}
+
+
 def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
-    """Train a unit. One that diverges is a result: a failed record. One whose code fails is not: the traceback goes to a log file."""
+    """Train a unit. One that diverges is a result: a failed record. One whose code fails is not: the traceback goes to a log file.
+
+    Raises what an exchange with another worker raised that is gone: that is nothing that this worker can answer for.
+    """
     try:
         return Ending(fit(unit, session, layout))
     except Diverged as failure:
@@ -96,6 +112,8 @@ def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
     except KDBenchError as error:
         return Ending(crash=f"{unit.title}: {error}")
     except Exception as error:
+        if session.lost_peer(error):
+            raise
         return Ending(crash=f"{unit.title}: {in_one_line(error)}; {_kept_traceback(layout.log(unit.key))}")
 
 
@@ -138,8 +156,9 @@ def run_here(work: Work, layout: Layout) -> None:
             if work.report(unit, metrics):
                 raise StoppedEarly
 
+        on_resume = partial(work.resumed, unit)
         try:
-            ending = attempt(unit, LocalSession(layout.checkpoint(unit.experiment, unit.key), on_report), layout)
+            ending = attempt(unit, LocalSession(layout.checkpoint(unit.experiment, unit.key), on_report, on_resume), layout)
         except StoppedEarly:
             ending = Ending(stopped_record(unit))
         settle(work, unit, ending, layout)

@@ -12,7 +12,7 @@ from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import profile, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.distributed.cluster import Slots
-from kdbench.experiment import Experiment, Runtime, load_experiment
+from kdbench.experiment import Experiment, Runtime, Unit, load_experiment
 from kdbench.pages import profile_page
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import boards
@@ -161,3 +161,21 @@ def test_ray_is_started_once_for_the_teacher_the_search_and_the_finals(tmp_path:
     assert summary.failures == ()
     assert queues == ["TeacherWork", "InTurn"]
     assert (starts, running) == (1, False)
+
+
+def test_a_training_keeps_its_key_from_one_version_to_the_next_and_a_range_of_workers_is_another_training() -> None:
+    parts = {
+        "role": "final",
+        "experiment": "test",
+        "protocol_hash": "protocol",
+        "split_hash": "split",
+        "task": {"name": "classification", "data": "fashion_mnist"},
+        "student": "tiny_cnn",
+        "method": "kd",
+        "recipe": {"epochs": 2},
+        "seed": 0,
+    }
+    keys = {str(workers): Unit.model_validate(parts | {"workers": workers}).key for workers in (1, 2, {"min": 1, "max": 2}, {"max": 2})}
+    # Of records that people have. Another key here means that all of their trainings are run again.
+    assert (keys["1"], keys["2"]) == ("d64c67216d0537f8", "054c4815a1b2f79f")
+    assert len(set(keys.values())) == 3

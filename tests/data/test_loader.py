@@ -52,6 +52,25 @@ def test_a_set_smaller_than_a_batch_gives_one_batch_that_the_workers_share_evenl
     assert loader(5, 8).steps_per_epoch == 1
 
 
+@settings(deadline=None)
+@given(st.integers(1, 7), st.integers(7, 12), st.integers(12, 40))
+def test_the_batches_are_the_same_for_any_number_of_workers_where_parts_may_be_uneven(world_size, batch_size, count):
+    alone = list(loader(count, batch_size, even=False).batches(1))
+    loaders = [loader(count, batch_size, even=False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = loaders[0].shares
+    assert sum(shares) == batch_size
+    assert max(shares) - min(shares) <= 1
+    for whole, *parts in zip(alone, *(one.batches(1) for one in loaders), strict=True):
+        joined = Batch(*(torch.cat([getattr(s, name) for s in parts]) for name in ("inputs", "target", "index")), parts[0].view)
+        assert equal(whole, joined)
+        assert tuple(len(part.index) for part in parts) == shares
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch_whatever_the_number_of_uneven_workers():
+    assert [loader(5, 8, even=False, world_size=world).steps_per_epoch for world in (1, 2, 3)] == [1, 1, 1]
+    assert loader(5, 8, even=False, world_size=3).shares == (1, 2, 2)
+
+
 def test_a_resumed_epoch_continues_where_it_stopped():
     whole, rest = list(loader().batches(3)), list(loader().batches(3, start_step=1))
     assert len(rest) == 2
@@ -126,6 +145,7 @@ def test_evaluation_sees_every_sample_once_in_order_and_untouched():
     [
         ({"batch_size": 7, "world_size": 2}, "batch_size 7 can't be cut evenly among 2 workers; make it a multiple of 2"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"count": 3, "batch_size": 8, "world_size": 4, "even": False}, "3 training samples are too few for 4 workers"),
         ({"count": 3, "batch_size": 8, "world_size": 4}, "3 training samples are too few for 4 workers"),
         ({"views": 0}, "views is 0"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.distributed import cache
+from kdbench.distributed import cache, cluster
 from kdbench.distributed.cache import worth_ray, write_with_ray
 from kdbench.errors import DiskFull
 from kdbench.experiment import Runtime
@@ -69,7 +69,7 @@ def test_shards_written_by_rays_processes_are_the_bytes_of_one_process(tmp_path:
 def test_ray_is_used_on_a_cluster_and_for_long_builds(
     monkeypatch: pytest.MonkeyPatch, runtime: dict[str, Any], pieces: int, seconds: float, anyway: bool, worth: bool
 ) -> None:
-    monkeypatch.setattr(cache, "available_cpus", lambda: 4)
+    monkeypatch.setattr(cluster, "available_cpus", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     stream = Stream(name="logits", kind="prediction", shape=(10,), views=1, images=pieces, precision="fp16", shard_rows=1)
     plan = Plan(tuple(cache.Piece(False, shard, ("logits",), ()) for shard in stream.shards), (stream,), 0, {})

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import optuna
 import pytest
 import torch
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
+from ray.tune.integration import ray_train
 from safetensors.torch import load_file
 from torch import nn
 
@@ -20,12 +23,15 @@ from kdbench.benchmark.watch import Unwatched
 from kdbench.data.shapes import shapes
 from kdbench.data.sources import Source
 from kdbench.distributed.cluster import slots_of
+from kdbench.distributed.train import WorkerFailed, _to_tune, lost_peer
+from kdbench.distributed.tune import _Deaths, _Desk
 from kdbench.experiment import Experiment, Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import boards
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
+from kdbench.training.work import RESUMED, pack_death, pack_epoch
 from tests.training.units import smooth_net
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
@@ -320,18 +326,75 @@ def test_trials_shorter_than_the_start_of_a_process_still_use_every_slot(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("runtime", "has", "concurrent"),
+    ("runtime", "nodes", "concurrent"),
     [
-        ({}, {"CPU": 8}, 8),
-        ({"cpus_per_worker": 3}, {"CPU": 8}, 2),
-        ({"concurrent": 3}, {"CPU": 8}, 3),
-        ({"concurrent": 30}, {"CPU": 8}, 8),
-        ({"concurrent": 30, "address": "auto"}, {"CPU": 8}, 30),  # a cluster may grow
-        ({"address": "auto"}, {"CPU": 64, "GPU": 4}, 64),
-        ({"address": "auto", "gpus_per_worker": 0.25}, {"CPU": 64, "GPU": 4}, 16),
-        ({"gpus_per_worker": 1, "workers": 2}, {"CPU": 64, "GPU": 4}, 2),
-        ({"workers": 4}, {"CPU": 2}, 1),
+        ({}, [{"CPU": 8}], 8),
+        ({"cpus_per_worker": 3}, [{"CPU": 8}], 2),
+        ({"concurrent": 3}, [{"CPU": 8}], 3),
+        ({"concurrent": 30}, [{"CPU": 8}], 8),
+        ({"concurrent": 30, "address": "auto"}, [{"CPU": 8}], 30),  # a cluster may grow
+        ({"address": "auto"}, [{"CPU": 64, "GPU": 4}], 64),
+        ({"address": "auto", "gpus_per_worker": 0.25}, [{"CPU": 64, "GPU": 4}], 16),
+        ({"gpus_per_worker": 0.6}, [{"CPU": 64, "GPU": 4}], 4),  # no worker has parts of two GPUs
+        ({"gpus_per_worker": 0.1}, [{"CPU": 64, "GPU": 1}], 10),
+        ({"gpus_per_worker": 1, "workers": 2}, [{"CPU": 64, "GPU": 4}], 2),
+        ({"workers": 4}, [{"CPU": 2}], 1),
+        ({"address": "auto", "cpus_per_worker": 3}, [{"CPU": 4}, {"CPU": 4}, {"object_store_memory": 1}], 2),  # 8 CPUs, but not 6 in a row
+        ({"address": "auto", "workers": 2, "cpus_per_worker": 3}, [{"CPU": 4}, {"CPU": 4}], 1),  # one training on two nodes
+        ({"address": "auto", "workers": {"min": 1, "max": 4}}, [{"CPU": 4}, {"CPU": 5}], 2),
+        ({"address": "auto", "workers": {"min": 1, "max": 8}}, [{"CPU": 4}], 1),
+        ({"address": "auto", "gpus_per_worker": 1}, [{"CPU": 2, "GPU": 8}, {"CPU": 8}], 2),
     ],
 )
-def test_as_many_trainings_run_at_once_as_fit(runtime: dict[str, Any], has: dict[str, float], concurrent: int) -> None:
-    assert slots_of(Runtime.model_validate(runtime), has).concurrent == concurrent
+def test_as_many_trainings_run_at_once_as_fit(runtime: dict[str, Any], nodes: list[dict[str, float]], concurrent: int) -> None:
+    assert slots_of(Runtime.model_validate(runtime), nodes).concurrent == concurrent
+
+
+def test_a_trial_that_only_waits_for_its_workers_keeps_no_cpu_from_them() -> None:
+    assert slots_of(Runtime(cpus_per_worker=2, gpus_per_worker=0.5), []).trial_resources == {"CPU": 2, "GPU": 0.5}
+    for workers in (2, {"min": 1, "max": 2}):
+        assert slots_of(Runtime.model_validate({"workers": workers}), []).trial_resources.keys() == {"memory"}
+
+
+def test_only_deaths_without_an_epoch_in_between_count() -> None:
+    """A node may be lost every hour of a week; a training that dies at its first step is given up soon."""
+    deaths, trial = (
+        _Deaths(_Desk(cast(Any, None), Layout(Path()))),
+        SimpleNamespace(trial_id="a", run_metadata=SimpleNamespace(num_failures=2)),
+    )
+    told = partial(deaths.on_trial_result, 1, [], cast(Any, trial))
+    told({RESUMED: "epoch 1 of 9"})
+    assert trial.run_metadata.num_failures == 2
+    told(pack_epoch({"epoch": 1.0}))
+    assert trial.run_metadata.num_failures == 0
+    trial.run_metadata.num_failures = 1
+    told(pack_epoch({"epoch": 1.0}))  # the same one again, after a death
+    assert trial.run_metadata.num_failures == 1
+
+
+def test_workers_that_keep_dying_are_given_up_and_one_that_made_a_mistake_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+    queue = SimpleNamespace(_get_or_create_inter_actor_queue=lambda: SimpleNamespace(put=sent.append))
+    monkeypatch.setattr(ray_train, "_in_tune_session", lambda: True)
+    monkeypatch.setattr(ray_train, "get_session", lambda: queue)
+    callback = _to_tune("kd seed 0")
+    death = {0: RuntimeError("Connection closed by peer"), 1: OSError("killed")}
+    for _ in range(2):
+        callback.after_exception(None, death)
+    callback.after_report(None, [pack_epoch({"epoch": 1.0}), {}], None)
+    for _ in range(2):
+        callback.after_exception(None, death)
+    with pytest.raises(WorkerFailed, match="kd seed 0: workers died 3 times without an epoch in between"):
+        callback.after_exception(None, death)
+    assert sent == [pack_death(), pack_death(), pack_epoch({"epoch": 1.0}), pack_death(), pack_death()]
+    mistake = WorkerFailed("its ending")
+    with pytest.raises(WorkerFailed) as raised:
+        _to_tune("kd seed 0").after_exception(None, {0: RuntimeError("Connection closed by peer"), 1: mistake})
+    assert raised.value is mistake
+
+
+def test_that_another_worker_is_gone_is_no_mistake_of_this_one() -> None:
+    assert lost_peer(RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40123"))
+    assert lost_peer(torch.distributed.DistBackendError("NCCL error"))
+    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_peer(ValueError("gloo"))

@@ -206,9 +206,34 @@ def test_an_unreachable_mlflow_warns_once_and_training_goes_on(uri, caplog, monk
         live = tracker.live(None, "run", "k")
         live.log({"loss": 1.0}, 1)
         assert live.finish() is None
+        assert not tracker.answers()
 
     assert len([r for r in caplog.records if r.name.startswith("kdbench")]) == 1
     assert uri in caplog.text
+
+
+def test_what_a_live_run_logged_while_mlflow_was_away_is_sent_when_it_is_back(tracker, client, monkeypatch) -> None:
+    now = 1e6
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now)
+    run = tracker.live(None, "run", "away")
+    connection, tracker._connection = tracker._connection, None
+    with monkeypatch.context() as away:
+        away.setattr(tracking, "_connect", lambda *_: 1 / 0)
+        for epoch in (1, 2):
+            now += 11
+            run.log({"loss": 1 / epoch}, epoch)
+    assert tracker.silent
+    now += 11
+    run.log({"loss": 0.25}, 3)
+    assert client.get_metric_history(run.run_id, "loss") == []
+    assert run.finish(params={"p": 1}) is None  # it would have a gap
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+
+    tracker._connection = connection
+    assert tracker.answers()
+    assert run.finish(params={"p": 1}) == run.run_id
+    assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "loss")] == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert client.get_run(run.run_id).data.params == {"p": "1"}
 
 
 def test_a_server_that_comes_back_is_used_again(tracker, monkeypatch) -> None:
@@ -227,6 +252,7 @@ def test_no_tracker_takes_every_call() -> None:
     live.log({"loss": 1.0}, 1)
 
     assert tracker.parent("p", "k", {}) is None
+    assert not tracker.answers()
     assert tracker.log_run(None, "run", "k", curve=[{"epoch": 1, "loss": 1.0}], status="FAILED") is None
     assert live.finish("KILLED", metrics={"a": 1.0}) is None
 

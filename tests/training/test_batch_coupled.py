@@ -26,6 +26,7 @@ COUPLED = sorted(name for name in METHODS if method_class(MethodSpec(name=name))
 CHECKED = [*COUPLED, "ctkd"]  # which is not coupled, but has a weight of its own, with a gradient that is turned round
 SMALLER = {"crd": {"negatives": 24, "dimensions": 5}, "cc": {"dimensions": 5}}
 IMAGE, CLASSES, BATCH, STEPS = (1, 8, 8), 4, 6, 3
+SHARES = ((3, 3), (4, 2))
 CPU = torch.device("cpu")
 OFF = torch.autocast("cpu", enabled=False)
 
@@ -68,20 +69,24 @@ def distiller(name: str, samples: Part) -> tuple[Distiller, Taps]:
     return Distiller(student, method.double(), task), Taps(teacher, method.teacher_taps)
 
 
-def trained(name: str, session: Session) -> list[dict[str, Tensor]]:
-    """A few steps of one method: at each, the loss terms, the gradients that the optimizer sees, and all weights and buffers after it."""
+def trained(name: str, session: Session, shares: tuple[int, ...] = (BATCH,)) -> list[dict[str, Tensor]]:
+    """A few steps of one method: at each, the loss terms, the gradients that the optimizer sees, and all weights and buffers after it.
+
+    shares: how many samples of a batch each worker has.
+    """
     generator = torch.Generator().manual_seed(2)
     images = torch.rand(STEPS * BATCH, *IMAGE, generator=generator, dtype=torch.float64)
     labels = torch.randint(CLASSES, (STEPS * BATCH,), generator=generator)
     index = 10 + 7 * torch.randperm(STEPS * BATCH, generator=generator)  # positions in a source of which these are a few
     module, teacher = distiller(name, Part(images, labels, index))
     wrapped = session.prepare(module)
-    share, found = BATCH // session.world_size, []
+    known = shares if torch.distributed.is_initialized() else ()
+    found = []
     for step in range(STEPS):
-        first = step % 2 * BATCH + session.rank * share  # the third step sees the samples of the first again
-        rows = slice(first, first + share)
+        first = step % 2 * BATCH + sum(shares[: session.rank])  # the third step sees the samples of the first again
+        rows = slice(first, first + shares[session.rank])
         batch = Batch(images[rows], labels[rows], index[rows])
-        terms = wrapped(batch, teacher(batch.inputs), Progress(step / STEPS, step + 1, STEPS), OFF)
+        terms = wrapped(batch, teacher(batch.inputs), Progress(step / STEPS, step + 1, STEPS), OFF, known)
         module.zero_grad()
         terms["total"].backward()
         seen = {f"term {term}": value.detach().clone() for term, value in terms.items()}
@@ -96,7 +101,8 @@ def trained(name: str, session: Session) -> list[dict[str, Tensor]]:
 def worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     with joined(rank, world, port) as session:
-        torch.save({name: trained(name, session) for name in CHECKED}, Path(folder) / f"{rank}.pt")
+        found = {f"{name} {shares}": trained(name, session, shares) for name in CHECKED for shares in SHARES}
+        torch.save(found, Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +118,12 @@ def test_the_methods_that_compare_samples_say_so() -> None:
     assert not {"none", "kd", "dkd", "nkd", "wsld", "ctkd", "logit_std"} & set(COUPLED)
 
 
+@pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("name", CHECKED)
-def test_two_workers_give_what_one_gives_on_the_joined_batch(name: str, workers: list[dict[str, list[dict[str, Tensor]]]]) -> None:
-    for alone, *both in zip(trained(name, LocalSession(device=CPU)), *(found[name] for found in workers), strict=True):
+def test_two_workers_give_what_one_gives_on_the_joined_batch(
+    name: str, shares: tuple[int, ...], workers: list[dict[str, list[dict[str, Tensor]]]]
+) -> None:
+    for alone, *both in zip(trained(name, LocalSession(device=CPU)), *(found[f"{name} {shares}"] for found in workers), strict=True):
         assert any(key.startswith("gradient student") and value.abs().max() > 1e-6 for key, value in alone.items())
         for key, value in alone.items():
             shared = key.removeprefix("term ") in ("cross_entropy", "total") or (name not in COUPLED and key.startswith("term "))
@@ -134,11 +143,11 @@ def test_half_a_batch_alone_would_give_something_else(name: str) -> None:
     session.world_size = 2
     halves = []
     for session.rank in range(2):
-        halves.append(trained(name, session)[0])
+        halves.append(trained(name, session, (3, 3))[0])
     gradients = [key for key in whole if key.startswith("gradient student")]
     assert any(not torch.allclose((halves[0][key] + halves[1][key]) / 2, whole[key], rtol=1e-4) for key in gradients)
 
 
 def test_crds_memory_moves_by_the_samples_of_all_workers(workers: list[dict[str, list[dict[str, Tensor]]]]) -> None:
-    first, second, _ = (step["state method.contrasts.0.memory_student"] for step in workers[0]["crd"])
+    first, second, _ = (step["state method.contrasts.0.memory_student"] for step in workers[0]["crd (3, 3)"])
     assert ((first != second).any(1)).sum() == BATCH

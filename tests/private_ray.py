@@ -1,0 +1,16 @@
+"""The Ray instance that the tests of a process share: starting it is dear."""
+
+from __future__ import annotations
+
+
+def start() -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
