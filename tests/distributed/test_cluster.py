@@ -227,7 +227,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
     return searched
 
 
-def test_a_search_uses_all_nodes_and_loses_nothing_when_two_of_them_are_lost_and_replaced(
+def test_a_search_uses_all_nodes_and_loses_nothing_when_two_of_them_are_lost(
     nodes: Nodes, undisturbed: Searched, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = Watch(undisturbed.folder / "notes")
@@ -243,7 +243,6 @@ def test_a_search_uses_all_nodes_and_loses_nothing_when_two_of_them_are_lost_and
 
     def kill_a_trial(trained: list[Note]) -> None:
         nodes.kill((set(trained) - before).pop().node)
-        nodes.add(1)
 
     watch.in_cache, watch.at_epoch = in_cache, {2: kill_a_trial}
     of = Experiment.model_validate(search(undisturbed.folder, watch, address=nodes.address))
