@@ -12,7 +12,7 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:${PATH}
 WORKDIR /opt/kdbench
 COPY constraints.txt ./
-RUN if [ -n "${TORCH_INDEX}" ]; then pip install --constraint constraints.txt --index-url "${TORCH_INDEX}" torch torchvision; fi
+RUN if [ -n "${TORCH_INDEX}" ]; then PIP_INDEX_URL="${TORCH_INDEX}" pip install --constraint constraints.txt torch torchvision; fi
 COPY pyproject.toml README.md LICENSE ./
 COPY kdbench ./kdbench
 # ${CLOUD_PACKAGES} is a list, so it is not quoted.
