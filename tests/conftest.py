@@ -20,6 +20,9 @@ from tests.object_storage import ObjectStorage
 for _variable in ("KDBENCH_RESULTS", "KDBENCH_DATA", "KDBENCH_WORKING_COPIES", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_PROFILE"):
     os.environ.pop(_variable, None)
 quiet()
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # Ray's own 15 would let tests that train in this process starve those that train in Ray's
 torch.set_num_threads(1)
 # The same examples in every run, so that a change that broke nothing is never blamed; `--hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -27,7 +30,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests, a file at a time; the longest files go first, so that neither ends long before the other."""
+    """Some processes share the tests, a file at a time; the longest files go first, so that neither ends long before the other."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
 

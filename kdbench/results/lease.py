@@ -125,11 +125,16 @@ def _renew(store: ObjectStore, folder: str, number: int, owner: str, holder: str
         try:
             if _numbers(store, folder)[-1:] != [number]:
                 lost.set()
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which also ends a wait of the main thread
+                signal.pthread_kill(threading.main_thread().ident or 0, _interrupt())  # which also ends a wait of the main thread
                 return
             store.replace(f"{folder}/{number:08d}", _text(owner, holder), patient=False)
         except KDBenchError as error:
             log.debug("the lease could not be renewed: %s", error)
+
+
+def _interrupt() -> signal.Signals:
+    """SIGINT, or SIGTERM where SIGINT is ignored: a shell without job control starts what it puts into the background so."""
+    return signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
 
 
 def _numbers(store: ObjectStore, folder: str) -> list[int]:

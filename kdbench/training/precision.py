@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,7 @@ def _fastest(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int]
 
 def compiled_call(model: nn.Module, device: torch.device) -> Callable[[Tensor], Any]:
     """The model's forward pass through `torch.compile`, on a GPU replayed as a CUDA graph. The model itself stays as it is."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is a CUDA compiler and no GPU
     compiled: Callable[[Tensor], Any] = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
     return compiled
 

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "teacher": {"model": {"name": "tiny_cnn", "width": 4}, "recipe": {"lr": 0.1}},
     "students": [{"name": "tiny_cnn", "width": 4, "label": "student"}],
     "methods": ["none", "kd"],
-    "recipe": {"epochs": 1, "batch_size": 60, "precision": "fp32", "memory_format": "contiguous"},
+    "recipe": {"epochs": 1, "batch_size": 60, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     "seeds": 1,
 }
 

@@ -40,7 +40,15 @@ def experiment(folder: Path, **changes: Any) -> Experiment:
             "teacher": {"model": "tiny_cnn"},
             "students": [{"name": "tiny_cnn", "width": 4}],
             "methods": ["none", "kd"],
-            "recipe": {"epochs": 3, "batch_size": 8, "precision": "fp32", "memory_format": "contiguous", "augment": EVERYTHING, "views": 2},
+            "recipe": {
+                "epochs": 3,
+                "batch_size": 8,
+                "precision": "fp32",
+                "memory_format": "contiguous",
+                "compile": False,
+                "augment": EVERYTHING,
+                "views": 2,
+            },
             "seeds": 1,
             **changes,
         }

@@ -20,7 +20,7 @@ TINY = {
     "teacher": {"model": {"name": "tiny_cnn", "width": 4}},
     "students": [{"name": "tiny_cnn", "width": 4}],
     "methods": ["none", "kd"],
-    "recipe": {"epochs": 1, "batch_size": 50, "precision": "fp32", "memory_format": "contiguous"},
+    "recipe": {"epochs": 1, "batch_size": 50, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     "seeds": 1,
 }
 WHOLE = ["final kd", "final none", "teacher teacher"]

@@ -42,7 +42,7 @@ def experiment(task: str, **changes: Any) -> Experiment:
     rest = {
         "name": f"small-{task}",
         "methods": ["none", "kd"],
-        "recipe": {"epochs": 2, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous"},
+        "recipe": {"epochs": 2, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous", "compile": False},
         "seeds": 2,
     }
     return Experiment.model_validate({**SMALL[task], **rest, **changes})
@@ -97,7 +97,8 @@ def test_more_seeds_train_only_the_new_ones(tmp_path: Path) -> None:
 def test_protocols_are_never_mixed(tmp_path: Path) -> None:
     run(experiment("classification"), tmp_path, Unwatched())
     longer = experiment(
-        "classification", recipe={"epochs": 3, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous"}
+        "classification",
+        recipe={"epochs": 3, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     )
     run(longer, tmp_path, Unwatched())
     assert len(boards(ResultStore(tmp_path).scan())) == 2

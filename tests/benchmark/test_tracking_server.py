@@ -32,7 +32,7 @@ EXPERIMENT = Experiment.model_validate(
         "teacher": {"model": "tiny_cnn", "recipe": {"epochs": 1, "batch_size": 500}},
         "students": [{"name": "tiny_cnn", "width": 2}],
         "methods": ["none", "kd"],
-        "recipe": {"epochs": 2, "batch_size": 50, "precision": "fp32", "memory_format": "contiguous"},
+        "recipe": {"epochs": 2, "batch_size": 50, "precision": "fp32", "memory_format": "contiguous", "compile": False},
         "search": {"trials": 2, "sampler": "random", "scheduler": "none", "top_k": 1, "also": {"recipe.lr": {"low": 0.01, "high": 0.1}}},
         "seeds": 2,
     }

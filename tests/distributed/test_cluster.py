@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 REPOSITORY = Path(__file__).parents[2]
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 200, "val_size": 200}
-RECIPE = {"epochs": 4, "batch_size": 50, "lr": 0.1, "precision": "fp64", "memory_format": "contiguous", "views": None}
+RECIPE = {"epochs": 4, "batch_size": 50, "lr": 0.1, "precision": "fp64", "memory_format": "contiguous", "compile": False, "views": None}
 
 
 class Nodes:

@@ -23,7 +23,7 @@ EXPERIMENT = {
     "task": {"name": "classification", "data": "fashion_mnist", "transfer_size": 100, "val_size": 100},
     "students": [{"name": "tiny_cnn", "width": 2}],
     "methods": ["none"],
-    "recipe": {"epochs": 1, "batch_size": 50, "precision": "fp32", "memory_format": "contiguous"},
+    "recipe": {"epochs": 1, "batch_size": 50, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     "seeds": 1,
     "runtime": {"workers": 2, "placement": "spread", "address": f"{HOSTS['kdbench-a']}:{PORT}"},
 }

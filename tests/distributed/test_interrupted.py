@@ -20,7 +20,7 @@ EXPERIMENT = {
     "task": {"name": "classification", "data": "fashion_mnist", "transfer_size": 400, "val_size": 200},
     "students": [{"name": "tiny_cnn", "width": 8}],
     "methods": ["none"],
-    "recipe": {"epochs": 16, "batch_size": 20, "precision": "fp32", "memory_format": "contiguous"},
+    "recipe": {"epochs": 16, "batch_size": 20, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     "search": {
         "trials": 3,
         "sampler": "random",

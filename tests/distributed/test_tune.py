@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
 
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 200, "val_size": 200}
 STUDENT = {"name": "tests.training.units:smooth_net"}
-RECIPE = {"epochs": 4, "batch_size": 50, "lr": 0.1, "precision": "fp32", "memory_format": "contiguous"}
+RECIPE = {"epochs": 4, "batch_size": 50, "lr": 0.1, "precision": "fp32", "memory_format": "contiguous", "compile": False}
 TEACHER = {"model": {"name": "tiny_cnn", "width": 6}, "recipe": {"epochs": 1, "batch_size": 500}}
 
 
@@ -301,7 +301,7 @@ def test_a_relative_path_means_the_same_inside_a_trial(tmp_path: Path, monkeypat
             "task": {"name": "classification", "data": {"name": f"{__name__}:where_the_command_was_started", "file": "pyproject.toml"}},
             "students": [{"name": "tiny_cnn", "width": 2}],
             "methods": ["none"],
-            "recipe": {"epochs": 1, "batch_size": 10, "precision": "fp32", "memory_format": "contiguous"},
+            "recipe": {"epochs": 1, "batch_size": 10, "precision": "fp32", "memory_format": "contiguous", "compile": False},
             "search": {"trials": 1, "sampler": "random", "scheduler": "none", "also": {"recipe.lr": {"low": 0.01, "high": 0.2}}},
             "seeds": 1,
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -74,6 +76,18 @@ def test_of_two_that_take_over_at_once_one_holds(store: ObjectStore, monkeypatch
         assert sorted(store.find("locks")) == ["locks/study.lease/00000001", "locks/study.lease/00000002"]
 
 
+@pytest.fixture(params=["in the foreground", "in the background"])
+def started(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the background of a shell without job control SIGINT is ignored; the command ends by SIGTERM as it does by SIGINT."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler if request.param == "in the foreground" else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+
+
+@pytest.mark.usefixtures("started")
 def test_a_driver_that_was_taken_over_stops(store: ObjectStore) -> None:
     def go_on() -> None:
         with leased(store, "study", "here", print):

@@ -45,7 +45,7 @@ EXPERIMENT = {
     "task": {"name": "classification", "data": {"name": "shapes", "train": 60, "test": 80, "target": "class"}, "val_size": 10},
     "students": [{"name": "cifar_resnet8", "width": 4}],
     "methods": ["none", "label_smoothing"],
-    "recipe": {"epochs": 1, "batch_size": 10, "precision": "fp32", "memory_format": "contiguous"},
+    "recipe": {"epochs": 1, "batch_size": 10, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     "seeds": 1,
 }
 
