@@ -1,16 +1,20 @@
-# make run: the quickstart benchmark; make test: what CI runs; make bench: how fast kdbench is (ARGS=--quick, --only a,b, --help).
+# make run: the quickstart benchmark; make test: what CI runs; make test-nodes: clusters of several nodes, and what losing them costs;
+# make bench: how fast kdbench is (ARGS=--quick, --only a,b, --help).
 # All make the environment first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test bench lint format clean
+.PHONY: run test test-nodes bench lint format clean
 
 run: $(READY)
 	$(VENV)/bin/kdbench run experiments/quickstart.yaml
 
 test: $(READY) lint
 	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+test-nodes: $(READY)
+	$(VENV)/bin/python -m pytest -m nodes
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks $(ARGS)

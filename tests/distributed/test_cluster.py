@@ -30,7 +30,7 @@ from kdbench.results.store import ResultStore
 from tests import private_ray
 from tests.training.units import TEACHER, saved_teacher
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 REPOSITORY = Path(__file__).parents[2]
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 200, "val_size": 200}

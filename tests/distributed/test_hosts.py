@@ -69,6 +69,7 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "delete", host)
 
 
+@pytest.mark.nodes
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
