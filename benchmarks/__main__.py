@@ -122,7 +122,7 @@ def _summary(tables: Sequence[PartTable], folder: Path, console: Console) -> Non
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="small sizes, about 3 minutes: shows that all works, and little more")
+    size.add_argument("--quick", action="store_true", help="small sizes, a few minutes: shows that all works, and little more")
     size.add_argument("--full", action="store_true", help="nothing extrapolated, more rounds: hours")
     parser.add_argument(
         "--only",
