@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kdbench.distributed.cluster import quiet
+from kdbench.results.layout import Layout, results_folder
 from tests import private_ray
 from tests.console import Kdbench
 from tests.object_storage import ObjectStorage
@@ -58,6 +59,17 @@ def bucket(object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch, tmp_p
     for name, value in object_storage.environment(tmp_path / "copies").items():
         monkeypatch.setenv(name, value)
     return object_storage.new_bucket()
+
+
+@pytest.fixture
+def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Layout]:
+    """The layout of the bucket's results on the machine of a name."""
+
+    def on(name: str) -> Layout:
+        monkeypatch.setenv("KDBENCH_WORKING_COPIES", str(tmp_path / name))
+        return Layout(results_folder(bucket))
+
+    return on
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
+from tests.listening import descendants
+
 REPOSITORY = Path(__file__).parents[2]
 EXPERIMENT = {
     "name": "interrupted",
@@ -62,20 +64,6 @@ def wait_for_a_trial(folder: Path, process: subprocess.Popen[str], epochs: int) 
     pytest.fail(f"it ended: {process.communicate()}")
 
 
-def descendants(pid: int) -> set[int]:
-    """All processes that come from this one, as /proc tells."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has just ended
-            continue
-    found: set[int] = set()
-    while more := {child for child, parent in parents.items() if parent in found | {pid}} - found:
-        found |= more
-    return found
-
-
 def alive(pids: set[int]) -> set[int]:
     return {pid for pid in pids if Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()}
 
@@ -87,7 +75,7 @@ def test_an_interrupted_search_ends_quickly_and_goes_on(tmp_path: Path) -> None:
     for number, epochs in ((signal.SIGINT, 2), (signal.SIGTERM, 5)):
         process = started(tmp_path)
         wait_for_a_trial(tmp_path, process, epochs)
-        workers = descendants(process.pid)
+        workers = descendants(process.pid) - {process.pid}
         assert workers
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # Ctrl-C reaches the whole group

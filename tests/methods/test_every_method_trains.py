@@ -23,7 +23,7 @@ from kdbench.training.loop import Training, fit, prepare
 from kdbench.training.precision import autocast
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher
-from tests.training.units import layout, saved_teacher, unit
+from tests.training.units import killed_and_continued, layout, saved_teacher, unit
 
 SMALL_CNN: dict[str, Any] = {"name": "tiny_cnn", "width": 6}
 CNN: dict[str, Any] = {"name": "tiny_cnn", "width": 8}
@@ -55,10 +55,6 @@ class Watched:
     folder: Path
     before: Mapping[str, Tensor]  # weights of student, peers and method
     losses: tuple[float, float]  # all terms on one batch, before and after
-
-
-class Killed(Exception):
-    pass
 
 
 def asked(name: str, folder: Path) -> Unit:
@@ -151,22 +147,8 @@ def test_what_is_kept_is_a_plain_student(watched: Watched) -> None:
 
 
 def test_a_killed_training_continues_to_the_same_bits(watched: Watched, tmp_path: Path) -> None:
-    session, kept = LocalSession(tmp_path / "checkpoint.pt"), 0
-    report = session.report
-
-    def dying_report(metrics: Mapping[str, float], state: Any) -> None:
-        nonlocal kept
-        report(metrics, state)
-        kept += state is not None
-        if kept == 7:  # in the midst of the second epoch
-            raise Killed
-
-    session.report = dying_report  # type: ignore[method-assign]
     of = watched.run.unit
-    with pytest.raises(Killed):
-        fit(of, session, layout(tmp_path))
-    torch.manual_seed(12345)
-    fit(of, LocalSession(tmp_path / "checkpoint.pt"), layout(tmp_path))
+    killed_and_continued(of, tmp_path, 7)  # in the midst of the second epoch
     whole, continued = (load_file(layout(folder).student(of.key)) for folder in (watched.folder, tmp_path))
     assert whole.keys() == continued.keys()
     assert all(torch.equal(value, continued[name]) for name, value in whole.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from kdbench.models.taps import Taps, places
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.loop import fit, prepare, train_epoch
 from kdbench.training.session import LocalSession
-from tests.training.units import layout, unit
+from tests.training.units import killed_and_continued, layout, unit
 
 IMAGE, CLASSES = (1, 16, 16), 4
 AT = Progress(epoch=1.0, step=5, total_steps=10)
@@ -315,21 +314,7 @@ def test_it_trains_in_every_precision(tmp_path: Path, recipe: dict[str, Any]) ->
 def test_a_killed_training_with_an_average_and_micro_batches_continues_to_the_same_bits(tmp_path: Path) -> None:
     whole = a_training(recipe={"epochs": 2, "ema": 0.9, "clip_grad": 1.0, "accumulate": 2}, checkpoint_seconds=0)
     fit(whole, LocalSession(), layout(tmp_path / "whole"))
-    session = LocalSession(tmp_path / "checkpoint.pt")
-    report, kept = session.report, 0
-
-    def dying_report(metrics: Mapping[str, float], state: Any) -> None:
-        nonlocal kept
-        report(metrics, state)
-        kept += state is not None
-        if kept == 7:
-            raise InterruptedError
-
-    session.report = dying_report  # type: ignore[method-assign]
-    with pytest.raises(InterruptedError):
-        fit(whole, session, layout(tmp_path / "continued"))
-    torch.manual_seed(12345)
-    fit(whole, LocalSession(tmp_path / "checkpoint.pt"), layout(tmp_path / "continued"))
+    killed_and_continued(whole, tmp_path / "continued", 7)
     one, other = (load_file(layout(tmp_path / folder).student(whole.key)) for folder in ("whole", "continued"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 

@@ -33,7 +33,7 @@ from kdbench.training.evaluate import predict
 from kdbench.training.loop import Training, close_epoch, fit, prepare, train_epoch
 from kdbench.training.outcome import finished_record
 from kdbench.training.session import LocalSession
-from tests.training.units import layout, saved_teacher, unit
+from tests.training.units import killed_and_continued, layout, saved_teacher, unit
 
 NAMES = ("adain", "kdsvd", "norm", "ofd", "reviewkd", "srrl")
 GREY = (1, 28, 28)
@@ -422,20 +422,6 @@ def test_the_saved_file_is_a_plain_student_with_the_trained_ones_predictions(tmp
 def test_a_killed_training_of_an_expanded_student_continues_to_the_same_bits(tmp_path: Path):
     whole = a_training(tmp_path, "norm", ema=0.9, weights="best", epochs=2).model_copy(update={"checkpoint_seconds": 0})
     fit(whole, LocalSession(), layout(tmp_path / "whole"))
-    session = LocalSession(tmp_path / "checkpoint.pt")
-    report, kept = session.report, 0
-
-    def dying_report(metrics: Mapping[str, float], state: Any) -> None:
-        nonlocal kept
-        report(metrics, state)
-        kept += state is not None
-        if kept == 7:
-            raise InterruptedError
-
-    session.report = dying_report  # type: ignore[method-assign]
-    with pytest.raises(InterruptedError):
-        fit(whole, session, layout(tmp_path / "continued"))
-    torch.manual_seed(99)
-    fit(whole, LocalSession(tmp_path / "checkpoint.pt"), layout(tmp_path / "continued"))
+    killed_and_continued(whole, tmp_path / "continued", 7)
     a, b = (load_file(layout(tmp_path / side).student(whole.key)) for side in ("whole", "continued"))
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -8,17 +8,15 @@ import pytest
 
 from kdbench.errors import RunFailed
 from kdbench.results.journals import fetch_journal, upload_journal
-from kdbench.results.layout import Layout, results_folder
 from tests.object_storage import ObjectStorage
 
 
 @pytest.fixture
-def on(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def on(machine):
     """The journal on the machine of a name, opened there."""
 
     def opened(name: str) -> Path:
-        monkeypatch.setenv("KDBENCH_WORKING_COPIES", str(tmp_path / name))
-        path = fetch_journal(Layout(results_folder(bucket)).study("q"))
+        path = fetch_journal(machine(name).study("q"))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -34,6 +34,7 @@ def test_what_is_created_a_second_time_with_the_same_content_is_our_own(bucket: 
     store = ObjectStore(bucket)
     store.create("a", b"same")
     store.create("a", b"same")
+    assert store.sizes("") == {"a": 4}
 
 
 def test_objects_are_listed_replaced_and_removed(bucket: str) -> None:

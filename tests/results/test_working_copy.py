@@ -9,21 +9,9 @@ from pathlib import Path
 import pytest
 
 from kdbench.errors import StorageFailed
-from kdbench.results.layout import Layout, results_folder
 from kdbench.results.store import ResultStore
 from kdbench.results.working_copy import fetch, fetch_later, forget, forget_folder, origin, upload
 from tests.object_storage import ObjectStorage
-
-
-@pytest.fixture
-def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The layout of the bucket's results on the machine of a name."""
-
-    def on(name: str) -> Layout:
-        monkeypatch.setenv("KDBENCH_WORKING_COPIES", str(tmp_path / name))
-        return Layout(results_folder(bucket))
-
-    return on
 
 
 def put(path: Path, content: bytes) -> Path:

@@ -10,7 +10,6 @@ import torch
 
 from kdbench.distributed import cache as distributed_cache
 from kdbench.experiment import CacheOptions
-from kdbench.results.layout import Layout, results_folder
 from kdbench.results.working_copy import upload
 from kdbench.training.cache_build import Builder
 from kdbench.training.cache_copies import bring, send
@@ -20,15 +19,6 @@ from kdbench.training.session import LocalSession
 from kdbench.training.teacher_cache import LOGITS, TEST, CacheSpec, open_cache
 from tests.object_storage import ObjectStorage
 from tests.training.units import saved_teacher, unit, with_cache
-
-
-@pytest.fixture
-def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def on(name: str) -> Layout:
-        monkeypatch.setenv("KDBENCH_WORKING_COPIES", str(tmp_path / name))
-        return Layout(results_folder(bucket))
-
-    return on
 
 
 @pytest.fixture

@@ -18,11 +18,7 @@ from kdbench.training.outcome import rederive
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher
 from kdbench.training.work import attempt
-from tests.training.units import layout, saved_teacher, unit, with_cache
-
-
-class Killed(Exception):
-    pass
+from tests.training.units import killed_and_continued, layout, saved_teacher, unit, with_cache
 
 
 def weights_of(folder: Path, of: Unit) -> dict[str, torch.Tensor]:
@@ -58,24 +54,7 @@ def test_training_lowers_the_loss_and_beats_chance(tmp_path: Path) -> None:
 def test_a_killed_training_continues_to_the_same_bits(tmp_path: Path, recipe: dict, kill_after: int) -> None:
     whole = unit(recipe={"epochs": 2, **recipe}, student={"name": "tests.training.units:smooth_net", "dropout": 0.3}, checkpoint_seconds=0)
     fit(whole, LocalSession(), layout(tmp_path / "whole"))
-
-    checkpoint = tmp_path / "checkpoint.pt"
-    session = LocalSession(checkpoint)
-    kept = 0
-    report = session.report
-
-    def dying_report(metrics: Mapping[str, float], state: object) -> None:
-        nonlocal kept
-        report(metrics, state)  # type: ignore[arg-type]
-        kept += state is not None
-        if kept == kill_after:
-            raise Killed
-
-    session.report = dying_report  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        fit(whole, session, layout(tmp_path / "continued"))
-    torch.manual_seed(12345)
-    record = fit(whole, LocalSession(checkpoint), layout(tmp_path / "continued"))
+    record = killed_and_continued(whole, tmp_path / "continued", kill_after)
     assert_equal_weights(weights_of(tmp_path / "whole", whole), weights_of(tmp_path / "continued", whole))
     assert [row["epoch"] for row in record.curve] == [1, 2]
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from kdbench.experiment import CacheOptions, TeacherRef, Unit
 from kdbench.models.build import ModelSpec
 from kdbench.results.layout import Layout
+from kdbench.results.record import RunRecord
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.cache_build import Builder, build_here
 from kdbench.training.checkpoint import save_weights
+from kdbench.training.loop import fit
+from kdbench.training.session import LocalSession, State
 from kdbench.training.teacher_cache import CacheSpec
 
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 300}
@@ -85,3 +90,30 @@ def with_cache(ref: TeacherRef, unit_: Unit, folder: Path, taps: tuple[str, ...]
 
 def layout(folder: Path) -> Layout:
     return Layout(folder)
+
+
+class Killed(Exception):
+    pass
+
+
+class DyingSession(LocalSession):
+    """Dies right after it has kept a training's state for the `kill_after`-th time."""
+
+    def __init__(self, checkpoint: Path, kill_after: int) -> None:
+        super().__init__(checkpoint)
+        self.left = kill_after
+
+    def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
+        super().report(metrics, state)
+        self.left -= state is not None
+        if not self.left:
+            raise Killed
+
+
+def killed_and_continued(of: Unit, folder: Path, kill_after: int) -> RunRecord:
+    """The record of a training that dies with `DyingSession`, and goes on in a process with other random numbers."""
+    checkpoint = folder / "checkpoint.pt"
+    with pytest.raises(Killed):
+        fit(of, DyingSession(checkpoint, kill_after), layout(folder))
+    torch.manual_seed(12345)
+    return fit(of, LocalSession(checkpoint), layout(folder))
