@@ -21,7 +21,19 @@ from benchmarks.pil_images import PilImages, usual_loader, usual_transform
 from benchmarks.report import Goal, Row, at_least, not_measured
 from benchmarks.timing import Arm, arm, interleave
 from benchmarks.torchdistill_peer import PeerMissing, TorchdistillProcess, peer_python, save_images
-from benchmarks.trainings import CPU, QUICKSTART, ModelPair, begun, epochs, fastest_precision, image_task, random_teacher, unit, with_cache
+from benchmarks.trainings import (
+    BIG_TEACHER,
+    CPU,
+    QUICKSTART,
+    ModelPair,
+    begun,
+    epochs,
+    fastest_precision,
+    image_task,
+    random_teacher,
+    unit,
+    with_cache,
+)
 from kdbench.models.inputs import InputSpec
 from kdbench.training.loop import Training
 from kdbench.training.teacher import load_teacher
@@ -30,12 +42,12 @@ _VIT = {"name": "vit_tiny_patch16_224", "patch_size": 4}
 VITS = ModelPair(
     "ViT-tiny of 12 -> 3 blocks, patch 4, 32 px", {**_VIT, "depth": 12}, {**_VIT, "label": "vit_student", "depth": 3}, batch=32
 )
-PAIRS = ((QUICKSTART, at_least(8)), (RESNETS, at_least(3)), (RESNETS_X4, at_least(5)), (VITS, at_least(2.5)))
+PAIRS = ((QUICKSTART, at_least(8)), (BIG_TEACHER, at_least(8)), (RESNETS, at_least(3)), (RESNETS_X4, at_least(5)), (VITS, at_least(2.5)))
 
 
 def measure(bench: Bench) -> Iterator[Row]:
     """Three kinds of trial side by side, for each pair of models."""
-    pairs = bench.pick(quick=(PAIRS[0], PAIRS[1]), usual=PAIRS, full=PAIRS)
+    pairs = bench.pick(quick=(PAIRS[0], PAIRS[2]), usual=PAIRS, full=PAIRS)
     for pair, goal in pairs:
         bench.say(f"peers: {pair.title}")
         what = f"{pair.title}: kdbench / torchdistill, samples/s"
