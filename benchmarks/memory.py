@@ -22,8 +22,8 @@ from kdbench.experiment import Unit
 from kdbench.training.loop import train_epoch
 
 PEAK_GOAL, SHARED_GOAL = at_most(1.05), at_most(0.1)
-# So many classes that the cache is of a size that can be told from noise.
-_PAIR = ModelPair("tiny_cnn of width 8 -> tiny_cnn", {"name": "tiny_cnn", "width": 8}, "tiny_cnn", 1, 28, 128)
+# So many classes that the cache is of a size that can be told from noise, and so few images a batch that the loss's own tensors are not.
+_PAIR = ModelPair("tiny_cnn of width 8 -> tiny_cnn", {"name": "tiny_cnn", "width": 8}, "tiny_cnn", 1, 28, 32)
 _CACHED = (16_000, 4_000)  # images and classes: 122 MB of logits
 _SAMPLED_EVERY = 0.005  # seconds
 
@@ -54,9 +54,10 @@ def _units(folder: Path, images: int, classes: int) -> tuple[Unit, Unit, float]:
     """A student alone and with the cache, and the size of the cache's logits in MB."""
     task = image_task(_PAIR, images, classes)
     live = random_teacher(folder, task, _PAIR.teacher)
-    one = unit(task, _PAIR.student, "kd", live, views=1)
-    cached = unit(task, _PAIR.student, "kd", with_cache(live, one, folder / "cache"), views=1)
-    return unit(task, _PAIR.student, "none", views=1), cached, images * classes * 2 / 2**20
+    recipe: dict[str, Any] = {"views": 1, "batch_size": _PAIR.batch}
+    one = unit(task, _PAIR.student, "kd", live, **recipe)
+    cached = unit(task, _PAIR.student, "kd", with_cache(live, one, folder / "cache"), **recipe)
+    return unit(task, _PAIR.student, "none", **recipe), cached, images * classes * 2 / 2**20
 
 
 def _run(units: list[Unit], bench: Bench) -> list[dict[str, float]]:
