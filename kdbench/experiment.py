@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kdbench.catalogue import known, nearest
 from kdbench.data.options import StrictOptions
@@ -230,7 +230,15 @@ class Experiment(_Part):
     data_seed: int = 0
     cache: CacheOptions = CacheOptions()
     runtime: Runtime = Runtime()
-    results: str | None = None  # a folder, or an address such as s3://bucket/folder
+    # A folder, or an address such as s3://bucket/folder; `storage:` is another name of the key.
+    results: str | None = Field(default=None, validation_alias=AliasChoices("results", "storage"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_place(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and {"results", "storage"} <= value.keys():
+            raise ValueError("`results` and `storage` are two names of one key; give one of them")
+        return value
 
     @field_validator("results")
     @classmethod

@@ -19,7 +19,7 @@ import typer
 from kdbench.cli.cache import cache_app
 from kdbench.cli.options import ExperimentFile, Format, ManyResults, NoMlflow, Overrides, Results, example
 from kdbench.cli.results import chosen, recommend, results_app, verify
-from kdbench.errors import NO_SPACE, KDBenchError, in_one_line, not_written
+from kdbench.errors import NO_SPACE, KDBenchError, UserError, in_one_line, not_written
 
 if TYPE_CHECKING:
     from kdbench.display import Display
@@ -240,8 +240,13 @@ def leaderboard(
 
     check_format(format_)
     wanted = chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment)
+    pages = any((html, site, serve))
+    if pages and (others := [name for name, given in (("--format", format_ != "table"), ("--explain", explain)) if given]):
+        raise UserError(f"{others[0]} is of what is printed, and --html, --site and --serve print nothing; give one of the two")
+    if picture is not None and (pages or explain is not None):
+        raise UserError("--picture is of what is printed, and --html, --site, --serve and --explain print no board; give one of the two")
     folders = Folders([results_folder(folder) for folder in results] if results else [results_folder()])
-    if html is not None or site is not None or serve:
+    if pages:
         _report(folders, wanted, method, html, site, port if serve else None)
         return
     if explain is not None:

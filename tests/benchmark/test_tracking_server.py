@@ -1,4 +1,4 @@
-"""An MLflow server that stops to answer in the middle of a run: trainings go on, and what it missed is sent when it is back, once."""
+"""An MLflow server that stops to answer, or dies, in the middle of a run: trainings go on; what it missed is sent when it is back, once."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.uri, self.log = f"http://127.0.0.1:{free_port()}", folder / "log"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.uri.rpartition(":")[2], "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.uri.rpartition(":")[2]]
+        self._command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, process_group=0)
 
     def wait(self) -> None:
         while True:
@@ -73,16 +76,16 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 class Watch(Unwatched):
-    """Takes the server away when the first training has ended, and gives it back, or not, when all have."""
+    """Takes the server away with a signal when the first training has ended, and lets a stopped one go on, or not, when all have."""
 
-    def __init__(self, server: Server, comes_back_after: int) -> None:
-        self.server, self.comes_back_after = server, comes_back_after
+    def __init__(self, server: Server, taken_by: signal.Signals = signal.SIGSTOP, comes_back_after: int = 0) -> None:
+        self.server, self.taken_by, self.comes_back_after = server, taken_by, comes_back_after
         self.ended, self.notes = 0, list[str]()
 
     def finished(self, unit: Unit, record: RunRecord) -> None:
         self.ended += 1
         if self.ended == 1:
-            self.server.signal(signal.SIGSTOP)
+            self.server.signal(self.taken_by)
         if self.ended == self.comes_back_after:
             self.server.signal(signal.SIGCONT)
 
@@ -122,16 +125,17 @@ def test_what_a_server_missed_while_it_did_not_answer_is_sent_when_it_does_and_n
     expected = [*parents, teacher, *((name, "FINISHED", True, 2) for name in children)]
     assert shown(server.uri) == sorted(expected)
 
-    # It goes away again and stays away until the run has ended.
+    # It is killed, and is not there again until the run has ended.
     more = EXPERIMENT.model_copy(update={"seeds": 4})
-    watch = Watch(server, comes_back_after=0)
+    watch = Watch(server, taken_by=signal.SIGKILL)
     assert run(more, results, watch, tracker()).trained == 4
     assert watch.notes[-1] == (
         "MLflow lacks 3 of the finished trainings, as it could not be reached; the same command sends those that are on record"
     )
-    server.signal(signal.SIGCONT)
+    server.start()
+    server.wait()
     for _ in range(2):
-        assert run(more, results, Watch(server, comes_back_after=0), tracker()).trained == 0
+        assert run(more, results, Watch(server), tracker()).trained == 0
         expected += [(f"{label} {seed}", "FINISHED", True, 2) for label in ("kd", "none") for seed in ("seed 2", "seed 3")]
         assert shown(server.uri) == sorted(set(expected))
     keys = [record.unit_key for record in ResultStore(results).scan()]

@@ -58,7 +58,10 @@ def broken(num_classes: int, in_channels: int, **options: Any) -> nn.Module:
 
 
 class Placed(SmoothNet):
-    """Takes its time at every training step, and leaves a note of who runs it: a file `NODE.RANK.PID` in a folder."""
+    """Takes its time at every training step, and leaves a note of who runs it: a file `NODE.RANK.PID` in a folder.
+
+    Where a file `FOLDER.hold` says so, no worker makes another step before so many have signed in all, or two minutes have passed.
+    """
 
     def __init__(self, num_classes: int, in_channels: int, notes: str, pause: float) -> None:
         super().__init__(num_classes, in_channels)
@@ -70,7 +73,13 @@ class Placed(SmoothNet):
             if self.steps == 0:
                 self._sign()
             self.steps += 1
+            self._hold()
         return super().forward(images)
+
+    def _hold(self) -> None:
+        held, until = self.notes.with_suffix(".hold"), time.monotonic() + 120
+        while held.exists() and len(list(self.notes.iterdir())) < int(held.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
 
     def _sign(self) -> None:
         import ray

@@ -125,7 +125,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / (record.artifacts_uri or ""))
 
 
-def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two_when_a_node_is_lost(
+def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two_when_a_node_is_lost_and_three_when_one_joins(
     nodes: Nodes, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watch = Watch(tmp_path / "notes")
@@ -135,7 +135,7 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
         "teacher": {"model": TEACHER, "weights": str(saved_teacher(tmp_path, "fp64").weights)},
         "students": [student(watch)],
         "methods": ["rkd"],  # it looks across samples, so each worker has to see the joined batch
-        "recipe": RECIPE | {"epochs": 5},
+        "recipe": RECIPE | {"epochs": 7},
         "seeds": 1,
     }
     runtime = {"workers": {"min": 1, "max": 3}, "placement": "spread", "checkpoint_seconds": 0, "address": nodes.address}
@@ -149,7 +149,11 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
         assert {note.rank for note in set(trained) - set(first)} == {0, 1, 2}
         nodes.kill(next(note.node for note in set(trained) - set(first) if note.rank == 0))
 
-    watch.at_epoch = {1: kill_a_worker, 3: kill_a_node}
+    def add_a_node(trained: list[Note]) -> None:
+        watch.notes.with_suffix(".hold").write_text(str(len(trained) + 3))  # the two of now are not done before three begin again
+        nodes.add(1)
+
+    watch.at_epoch = {1: kill_a_worker, 3: kill_a_node, 4: add_a_node}
     summary = run(Experiment.model_validate(parts | {"runtime": runtime}), tmp_path / "three", watch)
     assert summary.failures == ()
     assert len({note.node for note in first}) == 3
@@ -157,19 +161,21 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
         "rkd seed 0: its process died; another one goes on with it"
     ] * 2
     places = [text for text in watch.said if "goes on from" in text]
-    assert len(places) == 2
-    assert places[0].startswith("rkd seed 0: goes on from epoch 2 of 5")
-    assert places[1].startswith("rkd seed 0: goes on from epoch 4 of 5")
+    assert len(places) == 3
+    assert places[0].startswith("rkd seed 0: goes on from epoch 2 of 7")
+    assert places[1].startswith("rkd seed 0: goes on from epoch 4 of 7")
     assert places[1].endswith(", with 2 workers instead of 3")
+    assert places[2].startswith("rkd seed 0: goes on from epoch 5 of 7")
+    assert places[2].endswith(", with 3 workers instead of 2")
     assert capfd.readouterr() == ("", "")
 
     alone = Watch(tmp_path / "alone-notes")
     parts["students"] = [student(alone)]
     run(Experiment.model_validate(parts), tmp_path / "alone", alone)
     (one,), (several,) = (ResultStore(tmp_path / name).scan(role="final") for name in ("alone", "three"))
-    assert (several.worker_counts, several.world_size, one.worker_counts) == ([3, 2], 2, [1])
+    assert (several.worker_counts, several.world_size, one.worker_counts) == ([3, 2, 3], 3, [1])
     assert several.metrics == pytest.approx(one.metrics)
-    assert [row["epoch"] for row in several.curve] == [1, 2, 3, 4, 5]
+    assert [row["epoch"] for row in several.curve] == [1, 2, 3, 4, 5, 6, 7]
     assert [row["train_total"] for row in several.curve] == pytest.approx([row["train_total"] for row in one.curve])
     expected = weights_of(tmp_path / "alone")
     for name, found in weights_of(tmp_path / "three").items():

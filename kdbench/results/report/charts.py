@@ -26,7 +26,7 @@ from kdbench.results.report.svg import (
     x_axis,
     y_axis,
 )
-from kdbench.results.stats import pareto_front
+from kdbench.results.stats import hypervolume, pareto_front
 
 COLOURS = 8  # the style sheet has so many; the dashes of lines change after each round
 _DASHES = (None, "7 3", "2 3", "9 3 2 3")
@@ -113,6 +113,24 @@ def on_front(points: Sequence[Point], higher_is_better: bool) -> list[bool]:
 def with_front(points: Sequence[Point], higher_is_better: bool) -> list[tuple[Point, bool]]:
     """The points, cheapest first, each with whether it is on the front."""
     return sorted(zip(points, on_front(points, higher_is_better), strict=True), key=lambda pair: pair[0].cost)
+
+
+def front_shares(points: Sequence[Point], higher_is_better: bool) -> list[tuple[str, float]]:
+    """Each method's share of the hypervolume that all methods' points dominate together, in [0, 1], best first.
+
+    The reference point lies a tenth of the range below the worst quality and above the highest cost, so that these count too. 1 is a method
+    whose own students, by themselves, offer as much as all methods' do.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    values = {point: (sign * point.quality, -point.cost) for point in points}
+    axes = list(zip(*values.values(), strict=True))
+    reference = [min(axis) - 0.1 * (max(axis) - min(axis)) for axis in axes]
+    together = hypervolume(list(values.values()), reference)
+    if together == 0:
+        return []
+    methods = dict.fromkeys(point.method for point in points)
+    shares = {name: hypervolume([value for point, value in values.items() if point.method == name], reference) for name in methods}
+    return sorted(((name, share / together) for name, share in shares.items()), key=lambda found: -found[1])
 
 
 def shape_name(group: int) -> str:

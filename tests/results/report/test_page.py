@@ -171,6 +171,7 @@ def test_students_of_one_protocol_are_weighed_together(tmp_path: Path) -> None:
     text = Report(Folders([tmp_path])).write(tmp_path / "r.html").read_text()
     assert "circle for cifar_resnet20, square for cifar_resnet8" in text
     assert 'aria-label="accuracy against parameters, 6 methods' in text
+    assert re.search(r"each method's students alone: dkd \d+%, kd \d+%, none \d+%\.", text)
 
 
 def test_six_pairs_get_a_critical_difference_diagram_and_one_says_what_it_needs(html: str, tmp_path: Path) -> None:
@@ -241,6 +242,10 @@ def test_the_command_writes_a_report_and_a_site_and_says_where(kdbench: Kdbench,
     [
         ("--html .", "--html .: is a folder, expected a file name such as report.html"),
         ("--html report.html --task nothing", "no results in"),
+        ("--html report.html --format json", "--format is of what is printed, and --html, --site and --serve print nothing"),
+        ("--site boards --explain kd", "--explain is of what is printed, and --html, --site and --serve print nothing"),
+        ("--serve --picture gains.png", "--picture is of what is printed, and --html, --site, --serve and --explain print no board"),
+        ("--explain kd --picture gains.png", "--picture is of what is printed, and --html, --site, --serve and --explain print no board"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_writes_nothing(kdbench: Kdbench, twelve: Path, arguments: str, message: str) -> None:

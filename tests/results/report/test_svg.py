@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdbench.results.report.charts import _joined, critical_difference, search_history, verdict
+from kdbench.results.report.charts import Point, _joined, critical_difference, front_shares, search_history, verdict
 from kdbench.results.report.searches import Search, Trial
 from kdbench.results.report.svg import Box, Scale, element, free_places, number, scale_of, spread
 
@@ -101,3 +101,17 @@ def test_a_search_without_a_value_is_drawn_all_the_same() -> None:
     drawn = search_history("kd", failed, "accuracy")
     assert drawn.count("×") == 3
     assert "polyline" not in drawn
+
+
+def test_a_methods_share_of_the_joint_front_is_of_the_area_above_the_reference() -> None:
+    def at(method: str, cost: float, quality: float) -> Point:
+        return Point(method, method, 1, cost, quality, None, None)
+
+    points = [at("none", 11.0, 80.0), at("dkd", 6.0, 85.0), at("kd", 1.0, 80.0), at("kd", 6.0, 90.0)]
+    # The reference is at cost 12 and quality 79, so that kd's two boxes cover 11 x 1 + 6 x 10 of it, which holds all the others.
+    shares = front_shares(points, higher_is_better=True)
+    assert [name for name, _ in shares] == ["kd", "dkd", "none"]
+    assert [share for _, share in shares] == pytest.approx([1.0, 36 / 71, 1 / 71])
+    mirrored = [at(point.method, point.cost, -point.quality) for point in points]
+    assert dict(front_shares(mirrored, higher_is_better=False)) == pytest.approx(dict(shares))
+    assert front_shares([at("kd", 1.0, 80.0)], higher_is_better=True) == []

@@ -1,0 +1,135 @@
+"""Code of the user's own that can't be used, or fails, is named with its file and line; a traceback is in a log and not on the screen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdbench import cli
+from kdbench.benchmark import run as running
+from kdbench.errors import in_one_line
+from tests.bad_input.tiny_experiment import assert_mistake, assert_one_line, results, run
+from tests.console import Kdbench
+
+OWN_CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784 * in_channels, num_classes)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1))
+
+class NeverRuns(Net):
+    def forward(self, images):
+        raise KeyError("logits\\nand more")
+
+class FailsInTraining(Net):
+    def forward(self, images):
+        return self.fc(images.flatten(1)) if not self.training else {}["logits"]
+
+class NeverBuilt(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        open("weights that are nowhere")
+
+def data():
+    return {}["images"]
+"""
+
+
+@pytest.fixture
+def own_code(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules in the working directory."""
+    Path("own_code.py").write_text(OWN_CODE)
+    Path("raises.py").write_text("import torch\n\n1 / 0\n")
+    Path("leaves.py").write_text("import sys\nsys.exit(0)\n")
+    yield
+    for name in ("own_code", "raises", "leaves"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"students": ["nowhere.at_all:Net"]}, "model 'nowhere.at_all:Net': there is no module 'nowhere' on the Python path"),
+        ({"students": ["own_code:Nett"]}, "model 'own_code:Nett': module 'own_code' has no 'Nett'; did you mean 'Net'?"),
+        ({"students": ["own_code:"]}, "model 'own_code:': expected package.module:attribute"),
+        ({"students": ["raises:Net"]}, "importing 'raises' failed: ZeroDivisionError: division by zero (raises.py, line 3)"),
+        ({"students": ["leaves:Net"]}, "importing 'leaves' failed: SystemExit: 0 (leaves.py, line 2)"),
+        ({"students": ["os:path"]}, "expected a class or a function that builds a model, found a module"),
+        ({"students": ["os:getcwd"]}, "expected it to build an nn.Module, it built a str"),
+        (
+            {"students": ["own_code:NeverRuns"]},
+            "doesn't work on images [1, 28, 28] of data 'fashion_mnist': KeyError: 'logits\\nand more' (own_code",
+        ),
+        (
+            {"students": ["own_code:NeverBuilt"]},
+            "FileNotFoundError: [Errno 2] No such file or directory: 'weights that are nowhere' (own_code.py",
+        ),
+        ({"methods": ["none", "raises:Method"]}, "method 'raises:Method': importing 'raises' failed"),
+        ({"methods": ["none", "os:path"]}, "method 'os:path' is no subclass of kdbench.methods.base.Method"),
+        ({"task": "os:path"}, "task 'os:path' must be a subclass of kdbench.tasks.base.Task"),
+        ({"task.data": "own_code:data"}, "data 'own_code:data': KeyError: 'images' (own_code.py, line 26)"),
+    ],
+)
+def test_own_code_that_can_not_be_used_is_named_with_file_and_line(
+    kdbench: Kdbench, own_code: None, changes: dict[str, Any], said: str
+) -> None:
+    assert_mistake(run(kdbench, changes), said)
+
+
+def test_a_model_that_fails_in_training_is_one_line_and_its_traceback_is_in_a_log(kdbench: Kdbench, own_code: None) -> None:
+    ended = run(kdbench, {"students": ["own_code:FailsInTraining"], "methods": ["none"]})
+    assert ended.code == 1
+    assert "Traceback" not in ended.out + ended.err
+    told = ended.err.splitlines()[-1]
+    assert told.startswith("  none seed 0: KeyError: 'logits' (own_code.py, line 19); traceback in ")
+    assert "Traceback (most recent call last)" in Path(told.rpartition(" ")[2]).read_text()
+    assert results() == ["teacher teacher ok"]  # code that fails is no property of a method: the next run tries again
+
+
+def test_a_teacher_that_fails_in_training_ends_the_run(kdbench: Kdbench, own_code: None) -> None:
+    ended = run(kdbench, {"teacher.model": "own_code:FailsInTraining"})
+    assert_one_line(ended, 1, "teacher own_code:FailsInTraining: KeyError: 'logits' (own_code.py, line 19); traceback in ")
+    assert results() == []
+
+
+def test_a_fault_that_nobody_foresaw_is_one_line_and_its_traceback_is_in_a_file(
+    kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(running, "_teacher_unit", lambda *_: 1 / 0)
+    ended = run(kdbench)
+    assert_one_line(ended, 1, "ZeroDivisionError: division by zero", "; traceback in ")
+    assert "ZeroDivisionError" in Path(ended.err.strip().rpartition(" ")[2]).read_text()
+
+
+def test_the_installed_script_finds_a_module_in_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kdbench").write_text("from kdbench.cli import main\nmain()\n")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "own_net.py").write_text(OWN_CODE)
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "bin" / "kdbench"), "taps", "own_net:Net", "--image", "1x28x28"]
+    done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("own_net:Net on images 1x28x28")
+
+
+def test_the_place_of_an_error_is_the_users_last_line_and_not_a_librarys() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.nn.functional.conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 1, 1))
+    told = in_one_line(caught.value)
+    assert told.startswith("RuntimeError: ")
+    assert "(test_own_code.py, line " in told
+    assert len(told.splitlines()) == 1
