@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -56,7 +57,8 @@ def test_credentials_in_a_file_are_refused_even_where_another_place_is_given(kdb
 
 def test_a_storage_without_its_driver_is_told_what_to_install(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # where another test has loaded it
+    loaded = sys.modules[fsspec.get_filesystem_class.__module__]._registry  # `fsspec.registry` is the public view of it
+    monkeypatch.delitem(loaded, "s3", raising=False)  # where another test has loaded it
     monkeypatch.setenv("KDBENCH_WORKING_COPIES", "copies")
     assert_mistake(kdbench("leaderboard", "--results", "s3://bucket/results"), "pip install 'kdbench[s3]'")
 

@@ -84,7 +84,7 @@ def test_anchors_and_merged_keys_are_read(tmp_path: Path) -> None:
         ({"methods": ["none", {"name": "kd", "temprature": 3}]}, "method 'kd': unknown key 'temprature'; did you mean 'temperature'?"),
         ({"search": {"trials": 1, "also": {"recipe.lrr": [1, 2]}}}, "unknown key 'recipe.lrr'; did you mean 'recipe.lr'?"),
         ({"results": "a", "storage": "b"}, "tiny.yaml: `results` and `storage` are two names of one key; give one of them"),
-        ({"storage": 3}, "tiny.yaml: results: expected a text, got 3"),
+        ({"storage": 3}, "tiny.yaml: storage: expected a text, got 3"),
         ({"name": None}, "key 'name' is missing"),
         ({"teacher.model": None}, "key 'teacher.model' is missing"),
         ({"methods": [{"temperature": 2}]}, "key 'methods.0.name' is missing"),
