@@ -19,7 +19,7 @@ OfExperiment = Annotated[str | None, typer.Option("--experiment", help="Only thi
 results_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Records as files: compacted, or with predictions and weights from one results folder into another.",
+    help="Records as files: compacted, or with searches, predictions and weights from one results folder into another.",
 )
 
 
@@ -116,7 +116,8 @@ def results_export(
     records = store.scan(**chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment))
     done = export_results(store, records, file, predictions=predictions, weights=weights)
     typer.echo(
-        f"{done.path}: {done.records} records, {done.predictions} predictions, {done.weights} weights files, {done.nbytes / 1e6:.2f} MB"
+        f"{done.path}: {done.records} records, {done.searches} searches, {done.predictions} predictions, {done.weights} weights files, "
+        f"{done.nbytes / 1e6:.2f} MB"
     )
     for name in done.missing:
         typer.echo(f"missing, not exported: {name}", err=True)

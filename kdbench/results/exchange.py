@@ -1,8 +1,8 @@
 """Records, and what belongs to them, in one archive: from one results folder into another, whoever's it is.
 
-An archive is a zip of one-row Parquet files and of safetensors files, under the names that they have in a results folder, and of
-`manifest.json` with the SHA-256 of each. Nothing in it is ever unpickled or executed. Reading one, everything is checked before anything
-is written, and names are taken from the records, never from the archive.
+An archive is a zip of one-row Parquet files, of safetensors files and of the journals of searches, under the names that they have in a
+results folder, and of `manifest.json` with the SHA-256 of each. Nothing in it is ever unpickled or executed. Reading one, everything is
+checked before anything is written, and names are taken from the records, never from the archive.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ import pyarrow.parquet as pq
 from kdbench import __version__
 from kdbench.errors import UserError, not_written
 from kdbench.results.integrity import altered, checked_records, stored_rows
+from kdbench.results.journals import whole_journal
+from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord, from_table
-from kdbench.results.store import ResultStore, record_path
+from kdbench.results.store import ResultStore, path_name, record_path
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_FOLDERS = ("predictions", "students", "teachers", "studies")  # where what a record names may lie
 _LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
 
 
@@ -41,6 +44,7 @@ class Exported:
     records: int
     predictions: int
     weights: int
+    searches: int
     nbytes: int
     missing: tuple[str, ...]
 
@@ -61,7 +65,7 @@ class Imported:
 def export_results(
     store: ResultStore, records: Sequence[RunRecord], path: Path, *, predictions: bool = True, weights: bool = False
 ) -> Exported:
-    """Write `records` of the store to the archive `path`, with their predictions and weights if so asked.
+    """Write `records` of the store to the archive `path`, with their searches, and with predictions and weights if so asked.
 
     The file has its name only once it is whole. Raises UserError where there is nothing to write, where `path` is there already, or where
     a record of the store was changed by hand; RunFailed where the archive can't be written.
@@ -81,8 +85,8 @@ def export_results(
     finally:
         temporary.unlink(missing_ok=True)
     kinds = [name.partition("/")[0] for name in written]
-    count = kinds.count("predictions")
-    return Exported(path, len(records), count, len(written) - len(records) - count, path.stat().st_size, tuple(missing))
+    weighty = kinds.count("students") + kinds.count("teachers")
+    return Exported(path, len(records), kinds.count("predictions"), weighty, kinds.count("studies"), path.stat().st_size, tuple(missing))
 
 
 def _write(
@@ -118,6 +122,14 @@ def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: boo
                 yield uri, store.read_bytes(uri)
             except UserError:
                 yield uri, None
+    for study in dict.fromkeys(study for record in records if (study := _study(record)) is not None):
+        if content := whole_journal(store.files, study):
+            yield study, content[: content.rfind(b"\n") + 1]  # of one that goes on, what is whole
+
+
+def _study(record: RunRecord) -> str | None:
+    """The journal of the search that the record's parameters are from."""
+    return str(Layout(Path()).study(path_name(record.study_id))) if record.study_id is not None else None
 
 
 def _attachments(record: RunRecord, predictions: bool = True, weights: bool = True) -> list[str]:
@@ -175,6 +187,8 @@ def _merge(
     new = {name: record for name, record in records.items() if name not in known and name not in conflicts}
     # Of a record that is here, files may still be missing: it was exported without them at first.
     wanted = [uri for name, record in records.items() if name not in conflicts for uri in _attachments(record) if uri in files]
+    studies = [_study(record) for name, record in records.items() if name not in conflicts]
+    wanted += [study for study in studies if study is not None and study in files]
     absent = [uri for uri in dict.fromkeys(wanted) if not store.has(uri)]
     for uri in absent:
         store.write_bytes(uri, _content(archive, uri, files, path))
@@ -235,8 +249,8 @@ def _records(archive: zipfile.ZipFile, files: dict[str, str], path: Path) -> Ite
 
 
 def _check_attachments(archive: zipfile.ZipFile, files: dict[str, str], records: dict[str, RunRecord], path: Path) -> None:
-    """Each is named by a record, lies inside the results folder, is safetensors, and has the content that its record was made from."""
-    hashes: dict[str, str | None] = {}
+    """Each is named by a record, lies inside the results folder, is of its kind, and has the content that its record was made from."""
+    hashes: dict[str, str | None] = {study: None for record in records.values() if (study := _study(record)) is not None}
     for record in records.values():
         for uri in _attachments(record):
             hashes[uri] = record.predictions_sha256 if uri == record.predictions_uri else hashes.get(uri)
@@ -247,10 +261,13 @@ def _check_attachments(archive: zipfile.ZipFile, files: dict[str, str], records:
         if name not in hashes:
             raise UserError(f"{where} belongs to none of its records; nothing was imported")
         parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or parts[0] not in ("predictions", "students", "teachers"):
+        if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or parts[0] not in _FOLDERS:
             raise UserError(f"{where} is not a place inside a results folder; nothing was imported")
         content = _content(archive, name, files, path)
-        if not _is_safetensors(content):
+        if parts[0] == "studies":
+            if not _is_journal(content):
+                raise UserError(f"{where} is not the journal of a search; nothing was imported")
+        elif not _is_safetensors(content):
             raise UserError(f"{where} is not a safetensors file; nothing was imported")
         if hashes[name] not in (None, files[name]):
             raise UserError(f"{where} is not the file that its record was made with (its SHA-256 differs); nothing was imported")
@@ -270,6 +287,14 @@ def _is_safetensors(content: bytes) -> bool:
         return False
     try:
         return isinstance(json.loads(content[8 : 8 + length]), dict)
+    except ValueError:
+        return False
+
+
+def _is_journal(content: bytes) -> bool:
+    """Lines of JSON objects, as Optuna writes them."""
+    try:
+        return content.endswith(b"\n") and all(isinstance(json.loads(line), dict) for line in content.splitlines())
     except ValueError:
         return False
 

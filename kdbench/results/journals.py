@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kdbench.errors import RunFailed
-from kdbench.results.working_copy import Kept, kept
+from kdbench.results.object_store import Files
+from kdbench.results.working_copy import kept
 
 _READERS = 16
 
@@ -26,7 +27,7 @@ def fetch_journal(path: Path) -> Path:
     place = kept(path)
     if place is None:
         return path
-    theirs = _stored(place)
+    theirs = whole_journal(place.store, place.path)
     if theirs and not (path.exists() and path.read_bytes().startswith(theirs)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(theirs)
@@ -42,7 +43,7 @@ def upload_journal(path: Path) -> None:
     if sent is None:
         content = path.read_bytes()
         place.store.replace(place.path, content)
-        for part in _parts(place):
+        for part in _parts(place.store, place.path):
             place.store.remove(part)
         _sent[path] = len(content)
         return
@@ -58,18 +59,27 @@ def upload_journal(path: Path) -> None:
     _sent[path] = sent + len(added)
 
 
-def _stored(place: Kept) -> bytes:
+def read_journal(path: Path) -> bytes:
+    """All of a journal for whoever only looks at it, of a working copy's as its store has it; empty where there is none."""
+    place = kept(path)
+    if place is not None:
+        return whole_journal(place.store, place.path)
+    return path.read_bytes() if path.is_file() else b""
+
+
+def whole_journal(files: Files, path: str) -> bytes:
+    """The beginning and the parts, put together; empty where there is none."""
     try:
-        content = place.store.read(place.path)
+        content = files.read(path)
     except FileNotFoundError:
         return b""
-    parts = _parts(place)
+    parts = _parts(files, path)
     with ThreadPoolExecutor(_READERS) as readers:
-        for part, added in zip(parts, readers.map(place.store.read, parts), strict=True):
+        for part, added in zip(parts, readers.map(files.read, parts), strict=True):
             if int(part.rpartition("/")[2]) == len(content):  # a smaller one is in the beginning already: its deletion was cut off
                 content += added
     return content
 
 
-def _parts(place: Kept) -> list[str]:
-    return sorted(place.store.find(f"{place.path}.parts"))
+def _parts(files: Files, path: str) -> list[str]:
+    return sorted(files.find(f"{path}.parts"))

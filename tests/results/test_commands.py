@@ -83,7 +83,7 @@ def test_export_and_import_carry_a_folder_and_verify_finds_what_was_edited(kdben
     archive, copy = tmp_path / "boards.zip", tmp_path / "copy"
 
     exported = kdbench("results", "export", archive, "--results", folder, "--student", "small")
-    assert exported.out.startswith(f"{archive}: 9 records, 0 predictions, 0 weights files, ")
+    assert exported.out.startswith(f"{archive}: 9 records, 0 searches, 0 predictions, 0 weights files, ")
     assert kdbench("results", "import", archive, "--results", copy).out == "9 records and 0 files taken in, 0 records were here already\n"
     assert kdbench("results", "import", archive, "--results", copy).out == "0 records and 0 files taken in, 9 records were here already\n"
     path = next(copy.rglob("*.parquet"))

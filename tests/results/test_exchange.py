@@ -91,6 +91,34 @@ def test_a_second_import_changes_nothing(theirs, archive) -> None:
     assert content(theirs) == before
 
 
+def journal(folder: ResultStore, study: str, *lines: str) -> str:
+    name = f"studies/{study}.journal"
+    folder.write_bytes(name, "".join(f"{line}\n" for line in lines).encode())
+    return name
+
+
+def test_a_search_goes_along_with_the_records_that_it_chose_parameters_for_and_one_that_is_here_stays(
+    ours, theirs, make_record, tmp_path
+) -> None:
+    for seed in (5, 6):
+        ours.append(make_record(seed=seed, study_id="kd-1", predictions_uri=None, artifacts_uri=None))
+    name = journal(ours, "kd-1", '{"op": 0}', '{"op": 1}')
+    with (tmp_path / "ours" / name).open("a") as file:
+        file.write('{"op":')  # whoever searches writes at this moment
+    done = export_results(ours, ours.scan(), tmp_path / "x.zip")
+    assert (done.records, done.searches, done.weights) == (6, 1, 0)
+
+    import_results(theirs, done.path)
+    assert theirs.read_bytes(name) == b'{"op": 0}\n{"op": 1}\n'
+    journal(theirs, "kd-1", '{"op": 9}')
+    import_results(theirs, done.path)
+    assert theirs.read_bytes(name) == b'{"op": 9}\n'
+
+    for content_, words in ((b"cos\nsystem\n", "is not the journal of a search"), (b'{"op": 0}\n[1', "is not the journal of a search")):
+        with pytest.raises(UserError, match=words):
+            import_results(theirs, changed(done.path, lambda members, content_=content_: members.update({name: content_})))
+
+
 def test_an_import_that_was_killed_is_completed_by_the_same_command(ours, theirs, archive, monkeypatch) -> None:
     append, calls = ResultStore.append, []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdbench.errors import RunFailed
-from kdbench.results.journals import fetch_journal, upload_journal
+from kdbench.results.journals import fetch_journal, read_journal, upload_journal
 from tests.object_storage import ObjectStorage
 
 
@@ -40,6 +40,16 @@ def test_only_what_is_added_goes_up(on, bucket: str, object_storage: ObjectStora
         "studies/q.journal.parts/000000000004": b"two\n",
         "studies/q.journal.parts/000000000008": b"three\n",
     }
+
+
+def test_who_only_looks_sees_all_of_it_and_leaves_the_working_copy_as_it_is(on, machine) -> None:
+    here = on("here")
+    for line in ("one", "two"):
+        add(here, line)
+    elsewhere = machine("elsewhere").study("q")
+    assert read_journal(elsewhere) == b"one\ntwo\n"
+    assert not elsewhere.exists()
+    assert read_journal(elsewhere.with_name("p.journal")) == b""
 
 
 def test_another_machine_finds_all_of_it_and_puts_it_together(on, bucket: str, object_storage: ObjectStorage) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from kdbench.results.journals import read_journal
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import Board, Row, boards
 from kdbench.results.published import PublishedFigure
@@ -225,8 +226,11 @@ def _search(records: Sequence[RunRecord], folders: Sequence[Path]) -> Search | s
     newest = max(searched, key=lambda record: (record.created_at, record.run_id))
     assert newest.study_id is not None
     for folder in folders:
-        journal = Layout(folder).study(path_name(newest.study_id))
-        if journal.is_file():
+        try:
+            journal = read_journal(Layout(folder).study(path_name(newest.study_id)))
+        except OSError as error:
+            return f"The journal of the search can't be read: {error.strerror or error}."
+        if journal:
             from kdbench.results.report.searches import read_search  # imports Optuna, which a board without a search can do without
 
             return read_search(journal, newest.study_id, newest.trials)

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -45,14 +44,10 @@ class Search:
     remark: str | None
 
 
-def read_search(journal: Path, study_id: str, trials: int | None) -> Search | str:
+def read_search(journal: bytes, study_id: str, trials: int | None) -> Search | str:
     """The first `trials` trials of a study, all of them for None, or a sentence that says why there is nothing to see."""
     try:
-        content = journal.read_bytes()
-    except OSError as error:
-        return f"The journal of the search can't be read: {error.strerror or error}."
-    try:
-        study = optuna.load_study(study_name=study_id, storage=JournalStorage(_Lines(content)))
+        study = optuna.load_study(study_name=study_id, storage=JournalStorage(_Lines(journal)))
     except (ValueError, KeyError, TypeError) as error:  # what replaying a line that Optuna did not write ends in
         return f"The journal of the search is damaged ({in_one_line(error)})."
     asked = [trial for trial in study.get_trials(deepcopy=False)[:trials] if trial.state in _STATES]
