@@ -200,9 +200,9 @@ def test_paper_gets_what_is_folded_away_and_no_tools(page: Chrome) -> None:
     pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
     assert 4 <= pages <= 12
     look_at(page, width=1280, media="print")
-    assert not one(page, "#filter").is_displayed()
+    eventually(lambda: not one(page, "#filter").is_displayed())  # the browser takes up another medium when it gets to it
     height = "return document.querySelector('details[id^=yaml-] pre').getBoundingClientRect().height"
-    assert page.execute_script(height) > 30
+    eventually(lambda: page.execute_script(height) > 30)
 
 
 def test_everything_that_is_embedded_can_be_saved(page: Chrome) -> None:
