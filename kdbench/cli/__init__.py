@@ -17,7 +17,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdbench.cli.cache import cache_app
-from kdbench.cli.options import ExperimentFile, Format, ManyResults, NoMlflow, Overrides, Results, example
+from kdbench.cli.options import (
+    Data,
+    ExperimentFile,
+    Format,
+    ManyResults,
+    NoMlflow,
+    OfExperiment,
+    Overrides,
+    Results,
+    Student,
+    Task,
+    Teacher,
+    example,
+)
 from kdbench.cli.results import chosen, recommend, results_app, verify
 from kdbench.errors import NO_SPACE, KDBenchError, UserError, in_one_line, not_written
 
@@ -209,12 +222,12 @@ def _end_with(failures: tuple[str, ...]) -> None:
 def leaderboard(
     results: ManyResults = None,
     format_: Format = "table",
-    task: Annotated[str | None, typer.Option(help="Only this task.", show_default=False)] = None,
-    data: Annotated[str | None, typer.Option(help="Only this data set.", show_default=False)] = None,
-    teacher: Annotated[str | None, typer.Option(help="Only this teacher.", show_default=False)] = None,
-    student: Annotated[str | None, typer.Option(help="Only this student.", show_default=False)] = None,
+    task: Task = None,
+    data: Data = None,
+    teacher: Teacher = None,
+    student: Student = None,
     method: Annotated[str | None, typer.Option(help="Only this method (its gain over `none` is still shown).", show_default=False)] = None,
-    experiment: Annotated[str | None, typer.Option(help="Only this experiment.", show_default=False)] = None,
+    experiment: OfExperiment = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the gains: FILE.png, .svg or .pdf.", show_default=False)
     ] = None,

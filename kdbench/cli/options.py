@@ -33,6 +33,11 @@ ManyResults = Annotated[
     ),
 ]
 NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
+Task = Annotated[str | None, typer.Option(help="Only this task.", show_default=False)]
+Data = Annotated[str | None, typer.Option(help="Only this data set.", show_default=False)]
+Teacher = Annotated[str | None, typer.Option(help="Only this teacher.", show_default=False)]
+Student = Annotated[str | None, typer.Option(help="Only this student.", show_default=False)]
+OfExperiment = Annotated[str | None, typer.Option("--experiment", help="Only this experiment.", show_default=False)]
 Format = Annotated[str, typer.Option("--format", help="table, markdown, latex, csv or json.")]
 
 

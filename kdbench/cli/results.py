@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdbench.cli.options import Results, example
-
-Task = Annotated[str | None, typer.Option(help="Only this task.", show_default=False)]
-Data = Annotated[str | None, typer.Option(help="Only this data set.", show_default=False)]
-Teacher = Annotated[str | None, typer.Option(help="Only this teacher.", show_default=False)]
-Student = Annotated[str | None, typer.Option(help="Only this student.", show_default=False)]
-OfExperiment = Annotated[str | None, typer.Option("--experiment", help="Only this experiment.", show_default=False)]
+from kdbench.cli.options import Data, OfExperiment, Results, Student, Task, Teacher, example
 
 results_app = typer.Typer(
     no_args_is_help=True,
