@@ -123,8 +123,9 @@ def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: boo
             except UserError:
                 yield uri, None
     for study in dict.fromkeys(study for record in records if (study := _study(record)) is not None):
-        if content := whole_journal(store.files, study):
-            yield study, content[: content.rfind(b"\n") + 1]  # of one that goes on, what is whole
+        content = whole_journal(store.files, study)
+        if whole_lines := content[: content.rfind(b"\n") + 1]:  # whoever still searches may be in the middle of one
+            yield study, whole_lines
 
 
 def _study(record: RunRecord) -> str | None:

@@ -102,11 +102,13 @@ def test_a_search_goes_along_with_the_records_that_it_chose_parameters_for_and_o
 ) -> None:
     for seed in (5, 6):
         ours.append(make_record(seed=seed, study_id="kd-1", predictions_uri=None, artifacts_uri=None))
+    ours.append(make_record(seed=7, study_id="begun", predictions_uri=None, artifacts_uri=None))
+    ours.write_bytes("studies/begun.journal", b'{"op":')
     name = journal(ours, "kd-1", '{"op": 0}', '{"op": 1}')
     with (tmp_path / "ours" / name).open("a") as file:
         file.write('{"op":')  # whoever searches writes at this moment
     done = export_results(ours, ours.scan(), tmp_path / "x.zip")
-    assert (done.records, done.searches, done.weights) == (6, 1, 0)
+    assert (done.records, done.searches, done.weights) == (7, 1, 0)
 
     import_results(theirs, done.path)
     assert theirs.read_bytes(name) == b'{"op": 0}\n{"op": 1}\n'
