@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from kdbench.errors import UserError, in_one_line
-from kdbench.results.journals import fetch_journal, upload_journal
+from kdbench.results.journals import fetch_journal, upload_journal, whole_lines
 from kdbench.search_space import Choice, Dimension, Parameter, Range
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -276,7 +276,7 @@ def defaults(axes: Sequence[Parameter]) -> dict[str, Any]:
 def _drop_unfinished_line(path: Path) -> None:
     """A write that a full disk or a kill cut off; Optuna would append to it, and never read the journal again."""
     if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+        os.truncate(path, len(whole_lines(content)))
 
 
 def distribution(axis: Parameter) -> BaseDistribution:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from kdbench import __version__
 from kdbench.errors import UserError, not_written
 from kdbench.results.integrity import altered, checked_records, stored_rows
-from kdbench.results.journals import whole_journal
+from kdbench.results.journals import whole_journal, whole_lines
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord, from_table
 from kdbench.results.store import ResultStore, path_name, record_path
@@ -116,26 +116,27 @@ def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: boo
             if problem := altered(row, path):
                 raise UserError(f"{problem}; nothing was exported")
             yield record_path(record), _parquet(row)
-    for record in records:
-        for uri in _attachments(record, predictions, weights):
-            try:
-                yield uri, store.read_bytes(uri)
-            except UserError:
-                yield uri, None
-    for study in dict.fromkeys(study for record in records if (study := _study(record)) is not None):
-        content = whole_journal(store.files, study)
-        if whole_lines := content[: content.rfind(b"\n") + 1]:  # whoever still searches may be in the middle of one
-            yield study, whole_lines
-
-
-def _study(record: RunRecord) -> str | None:
-    """The journal of the search that the record's parameters are from."""
-    return str(Layout(Path()).study(path_name(record.study_id))) if record.study_id is not None else None
+    for uri in dict.fromkeys(uri for record in records for uri in _attachments(record, predictions, weights)):
+        if _is_search(uri):
+            if lines := whole_lines(whole_journal(store.files, uri)):
+                yield uri, lines
+            continue
+        try:
+            yield uri, store.read_bytes(uri)
+        except UserError:
+            yield uri, None
 
 
 def _attachments(record: RunRecord, predictions: bool = True, weights: bool = True) -> list[str]:
+    """What belongs to a record, by its place in a results folder: predictions, weights, and the search that its parameters are from."""
     named = ([record.predictions_uri] if predictions else []) + ([record.artifacts_uri] if weights else [])
+    if record.study_id is not None:
+        named.append(str(Layout(Path()).study(path_name(record.study_id))))
     return [uri for uri in named if uri is not None]
+
+
+def _is_search(uri: str) -> bool:
+    return uri.startswith("studies/")
 
 
 def _parquet(row: pa.Table) -> bytes:
@@ -188,8 +189,6 @@ def _merge(
     new = {name: record for name, record in records.items() if name not in known and name not in conflicts}
     # Of a record that is here, files may still be missing: it was exported without them at first.
     wanted = [uri for name, record in records.items() if name not in conflicts for uri in _attachments(record) if uri in files]
-    studies = [_study(record) for name, record in records.items() if name not in conflicts]
-    wanted += [study for study in studies if study is not None and study in files]
     absent = [uri for uri in dict.fromkeys(wanted) if not store.has(uri)]
     for uri in absent:
         store.write_bytes(uri, _content(archive, uri, files, path))
@@ -251,7 +250,7 @@ def _records(archive: zipfile.ZipFile, files: dict[str, str], path: Path) -> Ite
 
 def _check_attachments(archive: zipfile.ZipFile, files: dict[str, str], records: dict[str, RunRecord], path: Path) -> None:
     """Each is named by a record, lies inside the results folder, is of its kind, and has the content that its record was made from."""
-    hashes: dict[str, str | None] = {study: None for record in records.values() if (study := _study(record)) is not None}
+    hashes: dict[str, str | None] = {}
     for record in records.values():
         for uri in _attachments(record):
             hashes[uri] = record.predictions_sha256 if uri == record.predictions_uri else hashes.get(uri)
@@ -265,11 +264,9 @@ def _check_attachments(archive: zipfile.ZipFile, files: dict[str, str], records:
         if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or parts[0] not in _FOLDERS:
             raise UserError(f"{where} is not a place inside a results folder; nothing was imported")
         content = _content(archive, name, files, path)
-        if parts[0] == "studies":
-            if not _is_journal(content):
-                raise UserError(f"{where} is not the journal of a search; nothing was imported")
-        elif not _is_safetensors(content):
-            raise UserError(f"{where} is not a safetensors file; nothing was imported")
+        fits, kind = (_is_journal, "the journal of a search") if _is_search(name) else (_is_safetensors, "a safetensors file")
+        if not fits(content):
+            raise UserError(f"{where} is not {kind}; nothing was imported")
         if hashes[name] not in (None, files[name]):
             raise UserError(f"{where} is not the file that its record was made with (its SHA-256 differs); nothing was imported")
 

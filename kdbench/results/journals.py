@@ -81,5 +81,10 @@ def whole_journal(files: Files, path: str) -> bytes:
     return content
 
 
+def whole_lines(content: bytes) -> bytes:
+    """A journal without a last line that was cut off, or that whoever writes at this moment is in the middle of."""
+    return content[: content.rfind(b"\n") + 1]
+
+
 def _parts(files: Files, path: str) -> list[str]:
     return sorted(files.find(f"{path}.parts"))

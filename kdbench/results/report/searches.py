@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from kdbench.errors import in_one_line
+from kdbench.results.journals import whole_lines
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -63,8 +64,7 @@ class _Lines(BaseJournalBackend):
     """The journal as it was when it was read. Optuna's own backend would make a missing file, and take a lock to write."""
 
     def __init__(self, content: bytes) -> None:
-        whole = content[: content.rfind(b"\n") + 1]  # who writes at this moment may be in the middle of a line
-        self._logs = [json.loads(line) for line in whole.splitlines()]
+        self._logs = [json.loads(line) for line in whole_lines(content).splitlines()]
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         return iter(self._logs[log_number_from:])
