@@ -174,7 +174,9 @@ def test_mlflow_shows_the_search_as_a_tree_in_which_nothing_runs(searched: Ran) 
         children = by_parent[parents[label].info.run_id]
         roles = Counter(entry.data.tags["kdbench.role"] for entry in children)
         assert roles == Counter(unit.role for unit, _ in searched.watch.records if unit.role != "teacher" and unit.method.label == label)
-        assert (roles["trial"], roles["final"]) == (8, 2)
+        trials = studies(searched.folder)[next(record.study_id or "" for record in searched.finals if record.label == label)]
+        alone = sum(trial.state == TrialState.COMPLETE for trial in trials) == 1  # which depends on when ASHA hears of whom
+        assert (roles["trial"], roles["candidate"], roles["final"]) == (8, 0 if alone else 2, 2)
         for entry in children:
             assert entry.info.status == ("FAILED" if entry.data.tags["kdbench.status"] == "failed" else "FINISHED")
     assert not [entry for entry in runs if entry.info.status == "RUNNING"]
