@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+LEFT_OUT_UNSET: Final = "left out of dumps while unset"
 
 
-class StrictOptions(BaseModel):
+class SparseDump(BaseModel):
+    """A model whose dumps leave out each field marked `Annotated[..., LEFT_OUT_UNSET]` that has its default value.
+
+    Keys are hashes of dumps: a field that is added later with this mark changes the key of no experiment that does not set it.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dump: dict[str, Any] = handler(self)
+        for name, field in type(self).model_fields.items():
+            if LEFT_OUT_UNSET in field.metadata and getattr(self, name) == field.default:
+                dump.pop(name, None)
+        return dump
+
+
+class StrictOptions(SparseDump):
     """Keys with values: no unknown key, and no `on` or `yes`, which YAML reads as true and Python counts as 1, where a number is meant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,7 +55,7 @@ def _types_in(annotation: Any) -> Iterator[Any]:
         yield from _types_in(argument)
 
 
-class NamedSpec(BaseModel):
+class NamedSpec(SparseDump):
     """A name, or a mapping with `name` and any options: whoever resolves the name checks them."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
