@@ -429,7 +429,6 @@ class Unit(_Part):
     workers: Workers = 1
     checkpoint_seconds: float = 15.0
     number: int | None = None  # of a trial in its study
-    mapped_data: Path | None = None  # where the process that started the run left the data set for others to map
 
     @property
     def key(self) -> str:
@@ -437,7 +436,7 @@ class Unit(_Part):
 
         Labels are part of it: a tuned method may end at the parameters that another label pins, and a board has a row for each.
         """
-        content = self.model_dump(mode="json", exclude={"experiment", "teacher", "checkpoint_seconds", "number", "mapped_data"})
+        content = self.model_dump(mode="json", exclude={"experiment", "teacher", "checkpoint_seconds", "number"})
         content["teacher"] = self.teacher.sha if self.teacher else None
         return content_hash(content)
 

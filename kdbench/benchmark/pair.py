@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -46,7 +45,6 @@ class Pair:
     split_hash: str
     student_places: Shapes  # every place of the two networks that a method can look at
     teacher_places: Shapes | None
-    mapped_data: Path | None = None  # where trainings in other processes find the data set
 
     def unit(
         self,

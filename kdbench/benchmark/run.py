@@ -23,7 +23,6 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.data.loader import check_views
-from kdbench.data.mapped import write_mapped
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
@@ -426,9 +425,7 @@ def _pair(
         "cache": experiment.cache.numbers if caching else None,
     }
     ours = places(model, task.info.image_shape)
-    shared = task.source if _needs_ray(experiment.runtime, experiment.search is not None) else None
-    mapped = write_mapped(shared, ledger.layout.data) if shared is not None else None
-    return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash, ours, theirs, mapped)
+    return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash, ours, theirs)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -21,10 +21,6 @@ from kdbench.data.options import NamedSpec
 from kdbench.errors import KDBenchError, UserError, explain, in_one_line
 
 _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of megabytes
-
-
-# What another process has opened, checked and left in files for this one to map: see `data.mapped`.
-MAPPED: dict[tuple[str, str], Source] = {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,6 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     ignore_index: int | None = None
-    made_by: tuple[str, str] | None = None  # name and options of the function that made it, as `open_source` was asked for them
 
     @cached_property
     def sha256(self) -> str:
@@ -73,8 +68,6 @@ def open_source(spec: DataSpec) -> Source:
 
 @lru_cache(maxsize=_KEPT_OPEN)
 def _opened(name: str, options: str) -> Source:
-    if (name, options) in MAPPED:
-        return MAPPED[name, options]
     make = resolve("data", name, DATA)
     try:
         source = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(make)(**json.loads(options))
@@ -87,7 +80,7 @@ def _opened(name: str, options: str) -> Source:
     problem = _problem(source)
     if problem:
         raise UserError(f"data {name!r}: {problem}")
-    return replace(source, made_by=(name, options))
+    return source
 
 
 def _problem(source: Any) -> str | None:

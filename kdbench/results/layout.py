@@ -58,11 +58,6 @@ class Layout:
         """Shared by all that use an entry; held alone by who builds or downloads it. Outside of the entry, so that it outlives it."""
         return self.lock(f"cache-{key}.{purpose}")
 
-    @property
-    def data(self) -> Path:
-        """Data sets that lie in memory, written down for trainings in other processes to map."""
-        return self.root / "data"
-
     def study(self, study_id: str) -> Path:
         return self.root / "studies" / f"{study_id}.journal"
 

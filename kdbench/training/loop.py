@@ -15,7 +15,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from kdbench.data.batch import Batch
 from kdbench.data.loader import Loader
-from kdbench.data.mapped import adopt
 from kdbench.errors import Diverged, UserError
 from kdbench.experiment import Unit
 from kdbench.methods.base import Method, Progress
@@ -137,8 +136,6 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
     """
     torch.set_num_threads(session.threads)
     unit = found_here(unit, layout)
-    if unit.mapped_data is not None:
-        adopt(unit.mapped_data)
     run = prepare(unit, session)
     kept = session.resume()
     if kept is not None and kept["unit"] == unit.key:
@@ -157,8 +154,7 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
 def found_here(unit: Unit, layout: Layout) -> Unit:
     """The unit with the places of its files as they are on this machine."""
     teacher = teacher_here(unit.teacher, layout) if unit.teacher is not None else None
-    mapped = layout.here(unit.mapped_data) if unit.mapped_data is not None else None
-    return unit.model_copy(update={"teacher": teacher, "mapped_data": mapped})
+    return unit.model_copy(update={"teacher": teacher})
 
 
 def _place(run: Training) -> str:

@@ -45,7 +45,7 @@ def test_what_one_machine_kept_another_finds(machine, bucket: str) -> None:
 
 def test_what_can_be_made_again_is_not_uploaded(machine, bucket: str, object_storage: ObjectStorage) -> None:
     here = machine("here")
-    for path in (here.lock("e"), here.data / "x.npy", here.root / "mlflow.db", here.root / "boards" / "x.png", here.cache("k") / "a.npy"):
+    for path in (here.lock("e"), here.root / "mlflow.db", here.root / "boards" / "x.png", here.cache("k") / "a.npy"):
         put(path, b"1")
 
     assert object_storage.objects(bucket) == {}
