@@ -43,7 +43,7 @@ from kdbench.training.checkpoint import file_sha256, save_weights, write_atomica
 from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
-from kdbench.training.precision import settled
+from kdbench.training.precision import Memo, question, settled
 from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher_cache import view_count
@@ -261,7 +261,8 @@ def _ready_teacher(
     spec = experiment.teacher
     assert spec is not None
     ledger.watch.progress("teacher", 0, 1)
-    asked, memo = experiment.teacher_recipe(), _memo(ledger, experiment, spec.model)
+    asked = experiment.teacher_recipe()
+    memo = _memo(ledger, experiment, spec.model, asked)
     recipe = settled(asked, model, task.info.image_shape, len(splits.train), _device(), memo)
     unit = _teacher_unit(experiment, spec, recipe, splits)
     fits = partial(check_methods, experiment, task, students, model) if may_train else partial(_refuse, experiment, ledger)
@@ -407,7 +408,7 @@ def _pair(
     task: Task,
     splits: Splits,
 ) -> Pair:
-    memo = _memo(ledger, experiment, student)
+    memo = _memo(ledger, experiment, student, experiment.recipe)
     recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), _device(), memo)
     caching = teacher is not None and view_count(recipe) is not None
     if teacher is not None and caching:
@@ -441,9 +442,10 @@ def _cached_outputs(wanted: Iterable[tuple[Pair, Sequence[MethodSpec]]], experim
         yield
 
 
-def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec) -> Path:
-    """Where the measured precision of this model on this task and device is kept."""
-    return ledger.layout.choice(content_hash([model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), str(_device())]))
+def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec, recipe: Recipe) -> Memo:
+    """Where the choices are kept that were measured for this model on this task and device, for what the recipe asks."""
+    place = [model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), str(_device())]
+    return Memo(ledger.layout.choice(content_hash([*place, question(recipe)])), earlier=ledger.layout.choice(content_hash(place)))
 
 
 class InTurn:

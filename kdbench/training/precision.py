@@ -6,7 +6,8 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,40 +46,74 @@ def images_for(images: Tensor, precision: str, memory_format: str = "contiguous"
     return images.to(dtype=dtype, memory_format=FORMATS[memory_format])
 
 
-def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], images: int, device: torch.device, memo: Path) -> Recipe:
-    """The recipe with every `auto` replaced by what was measured to be fastest, which is kept in `memo` and read from there next time.
+@dataclass(frozen=True)
+class Memo:
+    """The files that keep what `auto` measured for one model, task and device.
 
-    images: how many a training's epoch has; with the recipe they say whether a training is long enough for compilation to pay.
+    path: the file for one `question`: the precision and memory format that the user asked for, and the batch size.
+    earlier: the file that older code wrote for all questions together. It is read and never written.
+    """
+
+    path: Path
+    earlier: Path | None = None
+
+
+def question(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that decides what `auto` measures. A memo's name hashes it."""
+    return {"precision": recipe.precision, "memory_format": recipe.memory_format, "batch_size": recipe.batch_size}
+
+
+def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], images: int, device: torch.device, memo: Memo) -> Recipe:
+    """The recipe with every `auto` replaced by the choice that was measured to be fastest. Explicit values stay as they are.
+
+    A measured choice is kept in `memo` and read from there the next time, since another choice would be another protocol.
+
+    Args:
+        images: The number of images in a training's epoch. It decides whether a training is long enough for compilation to pay.
+        device: Where the measured steps run.
     """
     if "auto" not in (recipe.precision, recipe.memory_format, recipe.compile):
         return recipe
-    steps = recipe.epochs * max(1, images // recipe.batch_size)
-    kept = _remembered(memo)
-    chosen: dict[str, Any] = dict(kept)
-    if "precision" not in chosen:
-        chosen["precision"], chosen["memory_format"] = _fastest(recipe, model, image_shape, device)
-    recipe = recipe.model_copy(update={"precision": chosen["precision"], "memory_format": chosen["memory_format"]})
+    steps = str(recipe.epochs * max(1, images // recipe.batch_size))
+    kept, earlier, measured = _remembered(memo.path), _remembered(memo.earlier), {}
+    candidates = _candidates(recipe)
+    pair = candidates[0] if len(candidates) == 1 else _kept_pair(kept, candidates) or _kept_pair(earlier, candidates)
+    if pair is None:
+        pair = _fastest(recipe, model, image_shape, device)
+        kept, measured = {}, {"precision": pair[0], "memory_format": pair[1]}
+    recipe = recipe.model_copy(update={"precision": pair[0], "memory_format": pair[1]})
     if recipe.compile == "auto":
-        pays = chosen.get("compile", {})
-        if str(steps) not in pays:
-            chosen["compile"] = pays | {str(steps): compiling_pays(recipe, model, image_shape, steps, device)}
-        recipe = recipe.model_copy(update={"compile": chosen["compile"][str(steps)]})
-    if chosen != kept:
-        write_atomically(memo, lambda temporary: temporary.write_text(json.dumps(chosen)))
+        pays = kept.get("compile", {}).get(steps)
+        if pays is None and _kept_pair(earlier, [pair]):
+            pays = earlier.get("compile", {}).get(steps)
+        if pays is None:
+            pays = compiling_pays(recipe, model, image_shape, int(steps), device)
+            measured["compile"] = kept.get("compile", {}) | {steps: pays}
+        recipe = recipe.model_copy(update={"compile": pays})
+    if measured:
+        write_atomically(memo.path, lambda temporary: temporary.write_text(json.dumps(kept | measured)))
     return recipe
 
 
-def _remembered(memo: Path) -> dict[str, Any]:
-    """The choices that were kept: precision and memory format, and for each number of steps whether compiling pays.
+def _kept_pair(memo: Mapping[str, Any], candidates: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """The precision and memory format of a memo's content; None where a measurement between `candidates` can't have chosen them."""
+    pair = (memo.get("precision"), memo.get("memory_format"))
+    return next((candidate for candidate in candidates if candidate == pair), None)
 
-    Empty where nothing is kept, or nothing that this module wrote: it is then measured again.
+
+def _remembered(memo: Path | None) -> dict[str, Any]:
+    """The content of a memo: precision and memory format, and for each number of steps whether compiling pays.
+
+    Empty where the file is missing or was not written by this module: the choice is then measured again.
     """
-    try:
-        chosen: dict[str, Any] = json.loads(fetch(memo, newest=True).read_text())
-        known = chosen["precision"] in DTYPES and chosen["memory_format"] in FORMATS and isinstance(chosen.get("compile", {}), dict)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    if memo is None:
         return {}
-    return chosen if known else {}
+    try:
+        chosen = json.loads(fetch(memo, newest=True).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    pays = chosen.get("compile", {}) if isinstance(chosen, dict) else None
+    return chosen if isinstance(pays, dict) and all(isinstance(value, bool) for value in pays.values()) else {}
 
 
 def compiling_pays(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], steps: int, device: torch.device) -> bool:
@@ -99,12 +134,17 @@ def compiling_pays(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int
     return spent * WORTH_IT < (plain - faster) * steps
 
 
+def _candidates(recipe: Recipe) -> list[tuple[str, str]]:
+    """The pairs of precision and memory format to choose from; one alone where the recipe leaves no choice."""
+    if "auto" not in (recipe.precision, recipe.memory_format):
+        return [(recipe.precision, recipe.memory_format)]
+    pairs = [pair for pair in _PAIRS if recipe.precision in ("auto", pair[0]) and recipe.memory_format in ("auto", pair[1])]
+    return pairs or [(recipe.precision, "contiguous")]  # fp16 and fp64 are never measured: users ask for them by name
+
+
 def _fastest(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> tuple[str, str]:
-    allowed = [pair for pair in _PAIRS if recipe.precision in ("auto", pair[0]) and recipe.memory_format in ("auto", pair[1])]
-    if not allowed:  # fp16 and fp64 are never measured: they are asked for by name
-        return recipe.precision, "contiguous"
-    if len(allowed) == 1:
-        return allowed[0]
+    """The pair whose training step is the shortest; the first one unless another wins by `WORTH_IT`."""
+    allowed = _candidates(recipe)
     images = torch.rand(min(recipe.batch_size, 128), *image_shape, device=device)
     seconds = {pair: _step_seconds(copy.deepcopy(model), images, *pair, device) for pair in allowed}
     best = allowed[0]

@@ -12,7 +12,7 @@ from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import profile, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.distributed.cluster import Slots
-from kdbench.experiment import Experiment, Runtime, Unit, load_experiment
+from kdbench.experiment import Experiment, Runtime, Unit, content_hash, load_experiment
 from kdbench.pages import profile_page
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import boards
@@ -102,6 +102,31 @@ def test_protocols_are_never_mixed(tmp_path: Path) -> None:
     )
     run(longer, tmp_path, Unwatched())
     assert len(boards(ResultStore(tmp_path).scan())) == 2
+
+
+def test_an_explicit_precision_after_an_automatic_run_is_another_protocol(tmp_path: Path) -> None:
+    fast = {"epochs": 1, "batch_size": 20, "lr": 0.05}
+    automatic = experiment("classification", seeds=1, recipe=fast)
+    first = run(automatic, tmp_path, Unwatched())
+    assert run(automatic, tmp_path, Unwatched()).trained == 0
+    explicit = experiment("classification", seeds=1, recipe={**fast, "precision": "fp64", "memory_format": "channels_last"})
+    second = run(explicit, tmp_path, Unwatched())
+    assert (first.trained, second.trained) == (3, 3)
+    assert first.protocols != second.protocols
+    made = ResultStore(tmp_path).scan()
+    assert sorted(record.precision for record in made if record.protocol_hash in second.protocols) == ["fp64", "fp64"]
+    assert run(automatic, tmp_path, Unwatched()).trained == 0
+
+
+def test_an_automatic_run_goes_by_the_measurement_of_earlier_code(tmp_path: Path) -> None:
+    asked = experiment("classification", seeds=1, methods=["none"], recipe={"epochs": 1, "batch_size": 20, "lr": 0.05})
+    assert asked.teacher is not None
+    for model in (asked.teacher.model, *asked.students):
+        key = content_hash([model.model_dump(mode="json"), asked.task.model_dump(mode="json"), "cpu"])
+        (tmp_path / "choices").mkdir(exist_ok=True)
+        (tmp_path / "choices" / f"{key}.json").write_text('{"precision": "bf16", "memory_format": "channels_last"}')
+    run(asked, tmp_path, Unwatched())
+    assert [record.precision for record in ResultStore(tmp_path).scan()] == ["bf16", "bf16"]
 
 
 def test_an_experiment_without_a_teacher_ranks_teacher_free_methods(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kdbench.experiment import Recipe
 from kdbench.methods.base import OwnOptimizer
 from kdbench.training import precision
 from kdbench.training.optimization import make_average, make_optimizer, make_optimizers, make_schedule
-from kdbench.training.precision import settled
+from kdbench.training.precision import Memo, question, settled
 
 
 def recipe(**changes: object) -> Recipe:
@@ -99,10 +100,10 @@ def test_a_measured_precision_is_written_down_and_not_measured_again(tmp_path: P
         return seconds[name, memory_format]
 
     monkeypatch.setattr(precision, "_step_seconds", pretend)
-    memo, device = tmp_path / "choices" / "a.json", torch.device("cpu")
+    memo, device = Memo(tmp_path / "choices" / "a.json"), torch.device("cpu")
     chosen = settled(recipe(batch_size=50), nn.Linear(1, 1), (1, 2, 2), 100, device, memo)
     assert (chosen.precision, chosen.memory_format) == ("bf16", "channels_last")
-    assert json.loads(memo.read_text()) == {"precision": "bf16", "memory_format": "channels_last", "compile": {"20": False}}
+    assert json.loads(memo.path.read_text()) == {"precision": "bf16", "memory_format": "channels_last", "compile": {"20": False}}
     count = len(measured)
     seconds["bf16", "channels_last"] = 5.0
     assert settled(recipe(batch_size=50), nn.Linear(1, 1), (1, 2, 2), 100, device, memo) == chosen
@@ -113,17 +114,77 @@ def test_a_small_advantage_is_not_worth_another_precision(tmp_path: Path, monkey
     seconds = {("fp32", "contiguous"): 1.0, ("fp32", "channels_last"): 0.9, ("bf16", "channels_last"): 0.86}
     monkeypatch.setattr(precision, "_step_seconds", lambda model, images, name, memory_format, device: seconds[name, memory_format])
     asked = recipe(compile=False)
-    chosen = settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), tmp_path / "a.json")
+    chosen = settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), Memo(tmp_path / "a.json"))
     assert (chosen.precision, chosen.memory_format) == ("fp32", "contiguous")
 
 
-def test_a_precision_that_was_asked_for_is_kept(tmp_path: Path) -> None:
-    asked = recipe(precision="fp16", memory_format="auto", compile=False)
-    chosen = settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), tmp_path / "a.json")
-    assert (chosen.precision, chosen.memory_format) == ("fp16", "contiguous")
+# What code before the memo knew its question kept after an all-automatic run, after `precision: fp64` and by somebody else.
+EARLIER = [
+    {"precision": "bf16", "memory_format": "channels_last", "compile": {"20": True}},
+    {"precision": "fp64", "memory_format": "contiguous", "compile": {"20": True}},
+    {"precision": ["?"], "compile": {"20": "yes"}},
+]
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+@pytest.mark.parametrize("precision_", ["fp64", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last", "auto"])
+@pytest.mark.parametrize("compile_", [True, False, "auto"])
+def test_what_was_asked_for_is_never_overridden(
+    precision_: str, memory_format: str, compile_: object, earlier: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_step_seconds", lambda *_, **__: 1e-6)
+    explicit = recipe(batch_size=50, precision=precision_, memory_format=memory_format, compile=compile_)
+    memo = Memo(tmp_path / "new.json", tmp_path / "old.json")
+    for path in (memo.path, tmp_path / "old.json"):
+        path.write_text(json.dumps(earlier))
+    chosen = settled(explicit, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), memo)
+    assert chosen.precision == precision_
+    assert chosen.memory_format in (("contiguous", "channels_last") if memory_format == "auto" else (memory_format,))
+    assert chosen.compile in ((True, False) if compile_ == "auto" else (compile_,))
+
+
+def test_a_memo_holds_only_what_was_measured(tmp_path: Path) -> None:
+    memo, device = Memo(tmp_path / "a.json"), torch.device("cpu")
+    forced = recipe(batch_size=50, precision="fp64")
+    assert settled(forced, nn.Linear(4, 1), (1, 2, 4), 100, device, memo) == forced.model_copy(
+        update={"memory_format": "contiguous", "compile": False}
+    )
+    assert json.loads(memo.path.read_text()) == {"compile": {"20": False}}
     whole = recipe(precision="bf16", memory_format="channels_last", compile=False)
-    assert settled(whole, nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), tmp_path / "b.json") == whole
+    assert settled(whole, nn.Linear(1, 1), (1, 2, 2), 100, device, Memo(tmp_path / "b.json")) == whole
+    only = recipe(precision="fp16", compile=False)
+    assert settled(only, nn.Linear(1, 1), (1, 2, 2), 100, device, Memo(tmp_path / "b.json")).memory_format == "contiguous"
     assert not (tmp_path / "b.json").exists()
+
+
+def test_each_question_about_precision_has_a_memo_of_its_own() -> None:
+    asked = [recipe(), recipe(precision="fp32"), recipe(memory_format="contiguous"), recipe(batch_size=50)]
+    questions = [question(one) for one in asked]
+    assert all(questions.count(one) == 1 for one in questions)
+    assert question(recipe(compile=False, epochs=3, lr=0.1)) == question(recipe())
+
+
+def test_what_earlier_code_kept_for_an_automatic_recipe_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another measurement might choose another precision, which is another protocol, and would train everything again."""
+    monkeypatch.setattr(precision, "_step_seconds", None)  # nothing may be measured
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(EARLIER[0]))
+    memo = Memo(tmp_path / "new.json", old)
+    chosen = settled(recipe(batch_size=50), nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), memo)
+    assert (chosen.precision, chosen.memory_format, chosen.compile) == ("bf16", "channels_last", True)
+    assert not memo.path.exists()
+
+
+def test_what_earlier_code_kept_after_an_explicit_precision_is_not_taken_for_automatic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_step_seconds", lambda *_, **__: 1e-6)
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(EARLIER[1]))
+    memo = Memo(tmp_path / "new.json", old)
+    chosen = settled(recipe(batch_size=50), nn.Linear(1, 1), (1, 2, 2), 100, torch.device("cpu"), memo)
+    assert (chosen.precision, chosen.memory_format, chosen.compile) == ("fp32", "contiguous", False)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +206,7 @@ def test_compiling_is_chosen_where_its_own_time_is_won_back(
     monkeypatch.setattr(precision, "_step_seconds", pretend)
     monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
     asked = recipe(epochs=epochs, batch_size=10, precision="fp32", memory_format="contiguous")
-    memo, device = tmp_path / "a.json", torch.device("cpu")
+    memo, device = Memo(tmp_path / "a.json"), torch.device("cpu")
     assert settled(asked, nn.Linear(1, 1), (1, 2, 2), 100, device, memo).compile is pays
     assert (True in tried) == measures
     tried.clear()
