@@ -17,7 +17,7 @@ from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.cache_build import Builder, build_here
 from kdbench.training.checkpoint import save_weights
 from kdbench.training.loop import Training, prepare, train_epoch
-from kdbench.training.precision import settled
+from kdbench.training.precision import Memo, settled
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher_cache import CacheSpec
 
@@ -74,7 +74,7 @@ def fastest_precision(task: dict[str, Any], model: Model, batch: int, memo: Path
     """`precision` and `memory_format` as kdbench's own measurement chooses them for the model."""
     built = build_task(TaskSpec.model_validate(task))
     network = built.build_model(ModelSpec.model_validate(model))
-    recipe = settled(Recipe(batch_size=batch, compile=False), network, built.info.image_shape, batch, CPU, memo)
+    recipe = settled(Recipe(batch_size=batch, compile=False), network, built.info.image_shape, batch, CPU, Memo(memo))
     return {"precision": recipe.precision, "memory_format": recipe.memory_format}
 
 

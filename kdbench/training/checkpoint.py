@@ -70,11 +70,11 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path) -> str:
 
 
 def pack_predictions(prediction: Tensor, index: Tensor) -> bytes:
-    """Predictions in float16 with the positions of their samples, as safetensors."""
-    return save_safetensors({"prediction": prediction.half().contiguous(), "index": index.contiguous()})
+    """Predictions, in the precision that they come in, with the positions of their samples, as safetensors."""
+    return save_safetensors({"prediction": prediction.contiguous(), "index": index.contiguous()})
 
 
 def unpack_predictions(data: bytes) -> tuple[Tensor, Tensor]:
-    """What `pack_predictions` packed: prediction [N, ...] float16 and index [N]."""
+    """What `pack_predictions` packed: prediction [N, ...], float16 or float32, and index int64 [N]."""
     tensors = load_safetensors(data)
     return tensors["prediction"], tensors["index"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +53,11 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
 
 def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, session: Session, layout: Layout) -> dict[str, Any]:
     """Predict the test set, keep the predictions, and measure quality and cost. All workers predict; rank 0 writes and measures."""
-    prediction = predict(model, splits.test, session, unit.recipe.precision).half()
+    predicted = predict(model, splits.test, session, unit.recipe.precision)
     if session.rank != 0:
         return {}
+    prediction, quality = _kept(predicted, splits.test.target, task)
     packed = pack_predictions(prediction, splits.test.index)
-    quality = task.metrics(prediction.float(), splits.test.target)  # of the rounded numbers that are kept, so that anyone can re-derive it
     alike: dict[str, float] = {}
     teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
     if teacher is not None:
@@ -80,6 +81,20 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
         "predictions_uri": where,
         "predictions_sha256": hashlib.sha256(packed).hexdigest(),
     }
+
+
+def _kept(prediction: Tensor, target: Tensor, task: Task) -> tuple[Tensor, dict[str, float]]:
+    """Test predictions as the results folder keeps them, and the metrics of these very numbers, so that anyone can derive them again.
+
+    Half precision, unless rounding to it makes a number infinite or changes the primary metric; float32 then.
+    """
+    half, exact = prediction.half(), prediction.float()
+    quality = task.metrics(exact, target)
+    if bool((half.isinf() & exact.isfinite()).any()):
+        return exact, quality
+    rounded = task.metrics(half.float(), target)
+    same = rounded[task.primary] == quality[task.primary] or math.isnan(quality[task.primary])
+    return (half, rounded) if same else (exact, quality)
 
 
 def _cached_test(folder: Path) -> Tensor | None:

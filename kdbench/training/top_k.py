@@ -41,7 +41,9 @@ def smallest_faithful(logits: Tensor) -> tuple[int | None, Mapping[str, float]]:
     k = 1
     while 2 * k < logits.shape[1]:
         kept, classes, rest = largest(logits, k)
-        measured[str(k)] = change(logits, densified(kept.half().float(), classes, rest, logits.shape[1]))
+        rounded = kept.half().float()
+        stored = kept if rounded.isinf().any() else rounded  # a cache in fp16 refuses such logits, so they are in one in fp32
+        measured[str(k)] = change(logits, densified(stored, classes, rest, logits.shape[1]))
         if measured[str(k)] < BOUND:
             return k, measured
         k *= 2

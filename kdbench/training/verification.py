@@ -18,13 +18,14 @@ from kdbench.training.checkpoint import file_sha256, unpack_predictions
 from kdbench.training.export import experiment_of
 from kdbench.training.outcome import rederive
 
-# A record's metrics are those of the predictions as they are kept, rounded to half precision. So the rounding is in both numbers, and what
-# is left is the order of sums in double precision.
+# A record's metrics are those of the predictions as they are kept. So both numbers contain the same rounding, and only the order of sums in
+# double precision differs.
 TOLERANCE = 1e-9
 # The teacher's predictions that a record was compared with came from its cache, those that are kept from its own test. They are mostly the
 # same numbers. Where batches of another size changed a last bit, two roundings to half precision, each of half of 2**-10 of a logit, may
 # have gone different ways.
 TEACHER_ROUNDING = 2.0**-10
+TEACHER_SPACING = 2.0**-24  # between the numbers next to 0 that half precision has: the relative bound does not hold there
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,20 @@ def _undecided(teacher: torch.Tensor) -> float:
     if teacher.shape[1] < 2:
         return 0.0
     best, second = teacher.topk(2, dim=1).values.unbind(dim=1)
-    return (best - second <= 2 * TEACHER_ROUNDING * teacher.abs().amax(dim=1)).double().mean().item()
+    return (best - second <= 2 * _rounding(teacher)).double().mean().item()
 
 
 def _rounding_of_kl(divergence: float, teacher: torch.Tensor) -> float:
-    """How far rounding of the teacher's logits z by r = TEACHER_ROUNDING max|z| can move KL(teacher || student), to first order.
+    """How far rounding of the teacher's logits z by r can move KL(teacher || student), to first order.
 
     The gradient by z is p (log p/q - KL). Its absolute sum is at most 2 E|log p/q|, and that expectation at most KL + 0.74.
     """
-    return TEACHER_ROUNDING * teacher.abs().amax(dim=1).double().mean().item() * 2 * (divergence + 1)
+    return _rounding(teacher).double().mean().item() * 2 * (divergence + 1)
+
+
+def _rounding(teacher: torch.Tensor) -> torch.Tensor:
+    """The most by which two roundings of one logit of a sample can differ, [N, ...] for logits [N, C, ...]."""
+    return (TEACHER_ROUNDING * teacher.abs().amax(dim=1)).clamp(min=TEACHER_SPACING)
 
 
 def _equal(stored: float | None, derived: float | None) -> bool:

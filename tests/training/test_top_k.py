@@ -83,6 +83,15 @@ def test_auto_keeps_the_fewest_that_stay_below_the_bound() -> None:
     assert measured["8"] < BOUND <= min(measured[name] for name in ("1", "2", "4"))
 
 
+def test_auto_measures_logits_that_half_precision_has_no_room_for() -> None:
+    """Only a cache in fp32 holds such logits, so they are not rounded to half precision here."""
+    logits = torch.full((32, 512), -2e5)
+    logits[:, 0] = 1e5
+    k, measured = smallest_faithful(logits)
+    assert k == 1
+    assert measured["1"] < BOUND
+
+
 def test_auto_keeps_all_of_a_teacher_that_is_sure_of_nothing() -> None:
     k, measured = smallest_faithful(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
     assert k is None
