@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kdbench import yaml12
 from kdbench.catalogue import known, nearest
 from kdbench.data.options import StrictOptions
 from kdbench.data.views import Augment
@@ -294,32 +295,15 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     return validated(Experiment, value, str(path))
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset, and a key that stands twice is an error: YAML itself would keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys may well stand again
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} can't be a key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping that `text` holds. Raises UserError with line and column where it does not parse."""
     try:
-        value = yaml.load(text, _StrictLoader)
+        value = yaml12.load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         raise UserError(f"{where}:{place} not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date such as 2026-13-01
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a number such as !!int x
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     if value is None:
         raise UserError(f"{where}: the file is empty; experiments/quickstart.yaml shows what an experiment looks like")
@@ -337,7 +321,7 @@ def _override(experiment: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {assignment}: expected key=value, such as --set recipe.epochs=3")
     try:
-        value = yaml.load(text, _StrictLoader)
+        value = yaml12.load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {assignment}: the value is not valid YAML") from None
     path = key.split(".")
@@ -463,4 +447,4 @@ def content_hash(value: Mapping[str, Any] | Sequence[Any], length: int = 16) -> 
 
 def to_yaml(experiment: Experiment) -> str:
     """The experiment as YAML, as it is kept with every record."""
-    return yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False)
+    return yaml12.dump(json.loads(experiment.model_dump_json(exclude_none=True)))

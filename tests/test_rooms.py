@@ -28,6 +28,7 @@ ROOMS = (
     "results",
     "search_space",
     "catalogue",
+    "yaml12",
     "errors",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

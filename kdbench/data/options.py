@@ -35,7 +35,7 @@ class SparseDump(BaseModel):
 
 
 class StrictOptions(SparseDump):
-    """Keys with values: no unknown key, and no `on` or `yes`, which YAML reads as true and Python counts as 1, where a number is meant."""
+    """Keys with values: no unknown key, and no `true`, which Python counts as 1, where a number is expected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
