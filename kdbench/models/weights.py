@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdbench.errors import UserError
+from kdbench.models.weight_files import misfit_hint, read_weights
 
 
 def load_weights(model: nn.Module, path: Path, *, name: str, num_classes: int) -> None:
-    """Fill every parameter and buffer of `model` from a safetensors or a torch file (nothing is unpickled but tensors).
+    """Fill every parameter and buffer of `model` from a safetensors or a torch file, as `weight_files.read_weights` reads it.
 
     Raises UserError where the file can't be read, was made for another number of classes, or for another model than `name`.
     """
-    stored = _read(path)
     wanted = model.state_dict()
+    stored = read_weights(path, wanted)
     misshaped = [key for key in wanted if key in stored and stored[key].shape != wanted[key].shape]
     missing = [key for key in wanted if key not in stored]
     unexpected = [key for key in stored if key not in wanted]
@@ -31,8 +26,9 @@ def load_weights(model: nn.Module, path: Path, *, name: str, num_classes: int) -
         if keys:
             first = keys[0]
             shapes = f": {_shape(stored[first])} in the file, {_shape(wanted[first])} in the model" if keys is misshaped else ""
+            hint = misfit_hint(stored, wanted) if keys is not misshaped else ""
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise UserError(f"weights {path} do not fit model {name!r}: {first!r} {what}{shapes}{more}")
+            raise UserError(f"weights {path} do not fit model {name!r}: {first!r} {what}{shapes}{more}{hint}")
     model.load_state_dict(stored, strict=True)
 
 
@@ -43,22 +39,6 @@ def _check_classes(path: Path, num_classes: int, pairs: list[tuple[Tensor, Tenso
         wanted.dim() and wanted.shape[0] == num_classes and wanted.shape[1:] == stored.shape[1:] for wanted, stored in pairs
     ):
         raise UserError(f"weights {path}: the head has {stored_classes.pop()} classes, the data has {num_classes}")
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"weights {path}: there is no such file")
-    try:
-        stored: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"weights {path}: not a safetensors file, nor a torch file of plain tensors ({reason})") from error
-    for wrapper in ("state_dict", "model"):  # how training scripts commonly wrap their weights
-        if isinstance(stored, Mapping) and isinstance(stored.get(wrapper), Mapping):
-            stored = stored[wrapper]
-    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise UserError(f"weights {path}: expected names with tensors, or those under 'state_dict' or 'model'")
-    return stored
 
 
 def _shape(tensor: Tensor) -> list[int]:
