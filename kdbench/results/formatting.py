@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdbench.results.leaderboard import Board
+if TYPE_CHECKING:  # `kdbench list` imports this file; it should not wait for numpy and pyarrow
+    from kdbench.results.leaderboard import Board
 
 UNKNOWN = "-"
 
