@@ -46,13 +46,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row of one board, traced."""
+    """A row of one board, traced. findings: those of the whole board."""
 
     title: str
     protocol_hash: str
     method: str
     runs: tuple[Run, ...]
     figures: tuple[Figure, ...]
+    findings: tuple[str, ...] = ()
 
 
 def explain(boards: Sequence[Board], records: Iterable[RunRecord], method: str) -> list[Explanation]:
@@ -75,7 +76,8 @@ def explanation_data(explanation: Explanation) -> dict[str, Any]:
 
 def _explanation(board: Board, row: Row, by_id: Mapping[str, RunRecord]) -> Explanation:
     runs = tuple(_run(by_id[run_id], row, board, by_id) for run_id in row.run_ids)
-    return Explanation(pair_title(board), board.protocol_hash, row.label, runs, tuple(_Trace(board, row, runs, by_id).figures()))
+    figures = tuple(_Trace(board, row, runs, by_id).figures())
+    return Explanation(pair_title(board), board.protocol_hash, row.label, runs, figures, board.findings)
 
 
 def _run(record: RunRecord, row: Row, board: Board, by_id: Mapping[str, RunRecord]) -> Run:
@@ -99,14 +101,10 @@ def _run(record: RunRecord, row: Row, board: Board, by_id: Mapping[str, RunRecor
 
 
 def _of_seed(board: Board, label: str | None, seed: int, by_id: Mapping[str, RunRecord]) -> tuple[str, float] | None:
-    row = _row(board, label)
+    row = board.row(label)
     if row is None or seed not in row.values:
         return None
     return next((run_id, row.values[seed]) for run_id in row.run_ids if by_id[run_id].seed == seed)
-
-
-def _row(board: Board, label: str | None) -> Row | None:
-    return next((row for row in board.rows if row.label == label), None)
 
 
 class _Trace:
@@ -126,12 +124,14 @@ class _Trace:
     def _rank(self) -> Figure:
         row = self.row
         if row.rank is None:
-            return Figure("rank", "none", f"{row.seeds} seeds that count, fewer than others have", row.run_ids)
+            why = "every seed failed" if row.mean is None and row.failed else f"{row.seeds} seeds that count, fewer than others have"
+            return Figure("rank", "none", why, row.run_ids)
         leader = next(other for other in self.board.rows if other.rank == row.rank)
         place = self.board.rows.index(row) + 1
         above = [other for other in self.board.rows[: place - 1] if other.rank is not None and other.rank < row.rank]
         if leader is not row:
-            against, how = leader, f"shared with {leader.label}: the difference {self._difference(row, leader)} holds 0"
+            open_ = "has no interval, as one seed gives none" if row.seeds == 1 else "holds 0"
+            against, how = leader, f"shared with {leader.label}: the difference {self._difference(row, leader)} {open_}"
         elif above:
             against = next(other for other in above if other.rank == above[-1].rank)
             how = f"place {place}: the difference to {against.label}, {self._difference(row, against)}, leaves out 0"
@@ -165,7 +165,7 @@ class _Trace:
         )
 
     def _gap(self) -> Figure | None:
-        row, undistilled, metric = self.row, _row(self.board, self.board.undistilled), self.board.teacher_metric
+        row, undistilled, metric = self.row, self.board.row(self.board.undistilled), self.board.teacher_metric
         if row.gap_recovered is None or row.mean is None or undistilled is None or undistilled.mean is None or metric is None:
             return None
         base, teacher = self._number(undistilled.mean), self._number(metric)
@@ -174,7 +174,7 @@ class _Trace:
         return Figure("gap_recovered", f"{row.gap_recovered:.1%}", how, (*self.counted, *undistilled.run_ids, *teachers))
 
     def _p(self) -> Figure | None:
-        row, control = self.row, _row(self.board, self.board.control)
+        row, control = self.row, self.board.row(self.board.control)
         if row.vs_kd_p is None or control is None:
             return None
         family = [other for other in self.board.rows if other.vs_kd_p is not None and other.method not in CONTROLS]
@@ -183,11 +183,19 @@ class _Trace:
         return Figure("vs_kd_p", short(row.vs_kd_p), how, (*row.run_ids, *control.run_ids))
 
     def _cost(self, name: str) -> Figure | None:
-        known = [(r.run_id, getattr(r, name)) for r in self._records() if getattr(r, name) is not None]
+        records = self._records() if name != "latency_ms_p50" else self._of_one_network()
+        known = [(r.run_id, getattr(r, name)) for r in records if getattr(r, name) is not None]
         if not known:
             return None
-        how = "median of " + ", ".join(short(value) for _, value in known) if name == "latency_ms_p50" else "of the deployed student"
+        how = "of the deployed student"
+        if name == "latency_ms_p50":
+            how = f"median of {', '.join(short(value) for _, value in known)}, over all runs of the board that deploy the same network"
         return Figure(name, short(getattr(self.row, name)), how, tuple(run_id for run_id, _ in known))
+
+    def _of_one_network(self) -> list[RunRecord]:
+        network = (self.row.params_count, self.row.flops)
+        alike = [self.row] if None in network else [row for row in self.board.rows if (row.params_count, row.flops) == network]
+        return [self.by_id[run_id] for row in alike for run_id in row.run_ids]
 
     def _device_hours(self) -> Figure | None:
         if self.row.device_hours is None:

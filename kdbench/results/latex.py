@@ -87,7 +87,7 @@ def _caption(board: Board, decimals: int) -> str:
         f"{escaped(board.task)} on {escaped(board.data)}, {teacher}, student {escaped(board.student)}:",
         f"{escaped(board.primary)} ({'higher' if board.higher_is_better else 'lower'} is better),",
         f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; gain over the undistilled student and difference to kd are paired by seed.",
-        "Bold: not told apart from the best.",
+        "Bold: rank 1, the best mean and the methods after it whose paired interval to it holds 0.",
     ]
     if any(row.vs_kd_p is not None for row in board.rows):
         told.append(r"$^{*}$: better than kd at the 5\,\% level after Holm's correction.")

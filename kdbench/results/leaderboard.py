@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median, variance
 from typing import Any
 
+from kdbench.results.formatting import digits
 from kdbench.results.published import PublishedFigure
 from kdbench.results.record import RunRecord
 from kdbench.results.stats import (
     LEVEL,
+    POWER,
+    SMALLEST_GAP,
     detectable_effect,
     gap_recovered,
     holm,
@@ -27,7 +30,8 @@ from kdbench.results.stats import (
 
 UNDISTILLED = "none"
 CONTROL = "kd"
-CONTROLS = frozenset({UNDISTILLED, CONTROL, "label_smoothing"})  # methods that are there to be beaten
+WITHOUT_DISTILLATION = frozenset({UNDISTILLED, "label_smoothing"})
+CONTROLS = WITHOUT_DISTILLATION | {CONTROL}  # methods that are there to be beaten
 COSTS = ("latency_ms_p50", "params_count", "device_hours")  # what a better metric is weighed against
 SPEED_ONLY = frozenset({"memory_format", "compile"})  # keys of a recipe that change how fast it is, not what is trained
 
@@ -38,7 +42,7 @@ class Row:
 
     label: str
     method: str
-    rank: int | None  # None: fewer seeds than others, so not comparable
+    rank: int | None  # None: fewer seeds than others, or none that finished, so not comparable
     mean: float | None
     low: float | None
     high: float | None
@@ -52,13 +56,13 @@ class Row:
     vs_kd_p: float | None  # of the paired t-test against kd, adjusted by Holm for all methods that are no controls; None for controls
     values: Mapping[int, float]  # by seed, what `mean` is the mean of
     seeds: int  # that count in the mean, failed ones included
-    failed: int  # seeds that diverged or died; each counts as the undistilled student of its seed
+    failed: int  # seeds that diverged or died; where another seed finished, each counts as the undistilled student of its seed
     params: Mapping[str, Any]  # of the method, and `recipe.x` where the search varied it
     searched: frozenset[str]  # which of `params` the search chose
     trials: int | None  # of the search that chose them
     params_count: int | None  # of the deployed student
     flops: int | None
-    latency_ms_p50: float | None
+    latency_ms_p50: float | None  # of the deployed network: the median over all finals of the board that deploy the same one
     device_hours: float | None  # what one tuned student costs: the mean of the final trainings plus the whole search
     pareto: tuple[str, ...]  # the COSTS for which no other ranked row is at least as good and as cheap, and better in one
     run_ids: tuple[str, ...]
@@ -93,6 +97,21 @@ class Board:
     findings: tuple[str, ...]
     notes: tuple[str, ...]
     published: tuple[PublishedFigure, ...] = ()
+    data_hash: str = ""  # of the content of the data set; metrics on other content do not compare
+
+    @property
+    def best_distilled(self) -> Row | None:
+        """The distilled row with the best mean among the ranked ones; None where there is none."""
+        return next((row for row in self.rows if row.rank is not None and row.method not in WITHOUT_DISTILLATION), None)
+
+    @property
+    def leaders(self) -> tuple[Row, ...]:
+        """The rows of rank 1, best mean first."""
+        return tuple(row for row in self.rows if row.rank == 1)
+
+    def row(self, label: str | None) -> Row | None:
+        """The row of that label; None where there is none."""
+        return next((row for row in self.rows if row.label == label), None)
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,12 @@ class _Finals:
     @property
     def failed(self) -> int:
         return sum(_failed(record) for record in self.records.values())
+
+    @property
+    def network(self) -> tuple[object, ...]:
+        """What it deploys, by parameters and FLOPs; where one of them is unknown, a network of its own."""
+        known = tuple(next(iter(_known([*self.records.values()], name)), None) for name in ("params_count", "flops"))
+        return (self.label,) if None in known else known
 
 
 def boards(records: Iterable[RunRecord], published: Sequence[PublishedFigure] = ()) -> list[Board]:
@@ -154,13 +179,17 @@ def _board(
     ranks = _ranks(complete)
     ordered = [*complete, *incomplete]
     judged = _p_values(ordered, control)
+    latencies = _latencies(groups)
     rows = _with_fronts(
-        [_row(group, ranks.get(group.label), undistilled, control, teacher_metric, judged.get(group.label)) for group in ordered],
+        [
+            _row(group, ranks.get(group.label), undistilled, control, teacher_metric, judged.get(group.label), latencies.get(group.network))
+            for group in ordered
+        ],
         first.higher_is_better,
     )
     detectable = _detectable([group for group in complete if group.label in judged], control, wanted)
     methods = {row.method for row in rows}
-    return Board(
+    board = Board(
         protocol_hash=first.protocol_hash,
         family=_family(groups),
         task=first.task,
@@ -175,10 +204,12 @@ def _board(
         control=control.label if control else None,
         detectable=detectable,
         rows=rows,
-        findings=_findings(rows, undistilled, control),
-        notes=_notes(groups, rows, wanted, detectable),
+        findings=(),
+        notes=(),
         published=tuple(figure for figure in published if figure.method in methods),
+        data_hash=first.data_hash,
     )
+    return replace(board, findings=_findings(board), notes=_notes(board, groups, wanted))
 
 
 def _groups(members: Sequence[RunRecord], better: float) -> list[_Finals]:
@@ -217,7 +248,12 @@ def _chosen(groups: Sequence[_Finals], method: str) -> _Finals | None:
 
 
 def _values(group: _Finals, undistilled: _Finals | None) -> dict[int, float]:
-    """The test metric by seed; a failed seed has the undistilled student's of that seed, or none where that is missing too."""
+    """The test metric by seed; a failed seed has the undistilled student's of that seed, or none where that is missing too.
+
+    Empty where every seed failed: nothing of the method was measured.
+    """
+    if group.failed == len(group.records):
+        return {}
     values = {}
     for seed, record in sorted(group.records.items()):
         counted = record if not _failed(record) or undistilled is None else undistilled.records.get(seed)
@@ -276,22 +312,19 @@ def _with_fronts(rows: Sequence[Row], higher_is_better: bool) -> tuple[Row, ...]
     fronts: dict[str, list[str]] = {row.label: [] for row in rows}
     ranked = [row for row in rows if row.rank is not None]
     for cost in COSTS:
-        known = [
-            (row, sign * row.mean, price) for row in ranked if row.mean is not None and (price := _price(row, cost, ranked)) is not None
-        ]
+        known = [(row, sign * row.mean, price) for row in ranked if row.mean is not None and (price := getattr(row, cost)) is not None]
         for (row, *_), on_front in zip(known, pareto_front([(good, -price) for _, good, price in known]), strict=True):
             if on_front:
                 fronts[row.label].append(cost)
     return tuple(replace(row, pareto=tuple(fronts[row.label])) for row in rows)
 
 
-def _price(row: Row, cost: str, rows: Sequence[Row]) -> float | None:
-    """A row's cost. Rows of one network share the median of their latencies, which differ by nothing but the noise of measuring."""
-    if cost != "latency_ms_p50" or row.latency_ms_p50 is None:
-        price: float | None = getattr(row, cost)
-        return price
-    alike = [other.latency_ms_p50 for other in rows if (other.params_count, other.flops) == (row.params_count, row.flops)]
-    return median(latency for latency in alike if latency is not None)
+def _latencies(groups: Sequence[_Finals]) -> dict[tuple[object, ...], float]:
+    """By network, the median over all finals that deploy it: their latencies differ by nothing but the noise of measuring."""
+    measured: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    for group in groups:
+        measured[group.network] += _known([*group.records.values()], "latency_ms_p50")
+    return {network: median(values) for network, values in measured.items() if values}
 
 
 def _row(
@@ -301,6 +334,7 @@ def _row(
     control: _Finals | None,
     teacher_metric: float | None,
     p_value: float | None,
+    latency: float | None,
 ) -> Row:
     values = list(group.values.values())
     mean, low, high = t_interval(values) if values else (None, None, None)
@@ -335,7 +369,7 @@ def _row(
         trials=group.newest.trials,
         params_count=next(iter(_known(records, "params_count")), None),
         flops=next(iter(_known(records, "flops")), None),
-        latency_ms_p50=median(latencies) if (latencies := _known(records, "latency_ms_p50")) else None,
+        latency_ms_p50=latency,
         device_hours=fmean(training) + max(search, default=0.0) if training else None,
         pareto=(),
         run_ids=tuple(record.run_id for record in records),
@@ -361,39 +395,96 @@ def _age(record: RunRecord) -> tuple:
     return record.created_at, record.run_id
 
 
-def _findings(rows: Sequence[Row], undistilled: _Finals | None, control: _Finals | None) -> tuple[str, ...]:
+def _findings(board: Board) -> tuple[str, ...]:
+    """What the board shows, and what it lacks to show more. Every output of a board has these sentences, and no others of the kind."""
     found = []
+    undistilled, control = board.row(board.undistilled), board.row(board.control)
     if undistilled is None:
         found.append("no undistilled student (method none) on this board: gains can't be given; add none to the methods")
+    elif undistilled.mean is None:
+        found.append(f"no seed of the undistilled student ({undistilled.label}) finished: gains can't be given")
+    elif board.teacher_metric is not None and _lead(board, undistilled.mean) <= 0:
+        teacher, student = (f"{value:.{digits(board)}f}" for value in (board.teacher_metric, undistilled.mean))
+        found.append(f"the teacher ({teacher}) is no better than the undistilled student ({student})")
+    if harm := _harm(board, control):
+        found.append(harm)
     if control is None:
         found.append("no kd on this board: whether a method beats it is not known; add kd to the methods")
         return tuple(found)
-    name = "tuned kd" if control.newest.trials else "kd (not tuned)"
-    rivals = [row for row in rows if row.method not in CONTROLS and row.vs_kd is not None]
-    if beaten := [row.label for row in rivals if row.verdict <= 0]:
-        found.append(f"does not beat {name}: " + ", ".join(beaten))
-    if winners := [row.label for row in rivals if row.verdict > 0]:
-        found.append(f"beats {name}: " + ", ".join(winners))
+    if control.mean is None:
+        found.append(f"no seed of {control.label} finished: whether a method beats it is not known")
+        return tuple(found)
+    if worse := [row.label for row in _rivals(board) if row.verdict < 0]:
+        found.append(f"worse than {_name(control)}: " + ", ".join(worse))
+    if winners := [row.label for row in _rivals(board) if row.verdict > 0]:
+        found.append(f"beats {_name(control)}: " + ", ".join(winners))
     return tuple(found)
 
 
-def _notes(groups: Sequence[_Finals], rows: Sequence[Row], wanted: int, detectable: float | None) -> tuple[str, ...]:
-    """What a reader must know to trust the board: seeds, the search's budget, and whatever is not as it should be."""
+def _harm(board: Board, control: Row | None) -> str | None:
+    """That distilling makes this student worse, as far as the intervals of the gains say so."""
+    distilled = [row for row in board.rows if row.method not in WITHOUT_DISTILLATION and row.mean is not None]
+    surely = {row.label for row in distilled if row.gain_high is not None and row.gain_high < 0}
+    if distilled and len(surely) == len(distilled):
+        return "distilling hurts here: every distilled method is surely worse than the undistilled student"
+    if control is not None and control.label in surely:
+        return f"distilling with {_name(control)} hurts here: it is surely worse than the undistilled student"
+    return None
+
+
+def _name(control: Row) -> str:
+    return "tuned kd" if control.trials else "kd (not tuned)"
+
+
+def _rivals(board: Board) -> list[Row]:
+    """The rows that are compared with kd and are no controls themselves."""
+    return [row for row in board.rows if row.method not in CONTROLS and row.vs_kd is not None]
+
+
+def _lead(board: Board, undistilled: float) -> float:
+    """How much better the teacher is than the undistilled student; nan where it has no metric."""
+    metric = math.nan if board.teacher_metric is None else board.teacher_metric
+    return (metric - undistilled) * (1.0 if board.higher_is_better else -1.0)
+
+
+def _notes(board: Board, groups: Sequence[_Finals], wanted: int) -> tuple[str, ...]:
+    """What a reader must know to trust the board: seeds, the search's budget, what stays open, and whatever is not as it should be."""
+    rows, control, undistilled = board.rows, board.row(board.control), board.row(board.undistilled)
     notes = [f"{wanted} seed{'' if wanted == 1 else 's'} a method; {_search_budget(groups)}"]
     if wanted == 1:
         notes.append("one seed tells nothing apart: all complete methods share rank 1; set seeds to 3 or more")
-    if detectable:
-        notes.append(f"a true difference to kd below {detectable:.2g} is missed more than one time in five with {wanted} seeds")
+    if board.detectable:
+        notes.append(
+            f"with {wanted} seeds, this board has less than {POWER:.0%} power to detect a difference from kd "
+            f"smaller than {board.detectable:.2g}"
+        )
+    undecided = [row.label for row in _rivals(board) if row.verdict == 0]
+    if control is not None and wanted > 1 and undecided:
+        notes.append(f"no difference from {_name(control)} was found, which does not show that there is none: " + ", ".join(undecided))
     if corrected := [row.label for row in rows if row.vs_kd_p is not None and row.verdict == 0 and _apart_from_zero(row)]:
         family = sum(row.vs_kd_p is not None for row in rows)
         notes.append(f"the interval to kd leaves out 0, but not after Holm's correction for {family} methods: " + ", ".join(corrected))
-    if incomplete := [f"{row.label} ({row.seeds})" for row in rows if row.rank is None]:
+    if undistilled is not None and undistilled.mean is not None and _lead(board, undistilled.mean) > 0 and _no_gap(board, undistilled):
+        notes.append(
+            f"the teacher's lead over the undistilled student is below {SMALLEST_GAP:g} or below two standard errors: the gap is left out"
+        )
+    if lost := [f"{row.label} ({row.failed})" for row in rows if row.failed and row.mean is None]:
+        notes.append("not ranked, every seed failed: " + ", ".join(lost))
+    if incomplete := [f"{row.label} ({row.seeds})" for row in rows if row.rank is None and row.mean is not None]:
         notes.append(f"not ranked, fewer than {wanted} seeds: " + ", ".join(incomplete))
-    if failed := [f"{group.label} ({group.failed})" for group in groups if group.failed]:
+    if failed := [f"{row.label} ({row.failed})" for row in rows if row.failed and row.mean is not None]:
         notes.append("failed seeds count as the undistilled student of the same seed: " + ", ".join(failed))
     if left_out := [f"{group.label} ({group.left_out})" for group in groups if group.left_out]:
         notes.append("older final runs with another setting are left out: " + ", ".join(left_out))
     return tuple(notes)
+
+
+def _no_gap(board: Board, undistilled: Row) -> bool:
+    """Whether the teacher's lead is too small to say which share of it a method has made up."""
+    if undistilled.mean is None or board.teacher_metric is None:
+        return True
+    error = standard_error([*undistilled.values.values()])
+    return gap_recovered(undistilled.mean, undistilled.mean, board.teacher_metric, error, board.higher_is_better) is None
 
 
 def _apart_from_zero(row: Row) -> bool:

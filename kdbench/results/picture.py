@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdbench.errors import RunFailed, UserError
+from kdbench.results.formatting import digits
 from kdbench.results.leaderboard import Board, Row
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -45,21 +46,22 @@ def _panel(axes: object, board: Board) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    rows = [row for row in board.rows if row.gain is not None][::-1]
+    rows, figures = [row for row in board.rows if row.gain is not None][::-1], f".{digits(board)}f"
     for height, row in enumerate(rows):
         colour = _colour(row)
         if row.gain_low is not None and row.gain_high is not None:
             axes.plot([row.gain_low, row.gain_high], [height, height], color=colour, linewidth=2.5, solid_capstyle="round")
         axes.plot(row.gain or 0.0, height, "o", color=colour, markersize=6)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{row.label}  {row.mean:.2f}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row.label}  {row.mean:{figures}}" for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(axis="x", linewidth=0.4, alpha=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"gain in {board.primary} over the undistilled student, points, 95% interval paired by seed", fontsize=9)
-    teacher = f"{board.teacher} ({board.teacher_metric:.2f})" if board.teacher_metric is not None else board.teacher or "no teacher"
-    undistilled = next((f", undistilled {row.mean:.2f}" for row in board.rows if row.gain is None and row.mean is not None), "")
+    teacher = f"{board.teacher} ({board.teacher_metric:{figures}})" if board.teacher_metric is not None else board.teacher or "no teacher"
+    student = board.row(board.undistilled)
+    undistilled = f", undistilled {student.mean:{figures}}" if student is not None and student.mean is not None else ""
     axes.set_title(f"{board.data}: {teacher} → {board.student}{undistilled}", loc="left", fontsize=10)
 
 

@@ -236,6 +236,11 @@ def _below(board: Board) -> list[str]:
     return [protocol, *board.notes, *(f"finding: {finding}" for finding in board.findings)]
 
 
+def _warns(line: str) -> bool:
+    """Whether a line below the board says that something is not as one would wish it."""
+    return "DIFFER" in line or (line.startswith("finding: ") and not line.startswith("finding: beats"))
+
+
 def _published_lines(board: Board) -> list[str]:
     return [_published_line(figure) for figure in board.published]
 
@@ -258,9 +263,7 @@ def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published
             console.print(f"[bold]{escape(pair_title(board))}[/bold]", highlight=False)
             console.print(_fitting_table(_columns(board), board.rows, console))
             for line in _below(board):
-                console.print(
-                    escape(line), style="yellow" if line.startswith("finding: does not") or "DIFFER" in line else "dim", highlight=False
-                )
+                console.print(escape(line), style="yellow" if _warns(line) else "dim", highlight=False)
             if with_published and board.published:
                 console.print("published (other protocols, not ranked)", style="bold", highlight=False)
                 for line in _published_lines(board):

@@ -127,7 +127,7 @@ def _row(rows: Sequence[Row], boards: Sequence[Board], gaps: Sequence[Sequence[f
 
 def _lead(board: Board) -> float | None:
     """The teacher's lead over the undistilled student in the metric's unit; None where there is none to speak of."""
-    undistilled = _named(board, board.undistilled)
+    undistilled = board.row(board.undistilled)
     if undistilled is None or undistilled.mean is None or board.teacher_metric is None:
         return None
     error = standard_error([*undistilled.values.values()])
@@ -138,7 +138,7 @@ def _lead(board: Board) -> float | None:
 
 def _gaps(row: Row, board: Board) -> list[float]:
     """The share of the lead that each seed recovered, its gain over the undistilled student of the same seed divided by the lead."""
-    lead, undistilled = _lead(board), _named(board, board.undistilled)
+    lead, undistilled = _lead(board), board.row(board.undistilled)
     if lead is None or undistilled is None:
         return []
     sign = 1.0 if board.higher_is_better else -1.0
@@ -148,7 +148,7 @@ def _gaps(row: Row, board: Board) -> list[float]:
 
 def _probability(rows: Sequence[Row], boards: Sequence[Board]) -> float | None:
     """Of improvement over kd; None where a board has no kd, or where this is it."""
-    controls = [_named(board, board.control) for board in boards]
+    controls = [board.row(board.control) for board in boards]
     against = [control for control in controls if control is not None and control.values]
     if len(against) < len(boards) or any(row.label == control.label for row, control in zip(rows, against, strict=True)):
         return None
@@ -164,10 +164,6 @@ def _average_ranks(boards: Sequence[Board], ranked: Sequence[dict[str, Row]], la
 
 def _signed(row: Row, board: Board) -> list[float]:
     return [value if board.higher_is_better else -value for value in row.values.values()]
-
-
-def _named(board: Board, label: str | None) -> Row | None:
-    return next((row for row in board.rows if row.label == label), None)
 
 
 def _notes(

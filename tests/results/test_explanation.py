@@ -91,6 +91,21 @@ def test_a_rank_says_against_whom_it_stands(records) -> None:
     assert set(ranks["kd"].run_ids) == {"kd-0", "kd-1", "kd-2", "nkd-0", "nkd-1", "nkd-2"}
 
 
+def test_the_latency_is_the_median_over_all_runs_of_the_network(records) -> None:
+    changed = [r.model_copy(update={"latency_ms_p50": 2.5 if r.method == "none" else 1.5 + r.seed}) for r in records if r.role == "final"]
+    found = figures(only(changed, "kd"))["latency_ms_p50"]
+
+    assert found.value == "2.5"
+    assert found.how.endswith("over all runs of the board that deploy the same network")
+    assert set(found.run_ids) == {record.run_id for record in changed}
+
+
+def test_a_rank_that_one_seed_shares_has_no_interval_to_name(make_record) -> None:
+    records = [make_record(method="none"), make_record(method="kd", test_metric=91.0)]
+
+    assert figures(only(records, "none"))["rank"].how == "shared with kd: the difference -1.00 has no interval, as one seed gives none"
+
+
 def test_a_later_rank_names_the_rank_above(make_record) -> None:
     records = [
         make_record(method=method, seed=seed, test_metric=value)

@@ -194,22 +194,88 @@ def test_lower_is_better_turns_signs_and_order(finals) -> None:
     assert kd.gap_recovered == pytest.approx(1.0 / 2.1)
 
 
-def test_a_method_that_does_not_beat_tuned_kd_is_a_finding(finals) -> None:
+def test_methods_that_are_surely_better_or_worse_than_tuned_kd_are_findings_and_open_ones_are_not(finals) -> None:
     records = [
         *finals("none", [90.0, 90.1, 90.2]),
         *finals("kd", [91.0, 91.1, 91.2], trials=8),
-        *finals("nkd", [92.0, 92.1, 92.25], trials=8),
+        *finals("nkd", [92.0, 92.1, 92.22], trials=8),
         *finals("dkd", [91.0, 91.5, 90.9], trials=8),
+        *finals("at", [90.5, 90.6, 90.71], trials=8),
         *finals("label_smoothing", [90.0, 90.1, 90.2], trials=8),
     ]
+    board = only(boards(records))
 
-    assert only(boards(records)).findings == ("does not beat tuned kd: dkd", "beats tuned kd: nkd")
+    assert board.findings == ("worse than tuned kd: at", "beats tuned kd: nkd")
+    assert "no difference from tuned kd was found, which does not show that there is none: dkd" in board.notes
 
 
 def test_kd_that_was_not_tuned_is_not_called_tuned(finals) -> None:
+    board = only(boards([*finals("none", [90.0, 90.1]), *finals("kd", [91.0, 91.0]), *finals("nkd", [92.0, 92.1])]))
+
+    assert board.findings == ("beats kd (not tuned): nkd",)
+
+
+def test_one_seed_finds_nothing_about_a_method(finals) -> None:
     board = only(boards([*finals("none", [90.0]), *finals("kd", [91.0]), *finals("nkd", [92.0])]))
 
-    assert board.findings == ("does not beat kd (not tuned): nkd",)
+    assert board.findings == ()
+    assert not any("no difference" in note for note in board.notes)
+
+
+def test_distilling_that_makes_every_student_worse_is_a_finding(finals) -> None:
+    none = finals("none", [97.7, 97.6, 97.68])
+    records = [*none, *finals("kd", [95.3, 95.2, 95.4]), *finals("fragile", [95.7, 95.6, 95.8]), *finals("label_smoothing", [98.0] * 3)]
+
+    board = only(boards(records))
+    assert "distilling hurts here: every distilled method is surely worse than the undistilled student" in board.findings
+    assert board.best_distilled is not None
+    assert board.best_distilled.label == "fragile"
+    open_ = only(boards([*records, *finals("dkd", [97.0, 98.0, 97.5])]))
+    assert "distilling with kd (not tuned) hurts here: it is surely worse than the undistilled student" in open_.findings
+    assert not any("every distilled" in finding for finding in open_.findings)
+    assert not any("hurts" in f for f in only(boards([*none, *finals("kd", [95.0, 97.7, 97.0])])).findings)
+    assert only(boards(none)).best_distilled is None
+
+
+@pytest.mark.parametrize(("teacher", "said"), [(97.42, True), (97.66, True), (97.7, False)])
+def test_a_teacher_that_is_no_better_than_the_undistilled_student_is_a_finding(finals, teacher: float, said: bool) -> None:
+    board = only(boards([*finals("none", [97.66, 97.66]), *finals("kd", [95.0, 98.0], teacher_metric=teacher)]))
+
+    assert (f"the teacher ({teacher:.2f}) is no better than the undistilled student (97.66)" in board.findings) is said
+    assert any("the teacher's lead over the undistilled student is below 0.5" in note for note in board.notes) is not said
+
+
+def test_a_teacher_whose_error_is_lower_is_better(finals) -> None:
+    common = {"primary": "rmse", "higher_is_better": False}
+    found = [only(boards(finals("none", [4.0, 4.2], teacher_metric=metric, **common))).findings for metric in (2.0, 5.0)]
+
+    assert [any(f.startswith("the teacher (5.00) is no better than the undistilled student (4.10)") for f in each) for each in found] == [
+        False,
+        True,
+    ]
+
+
+def test_a_method_whose_seeds_all_failed_has_no_figures_and_no_rank(finals, make_record) -> None:
+    lost = [make_record(method="w", seed=seed, status="failed", test_metric=None) for seed in range(3)]
+    board = only(boards([*finals("none", [90.0, 90.1, 90.2]), *finals("kd", [90.0, 90.5, 89.9]), *lost]))
+
+    w = row(board, "w")
+    assert (w.rank, w.mean, w.gain, w.vs_kd, w.vs_kd_p, w.seeds, w.failed) == (None, None, None, None, None, 0, 3)
+    assert board.rows[-1] is w
+    assert "not ranked, every seed failed: w (3)" in board.notes
+    assert not any("failed seeds count" in note or "fewer than" in note for note in board.notes)
+
+
+def test_a_control_whose_seeds_all_failed_is_compared_with_nothing(finals, make_record) -> None:
+    """The undistilled student's values stood in for kd's, so methods seemed to beat kd."""
+    nkd, lost = finals("nkd", [92.0, 92.1, 92.2]), {"status": "failed", "test_metric": None}
+    no_kd = only(boards([*finals("none", [90.0, 90.1, 90.21]), *nkd, *(make_record(method="kd", seed=s, **lost) for s in range(3))]))
+    no_none = only(boards([*finals("kd", [90.0, 90.1, 90.21]), *nkd, *(make_record(method="none", seed=s, **lost) for s in range(3))]))
+
+    assert (row(no_kd, "nkd").vs_kd, row(no_kd, "nkd").gain) == (None, pytest.approx(2.0, abs=0.01))
+    assert no_kd.findings == ("no seed of kd finished: whether a method beats it is not known",)
+    assert row(no_none, "nkd").gain is None
+    assert no_none.findings[0] == "no seed of the undistilled student (none) finished: gains can't be given"
 
 
 def test_missing_controls_are_findings(finals) -> None:
@@ -266,7 +332,7 @@ def test_verdicts_against_kd_are_corrected_for_the_number_of_methods(crowded) ->
     assert min(plain["a"], plain["e"]) * 5 == pytest.approx(min(p_values["a"], p_values["e"]), rel=1e-6)
     assert (p_values["kd"], p_values["none"]) == (None, None)
     assert {r.label: r.verdict for r in board.rows} == {"a": 1, "b": 0, "c": 0, "d": 0, "e": -1, "none": -1, "kd": 0}
-    assert board.findings == ("does not beat kd (not tuned): b, c, d, e", "beats kd (not tuned): a")
+    assert board.findings == ("worse than kd (not tuned): e", "beats kd (not tuned): a")
     assert row(board, "b").vs_kd_low > 0
     assert any(note == "the interval to kd leaves out 0, but not after Holm's correction for 5 methods: b" for note in board.notes)
 
@@ -277,7 +343,8 @@ def test_the_detectable_effect_is_that_of_the_pooled_spread_and_of_holms_first_s
 
     spread = math.sqrt(sum(statistics.variance(by) for by in differences.values()) / 5)
     assert board.detectable == pytest.approx(detectable_effect(3, spread, comparisons=5))
-    assert any(f"below {board.detectable:.2g} is missed more than one time in five with 3 seeds" in note for note in board.notes)
+    said = f"with 3 seeds, this board has less than 80% power to detect a difference from kd smaller than {board.detectable:.2g}"
+    assert said in board.notes
 
 
 def test_without_kd_or_with_one_seed_no_effect_is_called_detectable(finals) -> None:
@@ -299,6 +366,21 @@ def test_a_row_keeps_the_values_that_count_by_seed(finals, make_record) -> None:
     records = [*finals("none", [90.0, 80.0]), *finals("kd", [91.0]), make_record(method="kd", seed=1, status="failed", test_metric=None)]
 
     assert row(only(boards(records)), "kd").values == {0: 91.0, 1: 80.0}
+
+
+def test_rows_that_deploy_one_network_have_one_latency(finals) -> None:
+    same = {"params_count": 100, "flops": 1000}
+    records = [
+        *finals("none", [90.0, 90.1], latency_ms_p50=1.0, **same),
+        *finals("kd", [91.0, 91.1], latency_ms_p50=1.4, **same),
+        *finals("nkd", [92.0], latency_ms_p50=1.2, **same),  # too few seeds to be ranked; its measurement is of the same network
+        *finals("pruned", [90.2, 90.3], latency_ms_p50=0.5, params_count=50, flops=500),
+        *finals("odd", [90.2, 90.3], latency_ms_p50=7.0, params_count=50, flops=None),
+        *finals("unknown", [90.2, 90.3], latency_ms_p50=None),
+    ]
+
+    latencies = {r.label: r.latency_ms_p50 for r in only(boards(records)).rows}
+    assert latencies == {"none": 1.2, "kd": 1.2, "nkd": 1.2, "pruned": 0.5, "odd": 7.0, "unknown": None}
 
 
 def test_the_front_of_a_cost_holds_what_nothing_better_undercuts(finals) -> None:

@@ -116,12 +116,14 @@ class Page:
         return [entry.curve for entry in self.entries if entry.curve is not None]
 
     @property
-    def undistilled(self) -> Row | None:
-        return next((row for row in self.board.rows if row.label == self.board.undistilled), None)
-
-    @property
-    def leaders(self) -> list[Row]:
-        return [entry.row for entry in self.entries if entry.row.rank == 1]
+    def tiles(self) -> list[tuple[str, float | None]]:
+        """The figures above the table: what each is of, and its value."""
+        undistilled, best = self.board.row(self.board.undistilled), self.board.best_distilled
+        return [
+            ("teacher", self.board.teacher_metric),
+            ("undistilled student", undistilled.mean if undistilled else None),
+            (f"best distilled: {best.label}" if best else "best distilled", best.mean if best else None),
+        ]
 
 
 def pages(

@@ -136,12 +136,14 @@ def _embedded(data: Any) -> Markup:
 
 
 def headline(page: Page) -> str:
-    """What a reader should take away, in a sentence or two."""
-    board, leaders, figures = page.board, page.leaders, f".{digits(page.board)}f"
+    """What a reader should take away, in a sentence or two. Of the whole board, also where the page shows some of its rows."""
+    board, leaders, figures = page.board, page.board.leaders, f".{digits(page.board)}f"
     if not leaders or leaders[0].mean is None:
         return "No method has all its seeds yet."
-    first = leaders[0]
-    text = f"{first.label} has the best {board.primary}, {first.mean:{figures}}"
+    first, best = leaders[0], board.best_distilled
+    text = f"{first.label} has the best mean {board.primary}, {first.mean:{figures}}"
+    if first.label == board.undistilled:
+        text += ", without any distilling" + (f"; the best distilled is {best.label}, {best.mean:{figures}}" if best else "")
     if first.gain is not None:
         text += f", {_signed(first.gain, figures)} points over the undistilled student" + (
             f" (95% interval {_signed(first.gain_low, figures)} to {_signed(first.gain_high, figures)})"
@@ -151,7 +153,7 @@ def headline(page: Page) -> str:
     others = [row.label for row in leaders[1:]]
     if others:
         named = ", ".join(others) if len(others) <= 4 else f"{', '.join(others[:3])} and {len(others) - 3} others"
-        text += f". It can't be told apart from {named}"
+        text += f". No difference from {named} was found"
     return text + "."
 
 
