@@ -393,7 +393,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def explanation_page(explanation: Explanation) -> str:
-    """The runs of a board's row, one a line, then every figure of it with how it follows and from which runs."""
+    """The runs of a board's row, one a line, then every figure of it with how it follows and from which runs, and the board's findings."""
     runs = [("seed", "run", "counts", "undistilled", "kd", "")]
     for run in explanation.runs:
         note = "" if run.counted == run.run_id else f"{run.status}: {run.failure or 'no metric'}; counts as {run.counted or 'nothing'}"
@@ -409,6 +409,7 @@ def explanation_page(explanation: Explanation) -> str:
             aligned(runs, "  "),
             *figures,
             *(["  predictions, of which `kdbench verify` derives the metrics again", aligned(predictions, "    ")] if predictions else []),
+            *(f"  finding of this board: {finding}" for finding in explanation.findings),
         ]
     )
 
@@ -420,22 +421,31 @@ def _of(other: tuple[str, float] | None) -> str:
 # --- recommend -------------------------------------------------------------------------------------------------------
 
 
+MOST_OPTIONS = 20  # lines of the table; JSON has all
+
+
 def recommendation_page(answers: Sequence[Answer], budget: Budget) -> str:
-    """What to take for the budget, one paragraph a task, data set and teacher; where nothing qualifies, what comes nearest."""
-    return "\n\n".join("\n".join(_answer_lines(answer, budget)) for answer in answers)
+    """What to take for the budget, one part a task, data set and teacher; where nothing qualifies, what comes nearest."""
+    contents = {
+        (answer.task, answer.data): {a.data_hash for a in answers if (a.task, a.data) == (answer.task, answer.data)} for answer in answers
+    }
+    return "\n\n".join("\n".join(_answer_lines(answer, budget, len(contents[answer.task, answer.data]) > 1)) for answer in answers)
 
 
-def _answer_lines(answer: Answer, budget: Budget) -> Iterator[str]:
-    yield f"{answer.task} on {answer.data}, {f'teacher {answer.teacher}' if answer.teacher else 'no teacher'}"
+def _answer_lines(answer: Answer, budget: Budget, several_contents: bool) -> Iterator[str]:
+    content = f" (content {answer.data_hash[:8]})" if several_contents else ""
+    yield f"{answer.task} on {answer.data}{content}, {f'teacher {answer.teacher}' if answer.teacher else 'no teacher'}"
     if answer.options:
         yield from _option_lines(answer.options[0], answer, budget)
-        alike = [f"{o.row.label} for {o.board.student} ({_sureness(o, budget)})" for o in answer.options[1:]]
-        if alike:
-            yield f"  also within the budget: {', '.join(alike)}"
+        yield f"  within the limits, best {answer.primary} first:"
+        yield aligned(_option_table(answer.options[:MOST_OPTIONS], answer.primary), "    ")
+        if len(answer.options) > MOST_OPTIONS:
+            yield f"    and {len(answer.options) - MOST_OPTIONS} more: --format json"
+    elif answer.nearest is None:
+        yield "  nothing qualifies"
     else:
-        yield "  nothing qualifies" + ("" if answer.nearest is None else "; the nearest misses it: " + ", ".join(answer.nearest.missed))
-        if answer.nearest is not None:
-            yield from _option_lines(answer.nearest, answer, budget)
+        yield "  nothing qualifies; the nearest misses it: " + ", ".join(answer.nearest.missed)
+        yield from _option_lines(answer.nearest, answer, budget)
     yield from (f"  note: {note}" for note in answer.notes)
 
 
@@ -443,19 +453,39 @@ def _option_lines(option: Option, answer: Answer, budget: Budget) -> Iterator[st
     row, decimals = option.row, digits(option.board)
     yield f"  {row.label} for {option.board.student}: {_sureness(option, budget)}"
     mean = interval(row.mean, row.low, row.high, f".{decimals}f")
-    gain = interval(row.gain, row.gain_low, row.gain_high, f"+.{decimals}f")
-    yield f"    {answer.primary} {mean}, gain {gain} over the undistilled student, {row.seeds} seeds"
+    gain = "" if row.gain is None else f", gain {_gain(option)} over {option.board.undistilled}"
+    yield f"    {answer.primary} {mean}{gain}, {row.seeds} seed{'' if row.seeds == 1 else 's'}"
     latency = "latency not known" if row.latency_ms_p50 is None else f"{short(row.latency_ms_p50)} ms for one image"
     on = f" on {option.latency_device}" if option.latency_device else ""
     yield f"    {latency}{on}, {scaled(row.params_count)} parameters, {short(row.device_hours)} device-hours with its search"
     yield "    parameters: " + (", ".join(f"{name}={short(value)}" for name, value in row.params.items()) or "none")
     if option.alike:
-        yield f"    not told apart from it: {', '.join(option.alike)}"
+        yield f"    no difference was found from: {', '.join(option.alike)}"
     yield f"    kdbench export {row.run_ids[0]}"
 
 
+def _option_table(options: Sequence[Option], primary: str) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("student", "method", f"{primary} [95%]", "gain [95%]", "seeds", "ms", "params", "device-h")]
+    for option in options:
+        row = option.row
+        mean = interval(row.mean, row.low, row.high, f".{digits(option.board)}f")
+        costs = (short(row.latency_ms_p50), scaled(row.params_count), short(row.device_hours))
+        rows.append((option.board.student, row.label, mean, _gain(option), str(row.seeds), *costs))
+    return rows
+
+
+def _gain(option: Option) -> str:
+    row = option.row
+    return interval(row.gain, row.gain_low, row.gain_high, f"+.{digits(option.board)}f")
+
+
 def _sureness(option: Option, budget: Budget) -> str:
-    asked = f"a gain of at least {budget.min_gain:g}"
+    """How sure the seeds are of the gain that is asked for; of any gain where none is."""
+    if option.undistilled:
+        return "the undistilled student"
+    if option.row.gain is None:
+        return "its gain is not known"
+    asked = "a gain" if budget.min_gain is None else f"a gain of at least {budget.min_gain:g}"
     if option.confidence is None:
         return f"not known how sure {asked} is, one seed tells nothing"
     return f"{'sure' if option.sure else 'not sure'} of {asked} ({option.confidence:.1%})"

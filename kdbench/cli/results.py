@@ -23,9 +23,17 @@ def chosen(**filters: str | None) -> dict[str, str]:
 
 
 def recommend(
-    min_gain: Annotated[float, typer.Option(help="Points above the undistilled student, at least.")] = 0.0,
+    min_gain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS", help="Only methods with at least so many points over `none` of the same student.", show_default=False
+        ),
+    ] = None,
     latency: Annotated[
-        str | None, typer.Option(metavar="TIME", help="For one image, at most: 5ms, 800us. As measured after training.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="TIME", help="For one image, at most: 5ms, 800us. The board's `ms`, measured after training.", show_default=False
+        ),
     ] = None,
     params: Annotated[str | None, typer.Option(metavar="COUNT", help="Of the student, at most: 250k, 1M.", show_default=False)] = None,
     hours: Annotated[
@@ -39,7 +47,7 @@ def recommend(
     results: Results = None,
     format_: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
 ) -> None:
-    """Which method, with which parameters, for a budget, and how sure that is. Exit code 1 where nothing qualifies."""
+    """Rank all students, undistilled ones too, by their metric within limits. Exit code 1 where nothing qualifies."""
     import json
 
     from kdbench.pages import check_table_or_json, recommendation_page

@@ -1,4 +1,4 @@
-"""Which method for my budget: the rows of boards that keep to its limits, how sure each is of its gain, and what comes nearest."""
+"""Which network to ship: every row of the boards, `none` included, that keeps to the limits, the best metric first."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
 
 @dataclass(frozen=True)
 class Budget:
-    """What is asked for. min_gain: over the undistilled student, in the metric's unit. The others are upper limits; None: no limit."""
+    """What is asked for.
 
-    min_gain: float = 0.0
+    min_gain: points over the undistilled student of the same board, at least; None: any row qualifies. The others are upper limits;
+    None: no limit.
+    """
+
+    min_gain: float | None = None
     latency_ms_p50: float | None = None
     params_count: float | None = None
     device_hours: float | None = None
@@ -35,9 +39,10 @@ class Budget:
 class Option:
     """One row of a board, judged.
 
-    confidence: how sure its seeds make that the true gain is at least min_gain (one-sided, from the paired differences by seed); None
-    for a single seed. missed: for every limit that it breaks, by how much, in words. alike: labels of its board that also keep to the
-    limits and are not told apart from it.
+    confidence: how sure its seeds make that the true gain is at least min_gain, 0 where none was asked for (one-sided, from the paired
+    differences by seed); None for the undistilled student, for a single seed, and on a board without an undistilled student.
+    missed: for every limit that it breaks, by how much, in words. alike: labels of its board that also keep to the limits and whose
+    metric is not told apart from its own.
     """
 
     board: Board
@@ -53,16 +58,23 @@ class Option:
         """The gain asked for lies below the 95% interval of the gain."""
         return not self.missed and self.confidence is not None and self.confidence >= SURE
 
+    @property
+    def undistilled(self) -> bool:
+        """It is the row that gains are over."""
+        return self.row.label == self.board.undistilled
+
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one task, data set and teacher: the options within the budget, best first. Where there is none, the nearest alone.
+    """Of one task, content of a data set, and teacher: the options within the budget, the best mean metric first.
 
-    verdict: `sure` of the best, `unsure` where its gain is enough but its interval reaches below, `none` where nothing qualifies.
+    verdict: `sure` where the first option is sure of its gain, `unsure` where it is not, `none` where nothing qualifies; then `nearest`
+    is the row that misses least.
     """
 
     task: str
     data: str
+    data_hash: str
     teacher: str | None
     primary: str
     verdict: Literal["sure", "unsure", "none"]
@@ -72,28 +84,34 @@ class Answer:
 
 
 def recommend(boards: Sequence[Board], records: Iterable[RunRecord], budget: Budget) -> list[Answer]:
-    """One answer for each task, data set and teacher that has a board. Only complete rows with a known gain are judged.
+    """Rank the rows of all students by their metric, within the budget.
 
-    Sure ones come first. Among equals the better lower end of the metric's interval is first: of two students that both
-    qualify the one whose worst plausible result is better.
+    Args:
+        boards: Only their ranked rows are judged. Boards of one answer share task, data content, teacher and metric, so their test
+            metrics were measured on the same samples.
+        records: What the boards were made from.
+        budget: The limits.
+
+    Returns:
+        One answer for each task, data content, teacher and metric. Options are ordered by the mean of the metric, as boards are, and
+        not by the lower end of its interval: with few seeds the width of an interval says more about chance than about the method.
     """
     devices = {record.run_id: record.latency_device for record in records}
-    groups: dict[tuple[str, str, str, str], list[Board]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Board]] = defaultdict(list)
     for board in boards:
-        groups[(board.task, board.data, board.teacher or "", board.primary)].append(board)
+        groups[(board.task, board.data, board.data_hash, board.teacher or "", board.primary)].append(board)
     return [_answer(members, budget, devices) for _, members in sorted(groups.items())]
 
 
 def _answer(boards: Sequence[Board], budget: Budget, devices: Mapping[str, str | None]) -> Answer:
-    judged = [
-        _option(board, row, budget, devices) for board in boards for row in board.rows if row.rank is not None and row.gain is not None
-    ]
+    judged = [_option(board, row, budget, devices) for board in boards for row in board.rows if row.rank is not None]
     fitting = sorted((option for option in judged if not option.missed), key=_order)
     nearest = None if fitting else min(judged, key=lambda option: (option.shortfall, *_order(option)), default=None)
     first = boards[0]
     return Answer(
         task=first.task,
         data=first.data,
+        data_hash=first.data_hash,
         teacher=first.teacher,
         primary=first.primary,
         verdict="none" if not fitting else "sure" if fitting[0].sure else "unsure",
@@ -104,16 +122,16 @@ def _answer(boards: Sequence[Board], budget: Budget, devices: Mapping[str, str |
 
 
 def _option(board: Board, row: Row, budget: Budget, devices: Mapping[str, str | None]) -> Option:
-    misses = dict(_misses(row, budget))
+    misses = dict(_misses(board, row, budget))
     alike = [
         other.label
         for other in board.rows
-        if other is not row and other.gain is not None and not dict(_misses(other, budget)) and not _apart(row, other)
+        if other is not row and other.rank is not None and not dict(_misses(board, other, budget)) and not _apart(row, other)
     ]
     return Option(
         board=board,
         row=row,
-        confidence=_confidence(row, budget.min_gain),
+        confidence=_confidence(board, row, budget.min_gain or 0.0),
         missed=tuple(misses),
         shortfall=sum(misses.values()),
         alike=tuple(alike) if not misses else (),
@@ -128,17 +146,18 @@ def _apart(row: Row, other: Row) -> bool:
 
 def _order(option: Option) -> tuple[Any, ...]:
     row, sign = option.row, 1.0 if option.board.higher_is_better else -1.0
-    worst = (row.low if sign > 0 else row.high) if row.low is not None else row.mean
-    return not option.sure, -sign * (worst if worst is not None else -sign * math.inf), row.device_hours or 0.0, row.label
+    return -sign * (row.mean if row.mean is not None else -sign * math.inf), row.device_hours or 0.0, option.board.student, row.label
 
 
-def _misses(row: Row, budget: Budget) -> Iterable[tuple[str, float]]:
+def _misses(board: Board, row: Row, budget: Budget) -> Iterable[tuple[str, float]]:
     """Each limit that the row breaks, in words, and by which share of it."""
-    if row.gain is not None and row.gain < budget.min_gain:
-        yield (
-            f"its gain of {row.gain:+.2f} is {budget.min_gain - row.gain:.2f} short",
-            (budget.min_gain - row.gain) / (budget.min_gain or 1.0),
-        )
+    if budget.min_gain is not None:
+        gain = 0.0 if row.label == board.undistilled else row.gain
+        if gain is None:
+            yield "its gain is not known", math.inf
+        elif gain < budget.min_gain:
+            short = budget.min_gain - gain
+            yield f"its gain of {gain:+.2f} is {short:.2f} short", short / (budget.min_gain or 1.0)
     for name, unit in COSTS.items():
         limit, cost = getattr(budget, name), getattr(row, name)
         if limit is None:
@@ -149,13 +168,14 @@ def _misses(row: Row, budget: Budget) -> Iterable[tuple[str, float]]:
             yield f"{cost:.3g} {unit} are over the limit of {limit:.3g}", cost / limit - 1 if limit else math.inf
 
 
-def _confidence(row: Row, min_gain: float) -> float | None:
+def _confidence(board: Board, row: Row, min_gain: float) -> float | None:
     """From the interval that the board prints: Student's, so its half width over its quantile is the standard error."""
-    if row.gain is None or row.gain_low is None or row.gain_high is None:
+    undistilled = board.row(board.undistilled)
+    if undistilled is None or row.gain is None or row.gain_low is None or row.gain_high is None:
         return None
     from scipy.special import stdtr, stdtrit
 
-    degrees = row.seeds - 1
+    degrees = len(row.values.keys() & undistilled.values.keys()) - 1
     error = (row.gain_high - row.gain_low) / 2 / float(stdtrit(degrees, SURE))
     if error == 0.0:
         return 1.0 if row.gain >= min_gain else 0.0
@@ -165,11 +185,15 @@ def _confidence(row: Row, min_gain: float) -> float | None:
 def _notes(boards: Sequence[Board], judged: Sequence[Option], fitting: Sequence[Option]) -> tuple[str, ...]:
     notes = []
     if not judged:
-        notes.append("no method has a known gain: the boards need `none` and a method with as many seeds")
+        notes.append("no row of these boards is ranked: every row lacks seeds that others have")
+    if fitting and fitting[0].undistilled:
+        notes.append("the first option is an undistilled student: no distilled one within the limits has a better mean")
     if len(fitting) > 1:
-        notes.append(f"the best of {len(fitting)} that qualify: picking it flatters its figures, fresh seeds will be a little worse")
+        notes.append(f"the first option is the best of {len(fitting)}, so its {boards[0].primary} is slightly optimistic")
     if len({board.protocol_hash for board in boards}) > 1:
-        notes.append("the boards have different protocols: gains compare, metrics may not")
+        notes.append(
+            "the boards have different protocols: students were trained, searched or split differently; the test data are the same"
+        )
     return tuple(notes)
 
 
@@ -201,6 +225,7 @@ def answer_data(answer: Answer) -> dict[str, Any]:
     return {
         "task": answer.task,
         "data": answer.data,
+        "data_hash": answer.data_hash,
         "teacher": answer.teacher,
         "primary": answer.primary,
         "verdict": answer.verdict,

@@ -53,6 +53,52 @@ def test_explain_traces_a_row_in_words_and_as_json(kdbench: Kdbench, folder: Pat
     assert kdbench("leaderboard", "--results", folder, "--explain", "nkdd").code == 2
 
 
+@pytest.fixture
+def harmed(make_record, tmp_path: Path) -> Path:
+    """A student that its teacher, which is no better, makes worse; nothing decides between two of the methods; one has no finished seed."""
+    store = ResultStore(tmp_path / "harmed")
+    values = {"none": [97.7, 97.6, 97.68], "kd": [95.3, 95.2, 95.4], "dkd": [95.0, 95.6, 95.2], "fragile": [93.1, 93.0, 93.21]}
+    for method, metrics in {**values, "w": [None] * 3}.items():
+        for seed, value in enumerate(metrics):
+            status = {"status": "failed", "failure": "the loss became nan in epoch 1"} if value is None else {}
+            store.append(make_record(method=method, seed=seed, test_metric=value, teacher_metric=97.42, **status))
+    return tmp_path / "harmed"
+
+
+def test_every_output_of_a_board_has_the_same_findings(kdbench: Kdbench, harmed: Path) -> None:
+    board = json.loads(kdbench("leaderboard", "--results", harmed, "--format", "json").out)["boards"][0]
+    assert board["findings"] == [
+        "the teacher (97.42) is no better than the undistilled student (97.66)",
+        "distilling hurts here: every distilled method is surely worse than the undistilled student",
+        "worse than kd (not tuned): fragile",
+    ]
+    kdbench("leaderboard", "--results", harmed, "--html", "report.html")
+    shown = {
+        "table": kdbench("leaderboard", "--results", harmed).out,
+        "markdown": kdbench("leaderboard", "--results", harmed, "--format", "markdown").out,
+        "html": Path("report.html").read_text(),
+        "explain": kdbench("leaderboard", "--results", harmed, "--explain", "kd").out,
+    }
+    missing = {name: [finding for finding in board["findings"] if finding not in text] for name, text in shown.items()}
+    assert not any(missing.values()), missing
+    [explained] = json.loads(kdbench("leaderboard", "--results", harmed, "--explain", "kd", "--format", "json").out)["explanations"]
+    assert explained["findings"] == board["findings"]
+    open_ = "no difference from kd (not tuned) was found, which does not show that there is none: dkd"
+    assert [open_ in shown[name] for name in ("table", "markdown", "html")] == [True] * 3
+    assert [row["rank"] for row in board["rows"] if row["method"] == "w"] == [None]
+    assert "= every seed failed" in kdbench("leaderboard", "--results", harmed, "--explain", "w").out
+
+
+def test_the_report_names_the_best_distilled_row_and_says_where_it_is_not_the_best(kdbench: Kdbench, harmed: Path) -> None:
+    """The tile `best distilled` showed the undistilled student's number."""
+    for name, filters in (("all.html", ()), ("one.html", ("--method", "fragile"))):
+        kdbench("leaderboard", "--results", harmed, "--html", name, *filters)
+        text = Path(name).read_text()
+        assert "<dt>best distilled: kd</dt><dd>95.30</dd>" in text
+        assert "<dt>undistilled student</dt><dd>97.66</dd>" in text
+        assert "none has the best mean top1, 97.66, without any distilling; the best distilled is kd, 95.30." in text
+
+
 def test_recommend_answers_for_a_budget(kdbench: Kdbench, folder: Path) -> None:
     ended = kdbench("recommend", "--results", folder, "--latency", "5ms", "--min-gain", "1.5")
 
