@@ -132,7 +132,11 @@ class Method(nn.Module):
         return student
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        """Loss terms by name, weighted, scalar, float32 or wider. The task's own loss is added by the frame with `task_weight`."""
+        """Loss terms by name, weighted, float32 or wider. The task's own loss is added by the frame with `task_weight`.
+
+        A term is a tensor without dimensions. Every step has the same terms, 0 where one does not count. No term has the name of one of the
+        task's terms or is called `total`. A training ends with an error that names the term where one of these does not hold.
+        """
         raise NotImplementedError
 
     def warmup_epochs(self, total_epochs: float) -> float:

@@ -83,13 +83,25 @@ class Combination(Method):
         return student
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        """The terms of all parts, each with its own peers; those whose name several parts use have the part's name and a dot in front."""
+        """The terms of all parts, each with its own peers; those whose name several parts use have the part's name and a dot in front.
+
+        Raises UserError where a term then has the name of another.
+        """
         found, peers = {}, iter(s.peers)
         for name, part in self._named().items():
             ours = replace(s, peers=tuple(islice(peers, part.peer_count)))
             found[name] = part(ours, t if part.needs_teacher else None, batch, at)
         uses = Counter(term for terms in found.values() for term in terms)
-        return {term if uses[term] == 1 else f"{name}.{term}": value for name, terms in found.items() for term, value in terms.items()}
+        joined: dict[str, Tensor] = {}
+        for name, terms in found.items():
+            for term, value in terms.items():
+                called = term if uses[term] == 1 else f"{name}.{term}"
+                if called in joined:
+                    raise UserError(
+                        f"method {'+'.join(found)}: two loss terms are called {called!r}; give the term {term!r} of {name} another name"
+                    )
+                joined[called] = value
+        return joined
 
     def warmup_epochs(self, total_epochs: float) -> float:
         return max(part.warmup_epochs(total_epochs) for part in self._named().values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.data.batch import Batch
+from kdbench.errors import UserError
 from kdbench.methods.base import Method, Progress
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
 from kdbench.tasks.base import Task
+
+TOTAL = "total"  # the name of the sum of all loss terms
 
 
 class Distiller(nn.Module):
@@ -28,9 +31,14 @@ class Distiller(nn.Module):
         task: Task,
         call: Callable[[Tensor], Any] | None = None,
         peers: Iterable[nn.Module] = (),
+        name: str | None = None,
     ) -> None:
-        """call: the student's compiled form, which runs in its place where the method has no taps on it; peers: as many as it asks for."""
+        """call: the student's compiled form, which runs in its place where the method has no taps on it; peers: as many as it asks for.
+
+        name: what errors call the method; its class's name by default.
+        """
         super().__init__()
+        self.name = name or type(method).__name__
         self.student = student
         self.method = method
         self.task = task
@@ -51,23 +59,53 @@ class Distiller(nn.Module):
         by how many these are, so that the mean over workers is the mean over samples.
 
         Where the method is batch-coupled and there are several workers, it sees the joined batch; gradients flow back to each one's part.
+        Raises UserError for a term that is no scalar, and for a name that stands for two terms.
         """
         with autocast:
             outputs = self._taps(batch.inputs)
             outputs.peers = tuple(taps(batch.inputs) for taps in self._peer_taps)
-        own = {name: self.method.params.task_weight * loss for name, loss in self.task.loss(outputs, batch).items()}
+        tasks = self.task.loss(outputs, batch)
+        check_terms(f"task {self.task.name}", tasks)
+        own = {name: self.method.params.task_weight * loss for name, loss in tasks.items()}
         joined: dict[str, Tensor] = {}
         if self.method.batch_coupled and len(shares) > 1:
             outputs, teacher = _joined(outputs, shares), _joined(teacher, shares) if teacher else None
             joined = self.method(outputs, teacher, _joined_batch(batch, shares), at)
+            check_terms(f"method {self.name}", joined, tasks)
         else:
-            own |= self.method(outputs, teacher, batch, at)
+            added = self.method(outputs, teacher, batch, at)
+            check_terms(f"method {self.name}", added, tasks)
+            own |= added
         if len(set(shares)) > 1:
             weight = shares[torch.distributed.get_rank()] * len(shares) / sum(shares)
             own = {name: weight * term for name, term in own.items()}
-        terms = {name: term.sum() for name, term in (own | joined).items()}
-        terms["total"] = torch.stack(list(terms.values())).sum()
+        terms = own | joined
+        terms[TOTAL] = torch.stack(list(terms.values())).sum()
         return terms
+
+
+def check_terms(of: str, terms: Mapping[str, Tensor], taken: Iterable[str] = ()) -> None:
+    """Raise UserError for a term that can't be added to the loss. of: who returned the terms; taken: the names of the task's terms."""
+    for name, term in terms.items():
+        if name in taken:
+            raise UserError(
+                f"{of}: its loss term {name!r} has the name of the task's own loss, which it would replace; give it another name"
+            )
+        if name == TOTAL:
+            raise UserError(f"{of}: its loss term {name!r} has the name of the sum of all terms; rename it")
+        if not isinstance(term, Tensor):
+            raise UserError(f"{of}: its loss term {name!r} is a {type(term).__name__}; return a tensor without dimensions")
+        if term.ndim:
+            shape = list(term.shape)
+            raise UserError(f"{of}: its loss term {name!r} has the shape {shape}; return one number, such as the mean over the samples")
+
+
+def check_same_terms(of: str, terms: Iterable[str], before: Iterable[str]) -> None:
+    """Raise UserError unless `terms`, the names of one step, are those of the steps `before` it."""
+    found, known = set(terms), set(before)
+    for name in sorted(found ^ known):
+        change = "is new at this step" if name in found else "is missing at this step"
+        raise UserError(f"{of}: the loss term {name!r} {change}; return the same terms at every step, 0 where one does not count")
 
 
 def _join(tensor: Tensor, shares: Sequence[int]) -> Tensor:

@@ -25,7 +25,7 @@ from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
-from kdbench.training.distiller import Distiller
+from kdbench.training.distiller import Distiller, check_same_terms
 from kdbench.training.evaluate import predict
 from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
 from kdbench.training.outcome import finished_record
@@ -191,7 +191,8 @@ def prepare(unit: Unit, session: Session) -> Training:
     method.use_samples(samples)
     student = place(method.adapt_student(student), recipe.precision, recipe.memory_format, session.device)
     method = method.to(session.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
-    distiller = Distiller(student, method, task, compiled_call(student, session.device) if recipe.compile is True else None, peers)
+    compiled = compiled_call(student, session.device) if recipe.compile is True else None
+    distiller = Distiller(student, method, task, compiled, peers, unit.method.name)
     optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
     loader = Loader(
         samples,
@@ -315,8 +316,11 @@ def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> Tenso
     teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
     terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device), run.loader.shares)
     run.scaler.scale(terms["total"] * weight).backward()
-    run.terms = tuple(terms)
-    return torch.stack([term.detach() for term in terms.values()]) * weight
+    if run.terms:
+        check_same_terms(f"method {run.unit.method.name} on task {run.task.name}, step {at.step + 1}", terms, run.terms)
+    else:
+        run.terms = tuple(terms)
+    return torch.stack([terms[name].detach() for name in run.terms]) * weight
 
 
 def mean_losses(run: Training) -> dict[str, float]:

@@ -49,6 +49,8 @@ class Net(nn.Module):
 class Labels:
     """The part of a task that a distiller asks for."""
 
+    name = "labels"
+
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(outputs.logits, batch.target)}
 
