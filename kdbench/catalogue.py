@@ -13,6 +13,7 @@ from typing import Any
 
 from kdbench.errors import UserError, in_one_line
 from kdbench.errors import nearest as nearest
+from kdbench.own_code import check_module
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Entry:
 def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:
     """The object behind `name`: an entry of `table`, a dotted path `package.module:attribute`, or an entry point of an installed package.
 
-    Raises UserError for a name that is none of them (naming the nearest), and for one that can't be imported.
+    Raises UserError for a name that is none of them (naming the nearest), for one whose code may not be called (`own_code`; its module is
+    not imported), and for one that can't be imported. The caller checks what the object is before calling it.
     """
     if name in table:
         return load(kind, table[name].target)
     if ":" in name:
+        check_module(kind, name, name.partition(":")[0])
         return load(kind, name)
     plugins = {point.name: point for point in entry_points(group=entry_point_group(kind))}
     if name in plugins:

@@ -37,6 +37,10 @@ class Diverged(RunFailed):
     """A loss or a metric became nan or infinite. The message says where."""
 
 
+class CodeRefused(UserError):
+    """A name stands for code that may not be imported or called; see `kdbench.own_code`."""
+
+
 class StorageFailed(RunFailed):
     """Results can't be written or read any more. What would run next would fail as well, so this ends the whole run."""
 

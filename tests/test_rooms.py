@@ -28,6 +28,7 @@ ROOMS = (
     "results",
     "search_space",
     "catalogue",
+    "own_code",
     "yaml12",
     "errors",
 )

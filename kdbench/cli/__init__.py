@@ -29,6 +29,7 @@ from kdbench.cli.options import (
     Student,
     Task,
     Teacher,
+    TrustCode,
     example,
 )
 from kdbench.cli.results import chosen, recommend, results_app, verify
@@ -69,6 +70,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train, download and write nothing: build and check everything, say what it would cost.")
     ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Train the teacher, search every method, train the finals, print the board. Run it again after any interruption: it goes on."""
     if dry_run:
@@ -82,7 +84,13 @@ def run(
 
 
 @app.command(epilog=example("tune experiments/quickstart.yaml --set search.trials=20"))
-def tune(experiment: ExperimentFile, set_: Overrides = None, results: Results = None, no_mlflow: NoMlflow = False) -> None:
+def tune(
+    experiment: ExperimentFile,
+    set_: Overrides = None,
+    results: Results = None,
+    no_mlflow: NoMlflow = False,
+    trust_code: TrustCode = False,
+) -> None:
     """The search alone: print the best parameters of every method."""
     import json
 
@@ -103,6 +111,7 @@ def submit(
     results: Results = None,
     no_mlflow: NoMlflow = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Only start the job: print its id, and how to follow it.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Run the experiment as a job on a Ray cluster: send this folder, follow the log, end with the job's exit code.
 
@@ -347,6 +356,7 @@ def list_(
 @app.command(epilog=example("show dkd"))
 def show(
     name: Annotated[str, typer.Argument(help="A method, task, data set or model, as `kdbench list` names it.", show_default=False)],
+    trust_code: TrustCode = False,
 ) -> None:
     """All about one of them. Of a method: paper, loss, parameters with defaults and search ranges, published figures."""
     from kdbench.pages import show_page
@@ -360,6 +370,7 @@ def taps(
     image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image.")] = "3x32x32",
     classes: Annotated[int, typer.Option(min=1, help="Classes that the model tells apart.")] = 100,
     all_: Annotated[bool, typer.Option("--all", help="Every module, not only those with an alias such as stage:-1.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Names, shapes and strides of the places inside a model that a method can look at."""
     from kdbench.pages import image_shape, taps_page
@@ -384,6 +395,7 @@ def export(
         typer.Option(metavar="NAME", help="Write no file: register it in MLflow as a version of the model NAME.", show_default=False),
     ] = None,
     results: Results = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""
     from kdbench.results.layout import results_folder

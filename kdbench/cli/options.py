@@ -41,5 +41,23 @@ OfExperiment = Annotated[str | None, typer.Option("--experiment", help="Only thi
 Format = Annotated[str, typer.Option("--format", help="table, markdown, latex, csv or json.")]
 
 
+def _trusted(value: bool) -> bool:
+    if value:
+        from kdbench.own_code import trust_code
+
+        trust_code()
+    return value
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        callback=_trusted,
+        help="Import and call every name that the file or the records give, also of installed packages.",
+    ),
+]
+
+
 def example(command: str) -> str:
     return f"Example: kdbench {command}"

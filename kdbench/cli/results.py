@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdbench.cli.options import Data, OfExperiment, Results, Student, Task, Teacher, example
+from kdbench.cli.options import Data, OfExperiment, Results, Student, Task, Teacher, TrustCode, example
 
 results_app = typer.Typer(
     no_args_is_help=True,
@@ -73,7 +73,7 @@ def recommend(
         raise typer.Exit(1)
 
 
-def verify(results: Results = None) -> None:
+def verify(results: Results = None, trust_code: TrustCode = False) -> None:
     """Make every checksum anew and derive every metric again from the stored predictions. Exit code 1 and a line for each mismatch."""
     from kdbench.results.layout import results_folder
     from kdbench.training.verification import verify as verify_results
@@ -88,6 +88,8 @@ def verify(results: Results = None) -> None:
         found = verify_results(folder, show)
     for problem in found.problems:
         typer.echo(problem)
+    for line in found.left_out:
+        typer.echo(f"left out: {line}")
     typer.echo(
         f"{found.records} records: {found.derived} with metrics derived again, {found.compared} compared with their teacher, "
         f"{len(found.problems) or 'no'} problem{'' if len(found.problems) == 1 else 's'}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ from kdbench.data.batch import Part
 from kdbench.data.encoded import EncodedImages
 from kdbench.data.options import NamedSpec
 from kdbench.errors import KDBenchError, UserError, explain, in_one_line
+from kdbench.own_code import check_maker
 
 _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of megabytes
 
@@ -68,7 +70,7 @@ def open_source(spec: DataSpec) -> Source:
 
 @lru_cache(maxsize=_KEPT_OPEN)
 def _opened(name: str, options: str) -> Source:
-    make = resolve("data", name, DATA)
+    make = source_maker(name)
     try:
         source = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(make)(**json.loads(options))
     except ValidationError as error:
@@ -81,6 +83,14 @@ def _opened(name: str, options: str) -> Source:
     if problem:
         raise UserError(f"data {name!r}: {problem}")
     return source
+
+
+def source_maker(name: str) -> Callable[..., Source]:
+    """The function that makes the source `name`; it is not called. Raises UserError where it does not say that it returns a Source."""
+    make: Callable[..., Source] = resolve("data", name, DATA)
+    if name not in DATA:
+        check_maker("data", name, make, Source, "Source")
+    return make
 
 
 def _problem(source: Any) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Runtime, worker_bounds
+from kdbench.own_code import trust_environment
 
 # Set before Ray is imported; what the user has set stays.
 ENVIRONMENT = {
@@ -134,6 +135,8 @@ def _init(runtime: Runtime) -> None:
         }
     else:
         options["address"] = runtime.address
+        if trusted := trust_environment():
+            options["runtime_env"] = {"env_vars": trusted}
     try:
         with _own_sigterm():
             ray.init(**options)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from kdbench.distributed.cluster import quiet
 from kdbench.distributed.package import Package, pack
 from kdbench.errors import RunFailed, UserError
+from kdbench.own_code import trust_environment
 from kdbench.results.environment import COMMIT_VARIABLE, commit_of
 
 if TYPE_CHECKING:
@@ -261,7 +262,8 @@ def _reached(address: str) -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """For the job and all its processes. The working directory travels without .git, so the commit goes along by itself."""
     commit = commit_of(Path.cwd())
-    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **({COMMIT_VARIABLE: commit} if commit else {})}
+    named = {COMMIT_VARIABLE: commit} if commit else {}
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **named, **trust_environment()}
 
 
 def _described(package: Package) -> str:

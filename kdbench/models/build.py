@@ -19,6 +19,7 @@ from kdbench.errors import RunFailed, UserError, in_one_line
 from kdbench.models import MODELS
 from kdbench.models.inputs import InputSpec
 from kdbench.models.weights import load_weights
+from kdbench.own_code import check_maker
 
 
 class ModelSpec(LabelledSpec):
@@ -35,6 +36,9 @@ class ModelSpec(LabelledSpec):
         """Keyword arguments for the model's own builder."""
         return dict(self.model_extra or {})
 
+
+# Options by which timm's and torchvision's builders read or fetch files.
+_READING_OPTIONS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights_backbone", "pretrained_backbone"}
 
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
@@ -61,6 +65,11 @@ def build_model(
     reserved = {"num_classes", "in_channels", "in_chans"} & set(spec.options)
     if reserved:
         raise UserError(f"model {spec.name!r}: {reserved.pop()!r} is not an option, the data says it")
+    if reading := sorted(_READING_OPTIONS & set(spec.options)):
+        raise UserError(
+            f"model {spec.name!r}: {reading[0]!r} is not an option, since it makes a library read or fetch files; "
+            "give a file of weights as 'weights', or use pretrained: true"
+        )
     if known("model", spec.name, MODELS):
         model = _build_ours(spec, {"num_classes": num_classes, "in_channels": in_channels})
         inputs = InputSpec(tuple(mean), tuple(std))
@@ -80,16 +89,22 @@ def check_model_name(name: str) -> None:
     if name in MODELS:
         return
     if known("model", name, MODELS):
-        resolve("model", name, MODELS)
+        _builder(name)
     else:
         _check_timm_name(name)
 
 
+def _builder(name: str) -> Callable[..., Any]:
+    """What builds the model `name`; it is not called. Raises UserError where it does not say that it makes an nn.Module."""
+    builder: Callable[..., Any] = resolve("model", name, MODELS)
+    if name not in MODELS:
+        check_maker("model", name, builder, nn.Module, "nn.Module")
+    return builder
+
+
 def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
     """Call the builder behind a name of ours or a dotted path with those of `facts` that it takes, and the options."""
-    builder = resolve("model", spec.name, MODELS)
-    if isinstance(builder, nn.Module) or not callable(builder):
-        raise UserError(f"model {spec.name!r}: expected a class or a function that builds a model, found a {type(builder).__name__}")
+    builder = _builder(spec.name)
     if spec.pretrained:
         raise UserError(f"model {spec.name!r}: 'pretrained' is for timm's models; give a file of weights as 'weights'")
     arguments = _arguments(spec.name, builder, facts, spec.options)
@@ -117,7 +132,9 @@ def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int],
         if parameters[key].default is inspect.Parameter.empty and key not in options:
             raise UserError(f"model {name!r} needs the option {key!r}")
     # Through **kwargs goes num_classes alone: torchvision's builders take it there, and would refuse in_channels.
-    told = {key: value for key, value in facts.items() if key in named or (takes_all and key == "num_classes")}
+    told: dict[str, Any] = {key: value for key, value in facts.items() if key in named or (takes_all and key == "num_classes")}
+    if "weights_backbone" in named:  # torchvision's builders would fetch a backbone's weights by default
+        told["weights_backbone"] = None
     return told | dict(options)
 
 

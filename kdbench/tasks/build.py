@@ -8,9 +8,8 @@ from functools import lru_cache
 from pydantic import BaseModel, ValidationError
 
 from kdbench.catalogue import resolve
-from kdbench.data import DATA
 from kdbench.data.options import NamedSpec
-from kdbench.data.sources import DataSpec
+from kdbench.data.sources import DataSpec, source_maker
 from kdbench.errors import UserError, explain
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
@@ -43,7 +42,7 @@ def check_task(spec: TaskSpec) -> type[Task]:
     """
     data = getattr(_options(spec), "data", None)
     if isinstance(data, DataSpec):
-        resolve("data", data.name, DATA)
+        source_maker(data.name)
     return task_class(spec)
 
 

@@ -25,6 +25,7 @@ from kdbench.errors import RunFailed, UserError, nearest
 from kdbench.experiment import Experiment, parse_yaml, validated
 from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec, model_inputs
+from kdbench.own_code import names_from_records
 from kdbench.results.record import RunRecord
 from kdbench.results.store import path_name
 from kdbench.results.working_copy import fetch
@@ -105,9 +106,10 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
     Raises UserError where the record has no weights, or doesn't say how to build the network.
     """
     experiment = experiment_of(record)
-    task = build_task(experiment.task)
     spec = _model_spec(record, experiment)
-    model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
+    with names_from_records():
+        task = build_task(experiment.task)
+        model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
     images = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
     return Deployed(model).eval(), images, _metadata(record, spec, task, model)
 

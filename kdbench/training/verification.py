@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from kdbench.errors import KDBenchError
+from kdbench.errors import CodeRefused, KDBenchError
+from kdbench.own_code import names_from_records
 from kdbench.results.integrity import checked_records
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
@@ -30,12 +31,16 @@ TEACHER_SPACING = 2.0**-24  # between the numbers next to 0 that half precision 
 
 @dataclass(frozen=True)
 class Verification:
-    """records: looked at. derived: those whose metrics were computed again. compared: those whose agreement was. problems: a line each."""
+    """records: looked at. derived: those whose metrics were computed again. compared: those whose agreement was. problems: a line each.
+
+    left_out: what could not be checked, a line each, since it needs code that a record names and nobody vouched for.
+    """
 
     records: int
     derived: int
     compared: int
     problems: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def verify(results: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
@@ -47,12 +52,15 @@ def verify(results: Path, progress: Callable[[int, int], None] = lambda done, to
     problems += _twins(records)
     teachers = {record.teacher_sha: record for record in records if record.role == "teacher" and record.teacher_sha}
     derived = compared = 0
+    left_out: list[str] = []
     for done, record in enumerate(records, start=1):
         found = _Check(store, results, record, teachers)
-        problems += found.problems()
+        with names_from_records():
+            problems += found.problems()
+        left_out += found.left_out
         derived, compared = derived + found.derived, compared + found.compared
         progress(done, len(records))
-    return Verification(len(checked), derived, compared, tuple(problems))
+    return Verification(len(checked), derived, compared, tuple(problems), tuple(left_out))
 
 
 def _twins(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -70,12 +78,18 @@ class _Check:
     def __init__(self, store: ResultStore, results: Path, record: RunRecord, teachers: Mapping[str, RunRecord]) -> None:
         self.store, self.results, self.record, self.teachers = store, results, record, teachers
         self.derived = self.compared = False
+        self.left_out: list[str] = []
 
     def problems(self) -> list[str]:
+        who = f"run {self.record.run_id} ({self.record.label}, seed {self.record.seed})"
+        found: list[str] = []
         try:
-            return [f"run {self.record.run_id} ({self.record.label}, seed {self.record.seed}): {line}" for line in self._problems()]
+            found.extend(f"{who}: {line}" for line in self._problems())
+        except CodeRefused as error:
+            self.left_out.append(f"{who}: its metrics were not derived again: {error}")
         except KDBenchError as error:
-            return [f"run {self.record.run_id} ({self.record.label}, seed {self.record.seed}): {error}"]
+            found.append(f"{who}: {error}")
+        return found
 
     def _problems(self) -> Iterator[str]:
         record = self.record

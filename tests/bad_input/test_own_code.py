@@ -14,13 +14,19 @@ import torch
 
 from kdbench import cli
 from kdbench.benchmark import run as running
+from kdbench.data.sources import _opened
 from kdbench.errors import in_one_line
+from kdbench.own_code import TRUST_VARIABLE
+from kdbench.results.store import ResultStore
+from kdbench.tasks.build import _built
 from tests.bad_input.tiny_experiment import assert_mistake, assert_one_line, results, run
 from tests.console import Kdbench
 
 OWN_CODE = """
+import os
 import torch
 from torch import nn
+from kdbench.data.sources import Source
 
 class Net(nn.Module):
     def __init__(self, num_classes: int, in_channels: int) -> None:
@@ -42,8 +48,11 @@ class NeverBuilt(nn.Module):
     def __init__(self, num_classes: int, in_channels: int) -> None:
         open("weights that are nowhere")
 
-def data():
+def data() -> Source:
     return {}["images"]
+
+def unannotated(num_classes: int, in_channels: int):
+    return os.mkdir("called")
 """
 
 
@@ -66,8 +75,12 @@ def own_code(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ({"students": ["own_code:"]}, "model 'own_code:': expected package.module:attribute"),
         ({"students": ["raises:Net"]}, "importing 'raises' failed: ZeroDivisionError: division by zero (raises.py, line 3)"),
         ({"students": ["leaves:Net"]}, "importing 'leaves' failed: SystemExit: 0 (leaves.py, line 2)"),
-        ({"students": ["os:path"]}, "expected a class or a function that builds a model, found a module"),
-        ({"students": ["os:getcwd"]}, "expected it to build an nn.Module, it built a str"),
+        ({"students": ["os:path"]}, "model 'os:path': 'os' belongs to the standard library"),
+        ({"students": ["own_code:os"]}, "found a module, which was not called: expected a subclass of nn.Module, or a function"),
+        (
+            {"students": ["own_code:unannotated"]},
+            "the function unannotated has no return annotation, so it was not called: write `def unann",
+        ),
         (
             {"students": ["own_code:NeverRuns"]},
             "doesn't work on images [1, 28, 28] of data 'fashion_mnist': KeyError: 'logits\\nand more' (own_code",
@@ -77,9 +90,9 @@ def own_code(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
             "FileNotFoundError: [Errno 2] No such file or directory: 'weights that are nowhere' (own_code.py",
         ),
         ({"methods": ["none", "raises:Method"]}, "method 'raises:Method': importing 'raises' failed"),
-        ({"methods": ["none", "os:path"]}, "method 'os:path' is no subclass of kdbench.methods.base.Method"),
-        ({"task": "os:path"}, "task 'os:path' must be a subclass of kdbench.tasks.base.Task"),
-        ({"task.data": "own_code:data"}, "data 'own_code:data': KeyError: 'images' (own_code.py, line 26)"),
+        ({"methods": ["none", "own_code:os"]}, "method 'own_code:os' is no subclass of kdbench.methods.base.Method"),
+        ({"task": "own_code:os"}, "task 'own_code:os' must be a subclass of kdbench.tasks.base.Task"),
+        ({"task.data": "own_code:data"}, "data 'own_code:data': KeyError: 'images' (own_code.py, line 28)"),
     ],
 )
 def test_own_code_that_can_not_be_used_is_named_with_file_and_line(
@@ -93,14 +106,14 @@ def test_a_model_that_fails_in_training_is_one_line_and_its_traceback_is_in_a_lo
     assert ended.code == 1
     assert "Traceback" not in ended.out + ended.err
     told = ended.err.splitlines()[-1]
-    assert told.startswith("  none seed 0: KeyError: 'logits' (own_code.py, line 19); traceback in ")
+    assert told.startswith("  none seed 0: KeyError: 'logits' (own_code.py, line 21); traceback in ")
     assert "Traceback (most recent call last)" in Path(told.rpartition(" ")[2]).read_text()
     assert results() == ["teacher teacher ok"]  # code that fails is no property of a method: the next run tries again
 
 
 def test_a_teacher_that_fails_in_training_ends_the_run(kdbench: Kdbench, own_code: None) -> None:
     ended = run(kdbench, {"teacher.model": "own_code:FailsInTraining"})
-    assert_one_line(ended, 1, "teacher own_code:FailsInTraining: KeyError: 'logits' (own_code.py, line 19); traceback in ")
+    assert_one_line(ended, 1, "teacher own_code:FailsInTraining: KeyError: 'logits' (own_code.py, line 21); traceback in ")
     assert results() == []
 
 
@@ -133,3 +146,29 @@ def test_the_place_of_an_error_is_the_users_last_line_and_not_a_librarys() -> No
     assert told.startswith("RuntimeError: ")
     assert "(test_own_code.py, line " in told
     assert len(told.splitlines()) == 1
+
+
+def test_what_a_record_names_is_left_out_by_verify_and_refused_by_export_unless_it_is_trusted(
+    kdbench: Kdbench, own_code: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("own_data.py").write_text(
+        "from kdbench.data.shapes import shapes\nfrom kdbench.data.sources import Source\n\n"
+        "def mine() -> Source:\n    return shapes(train=120, test=20, target='class')\n"
+    )
+    monkeypatch.setenv(TRUST_VARIABLE, "0")  # put back when the test ends: --trust-code sets it in this process
+    task = {"name": "classification", "data": "own_data:mine", "val_size": 20}
+    ended = run(kdbench, {"task": task, "teacher": None, "methods": ["none"], "recipe.batch_size": 50})
+    assert ended.code == 0, ended.err
+    [record] = ResultStore("results").scan()
+    _built.cache_clear()  # a command is a process of its own: it has nothing open
+    _opened.cache_clear()
+
+    verified = kdbench("verify", "--results", "results")
+    assert verified.code == 0, verified
+    assert "left out" in verified.out
+    assert "'own_data' is not imported" in verified.out
+    assert "1 records: 0 with metrics derived again" in verified.out
+    assert_one_line(kdbench("export", record.run_id, "--results", "results"), 2, "comes from a stored record", "--trust-code")
+
+    assert kdbench("export", record.run_id, "--results", "results", "--trust-code").code == 0
+    assert "1 records: 1 with metrics derived again" in kdbench("verify", "--results", "results", "--trust-code").out

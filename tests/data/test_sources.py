@@ -68,7 +68,11 @@ def importable(monkeypatch):
 @pytest.mark.parametrize("name", UNSOUND)
 def test_an_unsound_source_is_refused_with_what_is_wrong(monkeypatch, name):
     make, message = UNSOUND[name]
-    monkeypatch.setattr(sys.modules[__name__], "mine", make)
+
+    def unsound() -> Source:
+        return make()
+
+    monkeypatch.setattr(sys.modules[__name__], "mine", unsound)
     # An own path per case, since sources are kept by name.
     monkeypatch.setitem(sys.modules, f"my_data_{abs(hash(name))}", sys.modules[__name__])
     with pytest.raises(UserError, match=message):

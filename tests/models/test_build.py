@@ -94,8 +94,8 @@ def test_a_builder_of_keywords_gets_the_classes_but_no_channels() -> None:
         ({"name": HERE + "Mine", "hiden": 3}, "has no option 'hiden'; did you mean 'hidden'?"),
         (HERE + "needs_depth", "needs the option 'depth'"),
         (HERE + "Mein", "has no 'Mein'; did you mean 'Mine'?"),
-        (HERE + "instance", "expected a class or a function that builds a model, found a Mine"),
-        (HERE + "builds_a_number", "expected it to build an nn.Module, it built a int"),
+        (HERE + "instance", "found a Mine, which was not called: expected a subclass of nn.Module, or a function"),
+        (HERE + "builds_a_number", "the function builds_a_number has the return annotation `-> int`, so it was not called"),
         ("no_such_package.models:Net", "there is no module 'no_such_package' on the Python path"),
     ],
 )
