@@ -12,28 +12,26 @@ import json
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdbench import __version__
 from kdbench.errors import UserError, not_written
-from kdbench.results.integrity import altered, checked_records, stored_rows
+from kdbench.results.archive import FORMAT, LARGEST_RECORD, MANIFEST, Archive
+from kdbench.results.integrity import altered, checked_records, single_row, stored_rows
 from kdbench.results.journals import whole_journal, whole_lines
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord, from_table
 from kdbench.results.store import ResultStore, path_name, record_path
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 _FOLDERS = ("predictions", "students", "teachers", "studies")  # where what a record names may lie
-_LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
+_LARGEST_HEADER = 4_000_000  # bytes of a safetensors file's description: 30,000 tensors
+_LONGEST_LINE = 1_000_000  # bytes of a line of a search's journal
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,9 @@ def _write(
 
 def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: bool, weights: bool) -> Iterator[tuple[str, bytes | None]]:
     wanted = {record.run_id: record for record in records}
+    hashes: dict[str, str | None] = {}
+    for each in records:
+        hashes |= _hashes(each, hashes)
     for path in store.record_paths():
         for row in stored_rows(store.read_bytes(path), path):
             record = wanted.pop(row["run_id"][0].as_py(), None)
@@ -122,9 +123,17 @@ def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: boo
                 yield uri, lines
             continue
         try:
-            yield uri, store.read_bytes(uri)
+            content = store.read_bytes(uri)
         except UserError:
             yield uri, None
+            continue
+        # An import would refuse the whole archive.
+        if hashes[uri] not in (None, hashlib.sha256(content).hexdigest()) or not _is_safetensors(iter([content]), len(content)):
+            raise UserError(
+                f"{store.location}/{uri} is damaged: it is not the file that its record was made with; nothing was exported. "
+                "Restore it from a copy, or delete it to export the records without it"
+            )
+        yield uri, content
 
 
 def _attachments(record: RunRecord, predictions: bool = True, weights: bool = True) -> list[str]:
@@ -148,161 +157,165 @@ def _parquet(row: pa.Table) -> bytes:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A record of an archive: its identity, and the files that belong to it. The record itself is read again when it is written."""
+
+    run_id: str
+    unit_key: str
+    text: str  # the SHA-256 of its fields
+    attachments: tuple[str, ...]
+
+
 def import_results(store: ResultStore, path: Path, *, keep_ours: bool = False) -> Imported:
     """Take what the archive `path` holds into the store. What is there already is left as it is, so a second import changes nothing.
 
     A conflict is a run that is here with another content, or a unit (one training, fully described) that another run has here. With
     `keep_ours` such records and their files are left out; without it, UserError names them and nothing is written. UserError is also
-    raised, and nothing written, for a file that is no archive of kdbench's, or that was changed. All files are written before the first
-    record: an import that is killed leaves whole records, and the same command again brings in the others.
+    raised, and nothing written, for a file that is no archive of kdbench's, that was changed, or that claims implausible sizes. All files
+    are written before the first record: an import that is killed leaves whole records, and the same command again brings in the others.
+    Memory is bounded, whatever the archive holds: weights and predictions pass through it in pieces, records one at a time.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = _listed(archive, path)
-            records = dict(_records(archive, files, path))
-            _check_attachments(archive, files, records, path)
-            _check_room(archive, store, path)
-            return _merge(archive, files, records, store, path, keep_ours)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is not an archive that kdbench results export wrote, or it is damaged ({error}); nothing was imported"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    with Archive(path) as archive:
+        _check_room(archive, store)
+        members: dict[str, _Member] = {}
+        hashes: dict[str, str | None] = {}
+        for name, record in _records(archive):
+            members[name] = _Member(record.run_id, record.unit_key, _text(record), tuple(_attachments(record)))
+            hashes |= _hashes(record, hashes)
+        _check_attachments(archive, members, hashes)
+        return _merge(archive, members, store, keep_ours)
 
 
-def _merge(
-    archive: zipfile.ZipFile, files: dict[str, str], records: dict[str, RunRecord], store: ResultStore, path: Path, keep_ours: bool
-) -> Imported:
-    by_id = {record.run_id: record for _, record, _ in checked_records(store) if record is not None}  # superseded ones too
+def _merge(archive: Archive, members: dict[str, _Member], store: ResultStore, keep_ours: bool) -> Imported:
+    by_id = {record.run_id: _text(record) for _, record, _ in checked_records(store) if record is not None}  # superseded ones too
     by_unit = {record.unit_key: record for record in store.scan()}
-    known = [name for name, record in records.items() if _text(by_id.get(record.run_id)) == _text(record)]
-    conflicts = {name: reason for name, record in records.items() if name not in known and (reason := _conflict(record, by_id, by_unit))}
+    known = {name for name, member in members.items() if by_id.get(member.run_id) == member.text}
+    suspects = {name for name, member in members.items() if name not in known and (member.run_id in by_id or member.unit_key in by_unit)}
+    conflicts = {name: _conflict(_record(archive, name), by_id, by_unit) for name in members if name in suspects}
     if conflicts and not keep_ours:
         shown = "\n".join(f"  {reason}" for reason in conflicts.values())
         raise UserError(
-            f"{path}: {len(conflicts)} of its records conflict with {store.location}; nothing was imported. "
+            f"{archive.path}: {len(conflicts)} of its records conflict with {store.location}; nothing was imported. "
             f"--keep-ours takes in the others:\n{shown}"
         )
-    new = {name: record for name, record in records.items() if name not in known and name not in conflicts}
+    new = [name for name in members if name not in known and name not in conflicts]
     # Of a record that is here, files may still be missing: it was exported without them at first.
-    wanted = [uri for name, record in records.items() if name not in conflicts for uri in _attachments(record) if uri in files]
+    wanted = [uri for name, member in members.items() if name not in conflicts for uri in member.attachments if uri in archive.hashes]
     absent = [uri for uri in dict.fromkeys(wanted) if not store.has(uri)]
     for uri in absent:
-        store.write_bytes(uri, _content(archive, uri, files, path))
-    for record in new.values():
-        store.append(record)
+        store.write_pieces(uri, archive.pieces(uri))
+    for name in new:
+        store.append(_record(archive, name))
     return Imported(len(new), len(absent), len(known), tuple(conflicts.values()))
 
 
-def _conflict(record: RunRecord, by_id: dict[str, RunRecord], by_unit: dict[str, RunRecord]) -> str | None:
+def _conflict(record: RunRecord, by_id: dict[str, str], by_unit: dict[str, RunRecord]) -> str:
     who = f"{record.label}, seed {record.seed}, on {record.data}"
     if record.run_id in by_id:
         return f"run {record.run_id} ({who}) is here with another content"
-    ours = by_unit.get(record.unit_key)
-    if ours is not None:
-        told = f"test metric {ours.test_metric} here, {record.test_metric} there"
-        return f"run {record.run_id} ({who}) is the same training as {ours.run_id} here: {told}"
-    return None
+    ours = by_unit[record.unit_key]
+    told = f"test metric {ours.test_metric} here, {record.test_metric} there"
+    return f"run {record.run_id} ({who}) is the same training as {ours.run_id} here: {told}"
 
 
-def _text(record: RunRecord | None) -> str | None:
+def _text(record: RunRecord) -> str:
     """For comparison: as text a nan is equal to itself."""
-    return record.model_dump_json() if record is not None else None
+    return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
 
 
-def _listed(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
-    """The SHA-256 of every file by name, as the manifest has it. Raises UserError where archive and manifest disagree."""
-    names = archive.namelist()
-    if MANIFEST not in names:
-        raise UserError(f"{path} is not an archive that kdbench results export wrote: it has no {MANIFEST}")
-    try:
-        manifest: Any = json.loads(archive.read(MANIFEST))
-        version, files = manifest["format"], dict(manifest["files"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: its {MANIFEST} can't be read; nothing was imported") from error
-    if version != FORMAT:
-        raise UserError(f"{path} has archive format {version}, this kdbench reads {FORMAT}: update kdbench (pip install -U kdbench)")
-    if sorted(names) != sorted([*files, MANIFEST]):
-        odd = sorted((set(names) ^ {*files, MANIFEST}) or {name for name in names if names.count(name) > 1})
-        raise UserError(f"{path}: {odd[0]!r} is not what its {MANIFEST} lists; nothing was imported")
-    return files
-
-
-def _records(archive: zipfile.ZipFile, files: dict[str, str], path: Path) -> Iterator[tuple[str, RunRecord]]:
+def _records(archive: Archive) -> Iterator[tuple[str, RunRecord]]:
     """Every record by its name, migrated to this version. Raises UserError for one that was changed, or is not where it belongs."""
-    for name in files:
-        if not name.endswith(".parquet"):
-            continue
-        where = f"{path}: {name}"
-        rows = stored_rows(_content(archive, name, files, path), where)
-        if len(rows) != 1:
-            raise UserError(f"{where} has {len(rows)} rows, expected one; nothing was imported")
-        if problem := altered(rows[0], where):
-            raise UserError(f"{problem}; nothing was imported")
-        record = from_table(rows[0], where)
-        if name != record_path(record):
-            raise UserError(f"{where} is not where its record belongs, {record_path(record)}; nothing was imported")
-        yield name, record
+    for name in archive.hashes:
+        if name.endswith(".parquet"):
+            yield name, _record(archive, name)
 
 
-def _check_attachments(archive: zipfile.ZipFile, files: dict[str, str], records: dict[str, RunRecord], path: Path) -> None:
+def _record(archive: Archive, name: str) -> RunRecord:
+    where = f"{archive.path}: {name}"
+    try:
+        row = single_row(archive.read(name, LARGEST_RECORD), where)
+        problem = altered(row, where)
+        record = from_table(row, where)
+    except UserError as error:
+        raise UserError(f"{str(error).removesuffix('; move it away')}; nothing was imported") from error
+    if problem:
+        raise UserError(f"{problem}; nothing was imported")
+    if name != record_path(record):
+        raise UserError(f"{where} is not where its record belongs, {record_path(record)}; nothing was imported")
+    return record
+
+
+def _hashes(record: RunRecord, known: dict[str, str | None]) -> dict[str, str | None]:
+    """The SHA-256 that each file of a record must have, None where the record does not say."""
+    told: dict[str, str | None] = {}
+    for uri in _attachments(record):
+        told[uri] = record.predictions_sha256 if uri == record.predictions_uri else known.get(uri)
+        if uri == record.artifacts_uri and record.role == "teacher":
+            told[uri] = record.teacher_sha
+    return told
+
+
+def _check_attachments(archive: Archive, members: dict[str, _Member], hashes: dict[str, str | None]) -> None:
     """Each is named by a record, lies inside the results folder, is of its kind, and has the content that its record was made from."""
-    hashes: dict[str, str | None] = {}
-    for record in records.values():
-        for uri in _attachments(record):
-            hashes[uri] = record.predictions_sha256 if uri == record.predictions_uri else hashes.get(uri)
-            if uri == record.artifacts_uri and record.role == "teacher":
-                hashes[uri] = record.teacher_sha
-    for name in files.keys() - records.keys():
-        where = f"{path}: {name!r}"
+    for name in archive.hashes.keys() - members.keys():
+        where = f"{archive.path}: {name!r}"
         if name not in hashes:
             raise UserError(f"{where} belongs to none of its records; nothing was imported")
         parts = PurePosixPath(name).parts
         if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or parts[0] not in _FOLDERS:
             raise UserError(f"{where} is not a place inside a results folder; nothing was imported")
-        content = _content(archive, name, files, path)
         fits, kind = (_is_journal, "the journal of a search") if _is_search(name) else (_is_safetensors, "a safetensors file")
-        if not fits(content):
+        if not fits(archive.pieces(name), archive.size(name)):
             raise UserError(f"{where} is not {kind}; nothing was imported")
-        if hashes[name] not in (None, files[name]):
+        if hashes[name] not in (None, archive.hashes[name]):
             raise UserError(f"{where} is not the file that its record was made with (its SHA-256 differs); nothing was imported")
 
 
-def _content(archive: zipfile.ZipFile, name: str, files: dict[str, str], path: Path) -> bytes:
-    content = archive.read(name)
-    if hashlib.sha256(content).hexdigest() != files[name]:
-        raise UserError(f"{path}: {name!r} was changed after it was exported (its SHA-256 differs); nothing was imported")
-    return content
+def _is_safetensors(pieces: Iterator[bytes], size: int) -> bool:
+    """Eight bytes of the header's length, the header as a JSON object, the tensors: anything else, a pickle say, is refused.
 
-
-def _is_safetensors(content: bytes) -> bool:
-    """Eight bytes of the header's length, the header as a JSON object, the tensors: anything else, a pickle say, is refused."""
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or not 2 <= length <= min(_LARGEST_HEADER, len(content) - 8):
+    All pieces are read, so that the file's hash is compared.
+    """
+    beginning, length = b"", -1
+    for piece in pieces:
+        if length < 0 or len(beginning) < 8 + length:
+            beginning += piece
+            length = int.from_bytes(beginning[:8], "little") if len(beginning) >= 8 else -1
+            if not -1 <= length <= min(_LARGEST_HEADER, size - 8):
+                return False
+    if length < 2:
         return False
     try:
-        return isinstance(json.loads(content[8 : 8 + length]), dict)
-    except ValueError:
+        header = json.loads(beginning[8 : 8 + length])
+    except (ValueError, RecursionError):
         return False
+    return isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values())
 
 
-def _is_journal(content: bytes) -> bool:
+def _is_journal(pieces: Iterator[bytes], size: int) -> bool:
     """Lines of JSON objects, as Optuna writes them."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        if len(rest) > _LONGEST_LINE or not all(_is_object(line) for line in lines):
+            return False
+    return size > 0 and not rest
+
+
+def _is_object(line: bytes) -> bool:
     try:
-        return content.endswith(b"\n") and all(isinstance(json.loads(line), dict) for line in content.splitlines())
-    except ValueError:
+        return len(line) <= _LONGEST_LINE and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
         return False
 
 
-def _check_room(archive: zipfile.ZipFile, store: ResultStore, path: Path) -> None:
+def _check_room(archive: Archive, store: ResultStore) -> None:
     """A small archive may say that it holds terabytes."""
     folder = Path(store.location)
     if not folder.is_absolute():  # an address, whose room nobody knows
         return
-    needed = sum(entry.file_size for entry in archive.infolist())
+    needed = archive.nbytes
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     if needed > free:
-        raise UserError(f"{path} needs {needed / 1e9:.2f} GB, {store.location} has {free / 1e9:.2f} GB free; nothing was imported")
+        raise UserError(f"{archive.path} needs {needed / 1e9:.2f} GB, {store.location} has {free / 1e9:.2f} GB free; nothing was imported")

@@ -6,9 +6,11 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from kdbench.errors import UserError, not_written
 
@@ -39,10 +41,18 @@ class Folder:
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a file in one step. Raises UserError where the folder can't be written, DiskFull where there is no space."""
+        self._replace(path, lambda file: file.write(data))
+
+    def take(self, path: str, local: Path) -> None:
+        """As `replace`, with the content of a file of any size."""
+        with local.open("rb") as source:
+            self._replace(path, lambda file: shutil.copyfileobj(source, file))
+
+    def _replace(self, path: str, write: Callable[[BinaryIO], object]) -> None:
         target = self.root / path
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
-            _write(temporary, target, data)
+            _write(temporary, target, write)
         except OSError as error:
             raise self._explained(error, target) from error
 
@@ -74,14 +84,14 @@ class Folder:
         return not_written(error, path)
 
 
-def _write(temporary: Path, target: Path, data: bytes) -> None:
+def _write(temporary: Path, target: Path, write: Callable[[BinaryIO], object]) -> None:
     """Survives a power cut: the content and every folder entry that leads to it are on disk before this returns."""
     folder = target.parent
     new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with _removed_on_failure(lambda: temporary.unlink(missing_ok=True)):
         with open(temporary, "xb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -8,9 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdbench.errors import UserError
-from kdbench.results.record import CHECKSUM, RunRecord, from_table, row_checksum
+from kdbench.errors import UserError, in_one_line
+from kdbench.results.record import CHECKSUM, RunRecord, from_table, plain_rows, row_checksum
 from kdbench.results.store import ResultStore
+
+_MOST_COLUMNS = 500
 
 
 def checked_records(store: ResultStore) -> Iterator[tuple[str, RunRecord | None, str | None]]:
@@ -29,8 +31,8 @@ def checked_records(store: ResultStore) -> Iterator[tuple[str, RunRecord | None,
                 record = from_table(row, path)
             except UserError as error:
                 yield path, None, str(error)
-            else:
-                yield path, record, altered(row, path)
+                continue
+            yield path, record, altered(row, path)
 
 
 def stored_rows(content: bytes, path: str) -> list[pa.Table]:
@@ -42,9 +44,31 @@ def stored_rows(content: bytes, path: str) -> list[pa.Table]:
     return [table.slice(number, 1) for number in range(table.num_rows)]
 
 
+def single_row(content: bytes, path: str) -> pa.Table:
+    """The one row of a record that somebody else wrote. Raises UserError where it is no such file.
+
+    All that the file declares is looked at before any of it is read: Parquet packs billions of rows into a few kilobytes.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        declared = file.metadata
+        if declared.num_rows != 1:
+            raise UserError(f"{path} has {declared.num_rows} rows, expected one")
+        if declared.num_row_groups != 1 or declared.num_columns > _MOST_COLUMNS:
+            raise UserError(f"{path} has {declared.num_row_groups} row groups and {declared.num_columns} columns; no record has so many")
+        chunks = [declared.row_group(0).column(number) for number in range(declared.num_columns)]
+        if any(chunk.num_values != 1 or chunk.compression != "UNCOMPRESSED" for chunk in chunks):
+            raise UserError(f"{path} holds compressed or nested columns, which no exported record has")
+        if sum(chunk.total_uncompressed_size for chunk in chunks) > len(content):
+            raise UserError(f"{path} declares more bytes than it has")
+        return file.read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({in_one_line(error)})") from error
+
+
 def altered(row: pa.Table, path: str) -> str | None:
     """What is wrong with a row of a file of records: its checksum is missing, or is that of another content. None where it fits."""
-    [stored] = row.to_pylist()
+    [stored] = plain_rows(row, path)
     checksum = stored.get(CHECKSUM)
     if checksum is None:
         return f"{path}: run {_run(stored)} has no checksum, so that nobody can tell whether it was changed"

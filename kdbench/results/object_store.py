@@ -43,6 +43,8 @@ class Files(Protocol):
 
     def replace(self, path: str, data: bytes) -> None: ...
 
+    def take(self, path: str, local: Path) -> None: ...
+
     def read(self, path: str) -> bytes: ...
 
     def exists(self, path: str) -> bool: ...
@@ -78,6 +80,10 @@ class ObjectStore:
 
     def replace(self, path: str, data: bytes, patient: bool = True) -> None:
         self._ask(lambda: self.driver.pipe_file(self._full(path), data), patient)
+
+    def take(self, path: str, local: Path) -> None:
+        """As `replace`, with the content of a file of any size."""
+        self.upload(local, path)
 
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, in_one_line
 
 SCHEMA_VERSION = 1
 # From the version that a row has to the next: a function that gets the row, its JSON columns as text, and returns it as the next version
@@ -30,6 +30,16 @@ COLUMN_TYPES: dict[Any, pa.DataType] = {
     bool: pa.bool_(),
     datetime: pa.timestamp("us", tz="UTC"),
 }
+
+_PLAIN_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_boolean,
+    pa.types.is_timestamp,
+    pa.types.is_null,
+)
 
 
 class RunRecord(BaseModel):
@@ -176,14 +186,30 @@ def from_table(table: pa.Table, source: str) -> RunRecord:
         raise UserError(
             f"{source} is not a kdbench record: expected one row with a column 'schema_version', got {table.num_rows} rows; move it away"
         )
-    return _record(table.to_pylist()[0], source)
+    return _record(plain_rows(table, source)[0], source)
+
+
+def plain_rows(table: pa.Table, source: str) -> list[dict[str, Any]]:
+    """The rows of a table of records as Python values.
+
+    Raises UserError for a column of a type that no record has, and for a value that Python has no like of: a year of 300,000, or bytes
+    that are no text.
+    """
+    for field in table.schema:
+        if not any(fits(field.type) for fits in _PLAIN_TYPES):
+            raise UserError(f"{source} is not a kdbench record: its column {field.name!r} is of the type {field.type}; move it away")
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise UserError(f"{source} is not a kdbench record: {in_one_line(error)}; move it away") from error
+    return rows
 
 
 def all_from_table(table: pa.Table, source: str) -> list[RunRecord]:
     """The records in a table of any number of rows, as `from_table` reads and refuses them."""
     if "schema_version" not in table.column_names:
         raise UserError(f"{source} holds no kdbench records: expected a column 'schema_version'; move it away")
-    return [_record(row, source) for row in table.to_pylist()]
+    return [_record(row, source) for row in plain_rows(table, source)]
 
 
 def partly_from_table(table: pa.Table) -> list[RunRecord]:
@@ -238,8 +264,9 @@ def _record(row: dict[str, Any], source: str) -> RunRecord:
     try:
         structured = _structured_fields()
         return RunRecord(**{name: json.loads(value) if name in structured else value for name, value in row.items()})
-    except (ValidationError, json.JSONDecodeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("JSON",), "msg": str(error)}
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
+        # Of JSON: no JSON, a number of thousands of digits, nested thousands deep, or no text at all.
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("JSON",), "msg": in_one_line(error)}
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"{source} is not a record of schema version {row['schema_version']}: {where}: {first['msg']}; move it away"

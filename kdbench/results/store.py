@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from kdbench.catalogue import nearest
-from kdbench.errors import KDBenchError, UserError
+from kdbench.errors import KDBenchError, UserError, not_written
 from kdbench.results.address import is_address
 from kdbench.results.folder import Folder
 from kdbench.results.object_store import Files
@@ -131,6 +132,17 @@ class ResultStore:
         """Write a file in one step, replacing one of that name, and return the SHA-256 of its content in hex."""
         self.files.replace(self._inside(relative), data)
         return hashlib.sha256(data).hexdigest()
+
+    def write_pieces(self, relative: str, pieces: Iterable[bytes]) -> None:
+        """Write a file of any size in one step, from pieces of it. Where they end in an error, no file is left."""
+        with tempfile.TemporaryDirectory(prefix="kdbench-") as scratch:
+            local = Path(scratch) / "file"
+            try:
+                with local.open("wb") as file:
+                    file.writelines(pieces)
+            except OSError as error:
+                raise not_written(error, local) from error
+            self.files.take(self._inside(relative), local)
 
     def has(self, relative: str) -> bool:
         """Whether there is a file of that name below the location."""

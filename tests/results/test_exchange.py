@@ -221,6 +221,15 @@ def test_export_refuses_what_was_edited_and_writes_no_file(ours, tmp_path) -> No
     assert list(tmp_path.glob("*x.zip*")) == []
 
 
+@pytest.mark.parametrize("uri", ["predictions/kd-0.safetensors", "students/kd-1/student.safetensors", "teachers/t/model.safetensors"])
+def test_export_refuses_a_damaged_attachment_which_import_would_refuse(ours, tmp_path, uri) -> None:
+    path = Path(ours.location) / uri
+    path.write_bytes(path.read_bytes()[:-1] + b"x" if uri.startswith(("predictions", "teachers")) else b"torn")
+    with pytest.raises(UserError, match=f"{uri} is damaged: .* nothing was exported"):
+        export_results(ours, ours.scan(), tmp_path / "all.zip", weights=True)
+    assert not (tmp_path / "all.zip").exists()
+
+
 def test_nothing_to_export_and_a_file_that_is_there_are_refused(ours, archive) -> None:
     with pytest.raises(UserError, match="nothing to export"):
         export_results(ours, [], archive)
@@ -258,7 +267,7 @@ def _other_teacher(members: dict[str, bytes]) -> None:
 def _edited_record(members: dict[str, bytes]) -> None:
     table = pq.read_table(BytesIO(members[_record(members)]))
     edited = BytesIO()
-    pq.write_table(table.set_column(table.column_names.index("test_metric"), "test_metric", pa.array([99.9])), edited)
+    pq.write_table(table.set_column(table.column_names.index("test_metric"), "test_metric", pa.array([99.9])), edited, compression="none")
     members[_record(members)] = edited.getvalue()
 
 
