@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kdbench.errors import RunFailed, UserError
@@ -53,6 +54,10 @@ _SIOCGIFADDR = 0x8915  # Linux: the address of an interface, from netdevice(7)
 _HEAD_SECONDS = 3.0  # between two looks at whether the head of a cluster is there
 log = logging.getLogger(__name__)
 
+# Ray 2.60 puts its longest socket below the temporary folder at a path like this one; sockaddr_un holds 108 bytes with the last one 0.
+_SOCKET_PATH = "/ray/session_2026-11-29_01-14-45_123456_1234567/sockets/plasma_store"
+_SOCKET_BYTES = 107
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -72,6 +77,7 @@ def check_fits_here(runtime: Runtime) -> None:
     """Raises UserError where this machine, without a cluster, can't hold one training."""
     if runtime.address is not None:
         return
+    scratch_folder()
     fewest, _ = worker_bounds(runtime.workers)
     cpus, needed = available_cpus(), fewest * runtime.cpus_per_worker
     if needed > cpus:
@@ -84,6 +90,25 @@ def check_fits_here(runtime: Runtime) -> None:
             f"runtime.gpus_per_worker: {fewest} workers need {fewest * runtime.gpus_per_worker:g} GPUs, "
             f"this machine has {_here()['GPU']:g}; use gpus_per_worker: 0 to train on CPUs"
         )
+
+
+def scratch_folder() -> Path | None:
+    """Where a private Ray keeps its sockets and logs; None where the folder that Ray itself would take will do.
+
+    The path of a Unix socket may have 107 bytes. A TMPDIR of a Slurm job can be longer than that leaves room for: then it is /tmp/ray.
+    Raises UserError where that can't be written either, or where RAY_TMPDIR itself is too long.
+    """
+    named = os.environ.get("RAY_TMPDIR")
+    wanted = named or os.environ.get("TMPDIR") or "/tmp"
+    too_long = len(os.fsencode(wanted)) - (_SOCKET_BYTES - len(_SOCKET_PATH))
+    if too_long <= 0:
+        return None
+    if named is None and os.access("/tmp", os.W_OK | os.X_OK):
+        return Path("/tmp/ray")
+    raise UserError(
+        f"{'RAY_TMPDIR' if named else 'TMPDIR'} is {too_long} bytes too long for Ray's sockets ({wanted}): "
+        "set RAY_TMPDIR to a shorter folder that you can write, such as one below /tmp"
+    )
 
 
 def available_cpus() -> int:
@@ -133,6 +158,8 @@ def _init(runtime: Runtime) -> None:
             "_node_ip_address": "127.0.0.1",
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
+        if (folder := scratch_folder()) is not None:
+            options["_temp_dir"] = str(folder)
     else:
         options["address"] = runtime.address
         if trusted := trust_environment():
