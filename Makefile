@@ -22,7 +22,7 @@ bench: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy kdbench benchmarks
+	$(VENV)/bin/mypy kdbench benchmarks tests
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -142,7 +142,7 @@ def _of_the_ceiling(bench: Bench, pair: ModelPair, seconds: float) -> Row:
     return Row(f"{pair.title}: speed-up by the cache / its ceiling", value, goal=CEILING_GOAL, wall=wall, note=note)
 
 
-def _share_of_ceiling(seconds: Any) -> float:
+def _share_of_ceiling(seconds: Mapping[str, float]) -> float:
     return (seconds["live"] - seconds["teacher"]) / seconds["cached"]
 
 

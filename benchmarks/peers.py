@@ -151,6 +151,6 @@ def _timm(run: Training, steps: int) -> Arm:
     return arm(some_steps, steps * recipe.batch_size)
 
 
-def _endless(loader: DataLoader) -> Iterator[Any]:
+def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
     while True:
         yield from loader

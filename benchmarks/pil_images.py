@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 
-class PilImages(Dataset):
+class PilImages(Dataset[tuple[Tensor, int]]):
     """images: uint8 [N, C, H, W] with 1 or 3 channels; labels: int64 [N]. An item is (what `transform` makes of the PIL image, label)."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -33,6 +33,6 @@ def usual_transform(side: int, crop: int, flip: bool, mean: list[float], std: li
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
-def usual_loader(dataset: Dataset, batch_size: int) -> DataLoader:
+def usual_loader(dataset: PilImages, batch_size: int) -> DataLoader[tuple[Tensor, int]]:
     """Shuffled, in this process (num_workers=0), incomplete last batch dropped."""
     return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=0)

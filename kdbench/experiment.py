@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -269,7 +269,10 @@ class Experiment(_Part):
         return validated(Recipe, {**self.recipe.model_dump(), **overrides}, "teacher.recipe")
 
 
-def validated(model: type[BaseModel], value: Any, where: str) -> Any:
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def validated(model: type[Checked], value: Any, where: str) -> Checked:
     """`value` as a `model`. Raises UserError, one line a problem, each beginning with `where`."""
     try:
         return model.model_validate(value)

@@ -90,8 +90,10 @@ class EncodedImages:
         height, width = image.shape[-2:]
         if bits is not None:
             box = parts(height, width, bits[None], smallest)[0].tolist()
-            return transforms.resized_crop(image, *box, size=[self.size, self.size], antialias=True)
-        return transforms.center_crop(transforms.resize(image, [self.resize], antialias=True), [self.size, self.size])
+            part: Tensor = transforms.resized_crop(image, *box, size=[self.size, self.size], antialias=True)
+            return part
+        centre: Tensor = transforms.center_crop(transforms.resize(image, [self.resize], antialias=True), [self.size, self.size])
+        return centre
 
 
 def _decoded(content: bytes, name: str) -> Tensor:

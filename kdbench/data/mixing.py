@@ -78,7 +78,8 @@ def beta_quantiles(alpha: float) -> np.ndarray:
     """`QUANTILES` equally likely values of Beta(alpha, alpha), rising, float64 in [0, 1]."""
     from scipy.special import betaincinv  # takes a quarter of a second, so only who mixes pays
 
-    return betaincinv(alpha, alpha, levels())
+    quantiles: np.ndarray = betaincinv(alpha, alpha, levels())
+    return quantiles
 
 
 @lru_cache(maxsize=16)

@@ -40,7 +40,7 @@ class Rows:
         number = bisect_right(self._starts, row) - 1
         with self._lock:
             images = self._row_group(number, row)
-        content = images[row - self._starts[number]].as_py()
+        content: bytes | None = images[row - self._starts[number]].as_py()
         if content is None:
             raise UserError(f"{self.name(row)} has no image in column {self.column!r}")
         return content

@@ -33,7 +33,8 @@ def grey(images: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images.sum(1, keepdim=True, dtype=torch.int32) // images.shape[1]
     red, green, blue = images.int().split(1, dim=1)
-    return (red * _GREY[0] + green * _GREY[1] + blue * _GREY[2] + (1 << 15)) >> 16
+    brightness: Tensor = (red * _GREY[0] + green * _GREY[1] + blue * _GREY[2] + (1 << 15)) >> 16
+    return brightness
 
 
 def mean_grey(images: Tensor) -> Tensor:

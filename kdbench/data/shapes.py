@@ -169,7 +169,8 @@ def _ground(random: np.random.Generator, size: int) -> NDArray[np.float64]:
     left = place.astype(np.intp)
     share = place - left
     columns = knots[:, :, left] * (1 - share) + knots[:, :, left + 1] * share
-    return columns[:, left] * (1 - share[:, None]) + columns[:, left + 1] * share[:, None]
+    ground: NDArray[np.float64] = columns[:, left] * (1 - share[:, None]) + columns[:, left + 1] * share[:, None]
+    return ground
 
 
 def _inside(item: _Placed, size: int) -> NDArray[np.bool_]:
@@ -178,19 +179,21 @@ def _inside(item: _Placed, size: int) -> NDArray[np.bool_]:
     across = (np.arange(size) + 0.5 - item.x) / item.radius
     down = ((np.arange(size) + 0.5 - item.y) / item.radius)[:, None]
     u, v = cosine * across + sine * down, cosine * down - sine * across
+    covered: NDArray[np.bool_]
     match item.kind:
         case "circle":
-            return u * u + v * v <= 1
+            covered = u * u + v * v <= 1
         case "ring":
             distance = u * u + v * v
-            return (distance <= 1) & (distance >= _HOLE * _HOLE)
+            covered = (distance <= 1) & (distance >= _HOLE * _HOLE)
         case "square":
-            return np.maximum(abs(u), abs(v)) <= _HALF
+            covered = np.maximum(abs(u), abs(v)) <= _HALF
         case "triangle":
             # Height above the base at v = 0.5, and the two slanted sides, which meet at v = -1.
-            return (v <= 0.5) & (abs(u) * math.sqrt(3) <= v + 1)
+            covered = (v <= 0.5) & (abs(u) * math.sqrt(3) <= v + 1)
         case _:
-            return (np.minimum(abs(u), abs(v)) <= _LIMB) & (np.maximum(abs(u), abs(v)) <= -_TIPS[0][1])
+            covered = (np.minimum(abs(u), abs(v)) <= _LIMB) & (np.maximum(abs(u), abs(v)) <= -_TIPS[0][1])
+    return covered
 
 
 def _shape(item: _Placed, number: int, owner: NDArray[np.int8]) -> Shape:

@@ -72,7 +72,7 @@ def open_source(spec: DataSpec) -> Source:
 def _opened(name: str, options: str) -> Source:
     make = source_maker(name)
     try:
-        source = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(make)(**json.loads(options))
+        source: Source = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(make)(**json.loads(options))
     except ValidationError as error:
         raise UserError(explain(error, f"data {name!r}", inspect.signature(make).parameters)) from error
     except KDBenchError:

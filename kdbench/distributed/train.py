@@ -155,7 +155,7 @@ def _network() -> Any:
 
     backend: Any = TorchConfig().backend_cls
 
-    class OnRaysNetwork(backend):
+    class OnRaysNetwork(backend):  # type: ignore[misc]  # Ray has no public name for its base
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             worker_group.execute(talk_on_rays_network)
             super().on_start(worker_group, backend_config)
@@ -174,7 +174,7 @@ def _to_tune(title: str) -> Any:
         """Runs in Train's controller. What it raises ends the training; else Train begins the group again."""
 
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]  # Ray leaves it without annotations
             self.deaths, self.epochs = 0, 0.0
 
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:

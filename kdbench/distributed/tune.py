@@ -199,7 +199,7 @@ class QueueScheduler(FIFOScheduler):
     """Stops a trial where the queue says so."""
 
     def __init__(self, desk: _Desk) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray leaves it without annotations
         self._desk = desk
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:

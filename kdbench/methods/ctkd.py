@@ -68,7 +68,8 @@ class CTKD(Method):
         """The present temperature, a scalar; its gradient for `theta` is turned round as far as the curriculum has come."""
         factor = adversity(at.step / at.total_steps, self.params.curriculum_share)
         (theta,) = with_gradient_scaled(self.theta, factor)
-        return self.params.lowest + self.params.span * theta.sigmoid()
+        temperature: Tensor = self.params.lowest + self.params.span * theta.sigmoid()
+        return temperature
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None

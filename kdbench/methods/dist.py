@@ -62,7 +62,8 @@ def _centred_columns(values: Tensor, rows: Tensor | None) -> Tensor:
 
 def _cosine(first: Tensor, second: Tensor, dim: int) -> Tensor:
     lengths = torch.linalg.vector_norm(first, dim=dim) * torch.linalg.vector_norm(second, dim=dim)
-    return (first * second).sum(dim) / (lengths + _EPSILON)
+    cosine: Tensor = (first * second).sum(dim) / (lengths + _EPSILON)
+    return cosine
 
 
 class DIST(Method):

@@ -46,7 +46,8 @@ def other_places(features: Tensor) -> Tensor:
     seen = attention(features)
     half, seen = seen.norm(dim=1, keepdim=True) / 2, F.normalize(seen, dim=1)
     threshold = seen.kthvalue(seen.shape[1] // 3, dim=1, keepdim=True).values
-    return (half - seen) * (seen - threshold).sign() + half
+    wanted: Tensor = (half - seen) * (seen - threshold).sign() + half
+    return wanted
 
 
 def diversity_loss(student: Tensor, other: Tensor) -> Tensor:
@@ -63,7 +64,8 @@ def redirected(features: Tensor) -> Tensor:
     (features,) = loss_precision(features)
     seen = attention(features)
     missing = (other_places(features) - F.normalize(seen, dim=1)) * seen.norm(dim=1, keepdim=True) / features.shape[1]
-    return features + missing.reshape(-1, 1, *features.shape[2:])
+    moved: Tensor = features + missing.reshape(-1, 1, *features.shape[2:])
+    return moved
 
 
 def direction_loss(first: Tensor, second: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class Upsampler(nn.Module):
     def settled(self, last: Tensor) -> list[Tensor]:
         """The same in eval mode, as a target: with the statistics of the batches before, which stay as they are."""
         training = self.training
-        guesses = self.eval()(last)
+        guesses: list[Tensor] = self.eval()(last)
         self.train(training)
         return guesses
 

@@ -46,7 +46,8 @@ class Generator(nn.Module):
 
     def forward(self, student: Tensor, mask: Tensor) -> Tensor:
         """[B, D_t, H, W] from features [B, D_s, H, W] and a mask [B, D_t, 1, 1] or [B, 1, H, W]."""
-        return self.generation(self.align(student) * mask)
+        generated: Tensor = self.generation(self.align(student) * mask)
+        return generated
 
 
 class MGD(FeatureMethod):

@@ -44,7 +44,8 @@ def matching_distance(expanded: Tensor, teacher: Tensor) -> Tensor:
     size = min(expanded.shape[-2], teacher.shape[-2]), min(expanded.shape[-1], teacher.shape[-1])
     expanded, teacher = (x if x.shape[-2:] == size else F.adaptive_max_pool2d(x, size) for x in (expanded, teacher))
     segments = expanded.unflatten(1, (-1, teacher.shape[1]))
-    return segments.shape[1] * (segments - teacher.unsqueeze(1)).square().mean()
+    distance: Tensor = segments.shape[1] * (segments - teacher.unsqueeze(1)).square().mean()
+    return distance
 
 
 def normalised_logits(logits: Tensor, scale: float) -> Tensor:

@@ -32,7 +32,8 @@ def neighbourhood_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def _neighbour_probabilities(features: Tensor) -> Tensor:
     directions = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + _EPSILON)
     similarity = (directions @ directions.T + 1) / 2
-    return similarity / similarity.sum(1, keepdim=True)
+    probabilities: Tensor = similarity / similarity.sum(1, keepdim=True)
+    return probabilities
 
 
 class PKT(FeatureMethod):

@@ -105,7 +105,8 @@ class CrossAttentionProjector(nn.Module):
         tokens = (self.features(features) + self.position).flatten(2).transpose(1, 2)
         seen = self.norm(self.attention(queries, tokens))
         projected: Tensor = seen + self.ffn(seen)
-        return projected.transpose(1, 2).unflatten(2, self.grid)
+        map_: Tensor = projected.transpose(1, 2).unflatten(2, self.grid)
+        return map_
 
 
 class DualView(nn.Module):

@@ -35,7 +35,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H / stride, W / stride]."""
-        out = self.project(F.relu(self.filter(F.relu(self.expand(x)))))
+        out: Tensor = self.project(F.relu(self.filter(F.relu(self.expand(x)))))
         return x + out if self.adds_input else out
 
 
@@ -74,7 +74,8 @@ class CifarMobileNetV2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = self.blocks(F.relu(self.stem(images)))
-        return self.classifier(self.relu(self.widen(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.classifier(self.relu(self.widen(x)).mean(dim=(2, 3)))
+        return logits
 
 
 class ShuffleV1Block(nn.Module):
@@ -124,7 +125,8 @@ class CifarShuffleNetV1(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.stem(images)))))
-        return self.classifier(x.mean(dim=(2, 3)))
+        logits: Tensor = self.classifier(x.mean(dim=(2, 3)))
+        return logits
 
 
 class ShuffleV2Block(nn.Module):
@@ -185,7 +187,8 @@ class CifarShuffleNetV2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.stem(images)))))
-        return self.classifier(self.relu(self.widen(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.classifier(self.relu(self.widen(x)).mean(dim=(2, 3)))
+        return logits
 
 
 def mobilenetv2_half(*, num_classes: int, in_channels: int) -> CifarMobileNetV2:

@@ -32,7 +32,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H / stride, W / stride], after the ReLU."""
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return self.relu(residual + self.shortcut(x))
+        activated: Tensor = self.relu(residual + self.shortcut(x))
+        return activated
 
 
 class CifarResNet(nn.Module):
@@ -56,7 +57,8 @@ class CifarResNet(nn.Module):
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
 
 
 class PreActivationBlock(nn.Module):
@@ -74,7 +76,7 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H / stride, W / stride]. A convolved shortcut reads the activated input, an identity the raw one."""
         activated = self.relu(self.bn1(x))
-        residual = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
@@ -99,7 +101,8 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        return self.fc(self.relu(self.bn(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.relu(self.bn(x)).mean(dim=(2, 3)))
+        return logits
 
 
 def _stage(block: Callable[[int, int, int], nn.Module], count: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

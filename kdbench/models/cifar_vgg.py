@@ -34,7 +34,8 @@ class CifarVGG(nn.Module):
         x = self.block3(F.max_pool2d(self.block2(x), 2))
         if images.shape[-1] >= _LARGE_IMAGE:
             x = F.max_pool2d(x, 2)
-        return self.classifier(self.block4(x).mean(dim=(2, 3)))
+        logits: Tensor = self.classifier(self.block4(x).mean(dim=(2, 3)))
+        return logits
 
 
 def _block(in_channels: int, out_channels: int, convs: int) -> nn.Sequential:

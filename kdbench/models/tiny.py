@@ -32,7 +32,8 @@ class TinyCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, in_channels, H, W]."""
-        return self.fc(self.layer3(self.layer2(self.layer1(images))).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.layer3(self.layer2(self.layer1(images))).mean(dim=(2, 3)))
+        return logits
 
 
 class FCN(nn.Module):

@@ -114,7 +114,8 @@ def _in_order(table: pa.Table) -> pa.Table:
 
 def _same(one: pa.Table, other: pa.Table) -> bool:
     """Bit for bit: a nan is equal to itself."""
-    return _bits(one).equals(_bits(other))
+    equal: bool = _bits(one).equals(_bits(other))
+    return equal
 
 
 def _bits(table: pa.Table) -> pa.Table:

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from statistics import fmean, median, variance
 from typing import Any
 
@@ -150,7 +151,7 @@ def boards(records: Iterable[RunRecord], published: Sequence[PublishedFigure] = 
     `published` figures go to the boards that have their method, to be shown apart; they are never ranked.
     """
     records = list(records)
-    pairs: dict[tuple, list[RunRecord]] = defaultdict(list)
+    pairs: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)
     for record in records:
         if record.role == "final" and record.source == "kdbench" and record.status != "stopped":
             pairs[(record.task, record.data, record.teacher or "", record.student, record.protocol_hash)].append(record)
@@ -391,7 +392,7 @@ def _teacher_metric(members: Sequence[RunRecord], sha: str | None, records: Sequ
     return max(own, key=_age).test_metric if own else None
 
 
-def _age(record: RunRecord) -> tuple:
+def _age(record: RunRecord) -> tuple[datetime, str]:
     return record.created_at, record.run_id
 
 

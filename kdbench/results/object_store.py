@@ -87,10 +87,12 @@ class ObjectStore:
 
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
-        return self._ask(lambda: self.driver.cat_file(self._full(path)), reading=True)
+        content: bytes = self._ask(lambda: self.driver.cat_file(self._full(path)), reading=True)
+        return content
 
     def exists(self, path: str) -> bool:
-        return self._ask(lambda: self.driver.exists(self._full(path)), reading=True)
+        exists: bool = self._ask(lambda: self.driver.exists(self._full(path)), reading=True)
+        return exists
 
     def find(self, prefix: str) -> list[str]:
         return list(self.sizes(prefix))

@@ -169,8 +169,10 @@ class MlflowTracker:
         def find_or_make(client: MlflowClient, experiment: str) -> str:
             for run in self._find(client, experiment, key):
                 client.update_run(run.info.run_id, status="RUNNING")
-                return run.info.run_id
-            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **_tags(tags)}).info.run_id
+                known: str = run.info.run_id
+                return known
+            made: str = client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **_tags(tags)}).info.run_id
+            return made
 
         return self.attempt(find_or_make)
 
@@ -195,7 +197,8 @@ class MlflowTracker:
         """A FINISHED run of this key is returned as it is; any other is what a killed process left, and is replaced."""
         finished = self.attempt(lambda client, experiment: [r for r in self._find(client, experiment, key) if r.info.status == "FINISHED"])
         if finished:
-            return finished[0].info.run_id
+            known: str = finished[0].info.run_id
+            return known
         run = self.live(parent_id, name, key)
         for entry in curve:
             run.log({name: value for name, value in entry.items() if name != "epoch"}, int(entry["epoch"]))
@@ -208,7 +211,8 @@ class MlflowTracker:
             for stale in self._find(client, experiment, key):
                 client.delete_run(stale.info.run_id)
             nesting = {} if parent_id is None else {PARENT_TAG: parent_id}
-            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **nesting}).info.run_id
+            made: str = client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **nesting}).info.run_id
+            return made
 
         return LiveRun(self, self.attempt(replace))
 

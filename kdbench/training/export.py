@@ -157,7 +157,8 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """What the model's head gives [B, ...] for images [B, C, H, W] in [0, 1]."""
         prediction = self.model(model_inputs(self.model, images))
-        return prediction["logits"] if isinstance(prediction, dict) else prediction
+        logits: Tensor = prediction["logits"] if isinstance(prediction, dict) else prediction
+        return logits
 
 
 def difference_allowed(found: Tensor, expected: Tensor, what: object) -> tuple[float, float]:
@@ -204,7 +205,8 @@ def _write_safetensors(network: Deployed, images: Tensor, path: Path, metadata: 
     again = copy.deepcopy(network)
     again.model.load_state_dict(load_safetensors(path.read_bytes()), strict=True)
     with torch.no_grad():
-        return again(images)
+        prediction: Tensor = again(images)
+        return prediction
 
 
 def _write_onnx(network: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:

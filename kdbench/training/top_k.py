@@ -67,4 +67,5 @@ def _change(student: Tensor, logits: Tensor, replaced: Tensor, temperature: floa
     p, r, q = log_p.exp(), log_r.exp(), log_q.exp()
     loss, other = ((x * (log_x - log_q)).sum(1).mean() for x, log_x in ((p, log_p), (r, log_r)))
     gradient = (p - q).norm()
-    return max(((other - loss).abs() / loss.abs()).item(), ((r - p).norm() / gradient).item())
+    largest_change: float = max(((other - loss).abs() / loss.abs()).item(), ((r - p).norm() / gradient).item())
+    return largest_change

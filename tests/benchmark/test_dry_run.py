@@ -136,7 +136,12 @@ def test_pretrained_weights_are_not_fetched_but_their_input_size_is_known(monkey
 
     made: list[bool] = []
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *args, **keys: made.append(keys["pretrained"]) or create(*args, **keys))
+
+    def noting(*args: Any, **keys: Any) -> Any:
+        made.append(keys["pretrained"])
+        return create(*args, **keys)
+
+    monkeypatch.setattr(timm, "create_model", noting)
     with without_weights(), torch.device("meta"):
         spec = ModelSpec(name="vit_tiny_patch16_224", pretrained=True)
         model: Any = build_model(spec, num_classes=10, in_channels=3, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)

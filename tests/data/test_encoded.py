@@ -117,7 +117,7 @@ def test_a_random_part_is_cut_out_once_and_resized(folder: Path) -> None:
     bits = part_bits(Draws(7, source.train.index, 3))
     for row, name in enumerate(sorted(path for path in (folder / "train").rglob("*.*"))):
         image = transforms.pil_to_tensor(Image.open(name).convert("RGB"))
-        (box,) = parts(*image.shape[1:], bits[row : row + 1], 0.2).tolist()
+        (box,) = parts(image.shape[1], image.shape[2], bits[row : row + 1], 0.2).tolist()
         torch.testing.assert_close(inputs[row], unit_range(transforms.resized_crop(image, *box, size=[SIZE, SIZE])))
 
 

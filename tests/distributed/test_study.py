@@ -406,9 +406,9 @@ def test_a_range_of_whole_numbers_gives_whole_numbers_inside_it(tmp_path: Path, 
         points.append(dict(point.params))
         study.complete(point.number, [float(point.params["layers"])], 1.0, 1.0)
     assert points[0] == {"layers": 2, "views": 4, "share": 0.5, "width": 16}
-    for point in points:
-        assert all(type(point[name]) is int for name in ("layers", "views", "width"))
-        assert 1 <= point["layers"] <= 3
-        assert 2 <= point["views"] <= 64
-        assert point["width"] % 8 == 0
-        assert (point["share"] / 0.25).is_integer()
+    for params in points:
+        assert all(type(params[name]) is int for name in ("layers", "views", "width"))
+        assert 1 <= params["layers"] <= 3
+        assert 2 <= params["views"] <= 64
+        assert params["width"] % 8 == 0
+        assert (params["share"] / 0.25).is_integer()

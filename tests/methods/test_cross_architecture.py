@@ -74,8 +74,10 @@ def built(method: str | dict[str, Any], student: str, teacher: str, classes: int
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2)
     made = fitted(MethodSpec.model_validate(method), whole(student, classes), whole(teacher, classes), generator)
-    shapes = (probe(network(name, classes), IMAGE, taps) for name, taps in ((student, made.student_taps), (teacher, made.teacher_taps)))
-    made.build(*shapes, TaskInfo("classification", classes, IMAGE))
+    ours, theirs = (
+        probe(network(name, classes), IMAGE, taps) for name, taps in ((student, made.student_taps), (teacher, made.teacher_taps))
+    )
+    made.build(ours, theirs, TaskInfo("classification", classes, IMAGE))
     if made.needs_teacher_network:
         made.use_teacher(network(teacher, classes), IMAGE)
     return made

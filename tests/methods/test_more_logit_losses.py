@@ -161,8 +161,8 @@ def test_dense_dist_is_that_of_the_labelled_pixels() -> None:
     target[:, 1:3] = 255
     method = built("dist", classes=3)
     dense = forward(method, student, teacher, target)
-    pixels = [x.movedim(1, -1)[target != 255] for x in (student, teacher)]
-    torch.testing.assert_close(dense, forward(method, *pixels, target[target != 255]))
+    pixels_s, pixels_t = (x.movedim(1, -1)[target != 255] for x in (student, teacher))
+    torch.testing.assert_close(dense, forward(method, pixels_s, pixels_t, target[target != 255]))
     (gradient,) = torch.autograd.grad(dense["inter"] + dense["intra"], student)
     assert gradient[:, :, 1:3].count_nonzero() == 0
     assert gradient[:, :, 0].count_nonzero() > 0

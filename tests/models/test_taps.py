@@ -240,7 +240,7 @@ class TestValues:
 
     def test_images_are_resized_for_a_model_that_wants_another_size(self) -> None:
         model = build("tiny_cnn", 1, 28)
-        model.input_spec = InputSpec((0.5,), (0.5,), 56)
+        model.input_spec = InputSpec((0.5,), (0.5,), 56)  # type: ignore[assignment]  # any object, to torch's eyes a module or a tensor
         assert Taps(model, ["stage:0"])(torch.rand(1, *GREY)).maps["stage:0"].shape == (1, 16, 28, 28)
         assert aliased(tap_table(model, GREY))["stage:0"].stride == 2
 

@@ -66,9 +66,9 @@ def distiller(name: str, samples: Part) -> tuple[Distiller, Taps]:
     if method.needs_teacher_network:
         method.use_teacher(teacher, IMAGE)
     method.use_samples(samples)
-    student = method.adapt_student(student).double()
+    adapted = method.adapt_student(student).double()
     task: Any = Labels()
-    return Distiller(student, method.double(), task), Taps(teacher, method.teacher_taps)
+    return Distiller(adapted, method.double(), task), Taps(teacher, method.teacher_taps)
 
 
 def trained(name: str, session: Session, shares: tuple[int, ...] = (BATCH,)) -> list[dict[str, Tensor]]:

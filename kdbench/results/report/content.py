@@ -182,7 +182,7 @@ def trade_offs(pages: Sequence[Page], cost: str) -> list[Point]:
 
 def by_protocol(pages: Iterable[Page]) -> list[list[Page]]:
     """Pages of one protocol and one teacher, that differ in the student: what may be compared with each other."""
-    groups: dict[tuple, list[Page]] = defaultdict(list)
+    groups: dict[tuple[str | None, ...], list[Page]] = defaultdict(list)
     for page in pages:
         board = page.board
         groups[board.protocol_hash, board.task, board.data, board.teacher, board.teacher_sha].append(page)
