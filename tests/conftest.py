@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +30,14 @@ torch.set_num_threads(1)
 # The same examples in every run, so that a change that broke nothing is never blamed; `--hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """What a test draws from the generators that a whole process shares does not depend on the tests that ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # the generator that libraries share
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.timing import Arm, Rounds, Sample, Spent, growth_exponent, interleave, timed
+from benchmarks import timing
+from benchmarks.timing import Arm, Rounds, Sample, Spent, arm, growth_exponent, interleave, timed
 
 
 def _scripted(seconds: Iterator[float]) -> Arm:
@@ -56,9 +56,45 @@ def test_measuring_ends_when_enough_is_known_and_never_before_the_least() -> Non
     assert len(interleave({"a": lambda: Spent(1, 1)}, 60, most=9).spent["a"]) == 9
 
 
-def test_a_sleeping_process_spends_wall_time_and_no_cpu_time() -> None:
-    spent = timed(lambda: time.sleep(0.05))
-    assert spent.wall > 0.049 > 10 * spent.cpu
+class Clocks:
+    """The clock on the wall and that of the process, which a test moves on. It takes the place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = 1000.0, 5.0
+
+    def perf_counter(self) -> float:
+        return self.wall
+
+    monotonic = perf_counter
+
+    def process_time(self) -> float:
+        return self.cpu
+
+    def works(self, seconds: float) -> None:
+        self.wall, self.cpu = self.wall + seconds, self.cpu + seconds
+
+    def sleeps(self, seconds: float) -> None:
+        self.wall += seconds
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    clocks = Clocks()
+    monkeypatch.setattr(timing, "time", clocks)
+    return clocks
+
+
+def test_a_sleeping_process_spends_wall_time_and_no_cpu_time(clocks: Clocks) -> None:
+    assert timed(lambda: clocks.sleeps(0.5)) == Spent(wall=0.5, cpu=0.0)
+    assert timed(lambda: clocks.works(0.25)) == Spent(wall=0.25, cpu=0.25)
+    assert arm(lambda: clocks.works(8.0), amount=4)() == Spent(wall=2.0, cpu=2.0)
+
+
+def test_measuring_ends_when_its_seconds_are_over_and_never_before_the_least(clocks: Clocks) -> None:
+    arms = {"a": arm(lambda: clocks.works(2.0)), "b": arm(lambda: clocks.sleeps(1.0))}
+    assert len(interleave(arms, 10.0, warm_up=False).spent["a"]) == 4  # three rounds take nine seconds
+    assert len(interleave(arms, 10.0).spent["a"]) == 3  # the warm-up is one of the rounds that take time
+    assert len(interleave(arms, 10.0, least=6).spent["a"]) == 6
 
 
 @pytest.mark.parametrize(("count", "low", "high"), [(6, 0, 5), (8, 0, 7), (9, 1, 7), (20, 5, 14)])

@@ -95,10 +95,13 @@ def studies(folder: Path) -> dict[str, list[FrozenTrial]]:
 
 @pytest.fixture(scope="module")
 def searched(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Two methods, eight trials each, of learning rates from none to far too high; half of the trials go on at each rung."""
+    """Two methods, eight trials each, of learning rates from none to far too high; half of the trials go on at each rung.
+
+    One trial at a time: which of them a rung stops then follows from their numbers, and not from who reports first.
+    """
     folder = tmp_path_factory.mktemp("searched")
     search = {"trials": 8, "sampler": "random", "reduction": 2, "grace_epochs": 1, "also": also_lr(1e-4, 1e9)}
-    of = experiment(teacher=TEACHER, methods=["none", "kd"], search=search)
+    of = experiment(teacher=TEACHER, methods=["none", "kd"], search=search, runtime={"concurrent": 1})
     return run_in(folder, of, MlflowTracker(tracking_uri(folder), of.name))
 
 

@@ -25,6 +25,7 @@ from kdbench.methods.none import Undistilled
 from kdbench.methods.tf_nkd import self_target_losses
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.tasks.base import TaskInfo
+from tests.tolerances import rounding
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # student, teacher, labels, temperature
 
@@ -52,6 +53,12 @@ def soft_labels(samples: int, classes: int) -> Tensor:
     """Mixup's: two labels a sample, 0.7 and 0.3."""
     first = torch.arange(samples) % classes
     return 0.7 * F.one_hot(first, classes).double() + 0.3 * F.one_hot((first + 1) % classes, classes).double()
+
+
+def softened_rounding(logits: Tensor, temperature: float) -> float:
+    """How far T^2 sum p log p over the classes of [B, C] may be off, and its gradient, which is T times smaller."""
+    largest = (logits / temperature).log_softmax(1).abs().max().item()
+    return rounding(logits.dtype, 2 * logits.shape[1] + 6, temperature**2 * largest)
 
 
 def forward(method: Method, student: Tensor, teacher: Tensor | None, target: Tensor, at: Progress = DONE) -> dict[str, Tensor]:
@@ -151,9 +158,10 @@ def test_a_divergence_is_zero_with_zero_gradient_where_student_and_teacher_agree
     student = teacher.clone().requires_grad_()
     value = LOSSES[name](student, teacher, labels, 4.0)
     value.backward()
-    assert abs(value.item()) < 1e-14
+    off = softened_rounding(teacher, 4.0)
+    assert abs(value.item()) < off
     assert student.grad is not None
-    assert student.grad.abs().max() < 1e-14
+    assert student.grad.abs().max() < off
 
 
 @pytest.mark.parametrize("name", ["kd_cross_entropy", "nkd_nontarget"])
@@ -166,7 +174,7 @@ def test_a_cross_entropy_is_the_teachers_entropy_with_zero_gradient_where_both_a
     entropy = torch.distributions.Categorical(logits=seen / 4.0).entropy().mean()
     torch.testing.assert_close(value.detach(), 16 * entropy)
     assert student.grad is not None
-    assert student.grad.abs().max() < 1e-14
+    assert student.grad.abs().max() < softened_rounding(teacher, 4.0)
 
 
 def test_two_forms_of_kd_differ_by_the_teachers_entropy_and_share_their_gradient():

@@ -34,6 +34,7 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places
 from kdbench.tasks.base import TaskInfo
+from tests.tolerances import rounding
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -126,9 +127,10 @@ def test_equal_maps_give_zero_with_zero_gradient(name: str) -> None:
     student = teacher.clone().requires_grad_()
     loss = LOSSES[name](student, teacher)
     loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-15)
+    off = rounding(torch.float64, student.numel(), 4.0)  # no sum is longer than the maps; cwd multiplies by its temperature, 4
+    assert loss.item() == pytest.approx(0, abs=off)
     assert student.grad is not None
-    assert student.grad.abs().max() < 1e-15
+    assert student.grad.abs().max() < off
 
 
 def test_units_beyond_the_margin_on_the_teachers_side_give_zero() -> None:
@@ -163,8 +165,10 @@ def test_attention_at_four_positions_against_two() -> None:
     student = torch.tensor([[[[3.0, 4.0]]]], dtype=torch.float64)
     teacher = torch.ones(1, 5, 1, 2, dtype=torch.float64)
     length, even = math.hypot(9, 16), 1 / math.sqrt(2)
-    assert attention_loss(student, teacher).item() == pytest.approx(((9 / length - even) ** 2 + (16 / length - even) ** 2) / 2, rel=1e-14)
-    assert factor_loss(student, teacher).item() == pytest.approx((abs(9 / length - even) + abs(16 / length - even)) / 2, rel=1e-14)
+    gaps = [9 / length - even, 16 / length - even]
+    off = rounding(torch.float64, 2 * 5 + 6, even / min(map(abs, gaps)))  # five channels, two positions; a difference of near numbers
+    assert attention_loss(student, teacher).item() == pytest.approx((gaps[0] ** 2 + gaps[1] ** 2) / 2, rel=2 * off)
+    assert factor_loss(student, teacher).item() == pytest.approx((abs(gaps[0]) + abs(gaps[1])) / 2, rel=off)
 
 
 def test_selectivity_is_the_distance_of_the_channels_second_moments() -> None:

@@ -33,6 +33,7 @@ from kdbench.training.evaluate import predict
 from kdbench.training.loop import Training, close_epoch, fit, prepare, train_epoch
 from kdbench.training.outcome import finished_record
 from kdbench.training.session import LocalSession
+from tests.tolerances import rounding
 from tests.training.units import killed_and_continued, layout, saved_teacher, unit
 
 NAMES = ("adain", "kdsvd", "norm", "ofd", "reviewkd", "srrl")
@@ -228,12 +229,15 @@ def test_what_lies_below_a_negative_goal_costs_nothing():
 @settings(max_examples=20, deadline=None)
 def test_a_teacher_in_its_own_statistics_stays_what_it_is(seed: int):
     content = maps(2, 3, 4, 4, seed=seed)
-    shuffled = content.flatten(2)[..., torch.randperm(16)].reshape(content.shape)
+    shuffled = content.flatten(2)[..., torch.randperm(16, generator=torch.Generator().manual_seed(seed))].reshape(content.shape)
     torch.testing.assert_close(restyled(content, shuffled), content)
     found, wanted = style(restyled(content, 2 * content + 1)), style(2 * content + 1)
     torch.testing.assert_close(found[0], wanted[0])
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-4)  # the deviations' epsilon
-    assert style_distance(shuffled, content).item() < 1e-25
+    # Means and variances over 16 positions in another order; the root divides an error of the variance by twice the deviation.
+    largest, deviation = content.abs().max().item(), style(content)[1].min().item()
+    off = rounding(torch.float64, 2 * 16 + 4, largest * max(1.0, largest / deviation))
+    assert style_distance(shuffled, content).item() < 2 * off**2
 
 
 @pytest.mark.parametrize("judgement", ["logit_mse", "logit_kl", "feature_mse"])
@@ -241,7 +245,12 @@ def test_the_judge_finds_no_fault_with_the_teachers_own_statistics(judgement: st
     method, _, theirs = at_work({"name": "adain", "adapter": False, "judgement": judgement, "style_weight": 1.0})
     outputs = Taps(theirs.double(), method.teacher_taps)(torch.rand(3, *GREY).double())
     alike = on(method, Outputs(outputs.logits, dict(zip(method.student_taps, outputs.maps.values(), strict=True))), outputs)
-    assert alike["judged"].item() < 1e-20
+    # Restyling is off by a few roundings, and the layers behind it add at most 9 * 32 terms each, in three stages. Of logits that are off,
+    # a squared distance sees the square. The divergence has its minimum there, so what is left is the rounding of ten log-probabilities.
+    largest = max(value.abs().max().item() for value in (outputs.logits, outputs.logits.log_softmax(1), *outputs.maps.values()))
+    off = rounding(torch.float64, 3 * 9 * 32, largest)
+    bound = rounding(torch.float64, 2 * 10 + 4, largest) if judgement == "logit_kl" else off**2
+    assert alike["judged"].item() < len(outputs.maps) * bound
     assert alike["style"].item() == 0
     other = on(
         method, Outputs(outputs.logits, {tap: 2 * m for tap, m in zip(method.student_taps, outputs.maps.values(), strict=True)}), outputs
@@ -262,9 +271,15 @@ def test_equal_maps_relate_alike_and_the_order_of_positions_does_not_matter():
     shapes = probe_of(ours)
     method.build(shapes, shapes, TaskInfo("classification", 2, (3, 8, 8)))
     logits = torch.zeros(2, 2)
-    assert on(method, Outputs(logits, ours), Outputs(logits, ours), classes=2)["kdsvd"].item() < 1e-25
-    moved = {tap: x.flatten(2)[..., torch.randperm(16)].reshape(x.shape) for tap, x in ours.items()}
-    assert on(method, Outputs(logits, moved), Outputs(logits, ours), classes=2)["kdsvd"].item() < 1e-25
+    # A singular vector is off by the rounding of sums over 16 positions, magnified by how near the next singular value is; the kernel's
+    # slope is below 1. The loss adds the squares of all 5 * 6 entries of the kernel, each of which sees two vectors of both networks.
+    singular = [torch.linalg.svdvals(x.flatten(2).mT) for x in ours.values()]
+    condition = max((values[:, 0] / (values[:, 0] - values[:, 1])).max().item() for values in singular)
+    bound = 5 * 6 * (4 * rounding(torch.float64, 16 + 6, condition)) ** 2
+    assert on(method, Outputs(logits, ours), Outputs(logits, ours), classes=2)["kdsvd"].item() < bound
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    moved = {tap: x.flatten(2)[..., order].reshape(x.shape) for tap, x in ours.items()}
+    assert on(method, Outputs(logits, moved), Outputs(logits, ours), classes=2)["kdsvd"].item() < bound
     other = {tap: maps(*x.shape, seed=7) for tap, x in ours.items()}
     assert on(method, Outputs(logits, other), Outputs(logits, ours), classes=2)["kdsvd"].item() > 1e-3
 

@@ -34,6 +34,7 @@ from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.loop import prepare
 from kdbench.training.session import LocalSession
+from tests.tolerances import rounding
 from tests.training.units import saved_teacher, unit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -135,9 +136,10 @@ def test_a_batch_of_one_has_nothing_to_compare(loss: Loss) -> None:
     student, teacher = example(samples=1)
     value = loss(student.requires_grad_(), teacher)
     value.backward()
-    assert value.item() == pytest.approx(0, abs=1e-15)
+    off = rounding(torch.float64, student.numel() + 8)  # a length, and a few steps with numbers of at most 1
+    assert value.item() == pytest.approx(0, abs=off)
     assert student.grad is not None
-    assert student.grad.abs().max() < 1e-12
+    assert student.grad.abs().max() < off / student.norm().item()  # of a direction, whose derivative is one over the length
 
 
 @every_loss
@@ -156,9 +158,11 @@ def test_a_loss_is_zero_with_zero_gradient_where_student_and_teacher_agree(loss:
     student = teacher.clone().requires_grad_()
     value = loss(student, teacher)
     value.backward()
-    assert abs(value.item()) < 1e-14
+    off = rounding(torch.float64, student.numel() + 2 * len(student), teacher.abs().max().item() ** 2)  # sums over width, then samples
+    assert abs(value.item()) < off
     assert student.grad is not None
-    assert student.grad.abs().max() < (1e-7 if loss is neighbourhood_loss else 1e-12)
+    shortest = torch.pdist(teacher).min().item()  # an error of a distance or of an angle counts the more, the shorter the side is
+    assert student.grad.abs().max() < (1e-7 if loss is neighbourhood_loss else off / min(1.0, shortest) ** 2)
 
 
 def test_sp_of_two_samples_by_hand() -> None:

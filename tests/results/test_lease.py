@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -34,9 +36,37 @@ def leave_behind(store: ObjectStore, holder: str) -> None:
     store.create("locks/study.lease/00000001", f'{{"owner": "x", "holder": "{holder}"}}'.encode())
 
 
-def test_another_machine_is_refused_while_the_first_renews(store: ObjectStore) -> None:
+class StorageClock:
+    """The storage's own clock, which a lease expires by. It moves on with the owner's renewals alone, a tenth of a lease at each."""
+
+    def __init__(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.renewals = datetime(2026, 1, 1, tzinfo=UTC), 0
+        self.written: dict[str, datetime] = {}
+        self.enough = threading.Event()
+        self._create, self._replace = store.create, store.replace
+        monkeypatch.setattr(store, "create", self.create)
+        monkeypatch.setattr(store, "replace", self.replace)
+        monkeypatch.setattr(store, "modified", lambda path: self.written[path])
+
+    def create(self, path: str, data: bytes) -> None:
+        self._create(path, data)
+        self.written[path] = self.now
+
+    def replace(self, path: str, data: bytes, patient: bool = True) -> None:
+        self._replace(path, data, patient)
+        if data:  # a probe is empty
+            self.now += timedelta(seconds=0.1)
+            self.renewals += 1
+        self.written[path] = self.now
+        if self.renewals > 15:
+            self.enough.set()
+
+
+def test_another_machine_is_refused_while_the_first_renews(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = StorageClock(store, monkeypatch)
     with leased(store, "study", "here", print):
-        time.sleep(1.5)  # longer than a lease that nobody renews
+        assert clock.enough.wait(60)
+        assert clock.now - datetime(2026, 1, 1, tzinfo=UTC) > timedelta(seconds=1.5)  # longer than a lease that nobody renews
         with pytest.raises(Held, match="another machine"):
             held_by(store, "there")
 
