@@ -1,20 +1,37 @@
-# make run: the quickstart benchmark; make test: what CI runs; make test-nodes: clusters of several nodes, and what losing them costs;
+# make run: the quickstart benchmark; make test: the linters and the quick tests; make test-slow: the tests that are marked slow.
+# CI runs make test, then make test-slow. make test-nodes: clusters of several nodes, and what losing them costs.
+# make test-shuffled: the tests of both in random order (SEED=1 repeats an order; TESTS=tests/data runs a part).
+# PYTHON_FLAGS="-X dev" runs any of these with Python's development mode.
 # make bench: how fast kdbench is (ARGS=--quick, --only a,b, --help).
 # All make the environment first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+PYTEST = $(VENV)/bin/python $(PYTHON_FLAGS) -m pytest
+QUICK := --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not nodes and not slow"
+SLOW := --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow and not nodes"
+SHUFFLE := $(VENV)/shuffle
+SEED ?= $(shell date +%s)
+TESTS ?= tests
 
-.PHONY: run test test-nodes bench lint format clean
+.PHONY: run test test-slow test-nodes test-shuffled bench lint format clean
 
 run: $(READY)
 	$(VENV)/bin/kdbench run experiments/quickstart.yaml
 
 test: $(READY) lint
-	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) $(QUICK)
+
+test-slow: $(READY)
+	$(PYTEST) $(SLOW)
 
 test-nodes: $(READY)
-	$(VENV)/bin/python -m pytest -m nodes
+	$(PYTEST) -m nodes
+
+# The plugin is kept apart, so that no other run of the tests loads it. The seed is printed, and again by pytest.
+test-shuffled: $(READY) $(SHUFFLE)
+	PYTHONPATH=$(SHUFFLE) $(PYTEST) --random-order --random-order-seed=$(SEED) $(QUICK) $(TESTS)
+	PYTHONPATH=$(SHUFFLE) $(PYTEST) --random-order --random-order-seed=$(SEED) $(SLOW) $(TESTS)
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks $(ARGS)
@@ -34,6 +51,9 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing what constraints.txt pins into $(VENV): a few minutes, once"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
+
+$(SHUFFLE): $(READY)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(SHUFFLE) pytest-random-order==1.2.0
 
 clean:
 	rm -rf $(VENV)
