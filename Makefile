@@ -8,8 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 PYTEST = $(VENV)/bin/python $(PYTHON_FLAGS) -m pytest
-QUICK := --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not nodes and not slow"
-SLOW := --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow and not nodes"
+IN_PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 SHUFFLE := $(VENV)/shuffle
 SEED ?= $(shell date +%s)
 TESTS ?= tests
@@ -20,18 +19,17 @@ run: $(READY)
 	$(VENV)/bin/kdbench run experiments/quickstart.yaml
 
 test: $(READY) lint
-	$(PYTEST) $(QUICK)
+	$(PYTEST) $(IN_PARALLEL) -m "not nodes and not slow"
 
 test-slow: $(READY)
-	$(PYTEST) $(SLOW)
+	$(PYTEST) $(IN_PARALLEL) -m "slow and not nodes"
 
 test-nodes: $(READY)
 	$(PYTEST) -m nodes
 
 # The plugin is kept apart, so that no other run of the tests loads it. The seed is printed, and again by pytest.
 test-shuffled: $(READY) $(SHUFFLE)
-	PYTHONPATH=$(SHUFFLE) $(PYTEST) --random-order --random-order-seed=$(SEED) $(QUICK) $(TESTS)
-	PYTHONPATH=$(SHUFFLE) $(PYTEST) --random-order --random-order-seed=$(SEED) $(SLOW) $(TESTS)
+	PYTHONPATH=$(SHUFFLE) $(PYTEST) --random-order --random-order-seed=$(SEED) $(IN_PARALLEL) -m "not nodes" $(TESTS)
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks $(ARGS)

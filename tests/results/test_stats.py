@@ -82,10 +82,16 @@ def test_no_value_is_refused() -> None:
         (72.0, 70.0, 68.0, 0.1, True, None),  # the teacher is the worse one
         (3.0, 4.0, 2.0, 0.1, False, 0.5),
         (3.0, 4.0, 6.0, 0.1, False, None),
+        (3.8, 4.0, 3.6, None, False, None),  # less than half a point of a cost, too
     ],
 )
 def test_the_gap_is_shared_where_there_is_one(student, undistilled, teacher, error, higher, share) -> None:
     assert gap_recovered(student, undistilled, teacher, error, higher) == (share if share is None else pytest.approx(share))
+
+
+def test_more_is_better_and_one_comparison_is_made_unless_it_is_said() -> None:
+    assert gap_recovered(72.0, 70.0, 74.0) == 0.5
+    assert detectable_effect(3, 2.5) == detectable_effect(3, 2.5, comparisons=1)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])

@@ -16,7 +16,8 @@ from kdbench.training.loop import close_epoch, mean_losses, prepare, train_epoch
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher, load_teacher
 from kdbench.training.teacher_cache import open_cache
-from tests.training.units import saved_teacher, unit, with_cache
+from tests.tolerances import rounding
+from tests.training.units import TEACHER, saved_teacher, unit, with_cache
 
 CPU = torch.device("cpu")
 MIXED = {"augment": {"crop": 2, "flip": True, "mixup": 0.4, "cutmix": 1.0}, "views": 2}
@@ -58,6 +59,8 @@ def test_the_cached_teacher_saw_the_mixtures_that_the_student_sees(tmp_path: Pat
     task = build_task(described.task)
     cache = open_cache(with_cache(ref, described, tmp_path / "cache").cache or Path())
     live = LiveTeacher(load_teacher(ref, task, CPU), (), "fp32")
+    # The cache saw other batches than each rank does. Logits that differ by the rounding of float32 may round to neighbours in half precision.
+    neighbour = torch.finfo(torch.float16).eps
     for rank in (0, 1):
         loader = Loader(
             task.splits().transfer,
@@ -71,4 +74,6 @@ def test_the_cached_teacher_saw_the_mixtures_that_the_student_sees(tmp_path: Pat
         )
         for epoch in (0, 1):
             for batch in loader.batches(epoch):
-                torch.testing.assert_close(cache(batch).logits, live(batch).logits.half().float())
+                logits = live(batch).logits
+                off = rounding(torch.float32, 9 * TEACHER["width"] * 4, logits.abs().max().item())
+                torch.testing.assert_close(cache(batch).logits, logits.half().float(), rtol=neighbour, atol=off)
