@@ -1,4 +1,8 @@
-"""What a run adds to the results folder: each finished unit once, in the store that counts and in MLflow, which shows it."""
+"""What a run adds to the results folder: each finished unit once, in the store that counts and in MLflow, which shows it.
+
+A record names its MLflow run. So that run is opened first, then the record is written, and then the run is, and is closed. Whatever is
+killed in between, the store is right, and the next command makes MLflow agree with it.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,8 @@ class Ledger:
         self.store = ResultStore(results)
         self.watch = watch
         self.tracker = tracker
+        self.tracker.belongs_to(self.layout.location)
+        self.left_open: dict[str, str] = {}  # runs in MLflow that a killed command left, by key, and that no record names
         self.trained = 0
         self.found = 0
         self.failures: list[str] = []
@@ -92,6 +98,19 @@ class Ledger:
         if record.mlflow_run_id is None:
             self._owe(unit, record, parent)
 
+    def mend(self, experiment: str) -> None:
+        """Close what killed commands left open in MLflow, with what the store knows of it. Nobody else runs this experiment now."""
+        left = dict(self.tracker.left_open())
+        for record in self.store.scan(experiment=experiment) if left else []:
+            if record.mlflow_run_id is not None and left.pop(record.mlflow_run_id, None) is not None:
+                self._complete(record.mlflow_run_id, record)
+        for run_id, key in left.items():
+            self.tracker.close_parent(run_id, "KILLED")
+            self.left_open[key] = run_id
+
+    def _complete(self, run_id: str, record: RunRecord) -> str | None:
+        return self.tracker.complete(run_id, curve=record.curve, **self._what(record))
+
     def _owe(self, unit: Unit, record: RunRecord, parent: Parent) -> None:
         if not isinstance(self.tracker, NoTracker):
             self._untracked[_key(unit)] = partial(self._write, unit, record, parent)
@@ -111,16 +130,22 @@ class Ledger:
             )
 
     def keep(self, unit: Unit, record: RunRecord, parent: Parent = no_parent, **facts: Any) -> RunRecord:
-        """Put a finished unit on record. MLflow comes first, so that the record can name its run; the record is what counts."""
-        record = record.model_copy(update={**self._context, **facts})
-        record = record.model_copy(update={"mlflow_run_id": self._show(unit, record, parent)})
+        """Put a finished unit on record."""
+        live, shown = self._opened(unit, parent)
+        record = record.model_copy(update={**self._context, **facts, "mlflow_run_id": live.run_id})
         self.store.append(record)
+        self._finish(unit, record, live, shown, parent)
         self._count(unit, record)
         return record
 
     def note_trial(self, unit: Unit, record: RunRecord, parent: Parent) -> None:
-        """A trial is its study's to remember; MLflow and the watch are shown it."""
-        self._show(unit, record.model_copy(update=self._context), parent)
+        """Show a trial, whose study is told of it next.
+
+        Of a trial nothing is on record that it could be shown from later. A trial that was shown and not told is trained again, and its
+        run is found.
+        """
+        live, shown = self._opened(unit, parent)
+        self._finish(unit, record.model_copy(update=self._context), live, shown, parent)
         self._count(unit, record)
 
     def _count(self, unit: Unit, record: RunRecord) -> None:
@@ -134,23 +159,24 @@ class Ledger:
             return []
         return [fetch(self.layout.root / record.artifacts_uri)]
 
-    def _show(self, unit: Unit, record: RunRecord, parent: Parent) -> str | None:
-        """The record as an MLflow run; its id, or None where MLflow can't be reached. It is then sent later."""
-        run_id = self._finish_live(unit, record) or self._write(unit, record, parent)
-        if run_id is None:
-            self._owe(unit, record, parent)
-            self._missed.add(_key(unit))
-        return run_id
-
-    def _finish_live(self, unit: Unit, record: RunRecord) -> str | None:
+    def _opened(self, unit: Unit, parent: Parent) -> tuple[LiveRun, set[float]]:
+        """The MLflow run of a training that ended, and the epochs that were shown while it ran."""
         live = self._live.pop(_key(unit), None)
-        if live is None:
-            return None
-        shown = {row["epoch"] for row in self.curve_of(unit)}
-        for row in record.curve:  # epochs of an earlier process, before it was killed
-            if row["epoch"] not in shown:
-                live.log(_metrics(row), int(row["epoch"]))
-        return live.finish(**self._what(record))
+        if live is not None and live.run_id is not None:
+            return live, {row["epoch"] for row in self.curve_of(unit)}
+        return self.tracker.begin(parent(), unit.title, _key(unit)), set()
+
+    def _finish(self, unit: Unit, record: RunRecord, live: LiveRun, shown: set[float], parent: Parent) -> None:
+        """Write the record to its MLflow run and close that. What MLflow can't be told now is sent when this run of kdbench ends."""
+        live.log_curve([row for row in record.curve if row["epoch"] not in shown])
+        if live.finish(**self._what(record)) is not None:
+            return
+        key = _key(unit)
+        self._missed.add(key)
+        if live.run_id is None:
+            self._owe(unit, record, parent)
+        else:
+            self._untracked[key] = partial(self._complete, live.run_id, record)
 
     def _write(self, unit: Unit, record: RunRecord, parent: Parent) -> str | None:
         curve = [_metrics(row, keep_epoch=True) for row in record.curve]

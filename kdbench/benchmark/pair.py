@@ -162,6 +162,7 @@ class Contender:
     ended: dict[str, RunRecord | None] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
     parent_id: str | None = None
+    held: bool = False  # a trial or a check was left to the next run, and the finals with it
 
     def parent(self) -> str | None:
         """The MLflow run that this method's runs are nested under; made when the first of them is. None while MLflow can't be reached."""
@@ -170,9 +171,10 @@ class Contender:
 
     @property
     def done(self) -> bool:
-        if self.finals is None or (self.study is not None and not self.study.done):
+        """Whether nothing of it is left to this run."""
+        if (self.finals is None and not self.held) or (self.study is not None and not self.study.done):
             return False
-        return all(key in self.ended for key in [*self.checks, *self.finals])
+        return all(key in self.ended for key in [*self.checks, *(self.finals or {})])
 
 
 class PairWork:
@@ -195,9 +197,11 @@ class PairWork:
 
     def _open_parent(self, spec: MethodSpec) -> str | None:
         pair = self.pair
-        key = content_hash([pair.protocol_hash, pair.student.model_dump(mode="json"), spec.label])
         tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, PROTOCOL_TAG: pair.protocol_hash}
-        return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", key, tags)
+        return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", self._parent_key(spec), tags)
+
+    def _parent_key(self, spec: MethodSpec) -> str:
+        return content_hash([self.pair.protocol_hash, self.pair.student.model_dump(mode="json"), spec.label])
 
     @property
     def unfinished(self) -> list[MethodSpec]:
@@ -238,7 +242,8 @@ class PairWork:
     def close(self) -> None:
         """Tell MLflow which methods are through."""
         for contender in self.contenders:
-            self.ledger.tracker.close_parent(contender.parent_id, "FINISHED" if contender.done else "KILLED")
+            run_id = contender.parent_id or self.ledger.left_open.get(self._parent_key(contender.spec))
+            self.ledger.tracker.close_parent(run_id, "FINISHED" if contender.done and not contender.held else "KILLED")
 
     # --- the queue ---------------------------------------------------------------------------------------------------
 
@@ -286,17 +291,24 @@ class PairWork:
             contender.ended[unit.key] = self._keep(contender, unit, record)
         self._move_on(contender)
 
-    def crash(self, unit: Unit, reason: str) -> None:
-        """A process died for good or code failed. That is no property of a method: nothing goes on record, and the next run tries again."""
+    def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
+        """Processes kept dying or code failed. That is no property of a method: nothing goes on record, and the next run tries again.
+
+        Only a trial whose code failed counts as a point of the space that does not work.
+        """
         contender = self.owner(unit)
         curve = self.ledger.curve_of(unit)
         self.ledger.drop(unit)
-        if unit.number is not None and contender.study is not None:
+        if unit.number is not None and contender.study is not None and died:
+            contender.study.give_up(unit.number, reason)
+            self.ledger.failures.append(reason)
+        elif unit.number is not None and contender.study is not None:
             contender.study.fail(unit.number, reason, curve[-1]["seconds"] if curve else 0.0, _epochs(curve))
             self.ledger.watch.note(reason)
         else:
             self.ledger.failures.append(reason)
             contender.ended[unit.key] = None
+            contender.held |= died and unit.key in contender.checks
         self._move_on(contender)
 
     def owner(self, unit: Unit) -> Contender:
@@ -357,6 +369,9 @@ class PairWork:
             self._plan_finals(contender, {})
             return
         best = contender.study.best(self.search.top_k)
+        if contender.study.held or (not best and contender.study.given_up()):
+            contender.held = True
+            return
         if not best:
             self._give_up(contender)
             return
@@ -366,7 +381,7 @@ class PairWork:
                     unit = self.pair.unit(contender.spec, "candidate", params, FIRST_CHECK_SEED + seed)
                     contender.checks[unit.key] = place, unit
             self._recall(contender, [unit for _, unit in contender.checks.values()])
-        if all(key in contender.ended for key in contender.checks):
+        if all(key in contender.ended for key in contender.checks) and not contender.held:
             self._plan_finals(contender, best[self._winning_place(contender)] if contender.checks else best[0])
 
     def _winning_place(self, contender: Contender) -> int:

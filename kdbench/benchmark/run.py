@@ -32,6 +32,7 @@ from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
 from kdbench.results.layout import Layout
 from kdbench.results.lease import leased
+from kdbench.results.leftovers import clear_scratch
 from kdbench.results.locks import Held, locked
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
@@ -74,6 +75,8 @@ def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | 
     ledger = Ledger(experiment, results, watch, tracker or NoTracker())
     check(experiment, ledger)
     with exclusive(ledger.layout, experiment.name, watch), ledger.held:
+        clear_scratch(ledger.layout, experiment.name)
+        ledger.mend(experiment.name)
         return _run(experiment, ledger, search_only)
 
 
@@ -238,7 +241,7 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
         ledger.watch.note(f"{slots.short}: waiting for nodes to join the cluster at {runtime.address}")
     from kdbench.distributed.tune import run_with_tune
 
-    run_with_tune(work, ledger.layout, runtime, slots)
+    run_with_tune(work, ledger.layout, runtime, slots, experiment.name)
 
 
 def _needs_ray(runtime: Runtime, searching: bool) -> bool:
@@ -391,7 +394,7 @@ class TeacherWork:
             raise RunFailed(f"{record.failure}; lower teacher.recipe.lr, or set teacher.recipe.clip_grad")
         self.record = self.ledger.keep(unit, record)
 
-    def crash(self, unit: Unit, reason: str) -> None:
+    def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
         raise RunFailed(reason)
 
 
@@ -479,8 +482,8 @@ class InTurn:
         self._owner[unit.key].finish(unit, record)
         self._show()
 
-    def crash(self, unit: Unit, reason: str) -> None:
-        self._owner[unit.key].crash(unit, reason)
+    def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
+        self._owner[unit.key].crash(unit, reason, died)
         self._show()
 
     def _show(self) -> None:

@@ -36,6 +36,7 @@ ENVIRONMENT = {
     # Half a page each; what they mean is said by ours.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing a task|The node with node id|Raylet is terminated",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # the queue counts deaths, of whatever cause, and Tune has to tell it of each
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C makes fit() return as if all were well
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",

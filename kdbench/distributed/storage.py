@@ -13,22 +13,26 @@ from kdbench.experiment import Runtime
 from kdbench.results.address import is_address
 from kdbench.results.folder import Folder
 from kdbench.results.layout import Layout
+from kdbench.results.leftovers import SCRATCH
 from kdbench.results.object_store import Files, ObjectStore
 
 
 @contextmanager
-def scratch(layout: Layout, runtime: Runtime) -> Iterator[str]:
-    """A folder of this machine for a private Ray; for a cluster one beside the results, in their folder or at their address."""
+def scratch(layout: Layout, runtime: Runtime, experiment: str) -> Iterator[str]:
+    """A folder of this machine for a private Ray; for a cluster one beside the results, in their folder or at their address.
+
+    Its name tells the experiment, so that the next command knows whether whoever made it is gone.
+    """
     location = layout.location
     if runtime.address is not None and is_address(location):
-        store = ObjectStore(f"{location}/.ray-{secrets.token_hex(4)}")
+        store = ObjectStore(f"{location}/{SCRATCH}{experiment}-{secrets.token_hex(4)}")
         try:
             yield store.name
         finally:
             for path in store.find(""):
                 store.remove(path, patient=False)
         return
-    with tempfile.TemporaryDirectory(prefix=".ray-", dir=location if runtime.address is not None else None) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{experiment}-", dir=location if runtime.address is not None else None) as folder:
         yield str(Path(folder).resolve())
 
 

@@ -30,6 +30,9 @@ from kdbench.search_space import Choice, Dimension, Parameter, Range
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
+GIVEN_UP = "given_up"  # a trial's attribute: why a run left it to the next
+
+
 def derived_seed(*parts: Any) -> int:
     """A 32-bit seed that is a pure function of `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
@@ -156,6 +159,7 @@ class MethodStudy:
             self.study.enqueue_trial(defaults(self.axes))
         self._abandoned = [t for t in self._asked() if t.state == TrialState.RUNNING]
         self._open: dict[int, optuna.Trial] = {}
+        self.held = False  # nothing more is asked for in this run
 
     def _asked(self) -> list[FrozenTrial]:
         """The trials, of those that this search asked for, that were begun."""
@@ -163,7 +167,9 @@ class MethodStudy:
 
     @property
     def missing(self) -> int:
-        """How many trials are still to be started."""
+        """How many trials are still to be started in this run."""
+        if self.held:
+            return 0
         return self.trials - len(self._asked()) + len(self._abandoned)
 
     @property
@@ -202,6 +208,21 @@ class MethodStudy:
     def fail(self, number: int, reason: str, seconds: float, epochs: float) -> None:
         self._open[number].set_user_attr("reason", reason)
         self._close(number, TrialState.FAIL, None, seconds, epochs)
+
+    def give_up(self, number: int, reason: str) -> None:
+        """Leave a trial whose processes keep dying to the next run, which asks for it first, under its number and at its point.
+
+        What comes after it may depend on its value, so this run asks for nothing more. A trial that was given up by an earlier run too is
+        another matter: there may be too little memory for its point, and the search goes on without it.
+        """
+        trial = self._open.pop(number)
+        self.held |= GIVEN_UP not in trial.user_attrs
+        trial.set_user_attr(GIVEN_UP, reason)
+        upload_journal(self._path)
+
+    def given_up(self) -> list[str]:
+        """Why trials that an earlier run or this one left to the next have not ended, one reason each."""
+        return [t.user_attrs[GIVEN_UP] for t in self._asked() if t.state == TrialState.RUNNING and GIVEN_UP in t.user_attrs]
 
     def _close(self, number: int, state: TrialState, values: Sequence[float] | None, seconds: float, epochs: float) -> None:
         trial = self._open.pop(number)

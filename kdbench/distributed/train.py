@@ -18,10 +18,11 @@ from kdbench.results.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.session import State
 from kdbench.training.work import (
+    DEATHS,
     ENDING,
     EPOCH,
-    Ending,
     attempt,
+    given_up,
     pack_death,
     pack_ending,
     pack_epoch,
@@ -30,8 +31,6 @@ from kdbench.training.work import (
     unpack_epoch,
 )
 
-# So many deaths of workers one after the other, without an epoch in between, and the training is given up.
-DEATHS = 3
 # How often a training whose workers may be more or fewer looks whether the cluster has room for more.
 RESIZE_SECONDS = 60.0
 
@@ -188,8 +187,7 @@ def _to_tune(title: str) -> Any:
                 raise told[0]
             self.deaths += 1
             if self.deaths == DEATHS:
-                reason = f"{title}: workers died {DEATHS} times without an epoch in between; is there enough memory?"
-                raise WorkerFailed(pack_ending(Ending(crash=reason))[ENDING])
+                raise WorkerFailed(pack_ending(given_up(title, "workers"))[ENDING])
             super().after_report(run_context, [pack_death()], None)
 
     return ToTune()

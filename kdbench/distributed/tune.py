@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -30,12 +30,14 @@ from kdbench.results.layout import Layout
 from kdbench.training.session import LocalSession
 from kdbench.training.work import (
     DEATH,
+    DEATHS,
     ENDING,
     EPOCH,
     RESUMED,
     Ending,
     Work,
     attempt,
+    given_up,
     pack_ending,
     pack_epoch,
     pack_resumed,
@@ -47,23 +49,23 @@ from kdbench.training.work import (
 
 log = logging.getLogger(__name__)
 
-# An actor that dies (out of memory, a lost node) is replaced and its unit taken up again, so often without an epoch in between.
-_RETRIES = 2
 # An actor imports torch in a few seconds; one that takes longer than this is not waited for.
 _START_SECONDS = 30.0
 _LOOKS_A_SECOND = 80  # at who is up, by all actors together: a thousand of them would keep an object store busy with their questions
 
 
-def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
+def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots, experiment: str) -> None:
     """Empty the queue on Ray, which is running. Raises what the queue raised, or RunFailed where Tune itself could not go on."""
-    desk = _Desk(work, layout)
+    desk = _Desk(work, layout, slots.concurrent)
     first = desk.draw(slots.now)
     # Else Tune starts its actors one after the other, and it calls off one that still starts whenever another comes free: with trials
     # shorter than the start of a process there would be a single actor for ever.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.concurrent)
-    # Tune looks for result files of its own when it ends, and complains of each that it was told not to write.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.CRITICAL)
-    with scratch(layout, runtime) as storage:
+    # When it ends, Tune looks for result files of its own and complains of each that it was told not to write. It also lists the trials
+    # whose processes died, which the desk has said already.
+    for talkative in ("ray.tune.analysis.experiment_analysis", "ray.tune.tune"):
+        logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    with scratch(layout, runtime, experiment) as storage:
         trainable = tune.with_resources(
             partial(_train_unit, runtime=runtime.model_dump_json(), results=layout.location, storage=storage, first=first),
             slots.trial_resources,
@@ -71,7 +73,7 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=QueueSearcher(desk, slots.concurrent),
+                search_alg=QueueSearcher(desk),
                 scheduler=QueueScheduler(desk),
                 num_samples=-1,
                 reuse_actors=True,
@@ -80,8 +82,8 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
                 name="units",
                 **ray_storage(storage),
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=_RETRIES),
-                callbacks=[_Deaths(desk)],
+                failure_config=tune.FailureConfig(max_failures=0),  # the desk counts, and hands the unit to another trial
+                callbacks=[_Begun(desk)],
             ),
         )
         try:
@@ -95,14 +97,24 @@ def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots) ->
 
 
 class _Desk:
-    """Between Tune's trial ids and the queue's units. An error of the queue's own (a full disk, say) is kept, and ends the run."""
+    """Between Tune's trial ids and the queue's units. An error of the queue's own (a full disk, say) is kept, and ends the run.
 
-    def __init__(self, work: Work, layout: Layout) -> None:
+    A unit whose process died is handed to the next trial. Tune's own recovery is of no use here: where a process that it wanted to use
+    again is dead, it counts one death several times, or waits for that process for ever (Ray 2.60).
+    """
+
+    def __init__(self, work: Work, layout: Layout, concurrent: int) -> None:
         self.work = work
         self.layout = layout
+        self.concurrent = concurrent
         self.running: dict[str, Unit] = {}
         self.error: Exception | None = None
         self._drawn: deque[Unit] = deque()
+        self._begun: set[str] = set()  # trials whose process took its unit up
+        self._endings: dict[str, Ending] = {}  # of trials that said how they ended, but did not end yet
+        self._deaths: Counter[tuple[str, int | None]] = Counter()  # by unit: of processes that trained it, since its furthest epoch
+        self._furthest: dict[tuple[str, int | None], float] = {}
+        self._never_begun = 0  # processes one after the other that died before they took a unit up
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its searcher and scheduler for a restore that we never do; what is behind the desk stays in this process."""
@@ -136,7 +148,13 @@ class _Desk:
                 self.died(unit)
             elif RESUMED in result:
                 self.work.resumed(unit, result[RESUMED])
-            return EPOCH in result and self.work.report(unit, unpack_epoch(result))
+            elif ENDING in result:
+                self._endings[trial_id] = unpack_ending(result)
+            if EPOCH not in result:
+                return False
+            row = unpack_epoch(result)
+            self._lived(unit, row["epoch"])
+            return self.work.report(unit, row)
         except Exception as error:
             self.error = error
             return True
@@ -145,31 +163,61 @@ class _Desk:
         """Say that a process died, which costs time, and that nothing of what is finished is lost by it."""
         log.warning("%s: its process died; another one goes on with it", unit.title)
 
-    def finish(self, trial_id: str, result: Mapping[str, Any] | None, crashed: bool) -> None:
-        unit = self.running.pop(trial_id, None)
+    def begin(self, trial_id: str) -> None:
+        """A process is up and takes the trial's unit."""
+        self._begun.add(trial_id)
+        self._never_begun = 0
+
+    def finish(self, trial_id: str, crashed: bool) -> None:
+        unit, ending, begun = self.running.pop(trial_id, None), self._endings.pop(trial_id, None), trial_id in self._begun
+        self._begun.discard(trial_id)
         if unit is None or self.error is not None:
             return
+        if ending is None:
+            ending = self._after_death(unit, begun) if crashed else Ending(stopped_record(unit))
+        if ending is None:
+            self._drawn.appendleft(unit)
+            return
         try:
-            settle(self.work, unit, _ending_of(unit, result or {}, crashed), self.layout)
+            settle(self.work, unit, ending, self.layout)
         except Exception as error:
             self.error = error
 
+    def _lived(self, unit: Unit, epoch: float) -> None:
+        """Only deaths without an epoch in between count: a long training may lose many nodes."""
+        who = _who(unit)
+        if epoch > self._furthest.get(who, 0.0):
+            self._furthest[who] = epoch
+            del self._deaths[who]
 
-def _ending_of(unit: Unit, result: Mapping[str, Any], crashed: bool) -> Ending:
-    if ENDING in result:
-        return unpack_ending(result)
-    if crashed:
-        return Ending(crash=f"{unit.title}: its process died {_RETRIES + 1} times; is there enough memory?")
-    return Ending(stopped_record(unit))
+    def _after_death(self, unit: Unit, begun: bool) -> Ending | None:
+        """How a unit ends whose process died; None where another process takes it up."""
+        self._never_begun += not begun
+        # A process that waited for its next unit may die: that is no fault of the unit. There are `concurrent` of those at most. Where more
+        # die one after the other, processes die as they start.
+        if not begun and self._never_begun <= self.concurrent:
+            log.warning("%s: its process died before it began; another one takes it up", unit.title)
+            return None
+        who = _who(unit)
+        self._deaths[who] += 1
+        if self._deaths[who] < DEATHS:
+            self.died(unit)
+            return None
+        del self._deaths[who]
+        return given_up(unit.title, "its process")
+
+
+def _who(unit: Unit) -> tuple[str, int | None]:
+    """Trials of one study may meet at the same point; their numbers keep them apart."""
+    return unit.key, unit.number
 
 
 class QueueSearcher(Searcher):
     """Hands Tune the queue's units as trial configs, as many at once as there are slots."""
 
-    def __init__(self, desk: _Desk, concurrent: int) -> None:
+    def __init__(self, desk: _Desk) -> None:
         super().__init__()
         self._desk = desk
-        self._concurrent = concurrent
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -178,7 +226,7 @@ class QueueSearcher(Searcher):
         desk = self._desk
         if desk.error is not None or desk.work.done:
             return str(Searcher.FINISHED)
-        if len(desk.running) >= self._concurrent:
+        if len(desk.running) >= desk.concurrent:
             return None
         unit = desk.next(trial_id)
         if unit is None:
@@ -186,7 +234,7 @@ class QueueSearcher(Searcher):
         return {"unit": unit.model_dump_json()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._desk.finish(trial_id, result, error)
+        self._desk.finish(trial_id, crashed=error)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the queue keeps its own state, and Tune's is never restored."""
@@ -206,21 +254,14 @@ class QueueScheduler(FIFOScheduler):
         return TrialScheduler.STOP if self._desk.report(trial.trial_id, result) else TrialScheduler.CONTINUE
 
 
-class _Deaths(tune.Callback):
-    """Hears that a trial's process died. Only deaths without an epoch in between count: a long training may lose many nodes."""
+class _Begun(tune.Callback):
+    """Hears that a trial's process, a new one or that of an earlier trial, is up."""
 
     def __init__(self, desk: _Desk) -> None:
         self._desk = desk
-        self._furthest: dict[str, float] = {}
 
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
-        epoch = unpack_epoch(result)["epoch"] if EPOCH in result else 0.0
-        if epoch > self._furthest.get(trial.trial_id, 0.0):
-            self._furthest[trial.trial_id] = epoch
-            trial.run_metadata.num_failures = 0  # Tune itself has one count for all of a trial
-
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._desk.died(self._desk.running[trial.trial_id])
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._desk.begin(trial.trial_id)
 
 
 def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str, first: int) -> None:

@@ -61,6 +61,34 @@ def leased(store: ObjectStore, name: str, holder: str, waiting: Callable[[str], 
                 store.replace(f"{folder}/{number:08d}", _text(owner, holder, released=True), patient=False)
 
 
+def held_now(store: ObjectStore) -> set[str]:
+    """The names of all leases that somebody holds: neither given back nor expired."""
+    numbers: dict[str, int] = {}
+    for path in store.find("locks"):
+        name, _, number = path.removeprefix("locks/").rpartition(".lease/")
+        if name and number.isdigit():
+            numbers[name] = max(int(number), numbers.get(name, 0))
+    return {name for name, number in numbers.items() if _is_held(store, f"locks/{name}.lease/{number:08d}")}
+
+
+def _is_held(store: ObjectStore, path: str) -> bool:
+    try:
+        return not json.loads(store.read(path)).get("released") and _age(store, path) <= expiry()
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _age(store: ObjectStore, path: str) -> float:
+    """Seconds since an object was written, by the storage's own clock. Raises FileNotFoundError."""
+    written = store.modified(path)
+    probe = f"{path}.{secrets.token_hex(4)}"
+    store.replace(probe, b"")
+    try:
+        return (store.modified(probe) - written).total_seconds()
+    finally:
+        store.remove(probe)
+
+
 def expiry() -> float:
     """After how many seconds without a sign of its owner a lease is given up. Raises UserError where the variable holds no such number."""
     return seconds_from(EXPIRY, EXPIRY_SECONDS, least=1.0)

@@ -17,6 +17,18 @@ class Held(Exception):
         self.holder = holder
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock alone."""
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the lock alone, or with others that share it. Raises Held where it is taken, unless `wait`."""

@@ -97,6 +97,20 @@ class ObjectStore:
     def find(self, prefix: str) -> list[str]:
         return list(self.sizes(prefix))
 
+    def folders(self) -> list[str]:
+        """The first parts of all objects' paths, without a list of all objects."""
+
+        def listed() -> list[str]:
+            self.driver.invalidate_cache()
+            found: list[dict[str, Any]] = self.driver.ls(self._full(""), detail=True)
+            return [entry["name"] for entry in found if entry["type"] == "directory"]
+
+        try:
+            names = self._ask(listed, reading=True)
+        except FileNotFoundError:
+            return []
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in names)
+
     def sizes(self, prefix: str) -> dict[str, int]:
         """Bytes of every object below the folder `prefix`, by path."""
 

@@ -6,6 +6,7 @@ Only explicit `MlflowClient` calls, no active run and no global tracking address
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import math
 import os
@@ -29,6 +30,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Result = TypeVar("Result")
 
 KEY_TAG = "kdbench.key"
+RESULTS_TAG = "kdbench.results"  # a hash of where the results are: several folders may share a server
 INFINITE_TAG = "kdbench.infinite"  # names of the metrics that were infinite somewhere
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description, in Markdown
@@ -119,6 +121,33 @@ class Tracker(Protocol):
         """Open a run to write to while it trains."""
         ...
 
+    def begin(self, parent_id: str | None, name: str, key: str) -> LiveRun:
+        """Open a run for a training that is over, so that its record can name it before it is written."""
+        ...
+
+    def complete(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        curve: Sequence[Mapping[str, float]] = (),
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        status: Status = "FINISHED",
+        artifacts: Sequence[Path] = (),
+        texts: Mapping[str, str] | None = None,
+    ) -> str | None:
+        """Write what an open run lacks and close it; its id, or None where MLflow does not have all of it."""
+        ...
+
+    def belongs_to(self, results: str) -> None:
+        """Say whose runs are made from now on, by the location of the results."""
+        ...
+
+    def left_open(self) -> Mapping[str, str]:
+        """The open runs of these results: their ids, and the key of each. Where no other command runs, a killed one left them."""
+        ...
+
     def answers(self) -> bool:
         """Whether runs can be written now. It asks, however lately there was no answer."""
         ...
@@ -143,6 +172,18 @@ class NoTracker:
     def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
         return LiveRun(None, None)
 
+    def begin(self, parent_id: str | None, name: str, key: str) -> LiveRun:
+        return LiveRun(None, None)
+
+    def complete(self, run_id: str, **_: Any) -> str | None:
+        return None
+
+    def belongs_to(self, results: str) -> None:
+        return None
+
+    def left_open(self) -> Mapping[str, str]:
+        return {}
+
     def answers(self) -> bool:
         return False
 
@@ -159,6 +200,7 @@ class MlflowTracker:
     def __init__(self, tracking_uri: str, experiment_name: str) -> None:
         self.tracking_uri = tracking_uri
         self.experiment_name = experiment_name
+        self._results: str | None = None
         self._connection: tuple[MlflowClient, str] | None = None
         self._silent_until = 0.0
         self._warned = False
@@ -169,10 +211,8 @@ class MlflowTracker:
         def find_or_make(client: MlflowClient, experiment: str) -> str:
             for run in self._find(client, experiment, key):
                 client.update_run(run.info.run_id, status="RUNNING")
-                known: str = run.info.run_id
-                return known
-            made: str = client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **_tags(tags)}).info.run_id
-            return made
+                return run.info.run_id
+            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **self._owner, **_tags(tags)}).info.run_id
 
         return self.attempt(find_or_make)
 
@@ -195,14 +235,48 @@ class MlflowTracker:
         texts: Mapping[str, str] | None = None,
     ) -> str | None:
         """A FINISHED run of this key is returned as it is; any other is what a killed process left, and is replaced."""
-        finished = self.attempt(lambda client, experiment: [r for r in self._find(client, experiment, key) if r.info.status == "FINISHED"])
-        if finished:
-            known: str = finished[0].info.run_id
-            return known
-        run = self.live(parent_id, name, key)
-        for entry in curve:
-            run.log({name: value for name, value in entry.items() if name != "epoch"}, int(entry["epoch"]))
+        run = self.begin(parent_id, name, key)
+        run.log_curve(curve)
         return run.finish(status, params=params, metrics=metrics, tags=tags, artifacts=artifacts, texts=texts)
+
+    def begin(self, parent_id: str | None, name: str, key: str) -> LiveRun:
+        """A FINISHED run of this key stays as it is; any other is what a killed process left, and is replaced."""
+        finished = self.attempt(lambda client, experiment: [r for r in self._find(client, experiment, key) if r.info.status == "FINISHED"])
+        return LiveRun(self, finished[0].info.run_id, ended=True) if finished else self.live(parent_id, name, key)
+
+    def complete(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        curve: Sequence[Mapping[str, float]] = (),
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        status: Status = "FINISHED",
+        artifacts: Sequence[Path] = (),
+        texts: Mapping[str, str] | None = None,
+    ) -> str | None:
+        """MLflow would keep a value that is sent again beside the first one, so only those of steps that it lacks are sent."""
+        points = self.attempt(partial(_points, run_id))
+        if points is None:
+            return None
+        run = LiveRun(self, run_id, points)
+        run.log_curve(curve)
+        return run.finish(status, params=params, metrics=metrics, tags=tags, artifacts=artifacts, texts=texts)
+
+    def belongs_to(self, results: str) -> None:
+        self._results = results
+
+    @property
+    def _owner(self) -> dict[str, str]:
+        """The tag that says whose a run is."""
+        return {} if self._results is None else {RESULTS_TAG: _hash_of(self._results)}
+
+    def left_open(self) -> Mapping[str, str]:
+        if self.tracking_uri.startswith(SQLITE) and not _database(self.tracking_uri).exists():
+            return {}
+        owners = _owners(self.tracking_uri, self._results)
+        return self.attempt(lambda client, experiment: _open(client, experiment, owners)) or {}
 
     def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
         """Runs of the same key are deleted: whoever trains again writes the whole curve again."""
@@ -211,8 +285,7 @@ class MlflowTracker:
             for stale in self._find(client, experiment, key):
                 client.delete_run(stale.info.run_id)
             nesting = {} if parent_id is None else {PARENT_TAG: parent_id}
-            made: str = client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **nesting}).info.run_id
-            return made
+            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **self._owner, **nesting}).info.run_id
 
         return LiveRun(self, self.attempt(replace))
 
@@ -280,9 +353,16 @@ class LiveRun:
     What could not be sent as MLflow did not answer is kept, and goes with the next sending.
     """
 
-    def __init__(self, tracker: MlflowTracker | None, run_id: str | None) -> None:
-        """Without a tracker or an id, every call does nothing."""
+    def __init__(
+        self, tracker: MlflowTracker | None, run_id: str | None, points: frozenset[tuple[str, int]] = frozenset(), ended: bool = False
+    ) -> None:
+        """Without a tracker or an id, and where the run has `ended`, every call does nothing.
+
+        points: the metrics that it has already, by name and step.
+        """
         self.run_id = run_id
+        self._points = points
+        self._ended = ended
         self._tracker = tracker
         self._metrics: list[Metric] = []
         self._infinite: set[str] = set()
@@ -291,18 +371,25 @@ class LiveRun:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Note metrics of one step, mostly an epoch. An infinite value is kept as nan, a gap in the curve, and named in a tag."""
-        if self.run_id is None:
+        if self.run_id is None or self._ended:
             return
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         for name, value in metrics.items():
+            if (metric_name(name), step) in self._points:
+                continue
             if math.isinf(value):
                 self._infinite.add(name)
             self._metrics.append(Metric(metric_name(name), math.nan if math.isinf(value) else float(value), now, step))
         self._last_step = max(self._last_step, step)
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self._send({}, {})
+
+    def log_curve(self, curve: Sequence[Mapping[str, float]]) -> None:
+        """Note all epochs of a training."""
+        for entry in curve:
+            self.log({name: value for name, value in entry.items() if name != "epoch"}, int(entry["epoch"]))
 
     def finish(
         self,
@@ -315,8 +402,8 @@ class LiveRun:
         texts: Mapping[str, str] | None = None,
     ) -> str | None:
         """Send what is left and close the run; its id, or None where MLflow does not have all of it."""
-        if self.run_id is None or self._tracker is None:
-            return None
+        if self.run_id is None or self._tracker is None or self._ended:
+            return self.run_id
         run_id = self.run_id
         self.log(metrics or {}, self._last_step)
         infinite = {INFINITE_TAG: ", ".join(sorted(self._infinite))} if self._infinite else {}
@@ -399,6 +486,12 @@ def _all_runs(client: MlflowClient, experiment: str, found_by: str) -> Iterator[
             return
 
 
+def _points(run_id: str, client: MlflowClient, _: str) -> frozenset[tuple[str, int]]:
+    """Name and step of every value that a run has."""
+    names = client.get_run(run_id).data.metrics
+    return frozenset((name, point.step) for name in names for point in client.get_metric_history(run_id, name))
+
+
 def _close(run_id: str, status: Status, client: MlflowClient, _: str) -> str:
     client.set_terminated(run_id, status)
     return run_id
@@ -411,13 +504,18 @@ def _connect(uri: str, experiment_name: str) -> tuple[MlflowClient, str]:
     if not uri.startswith(SQLITE):
         client = MlflowClient(tracking_uri=uri)
         return client, _experiment(client, experiment_name, None)
-    database = Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
+    database = _database(uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     with _locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             _make_database(database)
         client = MlflowClient(tracking_uri=uri if "?" in uri else f"{uri}?timeout={SQLITE_WAIT_SECONDS}")
         return client, _experiment(client, experiment_name, (database.parent / "mlartifacts").as_uri())
+
+
+def _database(uri: str) -> Path:
+    """The file of an SQLite database."""
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
 
 
 def _make_database(database: Path) -> None:
@@ -445,6 +543,44 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return found.experiment_id
+
+
+def open_runs(uri: str, results: str) -> dict[str, int]:
+    """How many runs of these results are open, by MLflow experiment; nothing where MLflow can't be asked. Nothing is made or changed."""
+    if uri.startswith(SQLITE) and not _database(uri).exists():
+        return {}
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        experiments = client.search_experiments()
+        ours = _owners(uri, results)
+        counts = {found.name: len(_open(client, found.experiment_id, ours)) for found in experiments}
+    except Exception as error:  # MLflow passes on whatever its database driver or the network raises
+        log.debug("MLflow at %s can't be asked: %s", uri, error)
+        return {}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _owners(uri: str, results: str | None) -> set[str | None]:
+    """The values of RESULTS_TAG by which runs are those of `results`.
+
+    A run without one was made by an older kdbench: it is taken for ours in a database file, and not on a server.
+    """
+    ours: set[str | None] = set() if results is None else {_hash_of(results)}
+    return ours | {None} if uri.startswith(SQLITE) else ours
+
+
+def _hash_of(results: str) -> str:
+    return hashlib.sha256(results.encode()).hexdigest()[:16]
+
+
+def _open(client: MlflowClient, experiment: str, owners: set[str | None]) -> dict[str, str]:
+    """The open runs of an experiment, by id: the key of each."""
+    runs = {run.info.run_id: run.data.tags for run in _all_runs(client, experiment, "attributes.status = 'RUNNING'")}
+    return {run_id: tags.get(KEY_TAG, "") for run_id, tags in runs.items() if tags.get(RESULTS_TAG) in owners}
 
 
 @contextmanager

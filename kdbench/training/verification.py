@@ -12,6 +12,7 @@ import torch
 from kdbench.errors import CodeRefused, KDBenchError
 from kdbench.own_code import names_from_records
 from kdbench.results.integrity import checked_records
+from kdbench.results.leftovers import left_behind
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.tasks.build import build_task
@@ -34,6 +35,7 @@ class Verification:
     """records: looked at. derived: those whose metrics were computed again. compared: those whose agreement was. problems: a line each.
 
     left_out: what could not be checked, a line each, since it needs code that a record names and nobody vouched for.
+    notes: a line for each thing that makes no figure wrong: what killed commands left behind.
     """
 
     records: int
@@ -41,6 +43,7 @@ class Verification:
     compared: int
     problems: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def verify(results: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
@@ -60,7 +63,7 @@ def verify(results: Path, progress: Callable[[int, int], None] = lambda done, to
         left_out += found.left_out
         derived, compared = derived + found.derived, compared + found.compared
         progress(done, len(records))
-    return Verification(len(checked), derived, compared, tuple(problems), tuple(left_out))
+    return Verification(len(checked), derived, compared, tuple(problems), tuple(left_out), tuple(left_behind(results)))
 
 
 def _twins(records: Sequence[RunRecord]) -> Iterator[str]:

@@ -48,8 +48,8 @@ class Work(Protocol):
         """Take note of a unit's end: `ok`, `failed` because it diverged, or `stopped` early."""
         ...
 
-    def crash(self, unit: Unit, reason: str) -> None:
-        """Take note of a unit that could not be trained: its code failed or its process died for good."""
+    def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
+        """Take note of a unit that could not be trained: its code failed or, where `died`, its processes kept dying."""
         ...
 
 
@@ -59,25 +59,38 @@ class StoppedEarly(BaseException):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a training ended: a record, or the one-line reason why there is none. Where the storage failed, no other could end better."""
+    """How a training ended: a record, or the one-line reason why there is none. Where the storage failed, no other could end better.
+
+    died: its processes kept dying, which says nothing of the training itself.
+    """
 
     record: RunRecord | None = None
     crash: str | None = None
     storage_failed: bool = False
+    died: bool = False
 
 
+# So many deaths of processes that train a unit, without an epoch in between, and it is given up in this run.
+DEATHS = 3
 # What a report carries, by its key: an Ending, an epoch's row of the curve, the place from which a training goes on, or that a worker died.
 ENDING, EPOCH, RESUMED, DEATH = "ending", "row", "resumed", "death"
 
 
+def given_up(title: str, what: str) -> Ending:
+    """The ending of a unit that DEATHS processes died over. what: the subject of the sentence that says so."""
+    reason = f"{title}: {what} died {DEATHS} times without an epoch in between; is there enough memory?"
+    return Ending(crash=f"{reason} The same command tries again", died=True)
+
+
 def pack_ending(ending: Ending) -> dict[str, str]:
     """As a metric that Ray carries from the process that trained to the driver."""
-    return {ENDING: json.dumps([ending.record.model_dump_json() if ending.record else None, ending.crash, ending.storage_failed])}
+    record = ending.record.model_dump_json() if ending.record else None
+    return {ENDING: json.dumps([record, ending.crash, ending.storage_failed, ending.died])}
 
 
 def unpack_ending(metrics: Mapping[str, Any]) -> Ending:
-    record, crash, storage_failed = json.loads(metrics[ENDING])
-    return Ending(RunRecord.model_validate_json(record) if record else None, crash, storage_failed)
+    record, *others = json.loads(metrics[ENDING])
+    return Ending(RunRecord.model_validate_json(record) if record else None, *others)
 
 
 def pack_epoch(metrics: Mapping[str, float]) -> dict[str, str]:
@@ -135,7 +148,7 @@ def settle(work: Work, unit: Unit, ending: Ending, layout: Layout) -> None:
     if ending.storage_failed:
         raise StorageFailed(ending.crash)
     if ending.record is None:
-        work.crash(unit, ending.crash or f"{unit.title}: unknown")
+        work.crash(unit, ending.crash or f"{unit.title}: unknown", ending.died)
         return
     work.finish(unit, ending.record)
     forget(layout.checkpoint(unit.experiment, unit.key))

@@ -15,16 +15,20 @@ from tests.training.units import SmoothNet
 
 
 class Fragile(SmoothNet):
-    """Kills its process at a training step, where a file says that it should and that this is not the process to spare."""
+    """Kills its process at a training step, where a file says that it should and that this is not the process to spare.
 
-    def __init__(self, num_classes: int, in_channels: int, mark: str, step: int) -> None:
+    The file goes with the first process that dies, unless it says so `for_good`.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, mark: str, step: int, for_good: bool = False) -> None:
         super().__init__(num_classes, in_channels)
-        self.mark, self.step, self.steps = Path(mark), step, 0
+        self.mark, self.step, self.for_good, self.steps = Path(mark), step, for_good, 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.steps += self.training
         if self.training and self.steps > self.step and self.mark.exists() and int(self.mark.read_text()) != os.getpid():
-            self.mark.unlink()
+            if not self.for_good:
+                self.mark.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(images)
 
@@ -43,9 +47,9 @@ class Broken(SmoothNet):
         return super().forward(images)
 
 
-def _seen(model: nn.Module) -> nn.Module:
-    """With the sizes of its lazy layers settled."""
-    model.eval()(torch.zeros(1, 1, 28, 28))
+def _seen(model: SmoothNet) -> nn.Module:
+    """With the sizes of its lazy layers settled, for images of 28 x 28 pixels."""
+    model.eval()(torch.zeros(1, model.features[0].in_channels, 28, 28))
     return model.train()
 
 
@@ -91,3 +95,9 @@ class Placed(SmoothNet):
 
 def placed(num_classes: int, in_channels: int, **options: Any) -> nn.Module:
     return _seen(Placed(num_classes, in_channels, **options))
+
+
+def noted(num_classes: int, in_channels: int, folder: str) -> nn.Module:
+    """A network that leaves a note of the process it was made in."""
+    Path(folder, str(os.getpid())).touch()
+    return _seen(SmoothNet(num_classes, in_channels))

@@ -230,6 +230,39 @@ def test_a_failed_trial_keeps_its_reason_and_its_cost(tmp_path: Path) -> None:
     assert again.missing == 5
 
 
+def test_a_trial_that_was_given_up_is_asked_for_first_by_the_next_run_and_nothing_comes_in_between(tmp_path: Path) -> None:
+    study = open_study(tmp_path, trials=3)
+    search(study, 1)
+    given_up = study.ask()
+    study.give_up(given_up.number, "its process died 3 times")
+    assert (study.missing, study.done, study.given_up()) == (0, True, ["its process died 3 times"])
+    again = open_study(tmp_path, trials=3)
+    assert again.ask() == given_up
+    again.complete(given_up.number, [score(given_up.params)], 1.0, 1.0)
+    search(again)
+    assert again.given_up() == []
+    assert states(again) == [TrialState.COMPLETE] * 3
+    undisturbed = open_study(tmp_path / "undisturbed", trials=3)
+    search(undisturbed)
+    assert [(t.params, t.values) for t in trials_of(again)] == [(t.params, t.values) for t in trials_of(undisturbed)]
+
+
+def test_a_search_goes_on_without_a_trial_that_two_runs_gave_up_and_every_later_run_tries_it_again(tmp_path: Path) -> None:
+    """There may be too little memory for its point."""
+    point = None
+    for run in range(3):
+        study = open_study(tmp_path, trials=3)
+        asked = study.ask()
+        assert point in (None, asked)
+        point = asked
+        study.give_up(asked.number, "its process died 3 times")
+        assert study.missing == [0, 2, 0][run]
+        search(study)
+    assert states(study) == [TrialState.RUNNING, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert study.done
+    assert len(study.best(3)) == 2
+
+
 def test_spent_adds_up_all_trials(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     search(study, 3)

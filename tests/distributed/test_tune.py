@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -16,24 +17,24 @@ from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.integration import ray_train
 from safetensors.torch import load_file
-from torch import nn
 
+from kdbench.benchmark import run as running
 from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import Summary, run
-from kdbench.benchmark.watch import Unwatched
+from kdbench.benchmark.watch import Phase, Unwatched
 from kdbench.data.shapes import shapes
 from kdbench.data.sources import Source
 from kdbench.distributed.cluster import slots_of
 from kdbench.distributed.train import WorkerFailed, _to_tune, lost_peer
-from kdbench.distributed.tune import _Deaths, _Desk
+from kdbench.distributed.tune import _Desk
 from kdbench.experiment import Experiment, Runtime, Unit
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import boards
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
-from kdbench.training.work import RESUMED, pack_death, pack_epoch
-from tests.training.units import smooth_net
+from kdbench.training.work import Ending, pack_death, pack_ending, pack_epoch, pack_resumed
+from tests.training.units import unit as training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
 
@@ -232,6 +233,89 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(
     assert capfd.readouterr() == ("", "")  # a death that was made good is worth one line
 
 
+class Killer(Watch):
+    """Kills processes that trained, right after each trial that ended: those that left a note of themselves since the last time."""
+
+    def __init__(self, notes: Path) -> None:
+        super().__init__()
+        self.notes, self.killed, self.ended = notes, 0, 0
+
+    def progress(self, phase: Phase, done: int, total: int) -> None:
+        if phase != "search" or done == self.ended:
+            return
+        self.ended = done
+        for note in list(self.notes.iterdir()):
+            if int(note.name) != os.getpid():
+                with suppress(ProcessLookupError):
+                    os.kill(int(note.name), signal.SIGKILL)
+                    self.killed += 1
+            note.unlink()
+
+
+def between_trials(notes: Path, trials: int, sampler: str, concurrent: int) -> Experiment:
+    notes.mkdir(exist_ok=True)
+    search = {"trials": trials, "sampler": sampler, "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.3)}
+    return experiment(
+        task={"name": "classification", "data": {"name": "shapes", "size": 28, "train": 60, "test": 20, "target": "class"}, "val_size": 20},
+        students=[{"name": "tests.distributed.models:noted", "folder": str(notes), "label": "noted"}],
+        recipe=RECIPE | {"epochs": 1, "batch_size": 20},
+        search=search,
+        seeds=1,
+        runtime={"concurrent": concurrent},
+    )
+
+
+@pytest.mark.timeout(460)
+def test_a_process_killed_between_any_two_trials_changes_nothing_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune uses it for the next trial, of which none has begun when it dies. TPE draws from what ended, so it tells the order too."""
+    killer, of = Killer(tmp_path / "notes"), between_trials(tmp_path / "notes", trials=21, sampler="tpe", concurrent=1)
+    summary = run(of, tmp_path / "killed", killer)
+    assert killer.killed >= 20
+    assert summary.failures == ()
+    monkeypatch.setattr(running, "_needs_ray", lambda *_: False)
+    run(of, tmp_path / "undisturbed", Watch())
+    (trials,), (others,) = (studies(tmp_path / name).values() for name in ("killed", "undisturbed"))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert [(trial.params, trial.value) for trial in trials] == [(trial.params, trial.value) for trial in others]
+    assert [unit.number for unit, _ in killer.records if unit.role == "trial"] == [*range(21)]
+
+
+@pytest.mark.timeout(200)
+def test_processes_killed_between_trials_of_several_slots_lose_no_trial(tmp_path: Path) -> None:
+    """The one that ended waits for its next trial; the other one is in the middle of its own."""
+    killer, of = Killer(tmp_path / "notes"), between_trials(tmp_path / "notes", trials=6, sampler="random", concurrent=2)
+    assert run(of, tmp_path / "killed", killer).failures == ()
+    assert killer.killed >= 5
+    (trials,) = studies(tmp_path / "killed").values()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 6
+    assert sorted(unit.number or 0 for unit, _ in killer.records if unit.role == "trial") == [*range(6)]
+
+
+@pytest.mark.timeout(200)
+def test_a_trial_whose_process_dies_at_once_is_given_up_after_three_and_tried_again_by_the_next_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    mark = tmp_path / "kill"
+    mark.write_text(str(os.getpid()))
+    student = {"name": "tests.distributed.models:fragile", "mark": str(mark), "step": 0, "for_good": True}
+    search = {"trials": 3, "sampler": "random", "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.3)}
+    of = experiment(students=[student], recipe=RECIPE | {"epochs": 1}, search=search, seeds=1, runtime={"concurrent": 1})
+    given_up = run_in(tmp_path / "killed", of)
+    assert given_up.summary.failures == (
+        "none trial 0: its process died 3 times without an epoch in between; is there enough memory? The same command tries again",
+    )
+    assert [message.split(":")[1] for message in caplog.messages] == [" its process died; another one goes on with it"] * 2
+    assert (given_up.watch.records, given_up.finals) == ([], [])
+    assert capfd.readouterr() == ("", "")
+    mark.unlink()
+    ran, undisturbed = run_in(tmp_path / "killed", of), run_in(tmp_path / "undisturbed", of)
+    assert ran.summary.failures == ()
+    (trials,), (others,) = studies(ran.folder).values(), studies(undisturbed.folder).values()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    assert [(trial.params, trial.value) for trial in trials] == [(trial.params, trial.value) for trial in others]
+    assert [record.metrics for record in ran.finals] == [record.metrics for record in undisturbed.finals]
+
+
 def test_several_objectives_keep_the_pareto_front(tmp_path: Path) -> None:
     search = {
         "trials": 4,
@@ -316,16 +400,10 @@ def test_a_relative_path_means_the_same_inside_a_trial(tmp_path: Path, monkeypat
     assert run(experiment, tmp_path, Unwatched()).failures == ()
 
 
-def noted_net(num_classes: int, in_channels: int, folder: Path) -> nn.Module:
-    """A network that leaves a note of the process it was made in."""
-    Path(folder, str(os.getpid())).touch()
-    return smooth_net(num_classes, in_channels)
-
-
 def test_trials_shorter_than_the_start_of_a_process_still_use_every_slot(tmp_path: Path) -> None:
     notes = tmp_path / "processes"
     notes.mkdir()
-    student = {"name": f"{__name__}:noted_net", "folder": str(notes), "label": "noted"}
+    student = {"name": "tests.distributed.models:noted", "folder": str(notes), "label": "noted"}
     search = {"trials": 6, "sampler": "random", "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.2)}
     short = RECIPE | {"epochs": 1}
     assert run(experiment(students=[student], recipe=short, search=search, seeds=1), tmp_path / "results", Unwatched()).failures == ()
@@ -363,20 +441,89 @@ def test_a_trial_that_only_waits_for_its_workers_keeps_no_cpu_from_them() -> Non
         assert slots_of(Runtime.model_validate({"workers": workers}), []).trial_resources.keys() == {"memory"}
 
 
+class Told:
+    """A queue of one unit that remembers what it is told."""
+
+    def __init__(self, of: Unit) -> None:
+        self.unit: Unit | None = of
+        self.crashes: list[tuple[str, bool]] = []
+        self.done = False
+
+    def next(self) -> Unit | None:
+        unit, self.unit = self.unit, None
+        return unit
+
+    def report(self, unit: Unit, metrics: Any) -> bool:
+        return False
+
+    def resumed(self, unit: Unit, place: str) -> None:
+        pass
+
+    def finish(self, unit: Unit, record: RunRecord) -> None:
+        raise AssertionError("nothing is finished here")
+
+    def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
+        self.crashes.append((reason, died))
+
+
+class Trials:
+    """What Tune tells the desk of trials whose process dies, one trial after the other."""
+
+    def __init__(self, concurrent: int = 1) -> None:
+        self.work = Told(training())
+        self.desk = _Desk(cast(Any, self.work), Layout(Path()), concurrent)
+        self.count = 0
+
+    def dies(self, *reports: dict[str, Any], begun: bool = True) -> bool:
+        """Whether another one takes the unit up."""
+        self.count += 1
+        trial = f"trial {self.count}"
+        assert self.desk.next(trial) is not None
+        if begun:
+            self.desk.begin(trial)
+        for report in reports:
+            self.desk.report(trial, report)
+        self.desk.finish(trial, crashed=True)
+        return not self.work.crashes
+
+
 def test_only_deaths_without_an_epoch_in_between_count() -> None:
     """A node may be lost every hour of a week; a training that dies at its first step is given up soon."""
-    deaths, trial = (
-        _Deaths(_Desk(cast(Any, None), Layout(Path()))),
-        SimpleNamespace(trial_id="a", run_metadata=SimpleNamespace(num_failures=2)),
-    )
-    told = partial(deaths.on_trial_result, 1, [], cast(Any, trial))
-    told({RESUMED: "epoch 1 of 9"})
-    assert trial.run_metadata.num_failures == 2
-    told(pack_epoch({"epoch": 1.0}))
-    assert trial.run_metadata.num_failures == 0
-    trial.run_metadata.num_failures = 1
-    told(pack_epoch({"epoch": 1.0}))  # the same one again, after a death
-    assert trial.run_metadata.num_failures == 1
+    trials = Trials()
+    for epoch in range(1, 9):
+        assert trials.dies(pack_resumed("epoch 1 of 9"))
+        assert trials.dies(pack_epoch({"epoch": float(epoch)}))
+    assert trials.dies(pack_epoch({"epoch": 8.0}))  # the same one again is no progress
+    assert not trials.dies()
+    [(reason, died)] = trials.work.crashes
+    assert "its process died 3 times without an epoch in between" in reason
+    assert died
+
+
+def test_a_process_that_dies_before_it_takes_a_unit_up_is_no_death_of_that_unit() -> None:
+    trials = Trials(concurrent=2)
+    for _ in range(20):
+        assert trials.dies(begun=False)
+        assert trials.dies(begun=False)
+        assert trials.dies(pack_epoch({"epoch": float(trials.count)}))
+    assert trials.dies()
+    assert trials.dies(begun=False)
+    assert not trials.dies()
+
+
+def test_processes_that_die_as_they_start_are_given_up_all_the_same() -> None:
+    """As many as wait for their next unit may die for another reason; what comes after those can only be a new process."""
+    trials = Trials(concurrent=4)
+    died = 1
+    while trials.dies(begun=False):
+        died += 1
+    assert died == 4 + 3
+
+
+def test_a_process_that_dies_after_it_said_how_its_training_ended_costs_nothing() -> None:
+    trials = Trials()
+    assert not trials.dies(pack_ending(Ending(crash="a mistake in its code")))
+    assert trials.work.crashes == [("a mistake in its code", False)]
 
 
 def test_workers_that_keep_dying_are_given_up_and_one_that_made_a_mistake_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
