@@ -16,6 +16,7 @@ from kdbench.benchmark.watch import Watch
 from kdbench.experiment import Experiment, Unit, to_yaml
 from kdbench.results.environment import describe_environment
 from kdbench.results.layout import Layout
+from kdbench.results.lease import Lease
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, NoTracker, Status, Tracker
@@ -42,6 +43,7 @@ class Ledger:
         self.watch = watch
         self.tracker = tracker
         self.tracker.belongs_to(self.layout.location)
+        self.lease: Lease | None = None  # of results at an address, while this run may write to them
         self.left_open: dict[str, str] = {}  # runs in MLflow that a killed command left, by key, and that no record names
         self.trained = 0
         self.found = 0
@@ -130,13 +132,21 @@ class Ledger:
             )
 
     def keep(self, unit: Unit, record: RunRecord, parent: Parent = no_parent, **facts: Any) -> RunRecord:
-        """Put a finished unit on record."""
+        """Put a finished unit on record. Raises RunFailed where another machine took this run over."""
+        self.check_lease()  # whoever took over shows its trainings in MLflow itself
         live, shown = self._opened(unit, parent)
-        record = record.model_copy(update={**self._context, **facts, "mlflow_run_id": live.run_id})
+        number = self.lease.number if self.lease is not None else None
+        record = record.model_copy(update={**self._context, **facts, "mlflow_run_id": live.run_id, "lease": number})
+        self.check_lease()
         self.store.append(record)
         self._finish(unit, record, live, shown, parent)
         self._count(unit, record)
         return record
+
+    def check_lease(self) -> None:
+        """Raise RunFailed where another machine took this run over. Called before each write to the store's records and studies."""
+        if self.lease is not None:
+            self.lease.check()
 
     def note_trial(self, unit: Unit, record: RunRecord, parent: Parent) -> None:
         """Show a trial, whose study is told of it next.

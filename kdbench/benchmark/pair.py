@@ -117,6 +117,7 @@ class Pair:
             seed=search.seed,
             directions=[main, *costs],
             asha=asha,
+            before_upload=ledger.check_lease,
         )
         return study_id, study
 

@@ -31,7 +31,7 @@ from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
 from kdbench.results.layout import Layout
-from kdbench.results.lease import leased
+from kdbench.results.lease import Lease, leased
 from kdbench.results.leftovers import clear_scratch
 from kdbench.results.locks import Held, locked
 from kdbench.results.record import RunRecord
@@ -74,7 +74,7 @@ def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | 
         raise UserError(f"{experiment.name}: there is nothing to tune: the experiment has no `search:`")
     ledger = Ledger(experiment, results, watch, tracker or NoTracker())
     check(experiment, ledger)
-    with exclusive(ledger.layout, experiment.name, watch), ledger.held:
+    with exclusive(ledger.layout, experiment.name, watch) as ledger.lease, ledger.held:
         clear_scratch(ledger.layout, experiment.name)
         ledger.mend(experiment.name)
         return _run(experiment, ledger, search_only)
@@ -158,17 +158,21 @@ def _searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
 
 
 @contextmanager
-def exclusive(layout: Layout, name: str, watch: Watch) -> Iterator[None]:
-    """Hold an experiment's lock, on this machine and, for results at an address, on all. Raises UserError where another process does."""
+def exclusive(layout: Layout, name: str, watch: Watch) -> Iterator[Lease | None]:
+    """Hold an experiment's lock, on this machine and, for results at an address, with a lease on all.
+
+    Raises UserError where another process does.
+    """
+    lease = None
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(layout.lock(name)))
             address = origin(layout.root)
             if address is not None:
-                stack.enter_context(leased(store_at(address), name, holder(layout.root), watch.note))
+                lease = stack.enter_context(leased(store_at(address), name, holder(layout.root), watch.note))
         except Held as held:
             raise UserError(f"{name} is already running in this results folder ({held.holder})") from None
-        yield
+        yield lease
 
 
 def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, StepProfile]:

@@ -126,8 +126,11 @@ class MethodStudy:
         seed: int,
         directions: Sequence[Direction] = ("maximize",),
         asha: Asha | None = None,
+        before_upload: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the study `name` in the journal at `path`, or begin it with the axes' defaults as its first point.
+
+        before_upload: called before each write to the store; what it raises keeps that from being written.
 
         The caller holds the experiment's lock: a lock left in the journal's folder is a killed driver's, and is removed, as is a line
         that it began and did not end. Raises UserError where the journal is damaged otherwise.
@@ -137,6 +140,7 @@ class MethodStudy:
         self._path = fetch_journal(path)
         self.axes = tuple(axes)
         self.trials = trials
+        self._before_upload = before_upload
         self._sampler, self._seed, self._asha = sampler, seed, asha
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if asha is not None:
@@ -187,7 +191,7 @@ class MethodStudy:
             trial = self.study.ask()
         self._open[trial.number] = trial
         point = Point(trial.number, walk(self.axes, lambda axis: trial._suggest(axis.name, distribution(axis))))
-        upload_journal(self._path)
+        self._upload()
         return point
 
     def report(self, number: int, epoch: int, value: float, last: bool) -> bool:
@@ -218,7 +222,7 @@ class MethodStudy:
         trial = self._open.pop(number)
         self.held |= GIVEN_UP not in trial.user_attrs
         trial.set_user_attr(GIVEN_UP, reason)
-        upload_journal(self._path)
+        self._upload()
 
     def given_up(self) -> list[str]:
         """Why trials that an earlier run or this one left to the next have not ended, one reason each."""
@@ -229,6 +233,10 @@ class MethodStudy:
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", epochs)
         self.study.tell(number, values=list(values) if values is not None else None, state=state)
+        self._upload()
+
+    def _upload(self) -> None:
+        self._before_upload()
         upload_journal(self._path)
 
     def best(self, count: int) -> list[Mapping[str, Any]]:

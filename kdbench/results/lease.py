@@ -4,9 +4,13 @@ A lease is an object `NAME.lease/00000007`, made by a conditional PUT, so that o
 holds. Its owner rewrites it ten times in `expiry()`; one that was not rewritten for so long, by the storage's own clock, is given up, and
 the next number takes over. A number is never used twice: who wakes up after it was taken over finds a higher one and stops.
 
-What is guaranteed, where the storage honours If-None-Match: of drivers that start, one goes on; a dead one is replaced. What is not: a
-driver that is cut off from the storage for longer than that may go on, beside the one that took over, until it reaches the storage again
-and for a tenth of `expiry()` after that. Both then write records of the same units, of which readers take the later; none is lost.
+What is guaranteed, where the storage honours If-None-Match: of drivers that start, one goes on; a dead one is replaced. A driver that was
+stopped, or cut off from the storage, for longer than that may train on beside the one that took over. But it writes no more: before each
+record and each write to a study it asks for the highest number, and where that is not its own it stops.
+
+What is not guaranteed: a driver that is stopped between that question and the write, for longer than a lease, still writes this one thing
+when it goes on. A record says the number under which it was written, so that of two of one unit readers take that of the higher one. Of a
+study no part is written twice: see `journals`.
 """
 
 from __future__ import annotations
@@ -33,32 +37,74 @@ _LOOKS = 5  # between two renewals, by who waits
 log = logging.getLogger(__name__)
 
 
+class Lease:
+    """One that is held. Its number is higher than that of every earlier holder."""
+
+    def __init__(self, store: ObjectStore, name: str, number: int) -> None:
+        self.number = number
+        self._store, self._name = store, name
+        self._lost = False
+
+    @property
+    def path(self) -> str:
+        return f"{_folder(self._name)}/{self.number:08d}"
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is known that another machine took over."""
+        return self._lost
+
+    def is_ours(self) -> bool:
+        """Whether nobody took over; asks the storage."""
+        self._lost = self._lost or _numbers(self._store, _folder(self._name))[-1:] != [self.number]
+        return not self._lost
+
+    def check(self) -> None:
+        """Raise RunFailed where another machine took over: whoever calls this is about to write what that one writes too."""
+        if not self.is_ours():
+            raise self.taken_over()
+
+    def taken_over(self) -> RunFailed:
+        reason = f"as this one was stopped, or cut off from {self._store.name}, for longer than a lease"
+        return RunFailed(f"{self._name}: another machine took this experiment over, {reason}; nothing more is written from here")
+
+
 @contextmanager
-def leased(store: ObjectStore, name: str, holder: str, waiting: Callable[[str], None]) -> Iterator[None]:
+def leased(store: ObjectStore, name: str, holder: str, waiting: Callable[[str], None]) -> Iterator[Lease]:
     """Hold the lease. `holder` names a working copy; whoever calls this holds a file lock in it, so its earlier leases are dead.
 
     `waiting` is told when it has to be seen whether a lease is still renewed, which takes up to `expiry()`.
 
     Raises Held where another machine renews it; RunFailed in the main thread once another one took it over.
     """
-    folder = f"locks/{name}.lease"
+    folder = _folder(name)
     owner = secrets.token_hex(8)
-    number = _take_over(store, folder, owner, holder, waiting)
-    lost, ended = threading.Event(), threading.Event()
-    renewing = threading.Thread(target=_renew, args=(store, folder, number, owner, holder, lost, ended), daemon=True)
+    lease = Lease(store, name, _take_over(store, folder, owner, holder, waiting))
+    ended = threading.Event()
+    ending = threading.Lock()  # so that nobody is interrupted who has ended
+    renewing = threading.Thread(target=_renew, args=(store, lease, _text(owner, holder), ended, ending), daemon=True)
     renewing.start()
     try:
-        yield
+        yield lease
     except KeyboardInterrupt:
-        if lost.is_set():
-            raise RunFailed(f"{name}: another machine took this experiment over, as this one was cut off from {store.name}") from None
+        if lease.lost:
+            raise lease.taken_over() from None
         raise
     finally:
-        ended.set()
-        renewing.join(expiry())
-        if not lost.is_set():
+        try:
+            with ending:
+                ended.set()
+            renewing.join(expiry())
+        except KeyboardInterrupt:
+            if not lease.lost:
+                raise
+        if not lease.lost:
             with suppress(KDBenchError):  # it then expires
-                store.replace(f"{folder}/{number:08d}", _text(owner, holder, released=True), patient=False)
+                store.replace(lease.path, _text(owner, holder, released=True), patient=False)
+
+
+def _folder(name: str) -> str:
+    return f"locks/{name}.lease"
 
 
 def held_now(store: ObjectStore) -> set[str]:
@@ -68,7 +114,7 @@ def held_now(store: ObjectStore) -> set[str]:
         name, _, number = path.removeprefix("locks/").rpartition(".lease/")
         if name and number.isdigit():
             numbers[name] = max(int(number), numbers.get(name, 0))
-    return {name for name, number in numbers.items() if _is_held(store, f"locks/{name}.lease/{number:08d}")}
+    return {name for name, number in numbers.items() if _is_held(store, f"{_folder(name)}/{number:08d}")}
 
 
 def _is_held(store: ObjectStore, path: str) -> bool:
@@ -134,10 +180,7 @@ def _wait_until_given_up(store: ObjectStore, path: str, holder: str, waiting: Ca
             return
         if first is not None and renewed != first:
             raise Held("a process on another machine")
-        probe = f"{path}.{secrets.token_hex(4)}"
-        store.replace(probe, b"")
-        age = (store.modified(probe) - renewed).total_seconds()
-        store.remove(probe)
+        age = _age(store, path)
         if age > expiry():
             return
         if not told:
@@ -147,17 +190,20 @@ def _wait_until_given_up(store: ObjectStore, path: str, holder: str, waiting: Ca
         time.sleep(expiry() / _RENEWALS / _LOOKS)
 
 
-def _renew(store: ObjectStore, folder: str, number: int, owner: str, holder: str, lost: threading.Event, ended: threading.Event) -> None:
+def _renew(store: ObjectStore, lease: Lease, text: bytes, ended: threading.Event, ending: threading.Lock) -> None:
     """Runs in a thread of its own. A storage that refuses for a while is left to whoever writes results to complain of."""
     while not ended.wait(expiry() / _RENEWALS):
         try:
-            if _numbers(store, folder)[-1:] != [number]:
-                lost.set()
-                signal.pthread_kill(threading.main_thread().ident or 0, _interrupt())  # which also ends a wait of the main thread
-                return
-            store.replace(f"{folder}/{number:08d}", _text(owner, holder), patient=False)
+            if lease.is_ours():
+                store.replace(lease.path, text, patient=False)
+                continue
         except KDBenchError as error:
             log.debug("the lease could not be renewed: %s", error)
+            continue
+        with ending:
+            if not ended.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, _interrupt())  # which also ends a wait of the main thread
+        return
 
 
 def _interrupt() -> signal.Signals:

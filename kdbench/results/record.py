@@ -61,6 +61,8 @@ class RunRecord(BaseModel):
         "teacher", "trial", "candidate", "final"
     ]  # trials live in their study, never in the store; a candidate is a winner of the search on a fresh seed
 
+    lease: int | None = None  # number of the lease under which it was written; none in a folder, where a lock keeps drivers apart
+
     # protocol
     protocol_hash: str
     experiment: str

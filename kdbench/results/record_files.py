@@ -19,11 +19,12 @@ COMPACTED = "compacted-"  # how the names of files of many records begin
 
 
 class Identity(NamedTuple):
-    """Which record it is, and which of two of a unit is the later. created_at: microseconds since 1970."""
+    """Which record it is, and which of two of a unit is the later. created_at: microseconds since 1970. lease: 0 for none."""
 
     created_at: int
     run_id: str
     unit_key: str
+    lease: int = 0
 
 
 class RecordFile(Protocol):
@@ -50,7 +51,7 @@ class OneRecord:
         """Raises UserError where it is no readable record."""
         self.record = from_table(read_table(content, path, "restore it from a copy, or delete it to have that training run again"), path)
         moment = self.record.created_at.timestamp()
-        self.identities = [Identity(round(moment * 1e6), self.record.run_id, self.record.unit_key)]
+        self.identities = [Identity(round(moment * 1e6), self.record.run_id, self.record.unit_key, self.record.lease or 0)]
 
     def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
         return {0} if all(getattr(self.record, name) == value for name, value in equals.items()) else set()
@@ -65,9 +66,10 @@ class ManyRecords:
     def __init__(self, content: bytes, path: str) -> None:
         """Raises UserError where it is no readable file of records."""
         self._content, self._path = pa.py_buffer(content), path
-        table = self._columns(["created_at", "run_id", "unit_key"])
+        table = self._columns(["created_at", "run_id", "unit_key", "lease"])  # without the last where the file is older than that column
         moments = table["created_at"].cast(pa.int64()).to_pylist()
-        self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist()))
+        leases = table["lease"].fill_null(0).to_pylist() if "lease" in table.column_names else [0] * len(moments)
+        self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist(), leases))
 
     def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
         if not equals:

@@ -92,6 +92,8 @@ class ResultStore:
     def scan(self, *, without: Collection[str] = (), **equals: Any) -> list[RunRecord]:
         """The records whose fields have the given values, oldest first; of several with the same `unit_key` only the latest.
 
+        A record that was written under a lower lease than another one of its unit is none of them: its driver had been taken over.
+
         without: fields that the caller does not look at; those of compacted records are not read then.
 
         Raises UserError for a field that can't be filtered by, and for a file that can't be read.
@@ -180,7 +182,7 @@ class ResultStore:
         return opened(self.files.read(path), f"{self.location}/{path}")
 
     def _matching(self, equals: dict[str, Any]) -> list[_Row]:
-        """Of each unit the latest record, where that has these values. A record that is in two files, while one is made, counts once."""
+        """Of each unit the record that counts, where it has these values. One that is in two files, while one is made, counts once."""
         for name in equals.keys() - FILTERS:
             raise UserError(f"results can't be filtered by {name!r}{nearest(name, FILTERS)}")
         files = self.record_files()
@@ -195,9 +197,16 @@ class ResultStore:
 
 
 def _latest(files: dict[str, RecordFile]) -> dict[str, _Row]:
+    highest: dict[str, int] = {}  # of the leases under which a unit was written
+    for file in files.values():
+        for identity in file.identities:
+            if identity.lease > highest.get(identity.unit_key, 0):
+                highest[identity.unit_key] = identity.lease
     latest: dict[str, _Row] = {}
     for path, file in files.items():
         for number, identity in enumerate(file.identities):
+            if 0 < identity.lease < highest[identity.unit_key]:
+                continue
             known = latest.get(identity.unit_key)
             if known is None or identity > known.identity:
                 latest[identity.unit_key] = _Row(identity, path, number)

@@ -35,7 +35,7 @@ class Verification:
     """records: looked at. derived: those whose metrics were computed again. compared: those whose agreement was. problems: a line each.
 
     left_out: what could not be checked, a line each, since it needs code that a record names and nobody vouched for.
-    notes: a line for each thing that makes no figure wrong: what killed commands left behind.
+    notes: a line for each thing that makes no figure wrong: what killed commands left behind, and records of drivers that were taken over.
     """
 
     records: int
@@ -63,7 +63,7 @@ def verify(results: Path, progress: Callable[[int, int], None] = lambda done, to
         left_out += found.left_out
         derived, compared = derived + found.derived, compared + found.compared
         progress(done, len(records))
-    return Verification(len(checked), derived, compared, tuple(problems), tuple(left_out), tuple(left_behind(results)))
+    return Verification(len(checked), derived, compared, tuple(problems), tuple(left_out), (*_outdone(records), *left_behind(results)))
 
 
 def _twins(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -73,6 +73,21 @@ def _twins(records: Sequence[RunRecord]) -> Iterator[str]:
         known = by_id.setdefault(record.run_id, record)
         if known.model_dump_json() != record.model_dump_json():  # as text, where a nan is equal to itself
             yield f"run {record.run_id} stands in two records that differ"
+
+
+def _outdone(records: Sequence[RunRecord]) -> Iterator[str]:
+    """Records that no reader takes, as another one of their unit was written under a higher lease."""
+    highest: dict[str, RunRecord] = {}
+    for record in records:
+        if record.lease is not None and record.lease > (highest.setdefault(record.unit_key, record).lease or 0):
+            highest[record.unit_key] = record
+    for record in records:
+        if record.lease is not None and record.lease < (highest[record.unit_key].lease or 0):
+            other = highest[record.unit_key]
+            yield (
+                f"run {record.run_id} ({record.label}, seed {record.seed}) was written under lease {record.lease}, and run {other.run_id} "
+                f"of the same training under lease {other.lease}: readers take the latter"
+            )
 
 
 class _Check:
