@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from optuna.storages import JournalStorage
@@ -23,6 +24,7 @@ from ray.cluster_utils import Cluster
 
 from kdbench.results.journals import fetch_journal
 from kdbench.results.layout import results_folder
+from kdbench.results.record import from_table
 from tests.object_storage import KEY, SECRET, ObjectStorage
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "kill.yaml"
@@ -31,8 +33,10 @@ UNREPEATABLE = ("run_ids", "device_hours", "latency_ms_p50", "pareto")
 
 
 def start(results: Path | str, environment: dict[str, str] | None = None, *options: str) -> subprocess.Popen[bytes]:
+    """In a process group of its own."""
     command = [sys.executable, "-m", "kdbench.cli", "run", str(EXPERIMENT), "--results", str(results), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | (environment or {}))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=os.environ | (environment or {}), process_group=0, **pipes)
 
 
 def finish(results: Path | str, environment: dict[str, str] | None = None, *options: str) -> str:
@@ -172,6 +176,40 @@ def test_a_driver_killed_on_one_machine_goes_on_from_the_bucket_on_another_and_o
     assert not [path for path in kept if path.startswith("checkpoints/")], "a checkpoint of finished work is left"
     traces += everything(other) + everything(nodes) + said.encode() + b"".join(kept.values())
     assert not [secret for secret in (KEY, SECRET) if secret.encode() in traces]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_command_that_was_stopped_for_longer_than_a_lease_writes_nothing_more_when_it_goes_on(
+    undisturbed: Path, tmp_path: Path, object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, one, other = object_storage.new_bucket(), tmp_path / "one", tmp_path / "other"
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "4")
+    stopped = start(bucket, object_storage.environment(one))
+    limit = time.monotonic() + 200
+    while b'"epochs"' not in object_storage.journals(bucket):
+        assert stopped.poll() is None, stopped.communicate()[0].decode()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    os.killpg(stopped.pid, signal.SIGSTOP)
+    try:
+        finish(bucket, object_storage.environment(other))
+        before = {path: content for path, content in object_storage.objects(bucket).items() if path.startswith(("v1/", "studies/"))}
+    finally:
+        os.killpg(stopped.pid, signal.SIGCONT)
+    said = stopped.communicate(timeout=100)[0].decode()
+
+    assert stopped.returncode == 1, said
+    assert said.count("another machine took this experiment over") == 1
+    assert "Traceback" not in said
+    after = {path: content for path, content in object_storage.objects(bucket).items() if path.startswith(("v1/", "studies/"))}
+    assert after == before
+    for name, value in object_storage.environment(other).items():
+        monkeypatch.setenv(name, value)
+    assert board(bucket) == board(undisturbed)
+    kept = [from_table(pq.read_table(pa.BufferReader(content)), path) for path, content in after.items() if path.startswith("v1/")]
+    assert sorted(record.unit_key for record in kept) == sorted(record["unit_key"] for record in records(undisturbed))
+    assert {record.lease for record in kept} == {1, 2}
 
 
 def everything(folder: Path) -> bytes:

@@ -71,6 +71,34 @@ def test_a_run_waits_for_a_storage_that_refuses_its_records_for_a_while(
     assert on_record(bucket) == WHOLE
 
 
+def test_a_run_that_was_taken_over_before_it_puts_a_training_on_record_stops_in_one_line(
+    run, bucket: str, object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a while in which it was stopped: it does not know yet when it writes next."""
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "3600")
+    taken = []
+
+    def take_over(method: str, target: str) -> bool:
+        if method == "PUT" and "/students/" in target and not taken:
+            taken.append(target)
+            object_storage.put(bucket, "locks/tiny.lease/00000002", b"{}")
+        return False
+
+    object_storage.gate.refuses = take_over
+    ended = run()
+
+    assert taken
+    assert (ended.code, ended.err.count("\n")) == (1, 1), ended.err
+    assert "tiny: another machine took this experiment over" in ended.err
+    assert on_record(bucket) == ["teacher teacher"]
+    object_storage.gate.refuses = lambda method, target: False
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "1")
+    time.sleep(1)
+    assert run().code == 0
+    assert on_record(bucket) == WHOLE
+    assert sorted({record.lease for record in ResultStore(bucket).scan()}) == [1, 3]
+
+
 @pytest.mark.parametrize("path", ["/v1/", "/cache/", "/teachers/"])
 def test_a_run_that_waited_too_long_says_so_in_one_line_and_the_same_command_goes_on(
     run, bucket: str, object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch, path: str

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ from kdbench.benchmark.watch import Phase, Unwatched
 from kdbench.experiment import Experiment, Unit
 from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
+from kdbench.training.verification import verify
 from tests import private_ray
+from tests.listening import descendants
 from tests.training.units import TEACHER, saved_teacher
 
 pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -58,6 +61,15 @@ class Nodes:
         """As if a node's plug were pulled, any node's if none is named."""
         node = next(node for node in self.cluster.worker_nodes if node_id in (None, node.node_id))
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def signal(self, node_id: str, number: signal.Signals) -> None:
+        """Send it to all processes of a node."""
+        node = next(node for node in self.cluster.worker_nodes if node.node_id == node_id)
+        for started in node.all_processes.values():
+            for one in started:
+                for pid in (one.process.pid, *descendants(one.process.pid)):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
 
     def kill_head(self) -> None:
         for started in self.cluster.head_node.all_processes.values():
@@ -264,6 +276,38 @@ def test_a_search_uses_all_nodes_and_loses_nothing_when_two_of_them_are_lost(
     assert sorted(ran) == ["kd seed 0", *(f"kd trial {number}" for number in range(6))]
 
 
+def test_a_node_that_is_stopped_until_it_is_given_up_and_goes_on_then_changes_nothing(
+    nodes: Nodes, undisturbed: Searched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its trainings are in two processes then, until Ray ends those of the node that it gave up."""
+    watch, results = Watch(undisturbed.folder / "notes"), undisturbed.folder / "stopped"
+    before = set(watch.trained())
+    stopped: list[str] = []
+
+    def stop_a_trial(trained: list[Note]) -> None:
+        stopped.append((set(trained) - before).pop().node)
+        nodes.signal(stopped[0], signal.SIGSTOP)
+
+    def go_on(text: str) -> None:
+        if "goes on from epoch" in text and len(stopped) == 1:
+            nodes.signal(stopped[0], signal.SIGCONT)
+            stopped.append("goes on")
+
+    watch.at_epoch, watch.at_note = {2: stop_a_trial}, go_on
+    nodes.add(2 - len(nodes.cluster.worker_nodes))
+    try:
+        assert run(Experiment.model_validate(search(undisturbed.folder, watch, address=nodes.address)), results, watch).failures == ()
+        assert len(stopped) == 2
+    finally:
+        nodes.kill(stopped[0])
+    assert [message.split(":")[1] for message in caplog.messages] == [" its process died; another one goes on with it"]
+    assert trials_of(results) == trials_of(undisturbed.results)
+    assert records_of(results) == records_of(undisturbed.results)
+    ran = [unit.title for unit, _ in watch.ran if unit.role != "teacher"]
+    assert sorted(ran) == ["kd seed 0", *(f"kd trial {number}" for number in range(6))]
+    assert verify(results).problems == ()
+
+
 def test_a_search_goes_on_on_another_cluster_when_the_head_is_killed(nodes: Nodes, undisturbed: Searched) -> None:
     watch, results = Watch(undisturbed.folder / "notes"), undisturbed.folder / "headless"
     parts = search(undisturbed.folder, watch)
@@ -291,5 +335,6 @@ def test_a_search_goes_on_on_another_cluster_when_the_head_is_killed(nodes: Node
     finally:
         others.cluster.shutdown()
     assert not {f"kd trial {number}" for number in ended} & {unit.title for unit, _ in watch.ran}
+    assert not list(results.glob(".ray-*")), "what Tune noted down for the driver that died is left"
     assert trials_of(results) == trials_of(undisturbed.results)
     assert records_of(results) == records_of(undisturbed.results)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from kdbench.errors import RunFailed
-from kdbench.results.lease import leased
+from kdbench.results.lease import held_now, leased
 from kdbench.results.locks import Held
 from kdbench.results.object_store import ObjectStore
 
@@ -31,9 +31,9 @@ def held_by(store: ObjectStore, holder: str) -> None:
         pass
 
 
-def leave_behind(store: ObjectStore, holder: str) -> None:
+def leave_behind(store: ObjectStore, holder: str, name: str = "study") -> None:
     """What a killed driver leaves."""
-    store.create("locks/study.lease/00000001", f'{{"owner": "x", "holder": "{holder}"}}'.encode())
+    store.create(f"locks/{name}.lease/00000001", f'{{"owner": "x", "holder": "{holder}"}}'.encode())
 
 
 class StorageClock:
@@ -126,6 +126,35 @@ def test_a_driver_that_was_taken_over_stops(store: ObjectStore) -> None:
 
     with pytest.raises(RunFailed, match="another machine took this experiment over"):
         go_on()
+
+
+def test_whoever_was_taken_over_is_told_so_before_it_writes(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "3600")  # it does not look by itself, as if it had just been continued
+    with leased(store, "study", "here", print) as lease:
+        lease.check()
+        store.create("locks/study.lease/00000002", b"{}")
+        for _ in range(2):
+            with pytest.raises(RunFailed, match=r"^study: another machine took this experiment over, .*; nothing more is"):
+                lease.check()
+    assert store.read("locks/study.lease/00000002") == b"{}"
+
+
+def test_the_number_of_a_lease_is_higher_than_that_of_every_holder_before(store: ObjectStore) -> None:
+    numbers = []
+    for holder in ("here", "there", "there", "here"):
+        with leased(store, "study", holder, print) as lease:
+            numbers.append(lease.number)
+    assert numbers == [1, 2, 3, 4]
+
+
+def test_a_lease_is_held_until_it_is_given_back_or_expires(store: ObjectStore) -> None:
+    assert held_now(store) == set()
+    with leased(store, "study", "here", print), leased(store, "other", "here", print):
+        assert held_now(store) == {"study", "other"}
+    leave_behind(store, "there", "third")
+    assert held_now(store) == {"third"}
+    time.sleep(1.5)
+    assert held_now(store) == set()
 
 
 def test_a_storage_without_conditional_writes_is_told_of(store: ObjectStore, monkeypatch, caplog) -> None:

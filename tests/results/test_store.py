@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kdbench.errors import RunFailed, UserError
+from kdbench.results.compaction import compact
 from kdbench.results.store import ResultStore, path_name
 
 
@@ -84,6 +85,30 @@ def test_a_superseded_record_does_not_come_back_through_a_filter(location, make_
 
     assert store.scan(status="failed") == []
     assert store.keys(status="ok") == {"same"}
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_record_of_a_driver_that_was_taken_over_does_not_count_though_it_is_the_later(tmp_path, make_record, compacted) -> None:
+    store = ResultStore(tmp_path)
+    counts = make_record(unit_key="u", lease=8)
+    others = [make_record(unit_key="u", lease=7), make_record(unit_key="v", lease=3), make_record(unit_key="w", lease=None)]
+    for record in (counts, *others):
+        store.append(record)
+    if compacted:
+        compact(store)
+
+    assert ResultStore(tmp_path).scan() == [counts, *others[1:]]
+    assert store.by_unit_key("u") == counts
+
+
+def test_a_record_without_a_lease_supersedes_an_earlier_one_that_has_one(tmp_path, make_record) -> None:
+    """A correction, say, that was made in a folder."""
+    store = ResultStore(tmp_path)
+    store.append(make_record(unit_key="u", lease=8))
+    later = make_record(unit_key="u")
+    store.append(later)
+
+    assert store.scan() == [later]
 
 
 def test_filters_are_joined_by_and(location, make_record) -> None:

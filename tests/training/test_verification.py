@@ -205,6 +205,20 @@ def test_two_records_of_one_run_that_differ_are_named(results) -> None:
     assert f"run {record.run_id} stands in two records that differ" in only_problem(verify(results))
 
 
+def test_of_two_records_of_one_training_that_of_the_lower_lease_is_named_and_is_no_mismatch(results) -> None:
+    store, path = ResultStore(results), record_file(results, 1)
+    lower = from_table(pq.read_table(path), "").model_copy(update={"run_id": "01LOWER", "lease": 3})
+    higher = lower.model_copy(update={"run_id": "01HIGHER", "lease": 4})
+    path.unlink()
+    for record in (higher, lower):
+        store.append(record)
+    found = verify(results)
+
+    assert found.problems == ()
+    [note] = found.notes
+    assert note.startswith("run 01LOWER (none, seed 1) was written under lease 3, and run 01HIGHER of the same training under lease 4")
+
+
 def test_predictions_of_another_run_do_not_pass_for_its_own(results) -> None:
     records = [from_table(pq.read_table(record_file(results, seed)), "") for seed in (0, 1)]
     shutil.copy(results / records[0].predictions_uri, results / records[1].predictions_uri)
