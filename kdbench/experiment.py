@@ -8,15 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kdbench import yaml12
 from kdbench.catalogue import known, nearest
-from kdbench.data.options import StrictOptions
+from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.data.views import Augment
 from kdbench.errors import UserError, explain
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
@@ -34,6 +45,15 @@ class _Part(StrictOptions):
     model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
 
+def _ascending(value: tuple[float, ...]) -> tuple[float, ...]:
+    if not value or any(later <= earlier for earlier, later in pairwise(value)):
+        raise ValueError(f"expected epochs in ascending order, such as [150, 180, 210], got {list(value)}")
+    return value
+
+
+Milestones = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_ascending)]
+
+
 class Recipe(_Part):
     """How a model is trained. `batch_size` is the samples of one optimizer step, over all workers and micro-batches."""
 
@@ -44,7 +64,12 @@ class Recipe(_Part):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0)
+    no_decay_on_norms: Annotated[bool, LEFT_OUT_UNSET] = False  # nor on biases, nor on what a model's no_weight_decay() names
     schedule: str = "cosine"  # cosine, linear, constant, or any name that timm.scheduler knows
+    milestones: Annotated[Milestones | None, LEFT_OUT_UNSET] = None  # epochs after which multistep decays
+    decay_rate: Annotated[float | None, LEFT_OUT_UNSET] = Field(
+        default=None, gt=0, lt=1
+    )  # what step and multistep multiply the learning rate with
     warmup_epochs: float = Field(default=0.0, ge=0)
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: measured once on the model and device, then kept
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"

@@ -47,8 +47,9 @@ def test_training_lowers_the_loss_and_beats_chance(tmp_path: Path) -> None:
         {"ema": 0.9, "weights": "best"},
         {"optimizer": "adamw", "lr": 0.01, "warmup_epochs": 0.5},
         {"augment": {"crop": 2, "flip": True}, "accumulate": 2, "clip_grad": 1.0},
+        {"no_decay_on_norms": True, "weight_decay": 0.1, "schedule": "multistep", "milestones": [0.4, 1]},
     ],
-    ids=["plain", "average-and-best", "adamw-warmup", "augmented-micro-batches"],
+    ids=["plain", "average-and-best", "adamw-warmup", "augmented-micro-batches", "two-groups-and-milestones"],
 )
 @pytest.mark.parametrize("kill_after", [1, 3, 7])
 def test_a_killed_training_continues_to_the_same_bits(tmp_path: Path, recipe: dict, kill_after: int) -> None:

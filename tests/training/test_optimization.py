@@ -15,7 +15,7 @@ from kdbench.errors import UserError
 from kdbench.experiment import Recipe
 from kdbench.methods.base import OwnOptimizer
 from kdbench.training import precision
-from kdbench.training.optimization import make_average, make_optimizer, make_optimizers, make_schedule
+from kdbench.training.optimization import check_optimization, make_average, make_optimizer, make_optimizers, make_schedule
 from kdbench.training.precision import Memo, question, settled
 
 
@@ -73,6 +73,99 @@ def test_schedules_warm_up_and_end_where_they_should() -> None:
     assert [linear(0), linear(50)] == pytest.approx([1.0, 0.5])
     assert linear(99) == pytest.approx(0.01)
     assert make_schedule(recipe(schedule="constant"), 10, optimizer)(99) == 1.0
+
+
+def test_milestones_are_epochs_after_which_the_learning_rate_is_divided() -> None:
+    published = recipe(epochs=240, schedule="multistep", milestones=[150, 180, 210])
+    factor = make_schedule(published, 7, make_optimizer(parameters(), published))
+    at = [factor(7 * epoch + step) for epoch, step in [(0, 0), (149, 6), (150, 0), (179, 6), (180, 0), (209, 6), (210, 0), (239, 6)]]
+    assert at == [1, 1, 0.1, 0.1, 0.1**2, 0.1**2, 0.1**3, 0.1**3]
+    assert factor(7 * 150) == 0.1  # of the step alone: resuming needs no state
+
+
+def test_milestones_count_from_the_start_and_a_warm_up_comes_first() -> None:
+    warm = recipe(schedule="multistep", milestones=[2, 2.5], decay_rate=0.5, warmup_epochs=1)
+    factor = make_schedule(warm, 10, make_optimizer(parameters(), warm))
+    assert [factor(step) for step in (0, 4, 9, 10, 19, 20, 24, 25, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("schedule", ["step", "multistep"])
+def test_a_decay_rate_replaces_that_of_timm(schedule: str) -> None:
+    # timm's own milestones come a step early, so a step within each third is looked at.
+    for rate, changes in ((0.1, {}), (0.5, {"decay_rate": 0.5})):
+        spec = recipe(epochs=9, schedule=schedule, **changes)
+        factor = make_schedule(spec, 10, make_optimizer(parameters(), spec))
+        assert [factor(step) for step in (0, 45, 75)] == pytest.approx([1, rate, rate**2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"milestones": [1, 2]}, "recipe.milestones is for schedule multistep, not for cosine"),
+        ({"decay_rate": 0.5}, "recipe.decay_rate is for the schedules step and multistep, not for cosine"),
+        (
+            {"schedule": "multistep", "milestones": [5, 10]},
+            "recipe.milestones: 10 is not before the end of the training, recipe.epochs: 10",
+        ),
+    ],
+)
+def test_keys_that_the_schedule_would_not_use_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_optimization(recipe(**changes))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("milestones", [[], [2, 1], [1, 1], [0, 1]])
+def test_milestones_ascend(milestones: list[float]) -> None:
+    with pytest.raises(ValueError, match="milestones"):
+        recipe(schedule="multistep", milestones=milestones)
+
+
+class Net(nn.Module):
+    """A network as transformers are: norms, biases, and embeddings that it names itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(1, 4))
+        self.fc = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+def test_norms_biases_and_what_a_network_names_may_be_kept_from_weight_decay(optimizer: str) -> None:
+    module = nn.ModuleDict({"student": Net(), "adapter": nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), "peer": Net()})
+    own = [OwnOptimizer(module["peer"], {"weight_decay": 0.25})]
+    spec = recipe(optimizer=optimizer, weight_decay=0.5, no_decay_on_norms=True)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    optimizers = make_optimizers(module, own, spec)
+    found = [[(group["weight_decay"], {names[p] for p in group["params"]}) for group in one.param_groups] for one in optimizers]
+    rest = {"student.pos_embed", "student.fc.bias", "student.norm.weight", "student.norm.bias"}
+    rest |= {"adapter.0.bias", "adapter.1.weight", "adapter.1.bias"}
+    assert found == [
+        [(0.5, {"student.fc.weight", "adapter.0.weight"}), (0.0, rest)],
+        [(0.25, {"peer.fc.weight"}), (0.0, {"peer.pos_embed", "peer.fc.bias", "peer.norm.weight", "peer.norm.bias"})],
+    ]
+
+
+def test_a_norm_that_is_kept_from_weight_decay_does_not_shrink() -> None:
+    for spared, left in ((True, 1.0), (False, 1 - 0.5 * 0.1)):
+        norm = nn.LayerNorm(3)
+        (optimizer,) = make_optimizers(norm, (), recipe(weight_decay=0.1, no_decay_on_norms=spared))
+        for parameter in norm.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert norm.weight.tolist() == pytest.approx([left] * 3)
+
+
+def test_the_keys_of_weight_decay_and_milestones_stay_out_of_dumps_while_unset() -> None:
+    new = {"no_decay_on_norms", "milestones", "decay_rate"}
+    assert not new & set(recipe().model_dump(mode="json"))
+    assert not new & set(recipe(no_decay_on_norms=False, milestones=None, decay_rate=None).model_dump(mode="json"))
+    given = {"no_decay_on_norms": True, "milestones": [1.0], "decay_rate": 0.5}
+    assert {key: value for key, value in recipe(**given).model_dump(mode="json").items() if key in new} == given
 
 
 def test_the_average_follows_weights_and_buffers_with_its_decay() -> None:
