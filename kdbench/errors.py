@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 import sysconfig
 import traceback
@@ -70,6 +71,11 @@ def in_one_line(error: BaseException) -> str:
 def _is_users(filename: str) -> bool:
     libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
     return not (filename.startswith(("<", *libraries)) or "site-packages" in filename or "dist-packages" in filename)
+
+
+def printable(path: str) -> str:
+    """A path as text that can be printed and written as UTF-8: bytes of another encoding become `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -335,7 +335,9 @@ def dry_run_page(found: DryRun) -> str:
         f"hours: {meaning}; no trial is counted as stopped early. GB: weights, gradients, optimizer, activations and network of one worker",
     ]
     return "\n\n".join(
-        part for part in (found.name, sizes, "\n".join(found.notes), aligned(networks), aligned(lines), "\n".join(footer)) if part
+        part
+        for part in (found.name, sizes, found.reading, "\n".join(found.notes), aligned(networks), aligned(lines), "\n".join(footer))
+        if part
     )
 
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.benchmark.pair import axes_of
-from kdbench.benchmark.run import check_plan
+from kdbench.benchmark.run import check_images, check_plan
 from kdbench.data.batch import Batch, Part
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
@@ -105,6 +105,7 @@ class DryRun:
     networks: tuple[NetworkEstimate, ...]
     methods: tuple[MethodEstimate, ...]
     teacher_flops: float  # of training the teacher, 0 where its weights are given
+    reading: str = ""  # what was read of data in files, and what was left out
 
 
 def dry_run(experiment: Experiment) -> DryRun:
@@ -116,6 +117,8 @@ def dry_run(experiment: Experiment) -> DryRun:
         notes: list[str] = []
         opened = _open(experiment, notes)
         check_plan(experiment, opened.task)
+        check_images(opened.task)
+        reading = opened.task.source.reading if opened.task.source is not None else ""
         _note(notes, lambda: check_fits_here(experiment.runtime))
         students = [Network(opened.task, spec) for spec in experiment.students]
         teacher = Network(opened.task, experiment.teacher.model) if experiment.teacher else None
@@ -129,7 +132,7 @@ def dry_run(experiment: Experiment) -> DryRun:
                 teacher_flops = float(_FORWARD_AND_BACKWARD * teacher.flops * seen)
         methods = tuple(_method(experiment, spec, student, teacher, opened) for student in students for spec in experiment.methods)
         sizes = opened.teacher_images, opened.student_images
-        return DryRun(experiment.name, opened.task.data_name, *sizes, tuple(notes), tuple(networks), methods, teacher_flops)
+        return DryRun(experiment.name, opened.task.data_name, *sizes, tuple(notes), tuple(networks), methods, teacher_flops, reading)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

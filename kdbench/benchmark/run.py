@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from kdbench.benchmark.cache import cache_spec, fill_cache, on_ray
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
+from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
 from kdbench.distributed.cluster import check_fits_here
 from kdbench.errors import RunFailed, UserError
@@ -110,6 +111,19 @@ def check_plan(experiment: Experiment, task: Task) -> None:
     train = task.splits().train
     for recipe in _recipes(experiment):
         check_views(train, recipe.augment)
+
+
+@lru_cache(maxsize=1)
+def check_images(task: Task) -> None:
+    """Look at the images once a process, at least at those that only evaluation needs. Raises UserError for one that can't be decoded.
+
+    A broken training image of a large set is found in the first epoch, which needs all of them.
+    """
+    splits = task.splits()
+    if len(splits.train) <= DECODED_FIRST:
+        check_decodable(splits.train, "training")
+    check_decodable(splits.val, "validation")
+    check_decodable(splits.test, "test")
 
 
 def check_choices(experiment: Experiment, task: str) -> None:
@@ -202,6 +216,7 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
+            check_images(build_task(experiment.task))
             with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
                 for work in queue.queues:
                     work.check()
@@ -222,6 +237,8 @@ def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> list[Pair
     """The experiment's teacher, trained now if need be, with each of its students."""
     task = build_task(experiment.task)
     splits = task.splits()
+    if task.source is not None and task.source.reading:
+        ledger.watch.note(task.source.reading)
     students = [task.build_model(student) for student in experiment.students]
     network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
     teacher = _ready_teacher(experiment, ledger, task, splits, students, network, may_train) if network is not None else None
@@ -333,6 +350,7 @@ def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task, che
         ledger.found_again(unit, record)
         return record, weights
     check_first()
+    check_images(task)
     work = TeacherWork(unit, task, ledger)
     _empty(work, experiment, ledger, searching=False)
     assert work.record is not None, "a queue that was emptied without an error has its record"

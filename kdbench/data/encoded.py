@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from kdbench.data.batch import Part
@@ -29,6 +29,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _BATCHES_AHEAD = 2  # decoded before they are asked for
 _DECODED_AT_ONCE = 256
+DECODED_FIRST = 2_000  # images of a part that `check_decodable` decodes
+
+_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL raises all of them for damaged files
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_EXIF = (b"Exif", b"EXIF", b"eXIf", b"exif", b"Orientation")  # one of them stands before any tag, in each of the formats
+# What turns a picture upright, by the value of its EXIF tag; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Store(Protocol):
@@ -44,6 +59,11 @@ class Store(Protocol):
 
     def sha256(self) -> str:
         """What tells the store from another, without reading all of it."""
+        ...
+
+    @property
+    def turned(self) -> int:
+        """How many of the images `turned` says are shown turned."""
         ...
 
 
@@ -75,6 +95,8 @@ class EncodedImages:
     def sha256(self) -> str:
         """Hash of what the store says of itself, of the rows and of the sizes: reading every file would take hours."""
         digest = hashlib.sha256(f"{self.store.sha256()} {self.size} {self.resize}".encode())
+        if self.store.turned:  # the same files were once shown as they are stored, under the hash without this
+            digest.update(b"turned upright")
         digest.update(self.rows.numpy().tobytes())
         return digest.hexdigest()
 
@@ -97,15 +119,88 @@ class EncodedImages:
 
 
 def _decoded(content: bytes, name: str) -> Tensor:
-    """uint8 [3, H, W] of any picture that PIL reads; of an animation the first."""
+    """uint8 [3, H, W] of any picture that PIL reads, turned upright where its EXIF tag says how; of an animation the first."""
     try:
         with Image.open(io.BytesIO(content)) as picture:
-            if picture.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
-                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+            picture.load()
+            turn = _TURNS.get(_orientation(picture))
+            upright = picture if turn is None else picture.transpose(turn)
+            if upright.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
+                grey = (np.asarray(upright) >> 8).astype(np.uint8)
                 return torch.from_numpy(grey).expand(3, -1, -1)
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of them for damaged files
-        raise UserError(f"{name} can't be decoded as an image: {in_one_line(error)}") from error
+            return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+    except _DAMAGED as error:
+        raise _undecodable(content, name, error) from error
+
+
+def _undecodable(content: bytes, name: str, error: Exception) -> UserError:
+    reason = in_one_line(error)
+    if isinstance(error, UnidentifiedImageError):  # whose own message has an address in memory
+        reason = "PIL knows no format that begins so" if content else "the file is empty"
+    return UserError(f"{name} can't be decoded as an image: {reason}")
+
+
+def turned(content: bytes) -> bool:
+    """Whether a picture is shown turned, by the EXIF tag that cameras write. Of a JPEG, what stands before the pixels is enough.
+
+    False for a TIFF, which PIL itself has always turned, and for what is no picture.
+    """
+    if content.startswith(_TIFF) or not any(mark in content for mark in _EXIF):  # a search takes a hundredth of what PIL takes
+        return False
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return _orientation(picture) in _TURNS
+    except _DAMAGED:
+        return False
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF tag of a picture; 1, upright, where it has none."""
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever PIL raises for tags that are damaged: the pixels are not
+        return 1
+
+
+def check_decodable(part: Part, what: str) -> None:
+    """Decode images of a part, to find broken files before hours of training. Images in memory are sound.
+
+    Up to 2,000 images are decoded, evenly chosen where there are more. Of the others only the header is read, which finds empty files and
+    files of another kind, but none that was cut off.
+
+    Args:
+        part: the images.
+        what: what an error calls them, such as "test".
+
+    Raises:
+        UserError: names the first image that can't be decoded, and says how many there are.
+    """
+    images = part.inputs
+    if isinstance(images, Tensor):
+        return
+    every = -(-len(images) // DECODED_FIRST)
+
+    def problem(row: int) -> UserError | None:
+        where = int(images.rows[row])
+        try:
+            content, name = images.store.read(where), images.store.name(where)
+            _decoded(content, name) if row % every == 0 else _opened(content, name)
+        except UserError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
+        problems = [found for found in pool.map(problem, range(len(images))) if found is not None]
+    if problems:
+        more = f"; {len(problems)} of the {len(images)} {what} images have such a problem" if len(problems) > 1 else f" ({what} image)"
+        raise UserError(f"{problems[0]}{more}")
+
+
+def _opened(content: bytes, name: str) -> None:
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except _DAMAGED as error:
+        raise _undecodable(content, name, error) from error
 
 
 def decoded_ahead(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +15,15 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
 from kdbench.data.sources import Source
-from kdbench.errors import UserError, nearest
+from kdbench.errors import UserError, nearest, printable
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_FOLDERS = ("test", "val")
+_JPEG = b"\xff\xd8"
+_HEADER = 1 << 16  # bytes at the start of a JPEG that hold its tags
+_READERS = 8  # threads: reading many small files is waiting for the disk
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,25 @@ class Files:
             raise UserError(f"{self.name(row)} can't be read: {error.strerror or error}") from error
 
     def name(self, row: int) -> str:
-        return str(self.folder / self.names[row])
+        return printable(str(self.folder / self.names[row]))
+
+    @cached_property
+    def turned(self) -> int:
+        def at(row: int) -> bool:
+            try:
+                with (self.folder / self.names[row]).open("rb") as file:
+                    start = file.read(_HEADER)
+                    return turned(start if start.startswith(_JPEG) else start + file.read())
+            except OSError:  # which is said where the image is needed
+                return False
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return sum(pool.map(at, range(len(self.names))))
 
     @cached_property
     def _digest(self) -> str:
         listing = "\n".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return hashlib.sha256(os.fsencode(listing)).hexdigest()
 
     def sha256(self) -> str:
         """Of the files' names below the folder and their sizes, not of what is in them: that would be hours of reading for ImageNet."""
@@ -56,6 +75,9 @@ def image_folder(
 ) -> Source:
     """Colour images `size` x `size` from the files below `path`: train/<class>/ and test/<class>/, or val/<class>/.
 
+    Images in folders inside a class's folder belong to the class. Images are turned upright by their EXIF tag. Files of other kinds and
+    hidden files are left out, which the source says.
+
     resize: pixels of the shorter side before the centre is cut out, size / 0.875 where it is not given. test: name of the folder of test
     images, needed where there is both a `test` and a `val`. in_memory: decode all images once, to tensors, for sets that fit.
     Images are normalised as ImageNet's. Raises UserError for a missing or empty folder, and where train and test have other classes.
@@ -70,13 +92,15 @@ def image_folder(
             f"data image_folder: {folders[0]} and {folders[1]} must hold folders of the same classes; "
             f"{one_sided[0]!r} is only in {folders[one_sided[0] in test_classes].name}"
         )
-    stores = [_files(folder, classes) for folder in folders]
+    listings = [_listing(folder, classes) for folder in folders]
     first = 0
     sides = []
-    for store, labels in stores:
-        sides.append(encoded_part(store, labels, first, size, resize, in_memory))
-        first += len(labels)
-    return Source("image_folder", sides[0], sides[1], len(classes), classes, IMAGENET_MEAN, IMAGENET_STD)
+    for folder, found in zip(folders, listings, strict=True):
+        store = Files(folder, tuple(found.names), tuple(found.sizes))
+        sides.append(encoded_part(store, np.array(found.labels), first, size, resize, in_memory))
+        first += len(found.labels)
+    read = f"{path}: read {listings[0].images} to train on and {listings[1].images} to test on; {_left_out(listings)}"
+    return Source("image_folder", sides[0], sides[1], len(classes), classes, IMAGENET_MEAN, IMAGENET_STD, read=printable(read))
 
 
 def _test_folder(path: Path, named: str | None) -> str:
@@ -98,21 +122,70 @@ def _classes(folder: Path) -> tuple[str, ...]:
     found = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")))
     if not found:
         raise UserError(f"data image_folder: {folder} holds no folders; expected one for each class")
+    if odd := [name for name in found if printable(name) != name]:
+        raise UserError(
+            f"data image_folder: the name of the class folder {printable(str(folder / odd[0]))} is not UTF-8. Rename the folder"
+        )
     return found
 
 
-def _files(folder: Path, classes: tuple[str, ...]) -> tuple[Files, np.ndarray]:
-    """The image files of each class, in order of their names, and their labels."""
-    names, sizes, labels = [], [], []
+@dataclass
+class _Listing:
+    """The images of a folder in order of class and name, and what else lies there."""
+
+    names: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)  # of the images, by suffix
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def images(self) -> str:
+        return f"{len(self.names)} images ({_counted(self.kinds)})"
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _left_out(listings: Sequence[_Listing]) -> str:
+    left_out = sum((found.left_out for found in listings), Counter[str]())
+    return f"left out: {_counted(left_out)}" if left_out else "nothing is left out"
+
+
+def _listing(folder: Path, classes: tuple[str, ...]) -> _Listing:
+    """All images below each class's folder. Raises UserError for a class that has none."""
+    found = _Listing()
+    for entry in os.scandir(folder):
+        if not entry.is_dir():
+            found.left_out[f"outside the class folders of {folder.name}"] += 1
     for label, name in enumerate(classes):
-        entries = sorted((entry for entry in os.scandir(folder / name) if _is_image(entry)), key=lambda entry: entry.name)
-        if not entries:
-            raise UserError(f"data image_folder: {folder / name} holds no images; expected files ending in {', '.join(SUFFIXES)}")
-        names += [f"{name}/{entry.name}" for entry in entries]
-        sizes += [entry.stat().st_size for entry in entries]
-        labels += [label] * len(entries)
-    return Files(folder, tuple(names), tuple(sizes)), np.array(labels)
+        left_out: Counter[str] = Counter()
+        images = sorted(_below(folder / name, name, left_out))
+        found.left_out += left_out
+        if not images:
+            there = f" (it holds {_counted(left_out)})" if left_out else ""
+            raise UserError(
+                f"data image_folder: {printable(str(folder / name))} holds no images{there}; expected files ending in {', '.join(SUFFIXES)}"
+            )
+        found.names += [image for image, _ in images]
+        found.sizes += [size for _, size in images]
+        found.labels += [label] * len(images)
+        found.kinds.update(os.path.splitext(image)[1].lower() for image, _ in images)
+    return found
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
+def _below(folder: Path, name: str, left_out: Counter[str]) -> Iterator[tuple[str, int]]:
+    """Path and size of each image in a class's folder and in the folders inside it; `name` is the path that the first one has."""
+    for entry in os.scandir(folder):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _below(Path(entry.path), f"{name}/{entry.name}", left_out)
+        elif not entry.is_file():  # a link to a folder, which may lead round in a circle, or to nowhere
+            left_out["links to folders, or to nothing"] += 1
+        elif suffix in SUFFIXES:
+            yield f"{name}/{entry.name}", entry.stat().st_size
+        else:
+            left_out[printable(suffix) or "without a suffix"] += 1

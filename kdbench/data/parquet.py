@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Annotated
@@ -15,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, in_one_line, nearest
 
 _ROW_GROUPS_KEPT = 16  # in memory, the last ones that were read
+# Labels that are numbers of classes leave few numbers out. ImageNet's may be those of a few of its thousand classes.
+_CLASSES_AT_LEAST, _CLASSES_PER_LABEL = 1000, 10
 
 
 class Rows:
@@ -33,16 +36,21 @@ class Rows:
         self._groups = [(number, group) for number, file in enumerate(self.files) for group in range(file.num_row_groups)]
         rows = [self.files[number].metadata.row_group(group).num_rows for number, group in self._groups]
         self._starts = [0, *np.cumsum(rows).tolist()]
+        self.rows = self._starts[-1]
         self._kept: OrderedDict[int, pa.Array] = OrderedDict()
         self._lock = Lock()  # a reader of pyarrow is one thread's at a time; decoding, which takes longer, needs no lock
 
     def read(self, row: int) -> bytes:
+        content = self._content(row)
+        if content is None:
+            raise UserError(f"{self.name(row)} has no image in column {self.column!r}")
+        return content
+
+    def _content(self, row: int) -> bytes | None:
         number = bisect_right(self._starts, row) - 1
         with self._lock:
             images = self._row_group(number, row)
         content: bytes | None = images[row - self._starts[number]].as_py()
-        if content is None:
-            raise UserError(f"{self.name(row)} has no image in column {self.column!r}")
         return content
 
     def name(self, row: int) -> str:
@@ -56,6 +64,10 @@ class Rows:
         for path in self.paths:
             digest.update(_footer(path))
         return digest.hexdigest()
+
+    @cached_property
+    def turned(self) -> int:
+        return sum(content is not None and turned(content) for content in map(self._content, range(self.rows)))
 
     def _row_group(self, number: int, row: int) -> pa.Array:
         """The image column of a row group; the caller holds the lock."""
@@ -102,7 +114,26 @@ def parquet(
         numbers = np.searchsorted(np.array(names), values) if values.dtype.kind == "U" else values
         sides.append(encoded_part(store, numbers, first, size, resize, in_memory))
         first += len(values)
-    return Source("parquet", sides[0], sides[1], len(names), names, IMAGENET_MEAN, IMAGENET_STD)
+    read = f"parquet: read {_counted(stores[0])} to train on and {_counted(stores[1])} to test on, {len(names)} classes"
+    return Source("parquet", sides[0], sides[1], len(names), names, IMAGENET_MEAN, IMAGENET_STD, read=read + _gaps(labels, names))
+
+
+def _counted(store: Rows) -> str:
+    beside = {entry.name for path in store.paths for entry in path.parent.iterdir()} if len(store.paths) > 1 else set()
+    others = len([name for name in beside if not name.endswith(".parquet")])
+    left_out = f" ({others} other files beside them are left out)" if others else ""
+    return f"{store.rows} images of {len(store.paths)} files{left_out}"
+
+
+def _gaps(labels: Sequence[np.ndarray], names: Sequence[str]) -> str:
+    """What to say of numbers between 0 and the highest label that no image has: they are classes all the same."""
+    if labels[0].dtype.kind == "U":
+        return ""
+    missing = sorted(set(range(len(names))) - set(labels[0].tolist()))
+    if not missing:
+        return ""
+    shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+    return f"; no image has the label {shown}, and each network has an output for it: number the labels from 0, or write them as text"
 
 
 def _files(path: Path) -> list[Path]:
@@ -149,9 +180,10 @@ def _labels(store: Rows, column: str) -> np.ndarray:
     """The labels of all rows: int64 [N], or names, U [N]."""
     values = []
     for path, file in zip(store.paths, store.files, strict=True):
-        found = _column_type(file.schema_arrow, column, path)
+        written = _column_type(file.schema_arrow, column, path)
+        found = written.value_type if pa.types.is_dictionary(written) else written  # a categorical of pandas
         if not (pa.types.is_integer(found) or pa.types.is_string(found) or pa.types.is_large_string(found)):
-            raise UserError(f"data parquet: column {column!r} of {path} holds {found}; expected whole numbers or class names")
+            raise UserError(f"data parquet: column {column!r} of {path} holds {written}; expected whole numbers or class names")
         read = file.read(columns=[column]).column(0)
         if read.null_count:
             raise UserError(f"data parquet: column {column!r} of {path} has no label in {read.null_count} rows")
@@ -163,7 +195,7 @@ def _labels(store: Rows, column: str) -> np.ndarray:
 
 
 def _class_names(labels: Sequence[np.ndarray], train: Path, test: Path) -> tuple[str, ...]:
-    """Names as they stand, sorted; numbers 0 .. the highest that occurs in either."""
+    """Names as they stand, sorted; numbers 0 .. the highest that occurs. Raises UserError where hardly one of them occurs."""
     kinds = [part.dtype.kind for part in labels]
     if kinds[0] != kinds[1]:
         raise UserError(f"data parquet: the labels of {train} and of {test} are not of one kind: one has numbers, the other names")
@@ -175,4 +207,10 @@ def _class_names(labels: Sequence[np.ndarray], train: Path, test: Path) -> tuple
         )
     if kinds[0] == "U":
         return tuple(sorted(here))
+    classes = max(here, default=-1) + 1
+    if classes > max(_CLASSES_AT_LEAST, _CLASSES_PER_LABEL * len(here)):
+        raise UserError(
+            f"data parquet: the labels of {train} are {len(here)} numbers up to {classes - 1}, which would be {classes} classes. "
+            f"If they are keys of a database, write them as text, or number them 0 .. {len(here) - 1}"
+        )
     return tuple(str(number) for number in range(max(here, default=-1) + 1))

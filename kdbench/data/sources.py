@@ -42,12 +42,20 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     ignore_index: int | None = None
+    read: str = ""  # of a source in files: what was read of them and what was left out, in one line
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the content: both parts and the facts beside them. The name is left out: a copy of a data set is the same data."""
         facts = [self.num_classes, self.class_names, self.mean, self.std, self.ignore_index]
         return hashlib.sha256(json.dumps([self.train.sha256(), self.test.sha256(), *facts]).encode()).hexdigest()
+
+    @property
+    def reading(self) -> str:
+        """What was read, what was left out, and how many images are turned, in one line. Empty for a source that is not in files."""
+        stores = [part.inputs.store for part in (self.train, self.test) if isinstance(part.inputs, EncodedImages)]
+        turned = sum(store.turned for store in stores)
+        return self.read + (f"; turned upright by their EXIF tag: {turned}" if turned else "")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -52,7 +52,7 @@ class Task(ABC):
     class Options(StrictOptions):
         """The keys that `task:` takes in an experiment beside `name`."""
 
-    source: Source | None = None  # the data set, where it is one that other processes may map
+    source: Source | None = None  # the data set, where the task has one
     info: TaskInfo
     data_name: str  # what records and boards call the data set
 

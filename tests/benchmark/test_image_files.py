@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdbench.benchmark.dry_run import dry_run
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
-from kdbench.errors import KDBenchError, UserError
+from kdbench.errors import UserError
 from kdbench.experiment import Experiment
+from kdbench.pages import dry_run_page
 from kdbench.results.store import ResultStore
 
 EVERYTHING = {"resized_crop": 0.3, "crop": 2, "flip": True, "operations": 1, "color": 0.3, "erase": 0.3, "mixup": 0.2, "cutmix": 1.0}
@@ -77,8 +79,46 @@ def test_mixtures_of_masks_are_refused_before_anything_is_trained(tmp_path: Path
     assert ResultStore(tmp_path / "results").scan() == []
 
 
-def test_a_broken_image_ends_the_run_with_its_name(folder: Path, tmp_path: Path) -> None:
-    (folder / "train/red/3.jpg").write_bytes(b"no image")
-    with pytest.raises(KDBenchError, match=r"colours/train/red/3\.jpg can't be decoded") as caught:
-        run(experiment(folder), tmp_path / "results", Unwatched())
+class Heard(Unwatched):
+    """Keeps the notes and counts the epochs."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.epochs = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def epoch(self, *_: object) -> None:
+        self.epochs += 1
+
+
+@pytest.mark.parametrize("broken", ["train/red/3.jpg", "val/blue/2.jpg"])
+def test_a_broken_image_ends_the_run_before_anything_is_trained(folder: Path, tmp_path: Path, broken: str) -> None:
+    (folder / broken).write_bytes(b"no image")
+    heard = Heard()
+    with pytest.raises(UserError, match=rf"colours/{broken} can't be decoded") as caught:
+        run(experiment(folder), tmp_path / "results", heard)
+    assert heard.epochs == 0
+    assert ResultStore(tmp_path / "results").scan() == []
+    with pytest.raises(UserError, match=rf"colours/{broken} can't be decoded"):
+        dry_run(experiment(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_a_teacher_looks_at_the_images_first_too(folder: Path, tmp_path: Path) -> None:
+    (folder / "val/blue/2.jpg").write_bytes(b"no image")
+    heard = Heard()
+    with pytest.raises(UserError, match=r"val/blue/2\.jpg can't be decoded"):
+        run(experiment(folder, teacher=None, methods=["none"]), tmp_path / "results", heard)
+    assert heard.epochs == 0
+
+
+def test_a_run_and_a_dry_run_say_what_was_read_and_what_was_left_out(folder: Path, tmp_path: Path) -> None:
+    (folder / "train/red/notes.txt").write_text("x")
+    (folder / "train/red/3.jpg").rename(folder / "train/red/3.heic")
+    said = f"{folder}: read 39 images (39 .jpg) to train on and 8 images (8 .jpg) to test on; left out: 1 .heic, 1 .txt"
+    heard = Heard()
+    run(experiment(folder, teacher=None, methods=["none"]), tmp_path / "results", heard)
+    assert heard.notes.count(said) == 1
+    assert said in dry_run_page(dry_run(experiment(folder))).splitlines()

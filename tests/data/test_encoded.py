@@ -288,7 +288,7 @@ def no_classes(folder: Path) -> None:
     [
         (no_train, r"there is no folder .*pets/train; did you mean 'trian'\?"),
         (both_tests, r"pets has both test and val; say which"),
-        (no_images, r"pets/train/dog holds no images; expected files ending in \.jpg"),
+        (no_images, r"pets/train/dog holds no images \(it holds 4 \.txt\); expected files ending in \.jpg"),
         (other_class, r"must hold folders of the same classes; 'eel' is only in train"),
         (no_classes, r"pets/val holds no folders; expected one for each class"),
     ],
