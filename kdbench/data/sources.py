@@ -22,6 +22,7 @@ from kdbench.data.options import NamedSpec
 from kdbench.errors import KDBenchError, UserError, explain, in_one_line
 from kdbench.own_code import check_maker
 
+_COUNTED = 50_000  # images of which the turned ones are counted
 _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of megabytes
 
 
@@ -52,9 +53,12 @@ class Source:
 
     @property
     def reading(self) -> str:
-        """What was read, what was left out, and how many images are turned, in one line. Empty for a source that is not in files."""
-        stores = [part.inputs.store for part in (self.train, self.test) if isinstance(part.inputs, EncodedImages)]
-        turned = sum(store.turned for store in stores)
+        """What was read, what was left out, and how many images are turned, in one line. Empty for a source that is not in files.
+
+        Of more than 50,000 images nobody counts the turned ones: each file would have to be opened for it.
+        """
+        images = [part.inputs for part in (self.train, self.test) if isinstance(part.inputs, EncodedImages)]
+        turned = sum(some.store.turned for some in images) if sum(map(len, images)) <= _COUNTED else 0
         return self.read + (f"; turned upright by their EXIF tag: {turned}" if turned else "")
 
     @property
