@@ -98,6 +98,8 @@ def test_the_latency_is_the_median_over_all_runs_of_the_network(records) -> None
     assert found.value == "2.5"
     assert found.how.endswith("over all runs of the board that deploy the same network")
     assert set(found.run_ids) == {record.run_id for record in changed}
+    unknown = [record.model_copy(update={"flops": None}) for record in changed]
+    assert set(figures(only(unknown, "kd"))["latency_ms_p50"].run_ids) == {"kd-0", "kd-1", "kd-2"}
 
 
 def test_a_rank_that_one_seed_shares_has_no_interval_to_name(make_record) -> None:

@@ -376,11 +376,12 @@ def test_rows_that_deploy_one_network_have_one_latency(finals) -> None:
         *finals("nkd", [92.0], latency_ms_p50=1.2, **same),  # too few seeds to be ranked; its measurement is of the same network
         *finals("pruned", [90.2, 90.3], latency_ms_p50=0.5, params_count=50, flops=500),
         *finals("odd", [90.2, 90.3], latency_ms_p50=7.0, params_count=50, flops=None),
+        *finals("other", [90.2, 90.3], latency_ms_p50=8.0, params_count=50, flops=None),
         *finals("unknown", [90.2, 90.3], latency_ms_p50=None),
     ]
 
     latencies = {r.label: r.latency_ms_p50 for r in only(boards(records)).rows}
-    assert latencies == {"none": 1.2, "kd": 1.2, "nkd": 1.2, "pruned": 0.5, "odd": 7.0, "unknown": None}
+    assert latencies == {"none": 1.2, "kd": 1.2, "nkd": 1.2, "pruned": 0.5, "odd": 7.0, "other": 8.0, "unknown": None}
 
 
 def test_the_front_of_a_cost_holds_what_nothing_better_undercuts(finals) -> None:

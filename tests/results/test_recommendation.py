@@ -69,6 +69,7 @@ def test_an_undistilled_student_that_is_better_than_every_distilled_one_is_the_a
     ]
     assert any("the first option is an undistilled student" in note for note in answer(records).notes)
     assert names(answer(records, min_gain=1.0)) == [("small", "kd")]  # a filter on gains: it leaves no undistilled student
+    assert names(answer(records, min_gain=0.0)) == names(answer(records))  # over itself it gains 0
     hurts = [record for record in records if record.student == "large" or record.method == "none"]
     assert names(answer(hurts, latency_ms_p50=0.2))[0] == ("large", "none")  # said "nothing qualifies"
 

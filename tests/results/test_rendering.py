@@ -186,6 +186,15 @@ def test_the_picture_is_drawn_for_boards_with_a_gain_and_refuses_other_names(fou
         draw(found, tmp_path / "board.png" / "folder.png")
 
 
+def test_the_picture_names_the_undistilled_students_own_mean(make_record, tmp_path) -> None:
+    """A row that shares no seed with it has no gain either, and its mean stood there."""
+    values = {"none": {0: 90.0, 1: 90.2}, "kd": {0: 91.0, 1: 91.3}, "nkd": {5: 95.0, 6: 95.5}}
+    found = boards(make_record(method=m, seed=seed, test_metric=value) for m, by in values.items() for seed, value in by.items())
+    draw(found, tmp_path / "board.svg")
+
+    assert "undistilled 90.10" in (tmp_path / "board.svg").read_text()
+
+
 # --- several pairs together ------------------------------------------------------------------------------------------
 
 
