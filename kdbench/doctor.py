@@ -86,9 +86,15 @@ def _package(name: str, fits: Callable[[str, bool], bool], wanted: str, optional
 
 
 def _git() -> Finding:
-    if shutil.which("git") is None:
-        return Finding("git", "advice", "not found: records will not say which commit they were made with")
-    return Finding("git", "ok", "records name the commit of the working directory")
+    """Which commit the records of a run in this folder would name."""
+    from kdbench.results.environment import DIRTY, recorded_commit
+
+    commit = recorded_commit()
+    if commit is not None:
+        changed = ", with uncommitted changes" if commit.endswith(DIRTY) else ""
+        return Finding("git", "ok", f"records name commit {commit[:12]}{changed}")
+    why = "not found" if shutil.which("git") is None else "this folder is in no repository that has a commit"
+    return Finding("git", "advice", f"{why}: records will not say which commit they were made with")
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

@@ -91,6 +91,21 @@ def test_quick_commands_import_neither_torch_nor_ray(arguments: str, tmp_path: P
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("kind", ["methods", "models"])
+def test_listing_names_waits_for_no_library_of_numbers(kind: str, tmp_path: Path) -> None:
+    script = (
+        "import sys, kdbench.cli\n"
+        f"sys.argv = ['kdbench', 'list', '{kind}']\n"
+        "try:\n    kdbench.cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print(sorted({'numpy', 'pyarrow', 'scipy', 'yaml', 'jinja2', 'rich'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONPATH": str(Path(cli.__file__).parents[2])}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named", "near"),
     [
@@ -432,6 +447,31 @@ def test_doctor_names_the_missing_package_and_still_ends_in_a_table(kdbench: Kdb
     assert lines["also-none"].startswith("advice")
     assert "pytest" not in lines
     assert "git" in lines
+
+
+def test_doctor_says_which_commit_records_name_or_that_they_name_none(
+    kdbench: Kdbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that they name one, in a folder that is no repository."""
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    def said() -> str:
+        return next(" ".join(line.split()) for line in kdbench("doctor").out.splitlines() if " git " in line)
+
+    monkeypatch.delenv("KDBENCH_COMMIT", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    nothing = "advice git this folder is in no repository that has a commit: records will not say which commit they were made with"
+    assert said() == nothing
+    git("init", "--quiet")
+    assert said() == nothing
+    git("commit", "--quiet", "--allow-empty", "-m", "one")
+    commit = git("rev-parse", "HEAD")[:12]
+    assert said() == f"ok git records name commit {commit}"
+    (tmp_path / "new.py").write_text("")
+    assert said() == f"ok git records name commit {commit}, with uncommitted changes"
 
 
 def test_doctor_says_where_the_full_fashion_mnist_lies(kdbench: Kdbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,6 +255,7 @@ def leaderboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes any that is free.")] = 8230,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
+    from kdbench.results.filters import check_method
     from kdbench.results.folders import Folders
     from kdbench.results.layout import results_folder
     from kdbench.results.rendering import check_format
@@ -277,6 +278,7 @@ def leaderboard(
     found = _boards(folders, wanted)
     across = summaries(found)
     if method is not None:
+        check_method(found, method)
         found, across = of_method(found, method), of_method(across, method)
     _print_boards(found, format_, across, published)
     if picture is not None:
@@ -297,19 +299,24 @@ def _report(
     if site is not None:
         typer.echo(f"site: {report.write_site(site)}")
     if port is not None:
+        try:
+            report.check()
+        except UserError as error:  # what it names may come while the report is served
+            _say(f"kdbench: {error}")
         signal.signal(signal.SIGTERM, _interrupt)
         report.serve(port, lambda address: typer.echo(f"{address} (Ctrl-C ends it)"))
         typer.echo("stopped")
 
 
 def _boards(folders: Folders, filters: Mapping[str, str]) -> list[Board]:
-    """The boards of the records that the filters leave; says what to do where there is none."""
+    """The boards of the records that the filters leave; says what to do where there is none. Raises UserError where no record fits."""
+    from kdbench.results.filters import filtered
     from kdbench.results.leaderboard import boards
     from kdbench.results.published import load_published
     from kdbench.results.rendering import nothing_to_rank
     from kdbench.results.store import LONG_FIELDS
 
-    records = folders.scan(without=LONG_FIELDS, **filters)
+    records = filtered(folders, filters, without=LONG_FIELDS)
     found = boards(records, load_published())
     if not found:
         typer.echo(nothing_to_rank(str(folders), records), err=True)
@@ -323,10 +330,11 @@ def _explain(folders: Folders, filters: Mapping[str, str], method: str, format_:
 
     from kdbench.pages import check_table_or_json, explanation_page
     from kdbench.results.explanation import explain, explanation_data
+    from kdbench.results.filters import filtered
     from kdbench.results.leaderboard import boards
 
     check_table_or_json(format_)
-    traced = explain(boards(folders.scan(**filters)), folders.scan(), method)
+    traced = explain(boards(filtered(folders, filters)), folders.scan(), method)
     if format_ == "json":
         typer.echo(json.dumps({"explanations": [explanation_data(each) for each in traced]}, indent=2, allow_nan=False))
     else:

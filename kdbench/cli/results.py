@@ -51,6 +51,7 @@ def recommend(
     import json
 
     from kdbench.pages import check_table_or_json, recommendation_page
+    from kdbench.results.filters import filtered
     from kdbench.results.layout import results_folder
     from kdbench.results.leaderboard import boards
     from kdbench.results.recommendation import Budget, answer_data, milliseconds, parameter_count
@@ -61,7 +62,8 @@ def recommend(
     check_table_or_json(format_)
     budget = Budget(min_gain, milliseconds(latency) if latency else None, parameter_count(params) if params else None, hours)
     folder = results_folder(results)
-    records = ResultStore(folder).scan(**chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment))
+    filters = chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment)
+    records = filtered(ResultStore(folder), filters)
     answers = answer(boards(records), records, budget)
     if format_ == "json":
         typer.echo(json.dumps({"answers": [answer_data(each) for each in answers]}, indent=2, allow_nan=False))
@@ -116,11 +118,12 @@ def results_export(
 ) -> None:
     """Write records, and what belongs to them, to one file. Of a training that was done twice, the later record."""
     from kdbench.results.exchange import export_results
+    from kdbench.results.filters import filtered
     from kdbench.results.layout import results_folder
     from kdbench.results.store import ResultStore
 
     store = ResultStore(results_folder(results))
-    records = store.scan(**chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment))
+    records = filtered(store, chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment))
     done = export_results(store, records, file, predictions=predictions, weights=weights)
     typer.echo(
         f"{done.path}: {done.records} records, {done.searches} searches, {done.predictions} predictions, {done.weights} weights files, "

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from kdbench.errors import UserError, nearest
+from kdbench.errors import UserError
+from kdbench.results.filters import check_method
 from kdbench.results.formatting import digits, interval, pair_title, short
 from kdbench.results.leaderboard import CONTROLS, Board, Row
 from kdbench.results.record import RunRecord
@@ -64,8 +65,8 @@ def explain(boards: Sequence[Board], records: Iterable[RunRecord], method: str) 
     by_id = {record.run_id: record for record in records}
     found = [_explanation(board, row, by_id) for board in boards for row in board.rows if method in (row.label, row.method)]
     if not found:
-        labels = {row.label for board in boards for row in board.rows}
-        raise UserError(f"--explain {method}: no board has this method{nearest(method, labels) if labels else ''}")
+        check_method(boards, method, "--explain")
+        raise UserError(f"--explain {method}: no board has this method")
     return found
 
 

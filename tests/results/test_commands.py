@@ -99,6 +99,49 @@ def test_the_report_names_the_best_distilled_row_and_says_where_it_is_not_the_be
         assert "none has the best mean top1, 97.66, without any distilling; the best distilled is kd, 95.30." in text
 
 
+@pytest.mark.parametrize(
+    "command", ["leaderboard", "leaderboard --explain kd", "leaderboard --format json", "recommend", "results export x.zip"]
+)
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ("--data fashion", "--data fashion: no result has this data; did you mean 'fashion_mnist'?"),
+        ("--task clasification", "--task clasification: no result has this task; did you mean 'classification'?"),
+        ("--teacher resnet56", "--teacher resnet56: no result has this teacher; did you mean 'cifar_resnet56'?"),
+        ("--student smal", "--student smal: no result has this student; did you mean 'small'?"),
+        ("--experiment zzz", "--experiment zzz: no result has this experiment; there is: other, quick"),
+        ("--experiment other --student large", "no result has --student large and --experiment other together"),
+    ],
+)
+def test_a_filter_that_leaves_nothing_is_a_mistake(
+    kdbench: Kdbench, folder: Path, make_record, command: str, filters: str, message: str
+) -> None:
+    ResultStore(folder).append(make_record(student="small", experiment="other", protocol_hash="p-other"))
+    ended = kdbench(*command.split(), "--results", folder, *filters.split())
+
+    assert (ended.code, ended.out, ended.err) == (2, "", f"kdbench: {message}\n")
+    assert not Path("x.zip").exists()
+
+
+def test_a_method_that_no_board_has_is_a_mistake(kdbench: Kdbench, folder: Path) -> None:
+    """It printed nothing and ended with 0."""
+    for options in ((), ("--format", "json"), ("--html", "x.html"), ("--site", "x")):
+        ended = kdbench("leaderboard", "--results", folder, "--method", "nosuch", *options)
+        assert (ended.code, ended.out, ended.err) == (
+            2,
+            "",
+            "kdbench: --method nosuch: no board has this method; there is: kd, nkd, none\n",
+        )
+    assert not list(Path.cwd().glob("x*"))
+
+
+def test_an_empty_folder_has_no_value_to_be_mistaken_about(kdbench: Kdbench, tmp_path: Path) -> None:
+    ended = kdbench("leaderboard", "--results", tmp_path / "empty", "--data", "fashion", "--method", "nosuch")
+
+    assert ended.code == 0
+    assert "no results in" in ended.err
+
+
 def test_recommend_answers_for_a_budget(kdbench: Kdbench, folder: Path) -> None:
     ended = kdbench("recommend", "--results", folder, "--latency", "5ms", "--min-gain", "1.5")
 

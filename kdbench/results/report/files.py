@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdbench.errors import UserError, not_written
+from kdbench.results.filters import check_method, filtered
 from kdbench.results.folders import Folders
 from kdbench.results.leaderboard import Board
+from kdbench.results.leaderboard import boards as boards_of
 from kdbench.results.picture import draw, worth_drawing
 from kdbench.results.published import load_published
 from kdbench.results.record import RunRecord
@@ -77,12 +79,20 @@ class Report:
         records = self._records()
         found = self._pages(records)
         if not found:
+            self.check()
             raise UserError(nothing_to_rank(str(self.folders), records))
         return found
 
     def _records(self) -> list[RunRecord]:
         found = {record.run_id: record for wanted in self.filters for record in self.folders.scan(**wanted)}
         return list(found.values())
+
+    def check(self) -> None:
+        """Raise UserError where there are records, and a filter or the method that no record has leaves none of them."""
+        for wanted in self.filters:
+            filtered(self.folders, wanted)
+        if self.method is not None:
+            check_method(boards_of(self._records()), self.method)
 
     def _pages(self, records: Sequence[RunRecord]) -> list[Page]:
         return pages(records, load_published(), self.folders.paths, self._interface, self.method)
