@@ -63,6 +63,8 @@ class Method(nn.Module):
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})  # or ANY_TASK; ask `supports`
     needs_teacher: ClassVar[bool] = True
     batch_coupled: ClassVar[bool] = False  # the loss looks across samples: the frame gathers the batch of all workers first
+    # Terms that are means over what the task's loss counts (`Task.weight`), such as labelled pixels. All others are means over samples.
+    weighs_as_task: ClassVar[frozenset[str]] = frozenset()
     needs_teacher_network: ClassVar[bool] = False  # beside its outputs, the frozen network itself: see `use_teacher`
     student_taps: tuple[str, ...] = ()  # of the class, or of the instance where `choose_taps` finds them for the pair
     teacher_taps: tuple[str, ...] = ()

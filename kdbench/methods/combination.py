@@ -97,9 +97,7 @@ class Combination(Method):
             for term, value in terms.items():
                 called = term if uses[term] == 1 else f"{name}.{term}"
                 if called in joined:
-                    raise UserError(
-                        f"method {'+'.join(found)}: two loss terms are called {called!r}; give the term {term!r} of {name} another name"
-                    )
+                    raise UserError(f"method {'+'.join(found)}: two loss terms are called {called!r}; rename the term {term!r} of {name}")
                 joined[called] = value
         return joined
 
@@ -125,6 +123,7 @@ def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
         "needs_teacher": any(method.needs_teacher for method in methods),
         "needs_teacher_network": any(method.needs_teacher_network for method in methods),
         "batch_coupled": any(method.batch_coupled for method in methods),
+        "weighs_as_task": frozenset(called for name, kind in kinds for term in kind.weighs_as_task for called in (term, f"{name}.{term}")),
         "student_taps": _union(methods, "student_taps"),
         "teacher_taps": _union(methods, "teacher_taps"),
         "Params": _params(kinds),

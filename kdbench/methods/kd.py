@@ -48,6 +48,7 @@ class KD(Method):
         checked_against="megvii-research/mdistiller@a08d46f, HobbitLong/RepDistiller@b84f547; form cross_entropy: yzd-v/cls_KD@1e5d48f",
     )
     tasks = frozenset({"classification", "segmentation"})
+    weighs_as_task = frozenset({"kd"})
 
     class Params(Method.Params):
         task_weight: Annotated[float, Range(0.0, 1.0), Field(ge=0)] = 0.1

@@ -42,6 +42,7 @@ class LabelSmoothing(Method):
         formula="L = -sum_k ((1 - eps) 1[k = y] + eps / C) log q_k",
     )
     tasks = frozenset({"classification", "segmentation"})
+    weighs_as_task = frozenset({"smoothed_ce"})
     needs_teacher = False
 
     class Params(Method.Params):

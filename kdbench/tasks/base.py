@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
@@ -69,7 +70,16 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The undistilled loss by name, float32 or wider."""
+        """The undistilled loss by name, float32 or wider. A term is a mean over what `weight` counts, S / max(1, w)."""
+
+    def weight(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """How much each term of `loss` is a mean of, w: one number for all terms, or one by name for each; the samples by default.
+
+        A batch that several workers or micro-batches share then has the loss of the whole: the sum of max(1, w) times the term, over
+        max(1, the sum of w). Must add up: the weight of a batch is the sum of the weights of its parts. By name, `imitation` stands for
+        the terms that a method `weighs_as_task`.
+        """
+        return torch.tensor(len(batch))
 
     @abstractmethod
     def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:

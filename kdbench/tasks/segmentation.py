@@ -24,6 +24,7 @@ class Segmentation(Task):
     """Which of the classes each pixel belongs to. Pixels labelled 255 count nowhere."""
 
     name = "segmentation"
+    version = 2  # since 2, several workers and micro-batches count by labelled pixels and no more by images
     primary = "miou"
 
     class Options(SplitOptions):
@@ -52,6 +53,10 @@ class Segmentation(Task):
         total = F.cross_entropy(logits, batch.target, ignore_index=IGNORED, reduction="sum")
         return {"cross_entropy": total / (batch.target != IGNORED).sum().clamp(min=1)}
 
+    def weight(self, batch: Batch) -> Tensor:
+        """The pixels that count."""
+        return (batch.target != IGNORED).sum()
+
     def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """prediction: logits [N, C, H, W]; target: [N, H, W].
 
@@ -60,7 +65,9 @@ class Segmentation(Task):
         """
         from torchmetrics.classification import MulticlassJaccardIndex  # takes seconds, so only who measures a segmentation pays
 
-        jaccard = MulticlassJaccardIndex(prediction.shape[1], average="macro", ignore_index=IGNORED).to(prediction.device)
+        # Every worker has all predictions, and rank 0 alone measures a test set: torchmetrics must not wait for the others.
+        jaccard = MulticlassJaccardIndex(prediction.shape[1], average="macro", ignore_index=IGNORED, sync_on_compute=False)
+        jaccard = jaccard.to(prediction.device)
         correct, counted, nll = 0, 0, 0.0
         for logits, labels in zip(prediction.split(_SAMPLES_AT_ONCE), target.long().split(_SAMPLES_AT_ONCE), strict=True):
             best = logits.argmax(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,31 @@ from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
 from kdbench.tasks.base import Task
 
+IMITATION = "imitation"  # what `Task.weight` calls the terms of methods that count as the task's do
 TOTAL = "total"  # the name of the sum of all loss terms
+
+
+@dataclass(frozen=True)
+class Weights:
+    """By what a term of one worker's micro-batch is multiplied, so that their sum over micro-batches and mean over workers is the batch's.
+
+    samples: of terms that are means over samples. counted: of those that are means over what the task counts, one for all or by name; None
+    where that is the samples.
+    """
+
+    samples: float = 1.0
+    counted: Tensor | Mapping[str, Tensor] | None = None
+
+    def by_samples(self, term: Tensor) -> Tensor:
+        return term if self.samples == 1 else self.samples * term
+
+    def as_task(self, name: str, term: Tensor) -> Tensor:
+        """A term that is a mean over what the task counts. Raises UserError where the task says no weight for it."""
+        if self.counted is None:
+            return self.by_samples(term)
+        if isinstance(self.counted, Mapping) and name not in self.counted:
+            raise UserError(f"the task's `weight` says nothing of {name!r}; it has: {', '.join(self.counted)}")
+        return (self.counted[name] if isinstance(self.counted, Mapping) else self.counted).to(term.dtype) * term
 
 
 class Distiller(nn.Module):
@@ -51,12 +75,17 @@ class Distiller(nn.Module):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
     def forward(
-        self, batch: Batch, teacher: Outputs | None, at: Progress, autocast: torch.autocast, shares: Sequence[int] = ()
+        self,
+        batch: Batch,
+        teacher: Outputs | None,
+        at: Progress,
+        autocast: torch.autocast,
+        shares: Sequence[int] = (),
+        weights: Weights = Weights(),
     ) -> dict[str, Tensor]:
         """Loss terms by name, with `total` to step on. The networks run under `autocast`, the losses outside it.
 
-        shares: how many samples of the batch each worker has. Where they differ, a term that is a mean over a worker's own samples counts
-        by how many these are, so that the mean over workers is the mean over samples.
+        shares: how many samples of the batch each worker has. weights: of the terms that are means over this worker's own.
 
         Where the method is batch-coupled and there are several workers, it sees the joined batch; gradients flow back to each one's part.
         Raises UserError for a term that is no scalar, and for a name that stands for two terms.
@@ -66,7 +95,7 @@ class Distiller(nn.Module):
             outputs.peers = tuple(taps(batch.inputs) for taps in self._peer_taps)
         tasks = self.task.loss(outputs, batch)
         check_terms(f"task {self.task.name}", tasks)
-        own = {name: self.method.params.task_weight * loss for name, loss in tasks.items()}
+        own = {name: weights.as_task(name, self.method.params.task_weight * loss) for name, loss in tasks.items()}
         joined: dict[str, Tensor] = {}
         if self.method.batch_coupled and len(shares) > 1:
             outputs, teacher = _joined(outputs, shares), _joined(teacher, shares) if teacher else None
@@ -75,10 +104,8 @@ class Distiller(nn.Module):
         else:
             added = self.method(outputs, teacher, batch, at)
             check_terms(f"method {self.name}", added, tasks)
-            own |= added
-        if len(set(shares)) > 1:
-            weight = shares[torch.distributed.get_rank()] * len(shares) / sum(shares)
-            own = {name: weight * term for name, term in own.items()}
+            counted = self.method.weighs_as_task
+            own |= {name: weights.as_task(IMITATION, term) if name in counted else weights.by_samples(term) for name, term in added.items()}
         terms = own | joined
         terms[TOTAL] = torch.stack(list(terms.values())).sum()
         return terms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +25,7 @@ from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
-from kdbench.training.distiller import Distiller, check_same_terms
+from kdbench.training.distiller import TOTAL, Distiller, Weights, check_same_terms
 from kdbench.training.evaluate import predict
 from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
 from kdbench.training.outcome import finished_record
@@ -283,9 +283,9 @@ def train_step(run: Training, batch: Batch) -> Tensor:
             group["lr"] = optimizer.defaults["lr"] * factor
     pieces = list(_micro_batches(batch, recipe.accumulate))
     losses = []
-    for position, piece in enumerate(pieces):
+    for position, (piece, weights) in enumerate(zip(pieces, _weights(run, pieces), strict=True)):
         with run.session.without_exchange(run.wrapped) if position + 1 < len(pieces) else nullcontext():
-            losses.append(_backward(run, piece, at, len(piece) / len(batch)))
+            losses.append(_backward(run, piece, at, weights))
     if recipe.clip_grad is not None:
         for optimizer in run.optimizers:
             run.scaler.unscale_(optimizer)
@@ -309,18 +309,36 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
         yield replace(batch, inputs=batch.inputs[where], target=batch.target[where], index=batch.index[where])
 
 
-def _backward(run: Training, batch: Batch, at: Progress, weight: float) -> Tensor:
-    """Add the gradients of one micro-batch; returns its loss terms times its `weight` in the batch."""
+def _weights(run: Training, pieces: Sequence[Batch]) -> list[Weights]:
+    """What each of this worker's micro-batches counts in the batch of all workers. All call together, at every step."""
+    task, workers = run.task, run.session.world_size
+    whole = sum(run.loader.shares) if workers > 1 else sum(map(len, pieces))
+    by_samples = [Weights(len(piece) * workers / whole) for piece in pieces]
+    if type(task).weight is Task.weight or (workers == 1 and len(pieces) == 1):
+        return by_samples  # known without asking the others
+    counted = [task.weight(piece) for piece in pieces]
+    values = [torch.stack(list(one.values())) if isinstance(one, dict) else one for one in counted]
+    mine = torch.stack(values).to(run.session.device, torch.float64)
+    everyones = run.session.gather(mine.sum(0)[None]).sum(0)
+    factors = mine.clamp(min=1) * workers / everyones.clamp(min=1)
+    return [
+        replace(weights, counted=dict(zip(one, factor, strict=True)) if isinstance(one, dict) else factor)
+        for weights, one, factor in zip(by_samples, counted, factors, strict=True)
+    ]
+
+
+def _backward(run: Training, batch: Batch, at: Progress, weights: Weights) -> Tensor:
+    """Add the gradients of one micro-batch; returns its loss terms, weighted."""
     recipe = run.unit.recipe
     batch = replace(batch, inputs=images_for(batch.inputs, recipe.precision, recipe.memory_format))
     teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
-    terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device), run.loader.shares)
-    run.scaler.scale(terms["total"] * weight).backward()
+    terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device), run.loader.shares, weights)
+    run.scaler.scale(terms[TOTAL]).backward()
     if run.terms:
         check_same_terms(f"method {run.unit.method.name} on task {run.task.name}, step {at.step + 1}", terms, run.terms)
     else:
         run.terms = tuple(terms)
-    return torch.stack([terms[name].detach() for name in run.terms]) * weight
+    return torch.stack([terms[name].detach() for name in run.terms])
 
 
 def mean_losses(run: Training) -> dict[str, float]:

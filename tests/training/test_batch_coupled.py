@@ -18,7 +18,7 @@ from kdbench.methods.build import MethodSpec, fitted, method_class
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import TaskInfo
-from kdbench.training.distiller import Distiller
+from kdbench.training.distiller import Distiller, Weights
 from kdbench.training.session import LocalSession, Session
 from tests.training.gloo import free_port, joined
 
@@ -83,12 +83,13 @@ def trained(name: str, session: Session, shares: tuple[int, ...] = (BATCH,)) -> 
     module, teacher = distiller(name, Part(images, labels, index))
     wrapped = session.prepare(module)
     known = shares if torch.distributed.is_initialized() else ()
+    weights = Weights(shares[session.rank] * len(shares) / sum(shares)) if known else Weights()
     found = []
     for step in range(STEPS):
         first = step % 2 * BATCH + sum(shares[: session.rank])  # the third step sees the samples of the first again
         rows = slice(first, first + shares[session.rank])
         batch = Batch(images[rows], labels[rows], index[rows])
-        terms = wrapped(batch, teacher(batch.inputs), Progress(step / STEPS, step + 1, STEPS), OFF, known)
+        terms = wrapped(batch, teacher(batch.inputs), Progress(step / STEPS, step + 1, STEPS), OFF, known, weights)
         module.zero_grad()
         terms["total"].backward()
         seen = {f"term {term}": value.detach().clone() for term, value in terms.items()}

@@ -10,15 +10,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from kdbench.data.batch import Batch
 from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit
 from kdbench.tasks.build import build_task
+from kdbench.tasks.segmentation import Segmentation
 from kdbench.training.loop import fit, prepare
 from kdbench.training.outcome import rederive
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher
 from kdbench.training.work import attempt
-from tests.training.units import killed_and_continued, layout, saved_teacher, unit, with_cache
+from tests.training.units import killed_and_continued, layout, pixel_unit, saved_teacher, unit, with_cache
 
 
 def weights_of(folder: Path, of: Unit) -> dict[str, torch.Tensor]:
@@ -135,6 +137,33 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
     a, b = weights_of(tmp_path, plain), weights_of(tmp_path, cut)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["none", "label_smoothing", {"name": "cwd+kd", "kd": {"kd_weight": 0.3}}])
+def test_micro_batches_of_pixels_give_the_gradient_of_the_whole_batch(tmp_path: Path, method: str | dict) -> None:
+    plain, cut = (pixel_unit(method, tmp_path, epochs=1, accumulate=pieces) for pieces in (1, 3))  # 20 images: 7, 7 and 6
+    whole, pieces = (fit(each, LocalSession(), layout(tmp_path)) for each in (plain, cut))
+    a, b = weights_of(tmp_path, plain), weights_of(tmp_path, cut)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
+    losses = [name for name in whole.curve[0] if name.startswith("train_")]
+    assert [pieces.curve[0][name] for name in losses] == pytest.approx([whole.curve[0][name] for name in losses], rel=1e-10)
+
+
+def test_a_task_may_weigh_each_term_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = pixel_unit("kd", tmp_path, epochs=1, accumulate=2)
+    counted = Segmentation.weight
+    one = fit(pixels, LocalSession(), layout(tmp_path)).curve[0]
+
+    def by_name(task: Segmentation, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"imitation": torch.tensor(len(batch)), "cross_entropy": counted(task, batch)}
+
+    monkeypatch.setattr(Segmentation, "weight", by_name)
+    two = fit(pixels, LocalSession(), layout(tmp_path)).curve[0]
+    assert two["train_kd"] != pytest.approx(one["train_kd"], rel=1e-6)
+    monkeypatch.setattr(Segmentation, "weight", lambda task, batch: {"cross_entropy": counted(task, batch)})
+    with pytest.raises(UserError, match=r"says nothing of 'imitation'; it has: cross_entropy"):
+        fit(pixels, LocalSession(), layout(tmp_path))
 
 
 def test_a_batch_coupled_loss_refuses_micro_batches(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from kdbench.results.record import RunRecord
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
 from tests.training.gloo import Stopped, free_port, joined
-from tests.training.units import layout, saved_teacher, unit
+from tests.training.units import layout, pixel_unit, saved_teacher, unit
 
 
 def worker(rank: int, world: int, port: int, text: str, folder: str) -> None:
@@ -42,6 +42,29 @@ def test_two_workers_give_the_weights_of_one_on_the_joined_batches(tmp_path: Pat
     assert together.metrics == pytest.approx(alone.metrics)
     assert together.world_size == 2
     assert together.curve[-1]["val_accuracy"] == alone.curve[-1]["val_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "workers"),
+    [
+        ("kd", {}, 2),
+        ("label_smoothing", {"accumulate": 3, "clip_grad": 0.5}, 2),
+        ({"name": "cwd+kd", "kd": {"kd_weight": 0.3}}, {"batch_size": 19}, {"max": 2}),
+        ("dist", {}, 2),
+    ],
+    ids=["kd", "micro-batches", "unequal-shares", "batch-coupled"],
+)
+def test_pixels_count_alike_for_any_number_of_workers(tmp_path: Path, method: str | dict, recipe: dict, workers: int | dict) -> None:
+    one = pixel_unit(method, tmp_path, **recipe, epochs=1)
+    two = Unit.model_validate(one.model_dump() | {"workers": workers})
+    alone = fit(one, LocalSession(threads=1), layout(tmp_path))
+    torch.multiprocessing.spawn(worker, (2, free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
+    a, b = load_file(layout(tmp_path).student(one.key)), load_file(layout(tmp_path).student(two.key))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
+    together = RunRecord.model_validate_json((tmp_path / "record.json").read_text())
+    losses = [name for name in alone.curve[0] if name.startswith("train_")]
+    assert {name: together.curve[0][name] for name in losses} == pytest.approx({name: alone.curve[0][name] for name in losses}, rel=1e-10)
 
 
 def shrinking(rank: int, ports: tuple[int, int], text: str, folder: str) -> None:

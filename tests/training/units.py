@@ -23,6 +23,9 @@ from kdbench.training.teacher_cache import CacheSpec
 
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 300}
 STUDENT = {"name": "tests.training.units:smooth_net"}
+PIXELS = {"name": "segmentation", "data": {"name": "shapes", "train": 160, "test": 40, "size": 16}, "val_size": 40}
+# crops and erased rectangles bring in pixels that count nowhere, many in one image and few in the next
+PIXEL_RECIPE = {"precision": "fp64", "batch_size": 20, "augment": {"crop": 6, "erase": 0.5}}
 TEACHER = {"name": "tiny_cnn", "width": 8}
 
 
@@ -42,6 +45,11 @@ def smooth_net(num_classes: int, in_channels: int, dropout: float = 0.0) -> nn.M
     model = SmoothNet(num_classes, in_channels, dropout)
     model(torch.zeros(1, in_channels, 28, 28))
     return model
+
+
+def dense_net(num_classes: int, in_channels: int) -> nn.Module:
+    """Logits for each pixel, without batch statistics."""
+    return nn.Sequential(nn.Conv2d(in_channels, 6, 3, padding=1), nn.GELU(), nn.Conv2d(6, num_classes, 3, padding=1))
 
 
 def unit(method: str | dict[str, Any] = "none", teacher: TeacherRef | None = None, **changes: Any) -> Unit:
@@ -64,10 +72,19 @@ def unit(method: str | dict[str, Any] = "none", teacher: TeacherRef | None = Non
     )
 
 
-def saved_teacher(folder: Path, precision: str = "fp32", model: dict[str, Any] | None = None) -> TeacherRef:
+def pixel_unit(method: str | dict[str, Any], folder: Path, **recipe: Any) -> Unit:
+    """A small segmentation in float64 with a teacher, which is written to `folder`."""
+    teacher = saved_teacher(folder, "fp64", {"name": "tiny_fcn"}, PIXELS)
+    student = {"name": "tests.training.units:dense_net"}
+    return unit(method, teacher, task=PIXELS, student=student, recipe={**PIXEL_RECIPE, **recipe})
+
+
+def saved_teacher(
+    folder: Path, precision: str = "fp32", model: dict[str, Any] | None = None, of_task: Mapping[str, Any] = TASK
+) -> TeacherRef:
     """An untrained but fixed teacher on disk."""
     torch.manual_seed(7)
-    task = build_task(TaskSpec.model_validate(TASK))
+    task = build_task(TaskSpec.model_validate(of_task))
     spec = ModelSpec.model_validate(model or TEACHER)
     weights = folder / "teacher.safetensors"
     sha = save_weights(task.build_model(spec).state_dict(), weights)
