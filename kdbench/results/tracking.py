@@ -211,8 +211,10 @@ class MlflowTracker:
         def find_or_make(client: MlflowClient, experiment: str) -> str:
             for run in self._find(client, experiment, key):
                 client.update_run(run.info.run_id, status="RUNNING")
-                return run.info.run_id
-            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **self._owner, **_tags(tags)}).info.run_id
+                known: str = run.info.run_id
+                return known
+            made: str = client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **self._owner, **_tags(tags)}).info.run_id
+            return made
 
         return self.attempt(find_or_make)
 
@@ -285,7 +287,8 @@ class MlflowTracker:
             for stale in self._find(client, experiment, key):
                 client.delete_run(stale.info.run_id)
             nesting = {} if parent_id is None else {PARENT_TAG: parent_id}
-            return client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **self._owner, **nesting}).info.run_id
+            made: str = client.create_run(experiment, run_name=name, tags={KEY_TAG: key, **self._owner, **nesting}).info.run_id
+            return made
 
         return LiveRun(self, self.attempt(replace))
 

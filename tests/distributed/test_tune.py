@@ -236,15 +236,15 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(
 class Killer(Watch):
     """Kills processes that trained, right after each trial that ended: those that left a note of themselves since the last time."""
 
-    def __init__(self, notes: Path) -> None:
+    def __init__(self, marks: Path) -> None:
         super().__init__()
-        self.notes, self.killed, self.ended = notes, 0, 0
+        self.marks, self.killed, self.ended = marks, 0, 0
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
         if phase != "search" or done == self.ended:
             return
         self.ended = done
-        for note in list(self.notes.iterdir()):
+        for note in list(self.marks.iterdir()):
             if int(note.name) != os.getpid():
                 with suppress(ProcessLookupError):
                     os.kill(int(note.name), signal.SIGKILL)
