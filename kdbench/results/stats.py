@@ -43,7 +43,8 @@ def standard_error(values: Sequence[float]) -> float | None:
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float = LEVEL) -> Interval | None:
     """The mean of `a[seed] - b[seed]` over the seeds that both have, with its t-interval; None where they share no seed.
 
-    Pairing removes what a seed does to both alike (the order of the data, the initial weights), so the interval is the tighter one.
+    Pairing removes what a seed does to both alike (the order of the data, the initial weights). It costs degrees of freedom, so where a
+    seed does little to both the interval may be wider than that of two independent means.
     """
     common = sorted(a.keys() & b.keys())
     return t_interval([a[seed] - b[seed] for seed in common], level) if common else None
