@@ -490,4 +490,5 @@ def _sureness(option: Option, budget: Budget) -> str:
     asked = "a gain" if budget.min_gain is None else f"a gain of at least {budget.min_gain:g}"
     if option.confidence is None:
         return f"not known how sure {asked} is, one seed tells nothing"
-    return f"{'sure' if option.sure else 'not sure'} of {asked} ({option.confidence:.1%})"
+    confidence = "over 99.9%" if option.confidence > 0.999 else f"{option.confidence:.1%}"  # a few seeds never make it 100.0%
+    return f"{'sure' if option.sure else 'not sure'} of {asked} ({confidence})"

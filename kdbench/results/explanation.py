@@ -172,7 +172,7 @@ class _Trace:
         base, teacher = self._number(undistilled.mean), self._number(metric)
         teachers = [r.run_id for r in self.by_id.values() if r.role == "teacher" and r.teacher_sha == self.board.teacher_sha is not None]
         how = f"({self._number(row.mean)} - {base}) / ({teacher} - {base}); {teacher} is the teacher, {base} is {undistilled.label}"
-        return Figure("gap_recovered", f"{row.gap_recovered:.1%}", how, (*self.counted, *undistilled.run_ids, *teachers))
+        return Figure("gap_recovered", f"{row.gap_recovered:z.1%}", how, (*self.counted, *undistilled.run_ids, *teachers))
 
     def _p(self) -> Figure | None:
         row, control = self.row, self.board.row(self.board.control)

@@ -169,7 +169,7 @@ def _columns(board: Board) -> list[Column]:
             3,
             lambda r: {1: "green", -1: "red", 0: ""}[r.verdict],
         ),
-        Column("gap", lambda r: UNKNOWN if r.gap_recovered is None else f"{r.gap_recovered:.0%}", 5),
+        Column("gap", lambda r: UNKNOWN if r.gap_recovered is None else f"{r.gap_recovered:z.0%}", 5),
         Column("seeds", lambda r: _seeds(r, seeds), 4, lambda r: "yellow" if r.failed or r.seeds < seeds else ""),
         Column("device-h", lambda r: short(r.device_hours), 6),
         Column("ms", lambda r: short(r.latency_ms_p50), 7),
@@ -184,7 +184,7 @@ def _columns(board: Board) -> list[Column]:
 def _summary_columns(summary: Summary) -> list[Column]:
     shown = [
         Column("method", lambda r: r.label),
-        Column("gap, IQM [95%]", lambda r: interval(r.gap_recovered, r.gap_low, r.gap_high, ".0%"), style=_gap_verdict),
+        Column("gap, IQM [95%]", lambda r: interval(r.gap_recovered, r.gap_low, r.gap_high, "z.0%"), style=_gap_verdict),
         Column("P(better than kd)", lambda r: short(r.probability_of_improvement), 1),
         Column("average rank", lambda r: UNKNOWN if r.average_rank is None else f"{r.average_rank:.2f}", 2),
         *(Column(f"gap > {threshold:.0%}", partial(_share_above, place), 3) for place, threshold in enumerate(THRESHOLDS)),

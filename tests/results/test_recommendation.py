@@ -163,6 +163,13 @@ def test_an_unknown_cost_keeps_to_no_limit(records) -> None:
     assert len(answer(unknown).options) == 4
 
 
+def test_no_number_of_seeds_is_called_entirely_sure(make_record) -> None:
+    values = {"none": [70.0, 70.001, 70.0], "kd": [90.0, 90.0, 90.0]}
+    found = answer([make_record(method=m, seed=s, test_metric=v) for m, by in values.items() for s, v in enumerate(by)])
+
+    assert "kd for cifar_resnet8: sure of a gain (over 99.9%)" in recommendation_page([found], Budget())
+
+
 def test_one_seed_is_never_sure(records) -> None:
     found = answer([record for record in records if record.seed == 0], min_gain=1.0)
 

@@ -98,6 +98,13 @@ def test_markdown_is_a_table_with_rounded_numbers_and_the_protocol_below(found) 
     assert "- no difference from tuned kd was found, which does not show that there is none: nkd" in below
 
 
+def test_a_share_of_the_gap_that_rounds_to_zero_has_no_sign(make_record) -> None:
+    values = {"none": [90.0, 90.0], "kd": [89.99, 89.99]}
+    records = [make_record(method=m, seed=s, test_metric=v) for m, by in values.items() for s, v in enumerate(by)]
+
+    assert "| 0% |" in next(line for line in render(boards(records), "markdown").splitlines() if "| kd |" in line)
+
+
 def test_a_wide_terminal_shows_everything(found) -> None:
     shown = text(found, 200)
 

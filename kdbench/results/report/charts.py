@@ -258,14 +258,15 @@ def search_history(label: str, search: Search, primary: str) -> Markup:
     for i, trial in enumerate(search.trials):
         x, y = percent(xs(i + 1)), height if trial.value is None else round(height * (1 - ys(trial.value)), 1)
         params = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items())
-        how = {"complete": "", "stopped": ", stopped early", "failed": ", failed"}[trial.state]
-        reached = "" if trial.value is None else f" {primary} {trial.value:.4g}"
+        how = {"complete": None, "stopped": "stopped early", "failed": "failed"}[trial.state]
+        reached = None if trial.value is None else f"{primary} {trial.value:.4g}"
+        ended = ", ".join(part for part in (reached, how) if part is not None)
         shape = (
             element("text", "×", x=x, y=y, dy="0.3em", class_="cross middle")
             if trial.state == "failed"
             else marker("circle", x, y, 4.5, f"trial {trial.state}")
         )
-        parts.append(mark(shape, method=label, tip=f"trial {trial.number + 1}:{reached}{how}; {params}"))
+        parts.append(mark(shape, method=label, tip=f"trial {trial.number + 1}: {ended}; {params}"))
     return chart(*parts, height=height, label=f"search of {label}: {len(search.trials)} trials, best so far as a line")
 
 

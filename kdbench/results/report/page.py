@@ -201,7 +201,7 @@ def _value(value: Any) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}".replace("-", _MINUS)
+    return "–" if value is None else f"{value:z.0%}".replace("-", _MINUS)
 
 
 def _plural(count: int, word: str) -> str:
