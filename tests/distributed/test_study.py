@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
 from kdbench.distributed.study import Asha, MethodStudy
+from kdbench.errors import RunFailed
 from kdbench.experiment import SAMPLERS, Search
 from kdbench.search_space import Choice, Parameter, Range, When, space_of
 
@@ -261,6 +262,25 @@ def test_a_search_goes_on_without_a_trial_that_two_runs_gave_up_and_every_later_
     assert states(study) == [TrialState.RUNNING, TrialState.COMPLETE, TrialState.COMPLETE]
     assert study.done
     assert len(study.best(3)) == 2
+
+
+def test_what_is_raised_before_an_upload_keeps_it_from_the_store(machine: Any, bucket: str, object_storage: Any) -> None:
+    def taken_over() -> None:
+        raise RunFailed("another machine took this experiment over")
+
+    path, allowed = machine("here").study("q"), [True]
+    study = MethodStudy(path, "q", AXES, trials=3, sampler="random", seed=0, before_upload=lambda: None if allowed[0] else taken_over())
+    search(study, 1)
+    point = study.ask()
+    before, allowed[0] = object_storage.objects(bucket), False
+    for write in (
+        study.ask,
+        lambda: study.complete(point.number, [1.0], 1.0, 1.0),
+        lambda: study.give_up(point.number + 1, "its process died"),
+    ):
+        with pytest.raises(RunFailed):
+            write()
+    assert object_storage.objects(bucket) == before != {}
 
 
 def test_spent_adds_up_all_trials(tmp_path: Path) -> None:
