@@ -218,23 +218,23 @@ def worker_bounds(workers: int | WorkerRange) -> tuple[int, int]:
     return (workers.min, workers.max) if isinstance(workers, WorkerRange) else (workers, workers)
 
 
+def _gpus(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    if value == "auto" or (number and (value <= 1 or value % 1 == 0)):
+        return value
+    raise ValueError(f"expected auto, a share of one GPU, such as 0.5, or a whole number of them, got {value!r}")
+
+
 class Runtime(_Part):
     """What one training uses, and where Ray is."""
 
     workers: Workers = 1
     cpus_per_worker: int = Field(default=1, ge=1)
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"  # auto: see `distributed.cluster.decided`
     placement: Literal["pack", "spread"] = "pack"  # a training's workers: on as few nodes as they fit, or on as many as there are
     concurrent: int | None = Field(default=None, ge=1)  # trainings at once; by default as many as fit
     address: str | None = None  # a running Ray cluster; `auto` finds one
     checkpoint_seconds: float = Field(default=15.0, ge=0)  # the most that a killed training loses
-
-    @field_validator("gpus_per_worker")
-    @classmethod
-    def _whole_or_a_share(cls, value: float) -> float:
-        if value > 1 and value % 1:
-            raise ValueError(f"expected a share of one GPU, such as 0.5, or a whole number of them, got {value:g}")
-        return value
 
     @property
     def single(self) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 
-def start() -> None:
+def start(gpus: int = 0) -> None:
     import ray
 
     ray.init(
         address="local",
         num_cpus=2,
+        num_gpus=gpus,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,

@@ -13,6 +13,7 @@ import torch
 
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.watch import Phase
+from kdbench.distributed.cluster import device_here
 from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
 from kdbench.errors import UserError, nearest
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated, worker_bounds
@@ -213,14 +214,18 @@ class PairWork:
         """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
         for contender in self.contenders:
             if not contender.done:
-                self._check_objectives(prepare(self.pair.sample(contender.spec), LocalSession()))
+                self._check_objectives(prepare(self.pair.sample(contender.spec), self._session))
+
+    @property
+    def _session(self) -> LocalSession:
+        return LocalSession(device=device_here(self.pair.experiment.runtime))
 
     def _check_objectives(self, training: Training) -> None:
         costs = set(self.search.objectives) - {"train_seconds"} if self.search is not None else set()
         if not costs:
             return
         few, precision = training.splits.val.select(torch.arange(2)), training.unit.recipe.precision
-        measured = training.task.metrics(predict(training.distiller.student, few, LocalSession(), precision), few.target)
+        measured = training.task.metrics(predict(training.distiller.student, few, self._session, precision), few.target)
         for name in sorted(costs - measured.keys()):
             raise UserError(f"search.objectives: {training.task.name} is not measured by {name!r}{nearest(name, measured)}")
 

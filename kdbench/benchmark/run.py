@@ -24,7 +24,7 @@ from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
-from kdbench.distributed.cluster import check_fits_here
+from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
@@ -201,7 +201,7 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
         pairs = _pairs(experiment, ledger, may_train=True)
         with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
             for pair, spec in product(pairs, experiment.methods):
-                session = LocalSession(threads=experiment.runtime.cpus_per_worker)
+                session = LocalSession(device=device_here(experiment.runtime), threads=experiment.runtime.cpus_per_worker)
                 torch.set_num_threads(session.threads)
                 training = prepare(pair.sample(spec), session)
                 name = spec.label if len(experiment.students) == 1 else f"{spec.label} · {pair.student.label}"
@@ -253,7 +253,7 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
     """In this process, or on Ray, for all that is to do."""
     runtime = experiment.runtime
     if not _needs_ray(runtime, experiment.search is not None if searching is None else searching):
-        run_here(work, ledger.layout)
+        run_here(work, ledger.layout, device_here(runtime))
         return
     from kdbench.distributed.cluster import started
 
@@ -266,13 +266,11 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
 
 
 def _needs_ray(runtime: Runtime, searching: bool) -> bool:
-    """One worker, no cluster and no search: no Ray."""
-    alone = runtime.single and runtime.address is None and not runtime.gpus_per_worker
-    return not alone or searching or (runtime.concurrent or 1) > 1
-
-
-def _device() -> torch.device:
-    return LocalSession().device
+    """One worker, no cluster, no search and one training at a time: no Ray. On several GPUs several trainings run at once."""
+    if not runtime.single or runtime.address is not None or searching:
+        return True
+    slots = slots_of(runtime, nodes_of(runtime))
+    return (slots.concurrent if slots.gpus else runtime.concurrent or 1) > 1
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------
@@ -285,13 +283,13 @@ def _ready_teacher(
     spec = experiment.teacher
     assert spec is not None
     ledger.watch.progress("teacher", 0, 1)
-    asked = experiment.teacher_recipe()
+    asked, device = experiment.teacher_recipe(), device_here(experiment.runtime)
     memo = _memo(ledger, experiment, spec.model, asked)
-    recipe = settled(asked, model, task.info.image_shape, len(splits.train), _device(), memo)
+    recipe = settled(asked, model, task.info.image_shape, len(splits.train), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, splits)
     fits = partial(check_methods, experiment, task, students, model) if may_train else partial(_refuse, experiment, ledger)
     given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
-    record, weights = _given(ledger, given, unit) if given else _trained(experiment, ledger, unit, task, fits)
+    record, weights = _given(ledger, given, unit, device) if given else _trained(experiment, ledger, unit, task, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
     assert record.teacher_sha is not None
@@ -364,7 +362,7 @@ def _kept(pretrained: nn.Module, path: Path) -> Path:
     return path
 
 
-def _given(ledger: Ledger, path: Path, unit: Unit) -> tuple[RunRecord, Path]:
+def _given(ledger: Ledger, path: Path, unit: Unit, device: torch.device) -> tuple[RunRecord, Path]:
     weights = path.expanduser().resolve()
     if not weights.is_file():
         raise UserError(f"teacher.weights: there is no file {weights}")
@@ -373,7 +371,7 @@ def _given(ledger: Ledger, path: Path, unit: Unit) -> tuple[RunRecord, Path]:
     weights = _reachable(weights, ledger.layout, key)
     record = ledger.store.by_unit_key(key)
     if record is None:
-        measured = measured_teacher(unit, weights, LocalSession(), ledger.layout)
+        measured = measured_teacher(unit, weights, LocalSession(device=device), ledger.layout)
         record = ledger.keep(unit, measured.model_copy(update={"unit_key": key, "teacher_sha": sha}))
     return record, weights
 
@@ -434,7 +432,7 @@ def _pair(
     splits: Splits,
 ) -> Pair:
     memo = _memo(ledger, experiment, student, experiment.recipe)
-    recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), _device(), memo)
+    recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), device_here(experiment.runtime), memo)
     caching = teacher is not None and view_count(recipe) is not None
     if teacher is not None and caching:
         spec = cache_spec(experiment, teacher, recipe)
@@ -463,13 +461,13 @@ def _cached_outputs(wanted: Iterable[tuple[Pair, Sequence[MethodSpec]]], experim
             taps = pair.teacher_taps(methods)
             if taps and pair.teacher is not None and pair.teacher.cache is not None:
                 spec = cache_spec(experiment, pair.teacher, pair.recipe)
-                stack.enter_context(fill_cache(spec, taps, ledger.layout, ledger.watch, _device(), elsewhere))
+                stack.enter_context(fill_cache(spec, taps, ledger.layout, ledger.watch, device_here(experiment.runtime), elsewhere))
         yield
 
 
 def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec, recipe: Recipe) -> Memo:
     """Where the choices are kept that were measured for this model on this task and device, for what the recipe asks."""
-    place = [model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), str(_device())]
+    place = [model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), str(device_here(experiment.runtime))]
     return Memo(ledger.layout.choice(content_hash([*place, question(recipe)])), earlier=ledger.layout.choice(content_hash(place)))
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from kdbench.distributed.cluster import nodes_of, resources_of, workers_on
+from kdbench.distributed.cluster import decided, nodes_of, resources_of, workers_on
 from kdbench.errors import KDBenchError, RunFailed
 from kdbench.experiment import Runtime
 from kdbench.results.address import is_address
 from kdbench.results.layout import Layout
 from kdbench.training.cache_build import Builder, Piece, Plan
 from kdbench.training.cache_streams import Stream
-from kdbench.training.session import LocalSession
+from kdbench.training.session import device_for
 from kdbench.training.teacher import teacher_here
 from kdbench.training.teacher_cache import CacheSpec
 
@@ -39,13 +39,13 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
     """
     import ray
 
-    count, reserved = min(len(plan.pieces), _fit(runtime)), resources_of(runtime)
+    count, reserved = min(len(plan.pieces), _fit(runtime)), resources_of(decided(runtime, nodes_of(runtime)))
     kind: Any = ray.remote(_Writer).options(num_cpus=reserved["CPU"], num_gpus=reserved.get("GPU", 0))
     layout = Layout(builder.folder.parents[1])
     # The folder is only this machine's where results are at an address: rows then come back here, and the store gets the entry from here.
     apart = runtime.address is not None and is_address(layout.location)
     streams = {stream.name: stream for stream in plan.streams} if apart else None
-    given = (builder.spec.model_dump_json(), str(builder.folder), layout.location, runtime.cpus_per_worker, streams)
+    given = (builder.spec.model_dump_json(), str(builder.folder), layout.location, runtime.cpus_per_worker, reserved.get("GPU", 0), streams)
     # Who does what. A writer gets pieces once it runs, so that one that other jobs leave no room for holds up nobody, and ends when nothing
     # refers to it any more, which leaves its place to one that takes over from a lost node. Killed, it would leave Ray with complaints.
     busy: dict[Any, tuple[Any, Piece | None]] = {
@@ -85,12 +85,12 @@ def write_with_ray(builder: Builder, plan: Plan, runtime: Runtime) -> Iterator[i
 class _Writer:
     """A Ray actor: one process that holds the teacher. A mistake is returned, as Ray would wrap what is raised in a traceback."""
 
-    def __init__(self, spec: str, folder: str, results: str, threads: int, streams: Mapping[str, Stream] | None) -> None:
-        """streams: those of the plan, where the rows have to be handed back; None where this process can write to the folder."""
+    def __init__(self, spec: str, folder: str, results: str, threads: int, gpus: float, streams: Mapping[str, Stream] | None) -> None:
+        """gpus: reserved for this process. streams: the plan's, where the rows have to be handed back; None where this process writes."""
         torch.set_num_threads(threads)
         of = CacheSpec.model_validate_json(spec)
         of = of.model_copy(update={"teacher": teacher_here(of.teacher, Layout.at(results))})
-        self._builder, self._streams = Builder(of, Path(folder), LocalSession().device), streams
+        self._builder, self._streams = Builder(of, Path(folder), device_for(gpus)), streams
 
     def ready(self) -> None:
         pass
@@ -109,4 +109,5 @@ class _Writer:
 
 def _fit(runtime: Runtime) -> int:
     """How many writers there is room for; each reserves what one worker of a training does."""
-    return max(1, sum(workers_on(node, runtime) for node in nodes_of(runtime)))
+    nodes = nodes_of(runtime)
+    return max(1, sum(workers_on(node, decided(runtime, nodes)) for node in nodes))

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Runtime, worker_bounds
 from kdbench.own_code import trust_environment
+
+if TYPE_CHECKING:
+    import torch
 
 # Set before Ray is imported; what the user has set stays.
 ENVIRONMENT = {
@@ -48,7 +51,7 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # What a trial holds that only waits for its workers: memory, which every node has, and about what its process takes. A share of a CPU,
 # however small, would keep a worker that needs a whole one from its place.
-_WAITING_TRIAL = {"memory": 512 * 2**20}
+_WAITING_TRIAL: dict[str, float] = {"memory": 512 * 2**20}
 
 
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface, from netdevice(7)
@@ -65,6 +68,7 @@ class Slots:
     """How many trainings run at once, and what Tune reserves for each trial's own process.
 
     now: of these, how many there is room for at this moment.
+    gpus: how many GPUs each worker gets, or which share of one.
     short: why not even one training can start before the cluster grows; empty where one can.
     """
 
@@ -72,6 +76,7 @@ class Slots:
     now: int
     trial_resources: dict[str, float]
     short: str = ""
+    gpus: float = 0.0
 
 
 def check_fits_here(runtime: Runtime) -> None:
@@ -86,9 +91,11 @@ def check_fits_here(runtime: Runtime) -> None:
             f"runtime.workers: {fewest} workers of {runtime.cpus_per_worker} CPU need {needed} CPUs, "
             f"this machine has {cpus}; use at most {max(1, cpus // runtime.cpus_per_worker)}, or name a cluster with runtime.address"
         )
+    asked, runtime = runtime.gpus_per_worker, decided(runtime, nodes_of(runtime))
     if workers_on(_here(), runtime) < fewest:
+        auto = " (auto)" if asked == "auto" else ""
         raise UserError(
-            f"runtime.gpus_per_worker: {fewest} workers need {fewest * runtime.gpus_per_worker:g} GPUs, "
+            f"runtime.gpus_per_worker: {fewest} workers need {fewest * share_of(runtime):g} GPUs{auto}, "
             f"this machine has {_here()['GPU']:g}; use gpus_per_worker: 0 to train on CPUs"
         )
 
@@ -154,6 +161,7 @@ def _init(runtime: Runtime) -> None:
         options |= {
             "address": "local",  # else Ray joins a head that happens to run on this machine
             "num_cpus": available_cpus(),
+            "num_gpus": _here()["GPU"],  # those that torch can use
             "include_dashboard": not runtime.single,  # without it Ray Train logs an error a second
             "dashboard_host": "127.0.0.1",
             "_node_ip_address": "127.0.0.1",
@@ -239,9 +247,44 @@ def nodes_of(runtime: Runtime) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def decided(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Runtime:
+    """The runtime with a number of GPUs in place of `gpus_per_worker: auto`: 1 where one of the nodes (`CPU`, `GPU`) has a GPU, else 0."""
+    if runtime.gpus_per_worker != "auto":
+        return runtime
+    return runtime.model_copy(update={"gpus_per_worker": 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0})
+
+
+def device_here(runtime: Runtime) -> torch.device:
+    """The device of all that the command's own process computes: measurements, a teacher's evaluation and trainings without Ray.
+
+    This process has no reservation, so this machine's GPUs decide what `auto` means, also where trainings run on a cluster.
+    """
+    from kdbench.training.session import device_for
+
+    return device_for(share_of(decided(runtime, [_here()])))
+
+
+def share_of(runtime: Runtime) -> float:
+    """How many GPUs one worker gets, or which share of one, of a runtime that is `decided`."""
+    assert runtime.gpus_per_worker != "auto", "what auto means depends on the nodes: see `decided`"
+    return runtime.gpus_per_worker
+
+
+def unusable_gpus(gpus: float) -> str | None:
+    """What is wrong in a process for which Ray reserved so many GPUs, None where torch can use them or none is reserved."""
+    import torch
+
+    if not gpus or torch.cuda.is_available():
+        return None
+    return (
+        f"Ray reserved {gpus:g} GPU on {socket.gethostname()}, but torch {torch.__version__} can't use it; "
+        "install a build of torch for CUDA, or set runtime.gpus_per_worker: 0"
+    )
+
+
 def workers_on(node: Mapping[str, float], runtime: Runtime) -> int:
     """How many workers fit on a node at once (`CPU`, `GPU`). One that takes a part of a GPU takes it of a single one."""
-    cpus, share = int(node.get("CPU", 0) // runtime.cpus_per_worker), runtime.gpus_per_worker
+    cpus, share = int(node.get("CPU", 0) // runtime.cpus_per_worker), share_of(runtime)
     if not share:
         return cpus
     gpus = int(node.get("GPU", 0))
@@ -251,7 +294,7 @@ def workers_on(node: Mapping[str, float], runtime: Runtime) -> int:
 def resources_of(runtime: Runtime) -> dict[str, float]:
     """What one worker reserves, under Ray's names."""
     cpus: dict[str, float] = {"CPU": runtime.cpus_per_worker}
-    return cpus | {"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else cpus
+    return cpus | {"GPU": share_of(runtime)} if share_of(runtime) else cpus
 
 
 def slots_of(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Slots:
@@ -262,6 +305,7 @@ def slots_of(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Slots:
     Several: the trial only waits for them. Ray places a training's workers all together or not at all, on one node or on several, so that
     trainings never keep each other from starting.
     """
+    runtime = decided(runtime, nodes)
     fewest, most = worker_bounds(runtime.workers)
     room = sum(workers_on(node, runtime) for node in nodes)
     fit = max(1, room // most)
@@ -269,7 +313,8 @@ def slots_of(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> Slots:
     concurrent = min(runtime.concurrent or fit, fit) if runtime.address is None else runtime.concurrent or fit
     each = " and ".join(f"{amount:g} {name}" for name, amount in resources_of(runtime).items())
     short = f"a training needs {fewest} x {each}, and there is room for {room} of them" if room < fewest else ""
-    return Slots(concurrent, min(concurrent, room // fewest), resources_of(runtime) if runtime.single else dict(_WAITING_TRIAL), short)
+    held = resources_of(runtime) if runtime.single else dict(_WAITING_TRIAL)
+    return Slots(concurrent, min(concurrent, room // fewest), held, short, share_of(runtime))
 
 
 def talk_on_rays_network() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdbench.distributed.cluster import quiet, resources_of, talk_on_rays_network
+from kdbench.distributed.cluster import quiet, resources_of, share_of, talk_on_rays_network, unusable_gpus
 from kdbench.distributed.storage import ray_storage
 from kdbench.experiment import Runtime, Unit, WorkerRange
 from kdbench.results.layout import Layout
@@ -38,21 +38,22 @@ RESIZE_SECONDS = 60.0
 class RaySession:
     """One worker of a Ray Train group. Rank 0 keeps the checkpoint, as a file that the next attempt finds by the unit's key."""
 
-    def __init__(self, checkpoint: Path, threads: int) -> None:
+    def __init__(self, checkpoint: Path, threads: int, gpus: float) -> None:
+        """gpus: how many are reserved for this worker. Without one, Ray Train would name the first GPU that torch sees."""
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = ray.train.torch.get_device() if gpus else torch.device("cpu")
         self.threads = threads
         self.checkpoint = checkpoint
 
     def prepare(self, module: nn.Module) -> nn.Module:
         import ray.train.torch
 
-        return ray.train.torch.prepare_model(module)
+        return ray.train.torch.prepare_model(module, move_to_device=self.device)
 
     def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
@@ -105,7 +106,9 @@ def train_worker(config: dict[str, Any]) -> None:
 
     unit, layout = Unit.model_validate_json(config["unit"]), Layout.at(config["results"])
     checkpoint = layout.checkpoint(unit.experiment, unit.key)
-    ending = pack_ending(attempt(unit, RaySession(checkpoint, config["threads"]), layout))
+    unusable = unusable_gpus(config["gpus"])
+    session = RaySession(checkpoint, config["threads"], config["gpus"])
+    ending = pack_ending(Ending(crash=f"{unit.title}: {unusable}") if unusable else attempt(unit, session, layout))
     if unpack_ending(ending).record is None:
         raise WorkerFailed(ending[ENDING])
     ray.train.report(ending)
@@ -124,10 +127,15 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: st
     workers = unit.workers
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"unit": unit.model_dump_json(), "results": layout.location, "threads": runtime.cpus_per_worker},
+        train_loop_config={
+            "unit": unit.model_dump_json(),
+            "results": layout.location,
+            "threads": runtime.cpus_per_worker,
+            "gpus": share_of(runtime),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if isinstance(workers, WorkerRange) else workers,  # type: ignore[arg-type]
-            use_gpu=runtime.gpus_per_worker > 0,
+            use_gpu=share_of(runtime) > 0,
             resources_per_worker=resources_of(runtime),
             placement_strategy=runtime.placement.upper(),
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]

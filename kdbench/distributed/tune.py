@@ -21,13 +21,13 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from kdbench.distributed.cluster import Slots
+from kdbench.distributed.cluster import Slots, share_of, unusable_gpus
 from kdbench.distributed.storage import files_in, ray_storage, scratch
 from kdbench.distributed.train import train_with_workers
 from kdbench.errors import RunFailed
 from kdbench.experiment import Runtime, Unit
 from kdbench.results.layout import Layout
-from kdbench.training.session import LocalSession
+from kdbench.training.session import LocalSession, device_for
 from kdbench.training.work import (
     DEATH,
     DEATHS,
@@ -56,6 +56,7 @@ _LOOKS_A_SECOND = 80  # at who is up, by all actors together: a thousand of them
 
 def run_with_tune(work: Work, layout: Layout, runtime: Runtime, slots: Slots, experiment: str) -> None:
     """Empty the queue on Ray, which is running. Raises what the queue raised, or RunFailed where Tune itself could not go on."""
+    runtime = runtime.model_copy(update={"gpus_per_worker": slots.gpus})
     desk = _Desk(work, layout, slots.concurrent)
     first = desk.draw(slots.now)
     # Else Tune starts its actors one after the other, and it calls off one that still starts whenever another comes free: with trials
@@ -271,8 +272,10 @@ def _train_unit(config: dict[str, Any], runtime: str, results: str, storage: str
         train_with_workers(unit, how, layout, storage)
         return
     _wait_for_the_others(storage, first)
-    session = LocalSession(layout.checkpoint(unit.experiment, unit.key), _epoch_to_tune, _place_to_tune, threads=how.cpus_per_worker)
-    tune.report(pack_ending(attempt(unit, session, layout)))
+    gpus, threads = share_of(how), how.cpus_per_worker
+    checkpoint, unusable = layout.checkpoint(unit.experiment, unit.key), unusable_gpus(gpus)
+    session = LocalSession(checkpoint, _epoch_to_tune, _place_to_tune, device_for(gpus), threads)
+    tune.report(pack_ending(Ending(crash=f"{unit.title}: {unusable}") if unusable else attempt(unit, session, layout)))
 
 
 def _wait_for_the_others(storage: str, count: int) -> None:

@@ -54,6 +54,14 @@ class Session(Protocol):
         ...
 
 
+def device_for(gpus: float) -> torch.device:
+    """The device of a process that may use so many GPUs, or such a share of one: the first GPU that it sees, or the CPU.
+
+    Ray shows a process the GPUs that it reserved for it and no others.
+    """
+    return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
+
+
 class LocalSession:
     """One process without Ray: a laptop, a test, or the inside of a Tune actor."""
 
@@ -69,12 +77,12 @@ class LocalSession:
         threads: int | None = None,
     ) -> None:
         """checkpoint: the file that is kept and resumed from; on_report: told of each epoch; on_resume: told where an interrupted training
-        goes on; threads: of CPU kernels, all by default.
+        goes on; device: the CPU by default (see `device_for`); threads: of CPU kernels, all by default.
         """
         self.checkpoint = checkpoint
         self.on_report = on_report
         self.on_resume = on_resume
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cpu")
         self.threads = threads or torch.get_num_threads()
 
     def prepare(self, module: nn.Module) -> nn.Module:

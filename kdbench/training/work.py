@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from kdbench.errors import Diverged, KDBenchError, StorageFailed, in_one_line
 from kdbench.experiment import Unit
 from kdbench.results.layout import Layout
@@ -159,8 +161,8 @@ def stopped_record(unit: Unit) -> RunRecord:
     return failed_record(unit, "").model_copy(update={"status": "stopped", "failure": None})
 
 
-def run_here(work: Work, layout: Layout) -> None:
-    """Empty the queue in this process, without Ray, with all the threads that torch would use."""
+def run_here(work: Work, layout: Layout, device: torch.device | None = None) -> None:
+    """Empty the queue in this process, without Ray, on the device (default: the CPU), with all the threads that torch would use."""
     while not work.done:
         unit = work.next()
         assert unit is not None, "with nothing running, a queue that is not done has a next unit"
@@ -171,7 +173,7 @@ def run_here(work: Work, layout: Layout) -> None:
 
         on_resume = partial(work.resumed, unit)
         try:
-            ending = attempt(unit, LocalSession(layout.checkpoint(unit.experiment, unit.key), on_report, on_resume), layout)
+            ending = attempt(unit, LocalSession(layout.checkpoint(unit.experiment, unit.key), on_report, on_resume, device), layout)
         except StoppedEarly:
             ending = Ending(stopped_record(unit))
         settle(work, unit, ending, layout)

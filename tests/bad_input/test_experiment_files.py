@@ -75,7 +75,12 @@ def test_anchors_and_merged_keys_are_read(tmp_path: Path) -> None:
         ({"runtime.workers": 0}, "runtime.workers: expected a whole number above 0, or a range such as {min: 1, max: 8}, got 0"),
         ({"runtime.workers": {"mn": 1, "max": 2}}, "runtime.workers: of a range: unknown key 'mn'; did you mean 'min'?"),
         ({"runtime.workers": {"min": 3, "max": 2}}, "of a range: min is 3 and max 2; expected min to be the smaller"),
-        ({"runtime.gpus_per_worker": 1.5}, "expected a share of one GPU, such as 0.5, or a whole number of them, got 1.5"),
+        ({"runtime.gpus_per_worker": 1.5}, "expected auto, a share of one GPU, such as 0.5, or a whole number of them, got 1.5"),
+        (
+            {"runtime.gpus_per_worker": -1},
+            "expected auto, a share of one GPU, such as 0.5, or a whole number of them, got -1",
+        ),
+        ({"runtime.gpus_per_worker": "atuo"}, "expected auto, a share of one GPU, such as 0.5, or a whole number of them, got 'atuo'"),
         ({"runtime.placement": "spred"}, "did you mean 'spread'?"),
         ({"teacher.recipe.epoch": 1}, "teacher.recipe: unknown key 'epoch'; did you mean 'epochs'?"),
         ({"task.dta": "shapes"}, "task 'classification': unknown key 'dta'; did you mean 'data'?"),

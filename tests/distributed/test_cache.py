@@ -56,11 +56,13 @@ def test_shards_written_by_rays_processes_are_the_bytes_of_one_process(tmp_path:
 @pytest.mark.parametrize(
     ("runtime", "pieces", "seconds", "anyway", "worth"),
     [
-        ({}, 100, 1000.0, True, True),
-        ({}, 100, 1000.0, False, False),
-        ({}, 100, 10.0, True, False),
-        ({}, 1, 1000.0, True, False),
-        ({"cpus_per_worker": 3}, 100, 1000.0, True, False),
+        ({}, 100, 1000.0, True, False),  # one GPU, so one writer
+        ({"gpus_per_worker": 0}, 100, 1000.0, True, True),
+        ({"gpus_per_worker": 0.5}, 100, 1000.0, True, True),
+        ({"gpus_per_worker": 0}, 100, 1000.0, False, False),
+        ({"gpus_per_worker": 0}, 100, 10.0, True, False),
+        ({"gpus_per_worker": 0}, 1, 1000.0, True, False),
+        ({"gpus_per_worker": 0, "cpus_per_worker": 3}, 100, 1000.0, True, False),
         ({"gpus_per_worker": 1}, 100, 1000.0, True, False),
         ({"address": "auto"}, 2, 1.0, True, True),
         ({"address": "auto"}, 1, 1.0, True, False),

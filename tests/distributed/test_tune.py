@@ -418,7 +418,8 @@ def test_trials_shorter_than_the_start_of_a_process_still_use_every_slot(tmp_pat
         ({"concurrent": 3}, [{"CPU": 8}], 3),
         ({"concurrent": 30}, [{"CPU": 8}], 8),
         ({"concurrent": 30, "address": "auto"}, [{"CPU": 8}], 30),  # a cluster may grow
-        ({"address": "auto"}, [{"CPU": 64, "GPU": 4}], 64),
+        ({"address": "auto"}, [{"CPU": 64, "GPU": 4}], 4),
+        ({"address": "auto", "gpus_per_worker": 0}, [{"CPU": 64, "GPU": 4}], 64),
         ({"address": "auto", "gpus_per_worker": 0.25}, [{"CPU": 64, "GPU": 4}], 16),
         ({"gpus_per_worker": 0.6}, [{"CPU": 64, "GPU": 4}], 4),  # no worker has parts of two GPUs
         ({"gpus_per_worker": 0.1}, [{"CPU": 64, "GPU": 1}], 10),
