@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.benchmark.pair import axes_of
 from kdbench.benchmark.run import check_images, check_plan
@@ -37,6 +36,7 @@ from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.splits import SplitOptions, validation_size
+from kdbench.training.cost import counted_flops
 from kdbench.training.distiller import Distiller
 from kdbench.training.optimization import make_optimizer, make_optimizers
 from kdbench.training.precision import DTYPES, autocast
@@ -255,7 +255,7 @@ def forward_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[f
     """FLOPs of a training-mode forward pass, and bytes that are kept for its backward pass, both an image."""
     model = copy.deepcopy(model).train()
     images = torch.zeros(_COUNTED_BATCH, *image_shape, device=_device(model))
-    with FlopCounterMode(display=False) as counter, _kept() as kept:
+    with counted_flops() as counter, _kept() as kept:
         model(model_inputs(model, images))
     return counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH
 
@@ -377,7 +377,7 @@ def _own_cost(method: Method, trained: nn.Module, student: Network, teacher: Net
     ours.peers = tuple(peers)
     theirs = _random_outputs(teacher.places, method.teacher_taps, trained=False) if teacher is not None and method.needs_teacher else None
     batch = _random_batch(opened, _COUNTED_BATCH).to(home)
-    with FlopCounterMode(display=False) as counter, _kept() as kept:
+    with counted_flops() as counter, _kept() as kept:
         terms = method.train()(ours, theirs, batch, Progress(epoch=1.0, step=1, total_steps=2))
         total = sum((term.sum() for term in terms.values()), torch.zeros(()))
         if total.requires_grad:

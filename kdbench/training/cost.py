@@ -5,11 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kdbench.models.inputs import model_inputs
 
@@ -26,13 +29,43 @@ class Cost:
     batch: int = 1
 
 
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# The CPU's fused attention, which torch's counter leaves out; it knows the GPU's.
+_FUSED_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of what runs inside, a multiply-add as two, attention included: the same number on every device.
+
+    torch's fast path of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` is off inside, since no counter sees into it.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_FUSED_ATTENTION) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 @torch.no_grad()
 def measure(model: nn.Module, image_shape: tuple[int, int, int], device: torch.device, repeats: int = 30) -> Cost:
     """Count and time an eval-mode forward pass of one image in float32. The model's mode is restored."""
     training = model.training
     model.eval()
     image = torch.rand(1, *image_shape, device=device, dtype=next(model.parameters()).dtype)
-    with FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         model(model_inputs(model, image))
     times = []
     for _ in range(repeats):
