@@ -21,6 +21,7 @@ from kdbench.training.work import (
     DEATHS,
     ENDING,
     EPOCH,
+    Ending,
     attempt,
     given_up,
     pack_death,

@@ -30,11 +30,11 @@ class Cost:
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
 # The CPU's fused attention, which torch's counter leaves out; it knows the GPU's.

@@ -167,7 +167,12 @@ def test_all_of_a_run_without_ray_is_on_the_gpu_that_it_gets(tmp_path: Path, mon
 def test_who_writes_the_cache_uses_the_gpu_that_is_reserved_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 1)
     asked: list[float] = []
-    monkeypatch.setattr(cache, "device_for", lambda gpus: asked.append(gpus) or CPU)
+
+    def noted(gpus: float) -> torch.device:
+        asked.append(gpus)
+        return CPU
+
+    monkeypatch.setattr(cache, "device_for", noted)
     of = unit("kd", saved_teacher(tmp_path))
     spec = CacheSpec(teacher=of.teacher, task=of.task, recipe=of.recipe, data_seed=0)
     for gpus in (0, 0.5):

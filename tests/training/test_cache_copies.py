@@ -119,7 +119,7 @@ def test_a_machine_that_shares_no_disk_with_the_driver_hands_its_rows_back(machi
     plan = driver.plan([("stage:-1",)])
     driver.begin(plan)
     writer = distributed_cache._Writer(
-        spec.model_dump_json(), "/nowhere", bucket, threads=1, streams={stream.name: stream for stream in plan.streams}
+        spec.model_dump_json(), "/nowhere", bucket, threads=1, gpus=0, streams={stream.name: stream for stream in plan.streams}
     )
     for piece in plan.pieces:
         driver.put(piece, writer.write(piece))
