@@ -96,10 +96,10 @@ def parquet(
 ) -> Source:
     """Colour images `size` x `size` from Parquet. train, test: a file each, or a folder of files, which are read in order of their names.
 
-    image: the column with the images, as bytes of a JPEG, PNG, WebP or GIF, or as a structure with a field `bytes`. label: the column with
-    the labels, whole numbers from 0 or class names, also as a pandas categorical. resize: pixels of the shorter side before the centre is
-    cut out, size / 0.875 where it is not given. in_memory: decode all images once, to tensors, for sets that fit. Images are normalised as
-    ImageNet's.
+    image: the column with the images, as bytes of a picture that PIL reads, or as a structure with a field `bytes`. Images are turned
+    upright by their EXIF tag, and normalised as ImageNet's. label: the column with the labels, whole numbers from 0 or class names, also
+    as a categorical of pandas. resize: pixels of the shorter side before the centre is cut out, size / 0.875 where it is not given.
+    in_memory: decode all images once, to tensors, for sets that fit.
     A row group is read as a whole to get at one image, so files with small ones (a hundred rows or fewer) train faster.
     Raises UserError for a file that is missing or no Parquet, for a column that is missing or of another type, and where train and test
     have other classes.
