@@ -147,6 +147,15 @@ def test_a_grey_picture_of_16_bits_is_turned_too() -> None:
     assert encoded._decoded(buffer.getvalue(), "x")[0].tolist() == np.rot90(grey >> 8, -1).tolist()
 
 
+def test_a_tiff_is_not_counted_as_turned_whatever_it_holds() -> None:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation], tags[ExifTags.Base.ImageDescription] = 6, "with Exif"
+    buffer = io.BytesIO()
+    picture(3).save(buffer, "TIFF", exif=tags)
+    assert b"Exif" in buffer.getvalue()
+    assert not turned(buffer.getvalue())  # PIL turned it before kdbench did
+
+
 @pytest.mark.parametrize("orientation", [0, 9, None])
 def test_a_tag_that_says_nothing_turns_nothing(orientation: int | None) -> None:
     content = stored(3, "PNG", orientation)
