@@ -52,13 +52,17 @@ class Source:
         return hashlib.sha256(json.dumps([self.train.sha256(), self.test.sha256(), *facts]).encode()).hexdigest()
 
     @property
+    def turned(self) -> int:
+        """How many images in files are shown turned, see `encoded.turned`. The first call opens each file."""
+        return sum(part.inputs.store.turned for part in (self.train, self.test) if isinstance(part.inputs, EncodedImages))
+
+    @property
     def reading(self) -> str:
         """What was read, what was left out, and how many images are turned, in one line. Empty for a source that is not in files.
 
         Of more than 50,000 images nobody counts the turned ones: each file would have to be opened for it.
         """
-        images = [part.inputs for part in (self.train, self.test) if isinstance(part.inputs, EncodedImages)]
-        turned = sum(some.store.turned for some in images) if sum(map(len, images)) <= _COUNTED else 0
+        turned = self.turned if len(self.train) + len(self.test) <= _COUNTED else 0
         return self.read + (f"; turned upright by their EXIF tag: {turned}" if turned else "")
 
     @property
