@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    from kdbench.benchmark.dry_run import DryRun, MethodEstimate
+    from kdbench.benchmark.dry_run import DryRun
     from kdbench.methods.base import Method
     from kdbench.results.explanation import Explanation
     from kdbench.results.recommendation import Answer, Budget, Option
@@ -310,40 +310,44 @@ def profile_page(profiles: Mapping[str, StepProfile], batch_size: int) -> str:
 
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
-_RATE = 1e13  # FLOP/s that hours are given for where no step was timed: a number to scale by, no machine in particular
-
 
 def dry_run_page(found: DryRun) -> str:
     """What an experiment would do and cost: what is missing, the networks, a line each method, the sum."""
     sizes = f"{found.data}: a teacher learns from {found.teacher_images:,} images, a student from {found.student_images:,}"
     networks = [("network", "", "parameters", "FLOPs an image", "weights")]
     networks += [(n.role, n.label, f"{n.params:,}", f"{n.flops:.3g}", n.fact) for n in found.networks]
-    lines = [
-        ("method", "student", "looks at", "extra parameters", "searched", "GB", "FLOPs a step", "ms a step", "trainings", "hours in all")
-    ]
+    lines = [("method", "student", "looks at", "extra parameters", "searched", "GB", "FLOPs a step", "ms a step", "trainings", "hours")]
     for m in found.methods:
         own = "" if m.own_flops is not None else " + its own"
         cells = (m.label, m.student, " ".join(m.taps) or "prediction", f"{m.extra_params:,}", " ".join(m.searched) or "nothing")
         milliseconds = "-" if m.step_seconds is None else f"{1e3 * m.step_seconds:.1f}"
-        lines.append((*cells, f"{m.memory / 1e9:.2f}", f"{m.flops:.3g}{own}", milliseconds, str(m.trainings), f"{_hours(m):.3g}"))
-    trainings, hours = sum(m.trainings for m in found.methods), sum(_hours(m) for m in found.methods)
-    teacher = f"; the teacher's training is {found.teacher_flops:.3g} FLOPs more" if found.teacher_flops else ""
-    timed = all(m.step_seconds is not None for m in found.methods)
-    meaning = "steps timed on this machine, on noise" if timed else f"'-': not timed, hours as FLOPs at {_RATE:.0e} a second"
-    footer = [
-        f"{trainings} trainings, {hours:.3g} hours one after the other{teacher}",
-        f"hours: {meaning}; no trial is counted as stopped early. GB: weights, gradients, optimizer, activations and network of one worker",
-    ]
-    return "\n\n".join(
-        part
-        for part in (found.name, sizes, found.reading, "\n".join(found.notes), aligned(networks), aligned(lines), "\n".join(footer))
-        if part
+        lines.append((*cells, f"{m.memory / 1e9:.2f}", f"{m.flops:.3g}{own}", milliseconds, str(m.trainings), _hours(m.total_seconds)))
+    footer = [_cost(found), "GB: weights, gradients, optimizer, activations and network of one worker"]
+    left = [f"not rehearsed: {what}" for what in found.not_rehearsed]
+    parts = (found.name, sizes, found.reading, "\n".join([*found.notes, *left]), aligned(networks), aligned(lines), "\n".join(footer))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _cost(found: DryRun) -> str:
+    """The sum, and what it assumes."""
+    trainings, flops = sum(m.trainings for m in found.methods), sum(m.total_flops for m in found.methods)
+    counted = f"{trainings} trainings, {flops:.3g} FLOPs"
+    teacher = f", and {found.teacher_flops:.3g} FLOPs for the teacher" if found.teacher_flops else ""
+    if found.seconds is None:
+        return (
+            f"{counted}{teacher}. No hours: steps are timed where this machine does the work (no runtime.address) and networks have up to "
+            "30 million parameters. No trial is counted as stopped early"
+        )
+    trained = f" after {_hours(found.teacher_seconds)} hours for the teacher" if found.teacher_seconds else ""
+    return (
+        f"{counted}{teacher}. About {_hours(found.seconds)} hours on this machine, {found.slots} at once{trained}. The estimate counts "
+        "training steps, timed here on noise with no other load, and validation; it leaves out starting processes, reading and augmenting "
+        "images, the teacher's cache and the test set, and counts no trial as stopped early"
     )
 
 
-def _hours(method: MethodEstimate) -> float:
-    seconds = method.total_flops / _RATE if method.total_seconds is None else method.total_seconds
-    return seconds / 3600
+def _hours(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds / 3600:.3g}"
 
 
 # --- taps ------------------------------------------------------------------------------------------------------------

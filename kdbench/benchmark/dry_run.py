@@ -1,7 +1,8 @@
 """What an experiment would do and cost, without doing it: nothing is trained, downloaded or written.
 
 Networks are built on torch's `meta` device, where a tensor has a shape and no memory, so that the largest one costs nothing to look at.
-Methods are built and run for real, on random outputs of the shapes that the two networks have at their taps.
+Methods are built and run for real, on random outputs of the shapes that the two networks have at their taps. What a run would rehearse
+before its first step is rehearsed here too, where the networks are small, their weights files and the data here.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,35 +22,38 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.benchmark.pair import axes_of
-from kdbench.benchmark.run import check_images, check_plan
+from kdbench.benchmark.run import check_images, check_plan, needs_ray, searched_recipes
 from kdbench.data.batch import Batch, Part
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
-from kdbench.distributed.cluster import check_fits_here
+from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, TeacherSpec, worker_bounds
 from kdbench.methods.base import Method, Progress
 from kdbench.methods.build import MethodSpec, fitted
 from kdbench.models.build import ModelSpec, without_weights
 from kdbench.models.inputs import model_inputs
-from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.outputs import Outputs, Shapes, predicted
 from kdbench.models.taps import Taps, places, probe
+from kdbench.models.trace import generators_kept
+from kdbench.models.weights import check_weights
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.splits import SplitOptions, validation_size
 from kdbench.training.cost import counted_flops
 from kdbench.training.distiller import Distiller
 from kdbench.training.optimization import make_optimizer, make_optimizers
-from kdbench.training.precision import DTYPES, autocast
+from kdbench.training.precision import DTYPES, autocast, images_for, place
+from kdbench.training.rehearsal import Rehearsal, check_sees_all
 from kdbench.training.teacher_cache import view_count
 
 META = torch.device("meta")
-TIMED_FLOPS = 100e6  # of student and teacher together, an image: up to there steps are timed, which then takes under a second a method
-_TIMED_BATCH = 16  # images of the largest networks that are timed; smaller ones get more, up to the recipe's batch
-_TIMED_STEPS = 3
+TIMED_FLOPS = 100e6  # of student and teacher together, an image: up to there every method is timed, which takes under a second each
+_TIMED_BATCH = 16  # images of networks of TIMED_FLOPS; smaller ones get more, up to a worker's share of a batch, larger ones fewer
+_TIMED_STEPS = 2
 _COUNTED_BATCH = 4  # more than one, as batch norms need it
 _FORWARD_AND_BACKWARD = 3  # the gradients of inputs and of weights cost as much as the forward pass each
-_REAL_PARAMETERS = 30_000_000  # a network up to this size is built for real where a method works with the network itself
+_REAL_PARAMETERS = 30_000_000  # a network up to this size is built for real: to be rehearsed, timed, and given to methods
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ class MethodEstimate:
 
     taps: the student's places that it looks at. extra_params: trained beside the student. flops: of one optimizer step, over all workers;
     own_flops: the part of them that the method itself needs, None where it can't be counted. memory: bytes of one worker at the peak
-    of a step. step_seconds: measured here on a smaller batch, None where that would take long. trainings: searches, checks and finals.
+    of a step. step_seconds: of one worker, measured here on a smaller batch; None where it was not measured. validation_seconds: of all
+    of a training's epochs. trainings: searches, checks and finals.
     """
 
     student: str
@@ -80,6 +86,7 @@ class MethodEstimate:
     own_flops: float | None
     memory: float
     step_seconds: float | None
+    validation_seconds: float
     steps: int
     trainings: int
 
@@ -90,12 +97,16 @@ class MethodEstimate:
     @property
     def total_seconds(self) -> float | None:
         """Of all its trainings one after the other, on this machine."""
-        return None if self.step_seconds is None else self.step_seconds * self.steps * self.trainings
+        return None if self.step_seconds is None else (self.step_seconds * self.steps + self.validation_seconds) * self.trainings
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What `kdbench run` would do. notes: what is missing for it, and where to get it."""
+    """What `kdbench run` would do. notes: what is missing for it, and where to get it.
+
+    not_rehearsed: what was looked at in outline only, and why. slots: trainings at once. teacher_seconds: of training the teacher, 0 where
+    its weights are given, None where it was not measured.
+    """
 
     name: str
     data: str
@@ -106,12 +117,25 @@ class DryRun:
     methods: tuple[MethodEstimate, ...]
     teacher_flops: float  # of training the teacher, 0 where its weights are given
     reading: str = ""  # what was read of data in files, and what was left out
+    teacher_seconds: float | None = 0.0
+    not_rehearsed: tuple[str, ...] = ()
+    slots: int = 1
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run on this machine; None where a network was not measured."""
+        trainings = [method.total_seconds for method in self.methods]
+        known = [seconds for seconds in trainings if seconds is not None]
+        if self.teacher_seconds is None or len(known) < len(trainings):
+            return None
+        return self.teacher_seconds + sum(known) / self.slots
 
 
 def dry_run(experiment: Experiment) -> DryRun:
     """Build all that the experiment names, check all that can be checked without data, and estimate what it costs.
 
-    Raises UserError for what can't work on any machine. What only this machine lacks is a note.
+    Raises UserError for what can't work. What this machine alone lacks is a note where `runtime.address` names a cluster; so is, anywhere,
+    a data set that a run would download.
     """
     with without_weights(), without_downloads():
         notes: list[str] = []
@@ -119,20 +143,41 @@ def dry_run(experiment: Experiment) -> DryRun:
         check_plan(experiment, opened.task)
         check_images(opened.task)
         reading = opened.task.source.reading if opened.task.source is not None else ""
-        _note(notes, lambda: check_fits_here(experiment.runtime))
+        check_fits_here(experiment.runtime)
         students = [Network(opened.task, spec) for spec in experiment.students]
         teacher = Network(opened.task, experiment.teacher.model) if experiment.teacher else None
-        networks = [NetworkEstimate("student", n.spec.label, n.params, n.flops, _source(n.spec)) for n in students]
-        teacher_flops = 0.0
+        for network in students:
+            _check_file(network, network.spec.weights, "students: weights", experiment, notes)
         if teacher is not None and experiment.teacher is not None:
-            fact = _teacher_fact(experiment.teacher, experiment.teacher_recipe(), notes)
+            _check_file(teacher, teacher.spec.weights, "teacher.model.weights", experiment, notes)
+            if isinstance(experiment.teacher.weights, Path):
+                _check_file(teacher, experiment.teacher.weights, "teacher.weights", experiment, notes)
+        not_rehearsed = _rehearse(experiment, opened, students, teacher)
+        networks = [NetworkEstimate("student", n.spec.label, n.params, n.flops, _source(n.spec)) for n in students]
+        clock = _Clock(experiment, opened)
+        teacher_flops, teacher_seconds = 0.0, 0.0 if clock.runs else None
+        if teacher is not None and experiment.teacher is not None:
+            fact = _teacher_fact(experiment.teacher, experiment.teacher_recipe())
             networks.insert(0, NetworkEstimate("teacher", teacher.spec.label, teacher.params, teacher.flops, fact))
             if experiment.teacher.weights is None:
                 seen = experiment.teacher_recipe().epochs * opened.teacher_images
                 teacher_flops = float(_FORWARD_AND_BACKWARD * teacher.flops * seen)
-        methods = tuple(_method(experiment, spec, student, teacher, opened) for student in students for spec in experiment.methods)
-        sizes = opened.teacher_images, opened.student_images
-        return DryRun(experiment.name, opened.task.data_name, *sizes, tuple(notes), tuple(networks), methods, teacher_flops, reading)
+                teacher_seconds = clock.teacher(teacher)
+        methods = tuple(_method(experiment, spec, student, teacher, opened, clock) for student in students for spec in experiment.methods)
+        return DryRun(
+            name=experiment.name,
+            data=opened.task.data_name,
+            teacher_images=opened.teacher_images,
+            student_images=opened.student_images,
+            notes=tuple(notes),
+            networks=tuple(networks),
+            methods=methods,
+            teacher_flops=teacher_flops,
+            teacher_seconds=teacher_seconds,
+            not_rehearsed=not_rehearsed,
+            slots=clock.slots,
+            reading=reading,
+        )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -145,6 +190,8 @@ class _Opened:
     task: Task
     teacher_images: int
     samples: Part  # what students learn from: labels and positions as they are, or as many of them
+    validation_images: int
+    stands_in: bool = False
 
     @property
     def student_images(self) -> int:
@@ -155,8 +202,10 @@ def _open(experiment: Experiment, notes: list[str]) -> _Opened:
     try:
         task = build_task(experiment.task)
         splits = task.splits()
-        return _Opened(task, len(splits.train), splits.transfer)
+        return _Opened(task, len(splits.train), splits.transfer, len(splits.val))
     except NotHere as missing:
+        if experiment.runtime.address is None and not missing.downloadable:
+            raise
         notes.append(str(missing))
         return _stand_in(experiment.task, missing.facts)
 
@@ -165,9 +214,11 @@ def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
     given = spec.model_dump(mode="json")
     options = task_class(spec).Options.model_validate({key: value for key, value in given.items() if key != "name"})
     images = students = facts.train
+    validation = 0
     changes: dict[str, Any] = {"data": facts.stand_in()}
     if isinstance(options, SplitOptions):
-        images -= validation_size(options, facts.train, facts.name)
+        validation = validation_size(options, facts.train, facts.name)
+        images -= validation
         students = options.transfer_size or images
         if students > images:
             raise UserError(f"transfer_size {students} is more than the {images} images of data {facts.name!r} that are left for training")
@@ -175,23 +226,28 @@ def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
     task = build_task(TaskSpec.model_validate(given | changes))
     task.data_name = facts.name
     blank = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(students, -1, -1, -1)
-    return _Opened(task, images, Part(blank, torch.arange(students) % facts.classes, torch.arange(students)))
+    return _Opened(task, images, Part(blank, torch.arange(students) % facts.classes, torch.arange(students)), validation, True)
 
 
-def _note(notes: list[str], check: Callable[[], None]) -> None:
-    try:
-        check()
-    except UserError as error:
-        notes.append(f"on this machine: {error}")
+def _check_file(network: Network, path: Path | None, where: str, experiment: Experiment, notes: list[str]) -> None:
+    """Raise UserError where a file of weights does not fit, or is not here; note that where the run is a cluster's."""
+    if path is None:
+        return
+    file = path.expanduser()
+    if file.is_file():
+        check_weights(network.outline, file, name=network.spec.name, num_classes=network.task.info.num_classes)
+        return
+    network.lacks = f"there is no file {path}"
+    if experiment.runtime.address is None:
+        raise UserError(f"{where}: {network.lacks}")
+    notes.append(f"{where}: {network.lacks}")
 
 
-def _teacher_fact(spec: TeacherSpec, recipe: Recipe, notes: list[str]) -> str:
+def _teacher_fact(spec: TeacherSpec, recipe: Recipe) -> str:
     if spec.weights is None:
         return f"trained here for {recipe.epochs} epochs, {_source(spec.model)}"
     if spec.weights == "pretrained":
         return "timm's weights, fetched when they are needed"
-    if not spec.weights.expanduser().is_file():
-        notes.append(f"teacher.weights: there is no file {spec.weights}")
     return f"weights from {spec.weights}"
 
 
@@ -211,6 +267,7 @@ class Network:
 
     task: Task
     spec: ModelSpec
+    lacks: str = ""  # what is missing for a rehearsal
 
     @cached_property
     def outline(self) -> nn.Module:
@@ -247,6 +304,30 @@ class Network:
         return forward_cost(self.outline, self.task.info.image_shape)
 
 
+def _rehearse(experiment: Experiment, opened: _Opened, students: Sequence[Network], teacher: Network | None) -> tuple[str, ...]:
+    """Rehearse what can be; says of the rest why not. Raises UserError for what can't work."""
+    rehearsal = Rehearsal(experiment, opened.task, [experiment.recipe, *searched_recipes(experiment)], device_here(experiment.runtime))
+    left = []
+
+    def outlined(role: str, network: Network) -> bool:
+        reason = f"data {opened.task.data_name} is not here" if opened.stands_in else network.lacks
+        if not network.small:
+            reason = reason or f"more than {_REAL_PARAMETERS:,} parameters"
+        if reason:
+            left.append(f"{role} {network.spec.label!r} ({reason})")
+            check_sees_all(f"{role} {network.spec.label!r}", network.outline, opened.task.info.image_shape)
+        return bool(reason)
+
+    if teacher is not None and experiment.teacher is not None and not outlined("teacher", teacher) and experiment.teacher.weights is None:
+        rehearsal.teacher(teacher.real)
+    for student in students:
+        if not outlined("student", student):
+            theirs, network = (teacher.places, teacher.real if teacher.small else None) if teacher is not None else (None, None)
+            without = rehearsal.student(student.spec, student.real, theirs, network)
+            left += [f"method {label!r} with student {student.spec.label!r} (it needs the teacher's network)" for label in without]
+    return tuple(left)
+
+
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -280,7 +361,9 @@ def _kept() -> Iterator[dict[int, int]]:
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
-def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened) -> MethodEstimate:
+def _method(
+    experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened, clock: _Clock
+) -> MethodEstimate:
     recipe, task = experiment.recipe, opened.task
     batch = recipe.batch_size
     built = _counted(spec, opened, student, teacher)
@@ -306,7 +389,8 @@ def _method(experiment: Experiment, spec: MethodSpec, student: Network, teacher:
         flops=flops * batch,
         own_flops=None if own.flops is None else own.flops * batch,
         memory=weights + share * (kept * _activation_factor(recipe) + own.kept),
-        step_seconds=_step_seconds(experiment, spec, student, teacher, opened) if _small_enough(student, teacher) else None,
+        step_seconds=clock.step(spec, student, teacher, live=live, own_flops=own.flops, networks=networks),
+        validation_seconds=clock.validation(student),
         steps=recipe.epochs * (opened.student_images // batch),
         trainings=_trainings(experiment, bool(axes)),
     )
@@ -437,36 +521,134 @@ def _trainings(experiment: Experiment, searched: bool) -> int:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def _small_enough(student: Network, teacher: Network | None) -> bool:
-    return student.flops + (teacher.flops if teacher is not None else 0) <= TIMED_FLOPS
+class _Clock:
+    """Measures steps as one worker of a training would take them here: on its device, with its threads, on its share of a batch.
+
+    Nothing is measured where a cluster does the work, and no network that is too large to be built here.
+    """
+
+    def __init__(self, experiment: Experiment, opened: _Opened) -> None:
+        self.experiment, self.opened = experiment, opened
+        runtime = experiment.runtime
+        self.runs = runtime.address is None
+        on_ray = needs_ray(runtime, experiment.search is not None)
+        self.threads = runtime.cpus_per_worker if on_ray else torch.get_num_threads()
+        self.slots = slots_of(runtime, nodes_of(runtime)).concurrent if on_ray and self.runs else 1
+        self.workers = worker_bounds(runtime.workers)[1]
+        self._measured: dict[tuple[str, bool], float] = {}  # seconds an image, by network and whether it is trained
+
+    def step(
+        self, spec: MethodSpec, student: Network, teacher: Network | None, *, live: bool, own_flops: float | None, networks: int
+    ) -> float | None:
+        """Seconds of an optimizer step with a method. own_flops: of the method's terms, an image; networks: that are trained."""
+        if not self.runs or not student.small or (teacher is not None and not teacher.small):
+            return None
+        share = self.experiment.recipe.batch_size / self.workers
+        if student.flops + (teacher.flops if teacher is not None else 0) <= TIMED_FLOPS:
+            with self._as_a_worker():
+                return share * _step_seconds(self.experiment, spec, student, teacher, self.opened, device_here(self.experiment.runtime))
+        if own_flops is None:
+            return None
+        trained = self._image(student, trained=True)
+        own = trained * own_flops / (_FORWARD_AND_BACKWARD * student.flops)
+        return share * (networks * trained + own + (self._image(teacher, trained=False) if live and teacher is not None else 0.0))
+
+    def teacher(self, teacher: Network) -> float | None:
+        """Seconds of the teacher's training."""
+        if not self.runs or not teacher.small:
+            return None
+        recipe, image = self.experiment.teacher_recipe(), self._image(teacher, trained=True) / self.workers
+        steps = recipe.epochs * (self.opened.teacher_images // recipe.batch_size)
+        return steps * recipe.batch_size * image + recipe.epochs * self.opened.validation_images * image / _FORWARD_AND_BACKWARD
+
+    def validation(self, student: Network) -> float:
+        """Seconds in which all of a training's epochs are validated; 0 where nothing is measured."""
+        if not self.runs or not student.small:
+            return 0.0
+        images = self.experiment.recipe.epochs * self.opened.validation_images
+        return images * self._image(student, trained=True) / _FORWARD_AND_BACKWARD / self.workers
+
+    def _image(self, network: Network, trained: bool) -> float:
+        """Seconds an image of a training step or of a forward pass: the shortest of a few, on noise."""
+        key = network.spec.model_dump_json(), trained
+        if key not in self._measured:
+            with self._as_a_worker():
+                self._measured[key] = _image_seconds(network, self.experiment.recipe, trained, device_here(self.experiment.runtime))
+        return self._measured[key]
+
+    @contextmanager
+    def _as_a_worker(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with generators_kept(device_here(self.experiment.runtime)):
+                yield
+        finally:
+            torch.set_num_threads(before)
 
 
-def _step_seconds(experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened) -> float:
-    """The shortest of a few whole steps on noise, of a smaller batch, scaled to the recipe's."""
+def _timed_images(recipe: Recipe, flops: float) -> int:
+    return min(recipe.batch_size, max(2, int(_TIMED_BATCH * TIMED_FLOPS / flops)))
+
+
+def _image_seconds(network: Network, recipe: Recipe, trained: bool, device: torch.device) -> float:
+    """Seconds an image; a small batch is taken as long, for its size, as a large one."""
+    precision = "fp32" if recipe.precision == "auto" else recipe.precision
+    model = place(copy.deepcopy(network.real), precision, "contiguous", device).train(trained)
+    images = images_for(torch.rand(_timed_images(recipe, network.flops), *network.task.info.image_shape, device=device), precision)
+    times = []
+    with torch.set_grad_enabled(trained):
+        for _ in range(1 + _TIMED_STEPS):
+            start = time.perf_counter()
+            with autocast(precision, device):
+                prediction = predicted(model, images)
+            if trained:
+                prediction.float().square().mean().backward()
+            times.append(_since(start, device))
+    return min(times[1:]) / len(images)
+
+
+def _since(start: float, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _step_seconds(
+    experiment: Experiment, spec: MethodSpec, student: Network, teacher: Network | None, opened: _Opened, device: torch.device
+) -> float:
+    """Seconds an image: the shortest of a few whole steps on noise."""
     recipe, task = experiment.recipe, opened.task
-    network = teacher.real if teacher is not None else None
-    method, trained = _assembled(spec, opened, student, copy.deepcopy(student.real), teacher, network)
-    peers = [copy.deepcopy(student.real) for _ in range(method.peer_count)]
-    distiller = Distiller(trained, method, task, peers=peers).train()
+    precision = "fp32" if recipe.precision == "auto" else recipe.precision
+    network = place(copy.deepcopy(teacher.real), precision, "contiguous", device) if teacher is not None else None
+    base = place(copy.deepcopy(student.real), precision, "contiguous", device)
+    method, trained = _assembled(spec, opened, student, base, teacher, network)
+    peers = [copy.deepcopy(base) for _ in range(method.peer_count)]
+    method = method.to(device, dtype=torch.float64 if precision == "fp64" else torch.float32)
+    distiller = Distiller(place(trained, precision, "contiguous", device), method, task, peers=peers).train()
     optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
     flops = student.flops + (teacher.flops if teacher is not None else 0)
-    batch = _random_batch(opened, min(recipe.batch_size, int(_TIMED_BATCH * TIMED_FLOPS / flops)))
-    theirs = _teacher_outputs(network, method, batch)
+    batch = _random_batch(opened, _timed_images(recipe, flops)).to(device)
+    batch = replace(batch, inputs=images_for(batch.inputs, precision))
+    theirs = _teacher_outputs(network, method, batch, precision)
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     times = []
     for step in range(1 + _TIMED_STEPS):
         start = time.perf_counter()
         if live:
-            theirs = _teacher_outputs(network, method, batch)
-        terms = distiller(batch, theirs, Progress(1.0, 1 + step, 10), autocast("fp32", batch.inputs.device))
+            theirs = _teacher_outputs(network, method, batch, precision)
+        terms = distiller(batch, theirs, Progress(1.0, 1 + step, 10), autocast(precision, device))
         terms["total"].backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    return min(times[1:]) * recipe.batch_size / len(batch)
+        times.append(_since(start, device))
+    return min(times[1:]) / len(batch)
 
 
 @torch.no_grad()
-def _teacher_outputs(network: nn.Module | None, method: Method, batch: Batch) -> Outputs | None:
-    return Taps(network.eval(), method.teacher_taps)(batch.inputs) if network is not None and method.needs_teacher else None
+def _teacher_outputs(network: nn.Module | None, method: Method, batch: Batch, precision: str) -> Outputs | None:
+    if network is None or not method.needs_teacher:
+        return None
+    with autocast(precision, batch.inputs.device):
+        return Taps(network.eval(), method.teacher_taps)(batch.inputs)

@@ -9,13 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
-
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.watch import Phase
-from kdbench.distributed.cluster import device_here
 from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
-from kdbench.errors import UserError, nearest
+from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
@@ -24,10 +21,7 @@ from kdbench.results.record import RunRecord
 from kdbench.results.tracking import PROTOCOL_TAG
 from kdbench.search_space import Parameter, describe, is_whole
 from kdbench.tasks.base import Task
-from kdbench.training.evaluate import predict
-from kdbench.training.loop import Training, prepare
 from kdbench.training.outcome import failed_record
-from kdbench.training.session import LocalSession
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
 TRIAL_SEED, FIRST_CHECK_SEED = 1_000_000, 2_000_000
@@ -209,25 +203,6 @@ class PairWork:
     def unfinished(self) -> list[MethodSpec]:
         """The methods that have something left to train."""
         return [contender.spec for contender in self.contenders if not contender.done]
-
-    def check(self) -> None:
-        """Build every method once on the pair: taps that do not fit are known before the first trial, not after an hour."""
-        for contender in self.contenders:
-            if not contender.done:
-                self._check_objectives(prepare(self.pair.sample(contender.spec), self._session))
-
-    @property
-    def _session(self) -> LocalSession:
-        return LocalSession(device=device_here(self.pair.experiment.runtime))
-
-    def _check_objectives(self, training: Training) -> None:
-        costs = set(self.search.objectives) - {"train_seconds"} if self.search is not None else set()
-        if not costs:
-            return
-        few, precision = training.splits.val.select(torch.arange(2)), training.unit.recipe.precision
-        measured = training.task.metrics(predict(training.distiller.student, few, self._session, precision), few.target)
-        for name in sorted(costs - measured.keys()):
-            raise UserError(f"search.objectives: {training.task.name} is not measured by {name!r}{nearest(name, measured)}")
 
     def counts(self) -> dict[Phase, tuple[int, int]]:
         """Trainings done and in all, a phase each."""

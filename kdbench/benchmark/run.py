@@ -6,7 +6,6 @@ the same command after any interruption goes on.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from kdbench.benchmark.watch import Phase, Watch
 from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
-from kdbench.errors import RunFailed, UserError
+from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
-from kdbench.methods.build import MethodSpec, fitted, method_class, params_of
+from kdbench.methods.build import MethodSpec, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
@@ -47,6 +46,7 @@ from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
 from kdbench.training.precision import Memo, question, settled
 from kdbench.training.profiling import StepProfile, profile_steps
+from kdbench.training.rehearsal import Rehearsal
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher_cache import view_count
 from kdbench.training.work import Work, run_here
@@ -93,7 +93,7 @@ def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
     ledger = Ledger(experiment, results, watch, NoTracker())
     check(experiment, ledger)
     with ledger.held:
-        pairs = _pairs(experiment, ledger, may_train=False)
+        pairs, _ = _pairs(experiment, ledger, may_train=False)
         with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
             pass
 
@@ -159,10 +159,10 @@ def _check_shares(recipe: Recipe, fewest: int, most: int) -> None:
 def _recipes(experiment: Experiment) -> Iterator[Recipe]:
     yield experiment.recipe
     yield experiment.teacher_recipe()
-    yield from _searched_recipes(experiment)
+    yield from searched_recipes(experiment)
 
 
-def _searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
+def searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
     """The recipe at every option and at both ends of every range that a search may try. Raises UserError where one is no recipe."""
     for key, dimension in (experiment.search.also if experiment.search else {}).items():
         name = key.removeprefix("recipe.")
@@ -198,7 +198,8 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
     check(experiment, ledger)
     profiles = {}
     with exclusive(ledger.layout, experiment.name, watch), ledger.held:
-        pairs = _pairs(experiment, ledger, may_train=True)
+        pairs, rehearse = _pairs(experiment, ledger, may_train=True)
+        rehearse()
         with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
             for pair, spec in product(pairs, experiment.methods):
                 session = LocalSession(device=device_here(experiment.runtime), threads=experiment.runtime.cpus_per_worker)
@@ -212,14 +213,13 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
 
 
 def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
-    pairs = _pairs(experiment, ledger, may_train=True)
+    pairs, rehearse = _pairs(experiment, ledger, may_train=True)
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
             check_images(build_task(experiment.task))
+            rehearse()
             with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
-                for work in queue.queues:
-                    work.check()
                 _empty(queue, experiment, ledger)
         ledger.catch_up()
     finally:
@@ -233,26 +233,62 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 
 
-def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> list[Pair]:
-    """The experiment's teacher, trained now if need be, with each of its students."""
+def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> tuple[list[Pair], _Rehearse]:
+    """The experiment's teacher, trained now if need be, with each of its students; and what to call before the first student is trained."""
     task = build_task(experiment.task)
     splits = task.splits()
     if task.source is not None and task.source.reading:
         ledger.watch.note(task.source.reading)
     students = [task.build_model(student) for student in experiment.students]
     network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
-    teacher = _ready_teacher(experiment, ledger, task, splits, students, network, may_train) if network is not None else None
+    rehearse = _Rehearse(experiment, task, students, network)
+    teacher = _ready_teacher(experiment, ledger, task, splits, rehearse, network, may_train) if network is not None else None
     theirs = places(network, task.info.image_shape) if network is not None else None
-    return [
-        _pair(experiment, ledger, spec, model, teacher, theirs, task, splits)
+    pairs = [
+        _pair(experiment, ledger, spec, model, teacher, theirs, task, splits, rehearse)
         for spec, model in zip(experiment.students, students, strict=True)
     ]
+    return pairs, rehearse
+
+
+class _Rehearse:
+    """Rehearses all that an experiment trains, once, and then lets go of the networks."""
+
+    def __init__(self, experiment: Experiment, task: Task, students: Sequence[nn.Module], teacher: nn.Module | None) -> None:
+        self.experiment, self.task = experiment, task
+        self.students, self.network = students, teacher
+        self.done = False
+
+    def __call__(self, teacher_too: bool = False) -> None:
+        """teacher_too: whether the teacher is trained here and now. Raises UserError for what can't work."""
+        if self.done:
+            return
+        rehearsal = Rehearsal(
+            self.experiment, self.task, [self.experiment.recipe, *searched_recipes(self.experiment)], device_here(self.experiment.runtime)
+        )
+        if self.network is not None and teacher_too:
+            rehearsal.teacher(self.network)
+        theirs = places(self.network, self.task.info.image_shape) if self.network is not None else None
+        for spec, model in zip(self.experiment.students, self.students, strict=True):
+            rehearsal.student(spec, model, theirs, self.network)
+        self.done, self.students, self.network = True, (), None
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Where a measurement inside fails, the rehearsal says what is wrong with the network."""
+        try:
+            yield
+        except KDBenchError:
+            raise
+        except Exception:
+            self(teacher_too=True)
+            raise
 
 
 def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool | None = None) -> None:
     """In this process, or on Ray, for all that is to do."""
     runtime = experiment.runtime
-    if not _needs_ray(runtime, experiment.search is not None if searching is None else searching):
+    if not needs_ray(runtime, experiment.search is not None if searching is None else searching):
         run_here(work, ledger.layout, device_here(runtime))
         return
     from kdbench.distributed.cluster import started
@@ -265,7 +301,7 @@ def _empty(work: Work, experiment: Experiment, ledger: Ledger, searching: bool |
     run_with_tune(work, ledger.layout, runtime, slots, experiment.name)
 
 
-def _needs_ray(runtime: Runtime, searching: bool) -> bool:
+def needs_ray(runtime: Runtime, searching: bool) -> bool:
     """One worker, no cluster, no search and one training at a time: no Ray. On several GPUs several trainings run at once."""
     if not runtime.single or runtime.address is not None or searching:
         return True
@@ -277,7 +313,7 @@ def _needs_ray(runtime: Runtime, searching: bool) -> bool:
 
 
 def _ready_teacher(
-    experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, students: Sequence[nn.Module], model: nn.Module, may_train: bool
+    experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, rehearse: _Rehearse, model: nn.Module, may_train: bool
 ) -> TeacherRef:
     """The teacher, trained: from the results folder, from its weights file, or now. Its metric is made known first of all."""
     spec = experiment.teacher
@@ -285,11 +321,13 @@ def _ready_teacher(
     ledger.watch.progress("teacher", 0, 1)
     asked, device = experiment.teacher_recipe(), device_here(experiment.runtime)
     memo = _memo(ledger, experiment, spec.model, asked)
-    recipe = settled(asked, model, task.info.image_shape, len(splits.train), device, memo)
+    with rehearse.explaining():
+        recipe = settled(asked, model, task.info.image_shape, len(splits.train), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, splits)
-    fits = partial(check_methods, experiment, task, students, model) if may_train else partial(_refuse, experiment, ledger)
+    fits = partial(rehearse, teacher_too=spec.weights is None) if may_train else partial(_refuse, experiment, ledger)
     given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
-    record, weights = _given(ledger, given, unit, device) if given else _trained(experiment, ledger, unit, task, fits)
+    check_first: Callable[[], None] = rehearse if may_train else _nothing
+    record, weights = _given(ledger, given, unit, device, check_first) if given else _trained(experiment, ledger, unit, task, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
     assert record.teacher_sha is not None
@@ -301,19 +339,6 @@ def _ready_teacher(
         precision=recipe.precision,
         memory_format=recipe.memory_format,
     )
-
-
-def check_methods(experiment: Experiment, task: Task, students: Sequence[nn.Module], teacher: nn.Module) -> None:
-    """Build every method for every pair: what does not fit is known before the teacher is trained. Raises UserError."""
-    theirs = places(teacher, task.info.image_shape)
-    for student in students:
-        ours = places(student, task.info.image_shape)
-        for spec in experiment.methods:
-            method = fitted(spec, ours, theirs)
-            method.build(ours, theirs if method.needs_teacher else None, task.info)
-            if method.needs_teacher_network:
-                method.use_teacher(teacher, task.info.image_shape)
-            method.adapt_student(copy.deepcopy(student))
 
 
 def _refuse(experiment: Experiment, ledger: Ledger) -> None:
@@ -362,7 +387,11 @@ def _kept(pretrained: nn.Module, path: Path) -> Path:
     return path
 
 
-def _given(ledger: Ledger, path: Path, unit: Unit, device: torch.device) -> tuple[RunRecord, Path]:
+def _nothing() -> None:
+    """Nothing is trained, so nothing is rehearsed."""
+
+
+def _given(ledger: Ledger, path: Path, unit: Unit, device: torch.device, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
     weights = path.expanduser().resolve()
     if not weights.is_file():
         raise UserError(f"teacher.weights: there is no file {weights}")
@@ -371,6 +400,7 @@ def _given(ledger: Ledger, path: Path, unit: Unit, device: torch.device) -> tupl
     weights = _reachable(weights, ledger.layout, key)
     record = ledger.store.by_unit_key(key)
     if record is None:
+        check_first()
         measured = measured_teacher(unit, weights, LocalSession(device=device), ledger.layout)
         record = ledger.keep(unit, measured.model_copy(update={"unit_key": key, "teacher_sha": sha}))
     return record, weights
@@ -430,9 +460,11 @@ def _pair(
     theirs: Shapes | None,
     task: Task,
     splits: Splits,
+    rehearse: _Rehearse,
 ) -> Pair:
     memo = _memo(ledger, experiment, student, experiment.recipe)
-    recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), device_here(experiment.runtime), memo)
+    with rehearse.explaining():
+        recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), device_here(experiment.runtime), memo)
     caching = teacher is not None and view_count(recipe) is not None
     if teacher is not None and caching:
         spec = cache_spec(experiment, teacher, recipe)
@@ -456,7 +488,7 @@ def _pair(
 def _cached_outputs(wanted: Iterable[tuple[Pair, Sequence[MethodSpec]]], experiment: Experiment, ledger: Ledger) -> Iterator[None]:
     """While this is open these methods find the outputs of their pair's teacher in the cache."""
     with ExitStack() as stack:
-        elsewhere = partial(on_ray, ledger.held, experiment.runtime, _needs_ray(experiment.runtime, experiment.search is not None))
+        elsewhere = partial(on_ray, ledger.held, experiment.runtime, needs_ray(experiment.runtime, experiment.search is not None))
         for pair, methods in wanted:
             taps = pair.teacher_taps(methods)
             if taps and pair.teacher is not None and pair.teacher.cache is not None:

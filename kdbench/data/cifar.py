@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kdbench.data.batch import Part
-from kdbench.data.download import NotFetched, fetch, forbidden
+from kdbench.data.download import NotFetched, allowed, fetch, forbidden
 from kdbench.data.facts import Facts, NotHere
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, in_one_line
@@ -135,4 +135,5 @@ def _nowhere(reason: str) -> NotHere:
         f"data cifar100: it is in none of {looked}{seen}, and {reason}; put {ARCHIVE} from {ADDRESSES[0]} into one of them, "
         "or let KDBENCH_DATA name the folder that it is in",
         facts(),
+        downloadable=allowed(),
     )

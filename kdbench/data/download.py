@@ -41,7 +41,12 @@ def forbidden() -> str | None:
     """Why nothing may be downloaded now, None where it may."""
     if _DRY.get():
         return "a dry run downloads nothing"
-    return "KDBENCH_OFFLINE forbids downloads" if os.environ.get("KDBENCH_OFFLINE") else None
+    return None if allowed() else "KDBENCH_OFFLINE forbids downloads"
+
+
+def allowed() -> bool:
+    """Whether a run may download."""
+    return not os.environ.get("KDBENCH_OFFLINE")
 
 
 def fetch(addresses: Iterable[str], destination: Path, check: Callable[[Path], object], progress: Progress) -> Path:

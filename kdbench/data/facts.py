@@ -33,11 +33,15 @@ class Facts:
 
 
 class NotHere(UserError):
-    """The data set is not on this machine. The message says how to get it, `facts` what is known without it."""
+    """The data set is not on this machine. The message says how to get it, `facts` what is known without it.
 
-    def __init__(self, message: str, facts: Facts) -> None:
+    downloadable: whether it can be fetched without anybody's help.
+    """
+
+    def __init__(self, message: str, facts: Facts, downloadable: bool = False) -> None:
         super().__init__(message)
         self.facts = facts
+        self.downloadable = downloadable
 
 
 def stand_in(classes: int, side: int, mean: Numbers, std: Numbers) -> Source:

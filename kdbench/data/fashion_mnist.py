@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kdbench.data.batch import Part
-from kdbench.data.download import NotFetched, fetch, forbidden
+from kdbench.data.download import NotFetched, allowed, fetch, forbidden
 from kdbench.data.facts import Facts, NotHere
 from kdbench.data.sources import Source
 from kdbench.errors import UserError
@@ -178,4 +178,5 @@ def _nowhere(reason: str) -> NotHere:
         f"data fashion_mnist: the full set is in none of {looked}, and {reason}; let KDBENCH_DATA name a folder that holds it, "
         "run `apt-get install dataset-fashion-mnist`, or use {name: fashion_mnist, size: embedded}",
         Facts("fashion_mnist", len(CLASS_NAMES), SIDE, (MEAN,), (STD,), TRAIN_IMAGES, 10_000),
+        downloadable=allowed(),
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from kdbench.errors import UserError
+from kdbench.models.inputs import model_inputs
 
 
 @dataclass
@@ -15,15 +19,36 @@ class Outputs:
     peers: of a student, what the networks like it gave that learn beside it, where the method has any.
     """
 
-    prediction: Tensor | dict[str, Tensor]
+    prediction: Tensor
     maps: dict[str, Tensor] = field(default_factory=dict)
     peers: tuple[Outputs, ...] = ()
 
     @property
     def logits(self) -> Tensor:
-        if isinstance(self.prediction, dict):
-            return self.prediction["logits"]
         return self.prediction
+
+
+def predicted(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's prediction [B, ...] for images [B, C, H, W] in [0, 1], which are resized and normalised as the model wants them.
+
+    Raises UserError as `main_output` does.
+    """
+    return main_output(model(model_inputs(model, images)))
+
+
+def main_output(output: Any) -> Tensor:
+    """The prediction in what a network's `forward` returned: the only place that reads it.
+
+    A tensor is the prediction. So is the entry `logits` of a mapping and the attribute `logits` of a named tuple or a data class,
+    as the models of transformers and torchvision's GoogLeNet and Inception return them. Everything beside it is left aside:
+    auxiliary classifiers add nothing to the loss. Raises UserError for anything else, such as a plain tuple, whose order says nothing.
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    prediction = output if isinstance(output, Tensor) else named
+    if isinstance(prediction, Tensor):
+        return prediction
+    found = f"a dictionary of {sorted(map(str, output))}" if isinstance(output, Mapping) else f"a {type(output).__name__}"
+    raise UserError(f"the model gives {found}; expected a tensor, a dictionary with 'logits' or a named tuple with `logits`")
 
 
 @dataclass(frozen=True)

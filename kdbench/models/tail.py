@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.errors import UserError
-from kdbench.models.inputs import model_inputs
+from kdbench.models.outputs import predicted
 from kdbench.models.taps import ImageShape, locate
 
 _SAMPLES = 2
@@ -49,5 +49,5 @@ class Tail:
             hooks.enter_context(self._place.change(lambda _: given))
             if self._until is not None:
                 hooks.enter_context(self._until.attach(maps))
-            prediction: Tensor = self.network(model_inputs(self.network, image))
+            prediction = predicted(self.network, image)
         return (maps[self._until.name] if self._until is not None else prediction).to(features.dtype)

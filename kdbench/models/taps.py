@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError
 from kdbench.models.inputs import model_inputs
-from kdbench.models.outputs import Outputs, Shapes, TapShape
+from kdbench.models.outputs import Outputs, Shapes, TapShape, main_output
 from kdbench.models.trace import Trace, trace
 
 ImageShape = tuple[int, int, int]
@@ -80,7 +80,7 @@ class Taps:
         with ExitStack() as hooks:
             for tap in self._taps:
                 hooks.enter_context(tap.attach(maps))
-            prediction = self._call(inputs)
+            prediction = main_output(self._call(inputs))
         for tap in self._taps:
             if tap.name not in maps:
                 raise UserError(f"tap {tap.name!r}: module {tap.path!r} did not run in this forward pass")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdbench.errors import UserError
 from kdbench.models.inputs import model_inputs
-from kdbench.models.outputs import TapShape
+from kdbench.models.outputs import TapShape, main_output
 
 # An output whose first dimension is not this is not one per sample: a window of an attention layer, a position table.
 _SAMPLES = 2
@@ -33,6 +34,7 @@ class Trace:
     input_size: height and width that went in, after the model's own resizing. prediction: shape for one sample.
     seen: path -> output. odd: path -> why that module's output can't be tapped.
     classifier: path of the last linear layer that gives the prediction from one vector a sample, and that vector's length.
+    patches: height and width of the patches that a convolution without overlap and padding cuts the image into.
     """
 
     input_size: tuple[int, int]
@@ -40,6 +42,7 @@ class Trace:
     seen: dict[str, Seen] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
     classifier: tuple[str, int] | None = None
+    patches: tuple[int, int] | None = None
 
     def stride(self, shape: TapShape) -> int | None:
         """Input pixels for one position of a map, rounded; None for tokens and vectors."""
@@ -49,17 +52,17 @@ class Trace:
 def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     """Run `model` once on two black images [C, H, W], in eval mode and without gradients.
 
-    Training flags, buffers and random states are afterwards what they were. Raises UserError where the model gives neither a tensor
-    nor a dictionary with `logits`.
+    Training flags, buffers and random states are afterwards what they were. Raises UserError where the model gives nothing that
+    `main_output` knows.
     """
     images = model_inputs(model, torch.zeros(_SAMPLES, *image_shape, **_placement(model)))
     found = Trace(input_size=(images.shape[-2], images.shape[-1]))
     with _undisturbed(model), ExitStack() as hooks, torch.no_grad():
         for path, module in model.named_modules():
             if path:
-                hooks.enter_context(module.register_forward_hook(_observer(found, path, _declares_channels_last(model))))
+                hooks.enter_context(module.register_forward_hook(_observer(found, path, _declares_channels_last(model), images.shape[1:])))
         output = model(images)
-    found.prediction = _prediction_shape(output)
+    found.prediction = tuple(main_output(output).shape[1:])
     if found.classifier is not None:
         last_linear = found.seen.get(found.classifier[0])
         if last_linear is None or last_linear.shape.shape != found.prediction:
@@ -67,12 +70,18 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     return found
 
 
-def _observer(found: Trace, path: str, channels_last: bool) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    """A forward hook that notes what the module at `path` gives."""
+def _cuts_patches(module: nn.Conv2d) -> bool:
+    return module.kernel_size == module.stride and max(module.stride) > 1 and module.padding in ((0, 0), "valid")
+
+
+def _observer(found: Trace, path: str, channels_last: bool, image: torch.Size) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    """A forward hook that notes what the module at `path` gives. image: shape [C, H, W] of the model's input."""
 
     def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found.seen.pop(path, None)  # a module that runs again is seen at its last call
         found.odd.pop(path, None)
+        if isinstance(module, nn.Conv2d) and _cuts_patches(module) and args and args[0].shape[1:] == image:
+            found.patches = (module.kernel_size[0], module.kernel_size[1])
         if not isinstance(output, Tensor):
             found.odd[path] = f"gives a {type(output).__name__}, not a tensor"
             return
@@ -118,14 +127,6 @@ def _declares_channels_last(model: nn.Module) -> bool:
     return str(getattr(model, "output_fmt", "")) == "NHWC"
 
 
-def _prediction_shape(output: Any) -> tuple[int, ...]:
-    prediction = output.get("logits") if isinstance(output, dict) else output
-    if not isinstance(prediction, Tensor):
-        found = f"a dictionary of {sorted(output)}" if isinstance(output, dict) else f"a {type(output).__name__}"
-        raise UserError(f"the model gives {found}; expected a tensor, or a dictionary with 'logits'")
-    return tuple(prediction.shape[1:])
-
-
 def _placement(model: nn.Module) -> dict[str, Any]:
     """Device and floating type of the first parameter: where the model lives and what it computes in."""
     for parameter in model.parameters():
@@ -135,11 +136,24 @@ def _placement(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Afterwards every random generator is what it was: torch's on all devices, NumPy's and Python's."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that user code may draw from
+    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" or torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)  # noqa: NPY002
+
+
+@contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; outside every training flag and random state as before."""
     flags = [(module, module.training) for module in model.modules()]
     device = _placement(model).get("device", torch.device("cpu"))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with generators_kept(device):
         model.eval()
         try:
             yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from kdbench.errors import UserError
@@ -13,10 +15,25 @@ from kdbench.models.weight_files import misfit_hint, read_weights
 def load_weights(model: nn.Module, path: Path, *, name: str, num_classes: int) -> None:
     """Fill every parameter and buffer of `model` from a safetensors or a torch file, as `weight_files.read_weights` reads it.
 
-    Raises UserError where the file can't be read, was made for another number of classes, or for another model than `name`.
+    Weights that the model ties are one tensor: the file may name it once, or several times with the same content. Raises UserError where
+    the file can't be read, was made for another number of classes or for another model than `name`, or has tied weights that differ.
+    """
+    stored = check_weights(model, path, name=name, num_classes=num_classes)
+    model.load_state_dict(stored, strict=True)
+
+
+def check_weights(model: nn.Module, path: Path, *, name: str, num_classes: int) -> dict[str, Tensor]:
+    """What `load_weights` would put into `model`, which may be on the meta device and stays as it is. Raises UserError as that does."""
+    return matched(read_weights(path, model.state_dict()), model, path, name=name, num_classes=num_classes)
+
+
+def matched(stored: Mapping[str, Tensor], model: nn.Module, path: Path, *, name: str, num_classes: int) -> dict[str, Tensor]:
+    """The `stored` tensors under all names of the model's, which stays as it is. path: of the file that they came from, for messages.
+
+    Raises UserError as `load_weights` does.
     """
     wanted = model.state_dict()
-    stored = read_weights(path, wanted)
+    stored = _tied_again(stored, aliases(wanted), path, name)
     misshaped = [key for key in wanted if key in stored and stored[key].shape != wanted[key].shape]
     missing = [key for key in wanted if key not in stored]
     unexpected = [key for key in stored if key not in wanted]
@@ -29,7 +46,60 @@ def load_weights(model: nn.Module, path: Path, *, name: str, num_classes: int) -
             hint = misfit_hint(stored, wanted) if keys is not misshaped else ""
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise UserError(f"weights {path} do not fit model {name!r}: {first!r} {what}{shapes}{more}{hint}")
-    model.load_state_dict(stored, strict=True)
+    return stored
+
+
+def aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tied tensors: each name after a tensor's first one -> that first name.
+
+    Two names are one tensor where they lie in the same memory with the same shape and strides. On the meta device nothing has memory:
+    there the same Python storage counts.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        if not tensor.numel():  # an empty tensor has no memory that another one could share
+            continue
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place in first:
+            found[name] = first[place]
+        else:
+            first[place] = name
+    return found
+
+
+def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory, tied ones once, under their first name.
+
+    Raises UserError for an entry that is no tensor, which a module's `get_extra_state` may give.
+    """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"the state {name!r} is a {type(value).__name__}, and weights files hold nothing but tensors; make it a tensor")
+    tied = aliases(tensors)
+    found: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for name, tensor in tensors.items():
+        if name in tied:
+            continue
+        here = tensor.detach().cpu().contiguous()
+        if here.untyped_storage()._cdata in used:  # two parts of one tensor
+            here = here.clone()
+        used.add(here.untyped_storage()._cdata)
+        found[name] = here
+    return found
+
+
+def _tied_again(stored: Mapping[str, Tensor], tied: Mapping[str, str], path: Path, name: str) -> dict[str, Tensor]:
+    """The stored tensors with every name of a tied one. Raises UserError where the file has several, and they differ."""
+    found = dict(stored)
+    for alias, first in tied.items():
+        if alias in found and first in found and not torch.equal(found[alias], found[first]):
+            raise UserError(f"weights {path} do not fit model {name!r}: it ties {alias!r} to {first!r}, which differ in the file")
+        known = found.get(first, found.get(alias))
+        if known is not None:
+            found[first] = found[alias] = known
+    return found
 
 
 def _check_classes(path: Path, num_classes: int, pairs: list[tuple[Tensor, Tensor]]) -> None:

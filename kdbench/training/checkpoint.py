@@ -16,6 +16,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from kdbench.errors import not_written
+from kdbench.models.weights import portable
 from kdbench.results.folder import file_sha256 as file_sha256
 from kdbench.results.working_copy import fetch_later, upload
 
@@ -62,9 +63,10 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 def save_weights(tensors: Mapping[str, Tensor], path: Path) -> str:
     """Write a model's tensors as safetensors under plain keys; returns the SHA-256 of the file, the same for the same weights.
 
+    Tied weights are written once, under their first name; `load_weights` and `safetensors.torch.load_model` tie them again.
     No metadata: safetensors writes several entries in an order that differs from process to process.
     """
-    data = save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    data = save_safetensors(portable(tensors))
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
     return hashlib.sha256(data).hexdigest()
 

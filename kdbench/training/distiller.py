@@ -160,10 +160,8 @@ def _cut(parts: Sequence[Tensor], shares: Sequence[int]) -> Tensor:
 
 
 def _joined(outputs: Outputs, shares: Sequence[int]) -> Outputs:
-    prediction = outputs.prediction
-    joined = {name: _join(t, shares) for name, t in prediction.items()} if isinstance(prediction, dict) else _join(prediction, shares)
     maps = {name: _join(tensor, shares) for name, tensor in outputs.maps.items()}
-    return Outputs(joined, maps, tuple(_joined(peer, shares) for peer in outputs.peers))
+    return Outputs(_join(outputs.prediction, shares), maps, tuple(_joined(peer, shares) for peer in outputs.peers))
 
 
 def _joined_batch(batch: Batch, shares: Sequence[int]) -> Batch:

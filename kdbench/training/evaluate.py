@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Part
 from kdbench.data.loader import in_order
-from kdbench.models.inputs import model_inputs
+from kdbench.models.outputs import predicted
 from kdbench.training.precision import autocast, images_for
 from kdbench.training.session import Session
 
@@ -26,7 +26,7 @@ def predict(model: nn.Module, part: Part, session: Session, precision: str, batc
     chunks = []
     for batch in in_order(part.select(rows) if world > 1 else part, batch_size, session.device):
         with autocast(precision, session.device):
-            prediction = model(model_inputs(model, images_for(batch.inputs, precision)))
+            prediction = predicted(model, images_for(batch.inputs, precision))
         chunks.append(prediction.float() if precision != "fp64" else prediction)
     model.train(training)
     mine = torch.cat(chunks)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -24,7 +24,9 @@ from kdbench.data.loader import in_order
 from kdbench.errors import RunFailed, UserError, nearest
 from kdbench.experiment import Experiment, parse_yaml, validated
 from kdbench.models.build import ModelSpec
-from kdbench.models.inputs import InputSpec, model_inputs
+from kdbench.models.inputs import InputSpec
+from kdbench.models.outputs import predicted
+from kdbench.models.weights import matched, portable
 from kdbench.own_code import names_from_records
 from kdbench.results.record import RunRecord
 from kdbench.results.store import path_name
@@ -156,9 +158,7 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """What the model's head gives [B, ...] for images [B, C, H, W] in [0, 1]."""
-        prediction = self.model(model_inputs(self.model, images))
-        logits: Tensor = prediction["logits"] if isinstance(prediction, dict) else prediction
-        return logits
+        return predicted(self.model, images)
 
 
 def difference_allowed(found: Tensor, expected: Tensor, what: object) -> tuple[float, float]:
@@ -200,10 +200,10 @@ def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, m
 
 def _write_safetensors(network: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
     """Write the tensors; returns the predictions of a network that was filled from the file alone."""
-    tensors = {name: tensor.contiguous() for name, tensor in network.model.state_dict().items()}
-    path.write_bytes(save_safetensors(tensors, metadata))
+    path.write_bytes(save_safetensors(portable(network.model.state_dict()), metadata))
     again = copy.deepcopy(network)
-    again.model.load_state_dict(load_safetensors(path.read_bytes()), strict=True)
+    classes = int(metadata["num_classes"])
+    again.model.load_state_dict(matched(load_file(path), again.model, path, name=metadata["model"], num_classes=classes))
     with torch.no_grad():
         prediction: Tensor = again(images)
         return prediction

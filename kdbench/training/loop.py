@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from kdbench.data.batch import Batch
 from kdbench.data.loader import Loader
 from kdbench.errors import Diverged, UserError
-from kdbench.experiment import Unit
+from kdbench.experiment import Recipe, Unit
 from kdbench.methods.base import Method, Progress
 from kdbench.methods.build import build_method, fitted
 from kdbench.models.outputs import Outputs, Shapes
@@ -179,10 +179,7 @@ def prepare(unit: Unit, session: Session) -> Training:
     student = fresh()
     method = _fitting_method(unit, student, task, session, generator)
     peers = [fresh() for _ in range(method.peer_count)]
-    if method.batch_coupled and recipe.accumulate > 1:
-        raise UserError(
-            f"method {unit.method.name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1"
-        )
+    check_uncut(unit.method.name, method, recipe)
     teacher = _teacher_of(unit, method, task, session)
     method.build(probe(student, task.info.image_shape, method.student_taps), _shapes_of(teacher, method, task), task.info)
     if method.needs_teacher_network:
@@ -221,6 +218,12 @@ def prepare(unit: Unit, session: Session) -> Training:
         loader=loader,
         generator=generator,
     )
+
+
+def check_uncut(name: str, method: Method, recipe: Recipe) -> None:
+    """Raise UserError where micro-batches would keep the method called `name` from its whole batch."""
+    if method.batch_coupled and recipe.accumulate > 1:
+        raise UserError(f"method {name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1")
 
 
 def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session, generator: torch.Generator) -> Method:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdbench.experiment import Recipe
 from kdbench.models.inputs import model_inputs
+from kdbench.models.outputs import main_output
 from kdbench.results.working_copy import fetch
 from kdbench.training.checkpoint import write_atomically
 
@@ -172,7 +173,7 @@ def _step_seconds(
     for _ in range(6):
         start = time.perf_counter()
         with autocast(precision, device):
-            prediction = call(model_inputs(model, images))
+            prediction = main_output(call(model_inputs(model, images)))
         prediction.float().square().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

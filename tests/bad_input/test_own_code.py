@@ -40,9 +40,12 @@ class NeverRuns(Net):
     def forward(self, images):
         raise KeyError("logits\\nand more")
 
-class FailsInTraining(Net):
+class FailsLater(Net):
+    steps = 0
+
     def forward(self, images):
-        return self.fc(images.flatten(1)) if not self.training else {}["logits"]
+        self.steps += self.training
+        return self.fc(images.flatten(1)) if self.steps < 2 else {}["logits"]
 
 class NeverBuilt(nn.Module):
     def __init__(self, num_classes: int, in_channels: int) -> None:
@@ -92,7 +95,7 @@ def own_code(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ({"methods": ["none", "raises:Method"]}, "method 'raises:Method': importing 'raises' failed"),
         ({"methods": ["none", "own_code:os"]}, "method 'own_code:os' is no subclass of kdbench.methods.base.Method"),
         ({"task": "own_code:os"}, "task 'own_code:os' must be a subclass of kdbench.tasks.base.Task"),
-        ({"task.data": "own_code:data"}, "data 'own_code:data': KeyError: 'images' (own_code.py, line 28)"),
+        ({"task.data": "own_code:data"}, "data 'own_code:data': KeyError: 'images' (own_code.py, line 31)"),
     ],
 )
 def test_own_code_that_can_not_be_used_is_named_with_file_and_line(
@@ -101,19 +104,19 @@ def test_own_code_that_can_not_be_used_is_named_with_file_and_line(
     assert_mistake(run(kdbench, changes), said)
 
 
-def test_a_model_that_fails_in_training_is_one_line_and_its_traceback_is_in_a_log(kdbench: Kdbench, own_code: None) -> None:
-    ended = run(kdbench, {"students": ["own_code:FailsInTraining"], "methods": ["none"]})
+def test_a_model_that_fails_at_its_second_step_is_one_line_and_its_traceback_is_in_a_log(kdbench: Kdbench, own_code: None) -> None:
+    ended = run(kdbench, {"students": ["own_code:FailsLater"], "methods": ["none"]})
     assert ended.code == 1
     assert "Traceback" not in ended.out + ended.err
     told = ended.err.splitlines()[-1]
-    assert told.startswith("  none seed 0: KeyError: 'logits' (own_code.py, line 21); traceback in ")
+    assert told.startswith("  none seed 0: KeyError: 'logits' (own_code.py, line 24); traceback in ")
     assert "Traceback (most recent call last)" in Path(told.rpartition(" ")[2]).read_text()
     assert results() == ["teacher teacher ok"]  # code that fails is no property of a method: the next run tries again
 
 
-def test_a_teacher_that_fails_in_training_ends_the_run(kdbench: Kdbench, own_code: None) -> None:
-    ended = run(kdbench, {"teacher.model": "own_code:FailsInTraining"})
-    assert_one_line(ended, 1, "teacher own_code:FailsInTraining: KeyError: 'logits' (own_code.py, line 21); traceback in ")
+def test_a_teacher_that_fails_at_its_second_step_ends_the_run(kdbench: Kdbench, own_code: None) -> None:
+    ended = run(kdbench, {"teacher.model": "own_code:FailsLater"})
+    assert_one_line(ended, 1, "teacher own_code:FailsLater: KeyError: 'logits' (own_code.py, line 24); traceback in ")
     assert results() == []
 
 

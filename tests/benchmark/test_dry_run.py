@@ -14,6 +14,7 @@ from kdbench.errors import UserError
 from kdbench.experiment import Experiment
 from kdbench.models.build import ModelSpec, build_model, without_weights
 from kdbench.pages import dry_run_page
+from kdbench.training.checkpoint import save_weights
 
 CIFAR: dict[str, Any] = {
     "name": "pair",
@@ -28,7 +29,7 @@ CIFAR: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine without data, on which steps are not timed."""
+    """A machine without data, on which each network is timed, and no method."""
     monkeypatch.setattr(module, "TIMED_FLOPS", 0)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KDBENCH_DATA", raising=False)
@@ -116,19 +117,75 @@ def test_small_networks_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMED_FLOPS", 1e9)
     found = of(methods=["none", "fitnet"])
     assert all(method.step_seconds is not None and method.step_seconds > 0 for method in found.methods)
-    assert "steps timed on this machine" in dry_run_page(found)
+    assert "timed here on noise" in dry_run_page(found)
 
 
-def test_what_can_not_work_anywhere_is_an_error_and_what_this_machine_lacks_a_note() -> None:
+def test_what_can_not_work_anywhere_is_an_error() -> None:
     with pytest.raises(UserError, match="can't be cut into 3 equal parts"):
         of(runtime={"workers": 3, "address": "auto"})
     with pytest.raises(UserError, match="val_size 50000 is 50000 of the 50000 training images of data 'cifar100'"):
         of(task=CIFAR["task"] | {"val_size": 50_000})
     with pytest.raises(UserError, match="there is no tap"):
         of(methods=[{"name": "fitnet", "student_taps": ["stage:9"]}])
-    found = of(runtime={"gpus_per_worker": 1000}, teacher={"model": "resnet8x4", "weights": "gone.safetensors"}, methods=["kd"])
-    assert [note.partition(":")[0] for note in found.notes] == ["data cifar100", "on this machine", "teacher.weights"]
-    assert found.teacher_flops == 0
+
+
+LACKING: list[tuple[dict[str, Any], str]] = [
+    ({"teacher": {"model": "resnet8x4", "weights": "gone.safetensors"}}, "teacher.weights: there is no file gone.safetensors"),
+    ({"teacher": {"model": {"name": "resnet8x4", "weights": "gone.safetensors"}}}, "teacher.model.weights: there is no file"),
+    ({"students": [{"name": "cifar_resnet8", "weights": "gone.safetensors"}]}, "students: weights: there is no file gone.safetensors"),
+    ({"runtime": {"gpus_per_worker": 1000}}, "runtime.gpus_per_worker: 1 workers need 1000 GPUs"),
+    ({"task": {"name": "classification", "data": "imagenet"}}, "data imagenet: no train and val below data"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), LACKING, ids=lambda value: value.partition(":")[0] if isinstance(value, str) else "")
+def test_what_this_machine_lacks_is_an_error_and_with_a_cluster_a_note(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^{said}"):
+        of(**changes)
+    found = of(**changes | {"runtime": {"address": "auto", **changes.get("runtime", {})}}, methods=["none"])
+    assert any(note.startswith(said) for note in found.notes) or "runtime" in changes
+
+
+def test_weights_of_another_network_are_an_error_with_and_without_a_cluster() -> None:
+    save_weights(
+        build_model(ModelSpec(name="tiny_cnn"), num_classes=100, in_channels=3, image_size=32, mean=(0.5,), std=(0.5,)).state_dict(),
+        Path("w.safetensors"),
+    )
+    for runtime in ({}, {"address": "auto"}):
+        with pytest.raises(UserError, match=r"weights w\.safetensors do not fit model 'resnet8x4': .* is missing"):
+            of(teacher={"model": "resnet8x4", "weights": "w.safetensors"}, runtime=runtime)
+
+
+def test_data_that_may_not_be_downloaded_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDBENCH_OFFLINE", "1")
+    with pytest.raises(UserError, match="data cifar100: it is in none of"):
+        of()
+    assert of(runtime={"address": "auto"}, methods=["none"]).seconds is None
+
+
+def test_hours_are_those_of_all_steps_and_validations_shared_by_the_slots_after_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_image_seconds", lambda network, recipe, trained, device: 1e-3 if trained else 1e-4)
+    monkeypatch.setattr(module, "needs_ray", lambda *_: True)
+    monkeypatch.setattr(module, "nodes_of", lambda _: [{"CPU": 2, "GPU": 0}])
+    found = of(methods=["none", "kd"], recipe=CIFAR["recipe"] | {"augment": {"flip": True}, "views": None})
+    none, kd = found.methods
+    assert found.slots == 2
+    validation = 10 * 5000 * 1e-3 / 3
+    assert none.total_seconds == pytest.approx(3 * (10 * (45_000 // 64) * 64 * 1e-3 + validation))
+    assert kd.step_seconds == pytest.approx(64 * (1e-3 + 1e-4) + 64 * 1e-3 * kd.own_flops / 64 / (3 * found.networks[1].flops))
+    assert found.teacher_seconds == pytest.approx(2 * (45_000 // 64) * 64 * 1e-3 + 2 * 5000 * 1e-3 / 3)
+    assert found.seconds == pytest.approx(found.teacher_seconds + (none.total_seconds + kd.total_seconds) / 2)
+    assert of(methods=["none"], runtime={"address": "auto"}).seconds is None
+
+
+def test_a_network_of_more_than_thirty_million_parameters_is_neither_rehearsed_nor_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REAL_PARAMETERS", 1_000_000)
+    found = of(task={"name": "classification", "data": "fashion_mnist"})
+    assert found.not_rehearsed == ("teacher 'resnet8x4' (more than 1,000,000 parameters)",)
+    assert found.seconds is None
+    page = dry_run_page(found)
+    assert "not rehearsed: teacher 'resnet8x4' (more than 1,000,000 parameters)" in page
+    assert "No hours" in page
 
 
 def test_pretrained_weights_are_not_fetched_but_their_input_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,4 +221,5 @@ def test_the_page_has_a_line_for_every_method_and_what_is_missing() -> None:
     assert rows["fitnet"][2:4] == ["stage:1", "4,480"]
     assert rows["9"][1] == "trainings,"
     assert any(line.startswith("data cifar100: it is in none of") for line in lines)
-    assert any("FLOPs at 1e+13 a second" in line for line in lines)
+    assert any(" hours on this machine, 1 at once after " in line for line in lines)
+    assert "not rehearsed: student 'cifar_resnet8' (data cifar100 is not here)" in lines

@@ -242,7 +242,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
     folder = tmp_path_factory.mktemp("search")
     searched = Searched(folder, Watch(folder / "notes"))
     with pytest.MonkeyPatch.context() as here:
-        here.setattr(running, "_needs_ray", lambda *_: False)
+        here.setattr(running, "needs_ray", lambda *_: False)
         run(Experiment.model_validate(search(folder, searched.watch)), searched.results, searched.watch)
     return searched
 

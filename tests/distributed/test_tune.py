@@ -272,7 +272,7 @@ def test_a_process_killed_between_any_two_trials_changes_nothing_of_a_search(tmp
     summary = run(of, tmp_path / "killed", killer)
     assert killer.killed >= 20
     assert summary.failures == ()
-    monkeypatch.setattr(running, "_needs_ray", lambda *_: False)
+    monkeypatch.setattr(running, "needs_ray", lambda *_: False)
     run(of, tmp_path / "undisturbed", Watch())
     (trials,), (others,) = (studies(tmp_path / name).values() for name in ("killed", "undisturbed"))
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}

@@ -173,7 +173,7 @@ class TestNames:
             assert str(caught.value) == message
 
     def test_a_prediction_that_is_no_tensor_is_refused(self) -> None:
-        with pytest.raises(UserError, match="the model gives a tuple; expected a tensor, or a dictionary with 'logits'"):
+        with pytest.raises(UserError, match="the model gives a tuple; expected a tensor, a dictionary with 'logits'"):
             probe(Pair(), GREY)
 
     def test_logits_in_a_dictionary_are_the_prediction(self) -> None:

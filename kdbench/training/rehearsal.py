@@ -1,0 +1,314 @@
+"""A first training step of every network and method, on copies, before anything is trained: what can't work is known by then.
+
+A rehearsal takes the real step (`loop.train_step`) at the smallest micro-batch that any worker gets, predicts two images, and saves and
+loads the weights. The networks, their buffers and all random generators stay exactly as they were, so that no number moves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from kdbench.catalogue import nearest
+from kdbench.data.batch import Batch, Part
+from kdbench.data.loader import Loader
+from kdbench.errors import KDBenchError, UserError, in_one_line
+from kdbench.experiment import Experiment, Recipe, Unit, WorkerRange, worker_bounds
+from kdbench.methods.base import Method
+from kdbench.methods.build import MethodSpec, fitted
+from kdbench.models.build import ModelSpec
+from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.taps import places
+from kdbench.models.trace import generators_kept, trace
+from kdbench.models.weights import matched, portable
+from kdbench.tasks.base import Task
+from kdbench.training.distiller import Distiller
+from kdbench.training.evaluate import predict
+from kdbench.training.loop import Training, check_uncut, train_step
+from kdbench.training.optimization import make_average, make_optimizers, make_schedule
+from kdbench.training.precision import place
+from kdbench.training.session import LocalSession
+
+MOST_IMAGES = 8  # of a rehearsed step: it stays cheap, and what fails with so few is tried again with as many as training has
+_ALONE = MethodSpec(name="none")
+
+
+class Rehearsal:
+    """Rehearses the networks and methods of one experiment. Each failure is a UserError of one line that names the way out."""
+
+    def __init__(self, experiment: Experiment, task: Task, recipes: Sequence[Recipe], device: torch.device) -> None:
+        """recipes: the experiment's own, and those that its search may try."""
+        self.experiment, self.task, self.device = experiment, task, device
+        self.recipes = tuple(recipes)
+
+    def teacher(self, model: nn.Module) -> None:
+        """Rehearse the teacher's training."""
+        spec = self.experiment.teacher
+        assert spec is not None
+        recipe, samples = self.experiment.teacher_recipe(), self.task.splits().train
+        _Scene(self, f"teacher {spec.model.label!r}", spec.model, model, (recipe,), samples).network()
+
+    def student(self, spec: ModelSpec, model: nn.Module, teacher: Shapes | None, network: nn.Module | None) -> tuple[str, ...]:
+        """Rehearse a student alone, then with every method. Returns the labels of the methods that were left out.
+
+        teacher: its places; what it gives there is made up. network: the teacher itself, for methods that work with it; without it these
+        are left out.
+        """
+        samples = self.task.splits().transfer
+        scene = _Scene(self, f"student {spec.label!r}", spec, model, self.recipes, samples, teacher, network)
+        scene.network()
+        return tuple(method.label for method in self.experiment.methods if not scene.method(method))
+
+
+class _Scene:
+    """One network, and what its training is made of."""
+
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        name: str,
+        spec: ModelSpec,
+        model: nn.Module,
+        recipes: tuple[Recipe, ...],
+        samples: Part,
+        teacher: Shapes | None = None,
+        teacher_network: nn.Module | None = None,
+    ) -> None:
+        self.task, self.device, self.workers = rehearsal.task, rehearsal.device, rehearsal.experiment.runtime.workers
+        self.experiment, self.name, self.spec, self.model = rehearsal.experiment, name, spec, model
+        self.recipes, self.samples, self.teacher = recipes, samples, teacher
+        self._given_network = teacher_network
+        self._frozen: nn.Module | None = None
+        val = self.task.splits().val
+        self.few = val.select(torch.arange(min(2, len(val))))
+        self.ours = places(model, self.task.info.image_shape)
+
+    # --- what is rehearsed -------------------------------------------------------------------------------------------
+
+    def network(self) -> None:
+        """The network without any method."""
+        check_sees_all(self.name, self.model, self.task.info.image_shape)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UserError(f"{self.name}: no parameter requires a gradient, so nothing in it can learn; leave some of its layers unfrozen")
+        self._at_smallest(self.name, _ALONE, self.smallest)
+
+    def method(self, spec: MethodSpec) -> bool:
+        """One method; False where it needs the teacher's network and there is none."""
+        with generators_kept(self.device):  # adapters draw their first weights
+            method = self._method(spec)
+        if method.needs_teacher_network and self._given_network is None:
+            return False
+        for recipe in self.recipes:
+            check_uncut(spec.name, method, recipe)
+        size = min(recipe.batch_size for recipe in self.recipes) if method.batch_coupled else self.smallest
+        self._at_smallest(f"method {spec.label!r} with {self.name}", spec, size)
+        return True
+
+    @property
+    def smallest(self) -> int:
+        return smallest_micro_batch(self.recipes, self.workers, len(self.samples))
+
+    def _at_smallest(self, who: str, spec: MethodSpec, smallest: int) -> None:
+        """Rehearse with `smallest` images, or with fewer where these do. Raises UserError where neither works."""
+        size = min(smallest, MOST_IMAGES)
+        failure = self._failure(spec, size)
+        if failure is not None and size < smallest:
+            size, failure = smallest, self._failure(spec, smallest)
+        if failure is not None:
+            raise UserError(f"{who}: {failure}{self._way_out(spec, size)}")
+
+    def _failure(self, spec: MethodSpec, images: int) -> str | None:
+        """Why a rehearsal with so many images fails; None where it works."""
+        try:
+            with generators_kept(self.device):
+                self._rehearse(spec, images)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _way_out(self, spec: MethodSpec, failed: int) -> str:
+        """What to change where a step with more images works."""
+        recipe = self.recipes[0]
+        more = min(max(2, *(recipe.batch_size for recipe in self.recipes)), MOST_IMAGES)
+        if failed >= more or self._failure(spec, more) is not None:
+            return ""
+        what = f"batches of {failed} image{'s'[: failed > 1]} fail, batches of {more} work"
+        if any(recipe.accumulate > 1 for recipe in self.recipes):
+            return f"; {what}: lower recipe.accumulate, which cuts batches of {recipe.batch_size}, or raise recipe.batch_size"
+        if worker_bounds(self.workers)[1] > 1:
+            return f"; {what}: lower runtime.workers, which share batches of {recipe.batch_size}, or raise recipe.batch_size"
+        return f"; {what}: raise recipe.batch_size"
+
+    # --- one rehearsal -----------------------------------------------------------------------------------------------
+
+    def _rehearse(self, spec: MethodSpec, images: int) -> None:
+        with _doing("its copy"):
+            run = self.training(spec, images)
+        batch = self._batch(run.unit.recipe, images)
+        learns: set[int] = set()
+        for parameter in run.distiller.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: learns.add(id(parameter)))
+        run.wrapped.train()
+        with _doing(f"a training step on {images} image{'s'[: images > 1]}"):
+            train_step(run, batch)
+        self._check_gradients(run.distiller, learns)
+        with _doing("predicting two images"):
+            prediction = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision)
+            measured = self.task.metrics(prediction, self.few.target)
+        self._check_objectives(measured)
+        with _doing("saving and loading its weights"):
+            self._reload(run.distiller.method.export_student(run.evaluated))
+
+    def _check_gradients(self, distiller: Distiller, learns: set[int]) -> None:
+        student = {name: p for name, p in distiller.student.named_parameters() if p.requires_grad}
+        if not any(id(parameter) in learns for parameter in student.values()):
+            raise UserError("no parameter of the network gets a gradient from a training step; check what its forward pass detaches")
+        idle = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad and id(parameter) not in learns]
+        if idle and worker_bounds(self.workers)[1] > 1:
+            raise UserError(
+                f"{len(idle)} of its parameters get no gradient, such as {idle[0].partition('.')[2]!r}, and several workers can't train it "
+                "then; use runtime.workers: 1, or freeze these parameters"
+            )
+
+    def _check_objectives(self, measured: dict[str, float]) -> None:
+        search = self.experiment.search
+        for name in sorted(set(search.objectives) - {"train_seconds"} - measured.keys() if search is not None else ()):
+            raise UserError(f"search.objectives: {self.task.name} is not measured by {name!r}{nearest(name, measured)}")
+
+    def _reload(self, trained: nn.Module) -> None:
+        """Save the trained copy's weights and load them as they would be loaded into the network as it is built."""
+        stored = load_safetensors(save_safetensors(portable(trained.state_dict())))
+        try:
+            fitting = matched(stored, self.model, Path("saved"), name=self.spec.name, num_classes=self.task.info.num_classes)
+        except UserError as error:
+            raise UserError(f"training changes what its state_dict holds, so its weights can't be loaded again ({error})") from None
+        trained.load_state_dict(fitting, strict=True)
+
+    # --- what a training consists of ---------------------------------------------------------------------------------
+
+    def training(self, spec: MethodSpec, images: int) -> Training:
+        """The training of a copy of the network with a method, at its very beginning, `images` images a step, on made teacher outputs."""
+        asked = self.recipes[0]
+        recipe = asked.model_copy(
+            update={
+                "batch_size": images,
+                "accumulate": 1,
+                "precision": "fp32" if asked.precision == "auto" else asked.precision,
+                "memory_format": "contiguous" if asked.memory_format == "auto" else asked.memory_format,
+                "compile": False,
+            }
+        )
+        torch.manual_seed(0)
+        method = self._method(spec)
+        method.use_samples(self.samples)
+        if method.needs_teacher_network and self._given_network is not None:
+            self._frozen = self._frozen or self._placed(self._given_network, recipe).eval().requires_grad_(False)
+            method.use_teacher(self._frozen, self.task.info.image_shape)
+        student = place(method.adapt_student(self._placed(self.model, recipe)), recipe.precision, recipe.memory_format, self.device)
+        method = method.to(self.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
+        distiller = Distiller(student, method, self.task, peers=[self._placed(self.model, recipe) for _ in range(method.peer_count)])
+        optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
+        loader = self._loader(recipe, images)
+        return Training(
+            unit=Unit(
+                role="trial",
+                experiment=self.experiment.name,
+                protocol_hash="",
+                split_hash="",
+                task=self.experiment.task,
+                student=self.spec,
+                method=spec,
+                recipe=recipe,
+                seed=0,
+            ),
+            session=LocalSession(device=self.device),
+            task=self.task,
+            splits=self.task.splits(),
+            distiller=distiller,
+            wrapped=distiller,
+            teacher=self._made_teacher(method, recipe),  # type: ignore[arg-type]
+            optimizers=optimizers,
+            schedule=make_schedule(recipe, loader.steps_per_epoch, optimizers[0]),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16"),
+            average=make_average(student, recipe),
+            loader=loader,
+            generator=torch.Generator(),
+        )
+
+    def _method(self, spec: MethodSpec) -> Method:
+        """The method, built for the pair. Raises UserError where it does not fit."""
+        method = fitted(spec, self.ours, self.teacher, torch.Generator().manual_seed(0))
+        method.build(self.ours, self.teacher if method.needs_teacher else None, self.task.info)
+        return method
+
+    def _placed(self, network: nn.Module, recipe: Recipe) -> nn.Module:
+        return place(copy.deepcopy(network), recipe.precision, recipe.memory_format, self.device)
+
+    def _loader(self, recipe: Recipe, images: int) -> Loader:
+        few = self.samples.select(torch.arange(min(len(self.samples), max(2, images))))
+        return Loader(few, images, augment=recipe.augment, views=recipe.views, data_seed=0, order_seed=0, device=self.device)
+
+    def _batch(self, recipe: Recipe, images: int) -> Batch:
+        """Real images, augmented and mixed as the recipe says."""
+        return next(iter(self._loader(recipe, images).batches(0)))
+
+    def _made_teacher(self, method: Method, recipe: Recipe) -> Callable[[Batch], Outputs] | None:
+        """A teacher that gives noise in the shapes of the real one."""
+        shapes = self.teacher
+        if not method.needs_teacher or shapes is None:
+            return None
+        generator, dtype = torch.Generator().manual_seed(0), torch.float64 if recipe.precision == "fp64" else torch.float32
+
+        def draw(batch: Batch, shape: tuple[int, ...]) -> Tensor:
+            return torch.rand(len(batch), *shape, generator=generator, dtype=dtype).to(self.device)
+
+        def outputs(batch: Batch) -> Outputs:
+            return Outputs(draw(batch, shapes.prediction), {tap: draw(batch, shapes.taps[tap].shape) for tap in method.teacher_taps})
+
+        return outputs
+
+
+def smallest_micro_batch(recipes: Sequence[Recipe], workers: int | WorkerRange, images: int) -> int:
+    """The fewest images that a worker takes at once: batches of 10 that 4 micro-batches cut have parts of 3, 3, 3 and 1."""
+    sizes, cuts = {recipe.batch_size for recipe in recipes}, {recipe.accumulate for recipe in recipes}
+    _, most = worker_bounds(workers)
+    shares = {max(1, min(size, images) // most) for size in sizes}
+    return min(len(torch.arange(share).chunk(cut)[-1]) for share, cut in product(shares, cuts))
+
+
+def check_sees_all(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Raise UserError where the model cuts images into patches and leaves a part of each image out."""
+    seen = trace(model, image_shape)
+    if seen.patches is None:
+        return
+    (height, width), (rows, columns) = seen.patches, (side % patch for side, patch in zip(seen.input_size, seen.patches, strict=True))
+    if not rows and not columns:
+        return
+    side = seen.input_size[0]
+    divisors = [size for size in range(2, side) if side % size == 0]
+    smaller = f"patches of {' or '.join(map(str, divisors[:3]))} pixels (timm: patch_size)" if divisors else "another size of patches"
+    raise UserError(
+        f"{name}: patches of {height}x{width} pixels don't divide images of {seen.input_size[0]}x{seen.input_size[1]}, so that the model "
+        f"never sees {rows} rows and {columns} columns of each; use {smaller}, "
+        f"or have images resized to {height * (side // height + 1)} (timm: img_size)"
+    )
+
+
+@contextmanager
+def _doing(what: str) -> Iterator[None]:
+    """What foreign code raises inside becomes one line; a user's network may even leave the program."""
+    try:
+        yield
+    except KDBenchError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} fails: {in_one_line(error)}") from error

@@ -1,0 +1,104 @@
+"""A rehearsal leaves no trace, takes the smallest micro-batch that training has, and is cheap because it takes no larger one."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdbench.errors import UserError
+from kdbench.experiment import Experiment, Recipe, WorkerRange
+from kdbench.methods import METHODS
+from kdbench.models.build import build_model
+from kdbench.models.taps import places
+from kdbench.tasks.build import build_task
+from kdbench.training.rehearsal import Rehearsal, check_sees_all, smallest_micro_batch
+from tests.bad_input.odd_networks import Draws
+
+SHAPES: dict[str, Any] = {
+    "name": "rehearsed",
+    "task": {"name": "classification", "data": {"name": "shapes", "train": 60, "test": 20, "target": "class"}, "val_size": 20},
+    "teacher": {"model": "tiny_cnn"},
+    "students": ["tests.bad_input.odd_networks:Draws"],
+    "methods": ["none", "kd", "fitnet"],
+    "recipe": {"batch_size": 20, "ema": 0.9, "augment": {"crop": 2, "mixup": 0.2}},
+}
+
+
+def generators() -> list[Any]:
+    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+
+
+def test_networks_and_generators_stay_exactly_as_they_were() -> None:
+    experiment = Experiment.model_validate(SHAPES)
+    task = build_task(experiment.task)
+    assert experiment.teacher is not None
+    student, teacher = task.build_model(experiment.students[0]), task.build_model(experiment.teacher.model)
+    student.train()
+    teacher.eval()
+    before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in (student, teacher)]
+    assert isinstance(student, Draws)
+    steps, flags, drawn = student.steps, [m.training for m in student.modules()], generators()
+    theirs = places(teacher, task.info.image_shape)
+    rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
+    rehearsal.teacher(teacher)
+    student.steps = steps
+    assert rehearsal.student(experiment.students[0], student, theirs, teacher) == ()
+    assert generators() == drawn
+    assert [m.training for m in student.modules()] == flags
+    assert not any(m.training for m in teacher.modules())
+    for network, kept in zip((student, teacher), before, strict=True):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in network.state_dict().items())
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batches", "cuts", "workers", "images", "fewest"),
+    [
+        ([10], [4], 1, 1000, 1),
+        ([10], [3], 1, 1000, 2),
+        ([128], [1], 1, 1000, 128),
+        ([128], [1], 4, 1000, 32),
+        ([128], [1], 1, 50, 50),
+        ([10], [1], WorkerRange(min=1, max=4), 1000, 2),
+        ([64, 8], [1], 1, 1000, 8),
+        ([64, 8], [1, 8], 1, 1000, 1),
+    ],
+)
+def test_the_smallest_micro_batch_is_the_last_part_of_the_smallest_share(
+    batches: list[int], cuts: list[int], workers: int | WorkerRange, images: int, fewest: int
+) -> None:
+    recipes = [Recipe(batch_size=batch) for batch in batches] + [Recipe(batch_size=batches[0], accumulate=cut) for cut in cuts]
+    assert smallest_micro_batch(recipes, workers, images) == fewest
+
+
+def test_every_method_is_rehearsed_and_one_that_needs_the_teachers_network_is_left_out_without_it() -> None:
+    experiment = Experiment.model_validate(SHAPES | {"students": ["tiny_cnn"], "methods": ["kd", "srrl"], "recipe": {"batch_size": 20}})
+    task = build_task(experiment.task)
+    student = task.build_model(experiment.students[0])
+    rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
+    theirs = places(student, task.info.image_shape)
+    assert "srrl" in METHODS
+    assert rehearsal.student(experiment.students[0], student, theirs, None) == ("srrl",)
+    assert rehearsal.student(experiment.students[0], student, theirs, student) == ()
+
+
+@pytest.mark.parametrize("padding", [0, "valid"])
+def test_patches_of_ones_own_network_must_divide_the_image(padding: Any) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 8, 8, padding), nn.Flatten(), nn.LazyLinear(2))
+    check_sees_all("own", network, (1, 32, 24))
+    network = nn.Sequential(nn.Conv2d(1, 4, 8, 8, padding), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(UserError, match="never sees 2 rows and 3 columns of each; use patches of 2 or 17 pixels"):
+        check_sees_all("own", network, (1, 34, 27))
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 33), ("convnext_atto", 32), ("cifar_resnet8", 29), ("inception_v3", 96)])
+def test_convolutions_that_overlap_leave_nothing_out(name: str, side: int) -> None:
+    from kdbench.models.build import ModelSpec
+
+    spec = ModelSpec(name=name)
+    check_sees_all(name, build_model(spec, num_classes=2, in_channels=3, image_size=side, mean=(0.5,) * 3, std=(0.5,) * 3), (3, side, side))
