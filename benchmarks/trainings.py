@@ -58,7 +58,6 @@ def unit(task: dict[str, Any], student: Model, method: str | dict[str, Any], tea
             "role": "trial",
             "experiment": "benchmark",
             "protocol_hash": "benchmark",
-            "split_hash": "benchmark",
             "task": task,
             "student": student,
             "teacher": teacher,

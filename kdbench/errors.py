@@ -63,12 +63,13 @@ def not_written(error: OSError, path: object) -> RunFailed:
 def in_one_line(error: BaseException) -> str:
     """What foreign code raised, and the last line of the user's own files on the way: `KeyError: 'x' (my_model.py, line 7)`."""
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
     place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {message[:200]}".removesuffix(": ") + place
 
 
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
+    """Whether a file of code is the user's own: none of Python's, of kdbench's or of an installed package."""
     libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
     return not (filename.startswith(("<", *libraries)) or "site-packages" in filename or "dist-packages" in filename)
 

@@ -412,26 +412,47 @@ def _override_methods(experiment: dict[str, Any], path: list[str], value: Any, a
 
 
 class TeacherRef(_Part):
-    """A teacher that is ready: its weights, what they are (sha256), how good it is, and where its cached outputs lie."""
+    """A teacher that is ready: its weights, how good it is, and where its cached outputs lie.
+
+    sha: SHA-256 of the weights' file. state: of the tensors as the network holds them once they are loaded (`models.weights.state_sha256`),
+    which is the same for every kind of file; None where nobody loaded them.
+    """
 
     model: ModelSpec
     weights: Path
     sha: str
+    state: Annotated[str | None, LEFT_OUT_UNSET] = None
     metric: float | None = None
     precision: str = "fp32"
     memory_format: str = "contiguous"
     cache: Path | None = None
 
+    @property
+    def identity(self) -> str:
+        """Content hash of all that decides the teacher's outputs: tensors, model and its options, precision and memory format.
+
+        Its label, its file and how it was trained are left out.
+        """
+        model = self.model.model_dump(mode="json", exclude={"label", "weights"})
+        return content_hash([self.state or self.sha, model, self.precision, self.memory_format])
+
 
 class Unit(_Part):
-    """One training, fully described: the same unit gives the same weights wherever it runs. `key` names it."""
+    """One training, fully described: the same unit gives the same weights wherever it runs. `key` names it.
+
+    protocol_hash: what the trainings of a board share, the test part left out. data_hash: content of train, transfer and val; task_version:
+    of the task's code; student_init: content of the student's `weights` (`models.weights.state_sha256`). A process that finds other content
+    or another version refuses to train; None asks for no such check.
+    """
 
     role: Literal["teacher", "trial", "candidate", "final"]
     experiment: str
     protocol_hash: str
-    split_hash: str
+    data_hash: Annotated[str | None, LEFT_OUT_UNSET] = None
     task: TaskSpec
+    task_version: Annotated[int | None, LEFT_OUT_UNSET] = None
     student: ModelSpec
+    student_init: Annotated[str | None, LEFT_OUT_UNSET] = None
     teacher: TeacherRef | None = None
     method: MethodSpec
     method_version: int = 1
@@ -444,12 +465,15 @@ class Unit(_Part):
 
     @property
     def key(self) -> str:
-        """Content hash of all that decides the outcome, and of nothing else: where files lie and how the experiment is called is left out.
+        """Content hash of all that decides the weights, and of nothing else: where files lie and how the experiment is called is left out.
 
-        Labels are part of it: a tuned method may end at the parameters that another label pins, and a board has a row for each.
+        The task is in `protocol_hash`, with its options and version. The test part decides what is measured, and no weight. Labels of
+        method and student are part of the key: a tuned method may end at the parameters that another label pins, and a board has a row
+        for each.
         """
-        content = self.model_dump(mode="json", exclude={"experiment", "teacher", "checkpoint_seconds", "number"})
-        content["teacher"] = self.teacher.sha if self.teacher else None
+        places = {"experiment": True, "task": True, "teacher": True, "checkpoint_seconds": True, "number": True}
+        content = self.model_dump(mode="json", exclude={**places, "student": {"weights"}})
+        content["teacher"] = self.teacher.identity if self.teacher else None
         return content_hash(content)
 
     @property
@@ -465,6 +489,11 @@ class Unit(_Part):
     def evaluates_test(self) -> bool:
         """Choices are made on validation; only what is final sees the test set."""
         return self.role in ("teacher", "final")
+
+
+def board_hash(protocol_hash: str, test_hash: str) -> str:
+    """What a board shares: the protocol of its trainings, and the test part that they are measured on."""
+    return content_hash([protocol_hash, test_hash])
 
 
 def content_hash(value: Mapping[str, Any] | Sequence[Any], length: int = 16) -> str:

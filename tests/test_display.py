@@ -23,7 +23,6 @@ def unit_of(record: RunRecord) -> Unit:
             "role": "final",
             "experiment": "tiny",
             "protocol_hash": record.protocol_hash,
-            "split_hash": "s",
             "task": {"name": "classification"},
             "student": {"name": "tiny_cnn"},
             "method": {"name": record.method, "label": record.label},

@@ -12,12 +12,13 @@ import torch
 from kdbench.benchmark.watch import Watch
 from kdbench.distributed.cache import worth_ray, write_with_ray
 from kdbench.distributed.cluster import started
-from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef
+from kdbench.experiment import Recipe, Runtime, TeacherRef, content_hash
 from kdbench.results.layout import Layout
 from kdbench.results.locks import Held, locked
 from kdbench.training.cache_build import Builder, Plan, build_here, cached_already, mend
 from kdbench.training.cache_copies import bring, send
 from kdbench.training.cache_streams import ENTRY, Stream
+from kdbench.training.earlier_keys import Asked
 from kdbench.training.teacher_cache import LOGITS, TEST, CacheSpec, tap_stream
 from kdbench.training.top_k import BOUND, TEMPERATURES
 
@@ -25,9 +26,19 @@ from kdbench.training.top_k import BOUND, TEMPERATURES
 Elsewhere = Callable[[Builder, Plan, float], Iterator[int] | None]
 
 
-def cache_spec(experiment: Experiment, teacher: TeacherRef, recipe: Recipe) -> CacheSpec:
-    """The entry that students with this recipe read."""
-    return CacheSpec(teacher=teacher, task=experiment.task, recipe=recipe, data_seed=experiment.data_seed, options=experiment.cache)
+def cache_spec(asked: Asked, teacher: TeacherRef, recipe: Recipe, layout: Layout) -> CacheSpec:
+    """The entry that students with this recipe read: where there is none under its key, the one that the earlier rule of keys left."""
+    experiment = asked.experiment
+    spec = CacheSpec(teacher=teacher, task=experiment.task, recipe=recipe, data_seed=experiment.data_seed, options=experiment.cache)
+    earlier = asked.cache_facts(spec.facts, teacher)
+    if earlier is None or _there(layout.cache(spec.key)) or not _there(layout.cache(content_hash(earlier))):
+        return spec
+    return spec.model_copy(update={"earlier": earlier})
+
+
+def _there(folder: Path) -> bool:
+    bring(folder, {LOGITS, TEST})
+    return (folder / ENTRY).exists()
 
 
 def on_ray(stack: ExitStack, runtime: Runtime, started_anyway: bool, builder: Builder, plan: Plan, seconds: float) -> Iterator[int] | None:

@@ -21,9 +21,11 @@ from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, NoTracker, Status, Tracker
 from kdbench.results.working_copy import fetch
+from kdbench.training.outcome import code_of
 
 # A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.
 LIVE_AFTER_SECONDS = 10.0
+_SHOWN = 5  # trainings that one line names
 STATUSES: dict[str, Status] = {"ok": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
@@ -48,6 +50,7 @@ class Ledger:
         self.trained = 0
         self.found = 0
         self.failures: list[str] = []
+        self._other_code: dict[str, dict[str, None]] = {}  # by module, the trainings that were found, in order
         self.held = ExitStack()  # what stays open until the run ends: Ray, once something has needed it
         self._context = {"config": to_yaml(experiment), **describe_environment()}
         self._curves: dict[str, list[dict[str, float]]] = {}
@@ -95,6 +98,7 @@ class Ledger:
     def found_again(self, unit: Unit, record: RunRecord, parent: Parent = no_parent) -> None:
         """Count a unit that an earlier run put on record. If MLflow could not be reached then, it is shown when this run ends."""
         self.found += 1
+        self._compare_code(unit, record)
         if record.role != "teacher":
             self.watch.found(record)
         if record.mlflow_run_id is None:
@@ -112,6 +116,27 @@ class Ledger:
 
     def _complete(self, run_id: str, record: RunRecord) -> str | None:
         return self.tracker.complete(run_id, curve=record.curve, **self._what(record))
+
+    def _compare_code(self, unit: Unit, record: RunRecord) -> None:
+        """Remember which of the user's modules have other code now than what a finished training was made with."""
+        if record.code is None:  # of an older record nobody knows
+            return
+        now = code_of(unit)
+        for module in sorted(now.keys() | record.code.keys()):
+            if now.get(module) != record.code.get(module):
+                self._other_code.setdefault(module, {})[f"{unit.student.label} · {unit.method.label}"] = None
+
+    def tell_of_other_code(self) -> None:
+        """One line on finished trainings that were found although the user's code has changed since: code is in no key."""
+        if not self._other_code:
+            return
+        modules = ", ".join(f"{module.rpartition('.')[2]}.py" for module in self._other_code)
+        names = list(dict.fromkeys(name for names in self._other_code.values() for name in names))
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        self.watch.note(
+            f"the code of {modules} has changed since these were trained, and they are shown as they were: {shown}; to train them again, "
+            "raise the version of your method or task, give your model another label, or use another results folder"
+        )
 
     def _owe(self, unit: Unit, record: RunRecord, parent: Parent) -> None:
         if not isinstance(self.tracker, NoTracker):
@@ -147,6 +172,17 @@ class Ledger:
         """Raise RunFailed where another machine took this run over. Called before each write to the store's records and studies."""
         if self.lease is not None:
             self.lease.check()
+
+    def keep_again(self, record: RunRecord, **facts: Any) -> RunRecord:
+        """Put a finished training on record that has another record already. It was trained where and with what that one says."""
+        record = record.model_copy(update={**facts, "lease": self.lease.number if self.lease is not None else None})
+        self.check_lease()
+        self.store.append(record)
+        return record
+
+    def keep_measured(self, record: RunRecord) -> RunRecord:
+        """Put a finished training on record that was measured again, on data that lie where the experiment says now."""
+        return self.keep_again(record, config=self._context["config"])
 
     def note_trial(self, unit: Unit, record: RunRecord, parent: Parent) -> None:
         """Show a trial, whose study is told of it next.

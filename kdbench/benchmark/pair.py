@@ -6,21 +6,25 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from kdbench.benchmark.ledger import Ledger
+from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
 from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
 from kdbench.errors import UserError
-from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash, validated, worker_bounds
+from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, board_hash, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
+from kdbench.results.journals import fetch_journal
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import PROTOCOL_TAG
 from kdbench.search_space import Parameter, describe, is_whole
-from kdbench.tasks.base import Task
+from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.build import task_facts
+from kdbench.training.earlier_keys import Asked
 from kdbench.training.outcome import failed_record
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
@@ -31,15 +35,49 @@ TRIAL_SEED, FIRST_CHECK_SEED = 1_000_000, 2_000_000
 class Pair:
     """What the units of one board share."""
 
-    experiment: Experiment
+    asked: Asked
     student: ModelSpec
     teacher: TeacherRef | None
+    teacher_predictions: str | None  # where the store has what it predicts for the test part
     task: Task
     recipe: Recipe  # nothing in it is `auto` any more
-    protocol_hash: str
-    split_hash: str
+    student_init: str | None  # content of the weights that the student begins with; None where they are drawn
     student_places: Shapes  # every place of the two networks that a method can look at
     teacher_places: Shapes | None
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.asked.experiment
+
+    @property
+    def splits(self) -> Splits:
+        return self.asked.data.splits
+
+    @cached_property
+    def task_facts(self) -> dict[str, Any]:
+        return task_facts(self.experiment.task)
+
+    @cached_property
+    def protocol_hash(self) -> str:
+        """What the trainings of a board share; their keys hold it."""
+        experiment = self.experiment
+        cached = self.teacher is not None and self.teacher.cache is not None
+        return content_hash(
+            {
+                "task": self.task_facts,
+                "data": [self.task.data_name, self.splits.learned_hash],
+                "recipe": self.recipe.model_dump(mode="json"),
+                "data_seed": experiment.data_seed,
+                "search": experiment.search.model_dump(mode="json") if experiment.search else None,
+                "teacher": self.teacher.identity if self.teacher else None,
+                "cache": experiment.cache.numbers if cached else None,
+            }
+        )
+
+    @property
+    def board_hash(self) -> str:
+        """What the records of a board share: the protocol, and the test part."""
+        return board_hash(self.protocol_hash, self.splits.test_hash)
 
     def unit(
         self,
@@ -58,9 +96,11 @@ class Pair:
             role=role,
             experiment=experiment.name,
             protocol_hash=self.protocol_hash,
-            split_hash=self.split_hash,
+            data_hash=self.splits.learned_hash,
             task=experiment.task,
+            task_version=self.task.version,
             student=self.student,
+            student_init=self.student_init,
             teacher=self.teacher,
             method=MethodSpec.model_validate({"name": spec.name, "label": spec.label, **params_here.model_dump(mode="json")}),
             method_version=method_class(spec).version,
@@ -86,7 +126,10 @@ class Pair:
         return content_hash(
             {
                 "experiment": self.experiment.name,
-                "pair": [self.student.model_dump(mode="json"), self.teacher.sha if self.teacher else None, self.split_hash],
+                "task": self.task_facts,
+                "data": self.splits.learned_hash,
+                "student": [self.student.model_dump(mode="json", exclude={"weights"}), self.student_init],
+                "teacher": self.teacher.identity if self.teacher else None,
                 "method": [spec.label, spec.name, spec.pinned, method_class(spec).version],
                 "recipe": self.recipe.model_dump(mode="json"),
                 "data_seed": self.experiment.data_seed,
@@ -97,14 +140,18 @@ class Pair:
             }
         )
 
-    def open_study(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search, ledger: Ledger) -> tuple[str, MethodStudy]:
-        study_id = self.study_id(spec, axes, search)
+    def open_study(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search, recall: Recall) -> tuple[str, MethodStudy]:
+        study_id, layout = self.study_id(spec, axes, search), recall.ledger.layout
+        if not fetch_journal(layout.study(study_id)).exists():
+            earlier = self.asked.study_id(self.student, self.teacher, self.recipe, spec, axes, search)
+            if fetch_journal(layout.study(earlier)).exists() and recall.continues(earlier, self.student, self.teacher, spec.label):
+                study_id = earlier
         warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
         asha = Asha(max(search.grace_epochs, math.ceil(warmup)), search.reduction) if search.scheduler == "asha" else None
         main: Direction = "maximize" if self.task.higher_is_better else "minimize"
         costs: list[Direction] = ["minimize"] * len(search.objectives)
         study = MethodStudy(
-            ledger.layout.study(study_id),
+            layout.study(study_id),
             study_id,
             axes,
             trials=search.trials,
@@ -112,7 +159,7 @@ class Pair:
             seed=search.seed,
             directions=[main, *costs],
             asha=asha,
-            before_upload=ledger.check_lease,
+            before_upload=recall.ledger.check_lease,
         )
         return study_id, study
 
@@ -179,7 +226,7 @@ class PairWork:
     def __init__(self, pair: Pair, ledger: Ledger, search_only: bool) -> None:
         self.pair, self.ledger, self.search_only = pair, ledger, search_only
         self.search = pair.experiment.search
-        self._known = {record.unit_key: record for record in ledger.store.scan(protocol_hash=pair.protocol_hash)}
+        self._recall = Recall(pair.asked, ledger)
         self.contenders = [self._contender(spec) for spec in pair.experiment.methods]
         for contender in self.contenders:
             self._move_on(contender)
@@ -188,16 +235,16 @@ class PairWork:
         axes = axes_of(spec, self.search, self.pair.recipe)
         contender = Contender(spec, axes, partial(self._open_parent, spec))
         if self.search is not None and axes:
-            contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self.ledger)
+            contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self._recall)
         return contender
 
     def _open_parent(self, spec: MethodSpec) -> str | None:
         pair = self.pair
-        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, PROTOCOL_TAG: pair.protocol_hash}
+        tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, PROTOCOL_TAG: pair.board_hash}
         return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", self._parent_key(spec), tags)
 
     def _parent_key(self, spec: MethodSpec) -> str:
-        return content_hash([self.pair.protocol_hash, self.pair.student.model_dump(mode="json"), spec.label])
+        return content_hash([self.pair.board_hash, self.pair.student.model_dump(mode="json"), spec.label])
 
     @property
     def unfinished(self) -> list[MethodSpec]:
@@ -361,7 +408,7 @@ class PairWork:
                 for seed in range(self.search.confirm_seeds):
                     unit = self.pair.unit(contender.spec, "candidate", params, FIRST_CHECK_SEED + seed)
                     contender.checks[unit.key] = place, unit
-            self._recall(contender, [unit for _, unit in contender.checks.values()])
+            self._look_up(contender, [unit for _, unit in contender.checks.values()])
         if all(key in contender.ended for key in contender.checks) and not contender.held:
             self._plan_finals(contender, best[self._winning_place(contender)] if contender.checks else best[0])
 
@@ -382,13 +429,15 @@ class PairWork:
         seeds = range(0 if self.search_only else self.pair.experiment.seeds)
         units = [self.pair.unit(contender.spec, "final", params, seed) for seed in seeds]
         contender.finals = {unit.key: unit for unit in units}
-        self._recall(contender, units)
+        self._look_up(contender, units)
 
-    def _recall(self, contender: Contender, units: list[Unit]) -> None:
+    def _look_up(self, contender: Contender, units: list[Unit]) -> None:
         """What the store already has is not trained again."""
         for unit in units:
-            if unit.key in self._known:
-                record = contender.ended[unit.key] = self._known[unit.key]
+            earlier_key = self.pair.asked.student_key(unit, self.pair.recipe)
+            record = self._recall.find(unit, earlier_key, self.pair.teacher_predictions)
+            if record is not None:
+                contender.ended[unit.key] = record
                 self.ledger.found_again(unit, record, contender.parent)
                 if record.status == "failed":
                     self.ledger.failures.append(record.failure or unit.title)

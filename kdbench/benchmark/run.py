@@ -20,6 +20,7 @@ from torch import nn
 from kdbench.benchmark.cache import cache_spec, fill_cache, on_ray
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
+from kdbench.benchmark.recall import Recall, weights_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
@@ -30,6 +31,7 @@ from kdbench.methods.build import MethodSpec, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
+from kdbench.models.weights import state_sha256
 from kdbench.results.layout import Layout
 from kdbench.results.lease import Lease, leased
 from kdbench.results.leftovers import clear_scratch
@@ -38,9 +40,10 @@ from kdbench.results.record import RunRecord
 from kdbench.results.tracking import NoTracker, Tracker
 from kdbench.results.working_copy import fetch, forget_folder, holder, origin, store_at
 from kdbench.search_space import Choice
-from kdbench.tasks.base import Splits, Task
-from kdbench.tasks.build import build_task
+from kdbench.tasks.base import Task
+from kdbench.tasks.build import build_task, task_facts
 from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
+from kdbench.training.earlier_keys import Asked, EarlierData
 from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
@@ -222,6 +225,7 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
             with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
                 _empty(queue, experiment, ledger)
         ledger.catch_up()
+        ledger.tell_of_other_code()
     finally:
         ledger.close()
         for work in queue.queues:
@@ -229,23 +233,24 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     if queue.done and not ledger.failures:
         forget_folder(ledger.layout.checkpoints(experiment.name))
     tuned = {work.pair.student.label: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
-    protocols = tuple(dict.fromkeys(pair.protocol_hash for pair in pairs))
+    protocols = tuple(dict.fromkeys(pair.board_hash for pair in pairs))
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 
 
 def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> tuple[list[Pair], _Rehearse]:
     """The experiment's teacher, trained now if need be, with each of its students; and what to call before the first student is trained."""
     task = build_task(experiment.task)
-    splits = task.splits()
+    asked = Asked(experiment, task.version, EarlierData(task.splits()))
     if task.source is not None and task.source.reading:
         ledger.watch.note(task.source.reading)
     students = [task.build_model(student) for student in experiment.students]
     network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
     rehearse = _Rehearse(experiment, task, students, network)
-    teacher = _ready_teacher(experiment, ledger, task, splits, rehearse, network, may_train) if network is not None else None
+    taught = _ready_teacher(asked, ledger, task, rehearse, network, may_train) if network is not None else None
+    teacher, predictions = taught or (None, None)
     theirs = places(network, task.info.image_shape) if network is not None else None
     pairs = [
-        _pair(experiment, ledger, spec, model, teacher, theirs, task, splits, rehearse)
+        _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, rehearse)
         for spec, model in zip(experiment.students, students, strict=True)
     ]
     return pairs, rehearse
@@ -313,32 +318,44 @@ def needs_ray(runtime: Runtime, searching: bool) -> bool:
 
 
 def _ready_teacher(
-    experiment: Experiment, ledger: Ledger, task: Task, splits: Splits, rehearse: _Rehearse, model: nn.Module, may_train: bool
-) -> TeacherRef:
-    """The teacher, trained: from the results folder, from its weights file, or now. Its metric is made known first of all."""
-    spec = experiment.teacher
+    asked: Asked, ledger: Ledger, task: Task, rehearse: _Rehearse, model: nn.Module, may_train: bool
+) -> tuple[TeacherRef, str | None]:
+    """The teacher, trained, and where the store has its predictions for the test part. Its metric is made known first of all.
+
+    It comes from the results folder or from its weights file, or is trained now.
+    """
+    experiment, splits = asked.experiment, task.splits()
+    spec, device = experiment.teacher, device_here(experiment.runtime)
     assert spec is not None
     ledger.watch.progress("teacher", 0, 1)
-    asked, device = experiment.teacher_recipe(), device_here(experiment.runtime)
-    memo = _memo(ledger, experiment, spec.model, asked)
+    memo = _memo(ledger, experiment, spec.model, experiment.teacher_recipe())
     with rehearse.explaining():
-        recipe = settled(asked, model, task.info.image_shape, len(splits.train), device, memo)
-    unit = _teacher_unit(experiment, spec, recipe, splits)
+        recipe = settled(experiment.teacher_recipe(), model, task.info.image_shape, len(splits.train), device, memo)
+    unit = _teacher_unit(experiment, spec, recipe, task, model)
     fits = partial(rehearse, teacher_too=spec.weights is None) if may_train else partial(_refuse, experiment, ledger)
     given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
     check_first: Callable[[], None] = rehearse if may_train else _nothing
-    record, weights = _given(ledger, given, unit, device, check_first) if given else _trained(experiment, ledger, unit, task, fits)
+    recall = Recall(asked, ledger)
+    record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
     assert record.teacher_sha is not None
+    reference = _reference(unit, weights, record.teacher_sha, record.teacher_state)
+    return reference.model_copy(update={"metric": record.test_metric}), record.predictions_uri
+
+
+def _reference(unit: Unit, weights: Path, sha: str, state: str | None) -> TeacherRef:
+    """A teacher as its students name it. unit: its training, or what that would have been."""
+    recipe = unit.recipe
     return TeacherRef(
-        model=spec.model,
-        weights=weights,
-        sha=record.teacher_sha,
-        metric=record.test_metric,
-        precision=recipe.precision,
-        memory_format=recipe.memory_format,
+        model=unit.student, weights=weights, sha=sha, state=state, precision=recipe.precision, memory_format=recipe.memory_format
     )
+
+
+def _loaded_state(unit: Unit, weights: Path, task: Task) -> str:
+    """What a file of weights is in the teacher's network. Raises UserError where it does not fit."""
+    with torch.random.fork_rng(devices=[]):
+        return state_sha256(task.build_model(unit.student.model_copy(update={"weights": weights})))
 
 
 def _refuse(experiment: Experiment, ledger: Ledger) -> None:
@@ -348,15 +365,18 @@ def _refuse(experiment: Experiment, ledger: Ledger) -> None:
     )
 
 
-def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, splits: Splits) -> Unit:
-    protocol = [experiment.task.model_dump(mode="json"), splits.hash, recipe.model_dump(mode="json")]
+def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, task: Task, model: nn.Module) -> Unit:
+    learned = task.splits().learned_hash
+    protocol = [task_facts(experiment.task), task.data_name, learned, recipe.model_dump(mode="json")]
     return Unit(
         role="teacher",
         experiment=experiment.name,
         protocol_hash=content_hash(protocol),
-        split_hash=splits.hash,
+        data_hash=learned,
         task=experiment.task,
+        task_version=task.version,
         student=spec.model,
+        student_init=_initial_content(spec.model, model),
         method=MethodSpec(name="none", label="teacher"),
         recipe=recipe,
         seed=spec.seed,
@@ -366,18 +386,23 @@ def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, spl
     )
 
 
-def _trained(experiment: Experiment, ledger: Ledger, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
-    weights = ledger.layout.teacher(unit.key)
-    record = ledger.store.by_unit_key(unit.key)
-    if record is not None and fetch(weights, sha256=record.teacher_sha).exists() and file_sha256(weights) == record.teacher_sha:
+def _initial_content(spec: ModelSpec, model: nn.Module) -> str | None:
+    """What a network of `spec` begins with, where that was read from a file."""
+    return state_sha256(model) if spec.weights is not None else None
+
+
+def _trained(recall: Recall, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
+    ledger = recall.ledger
+    record = recall.find(unit, recall.asked.teacher_key(unit), teacher_of=partial(_reloaded, unit, task, ledger.layout))
+    if record is not None:
         ledger.found_again(unit, record)
-        return record, weights
+        return record, weights_of(record, ledger.layout)
     check_first()
     check_images(task)
     work = TeacherWork(unit, task, ledger)
-    _empty(work, experiment, ledger, searching=False)
+    _empty(work, recall.asked.experiment, ledger, searching=False)
     assert work.record is not None, "a queue that was emptied without an error has its record"
-    return work.record, weights
+    return work.record, weights_of(work.record, ledger.layout)
 
 
 def _kept(pretrained: nn.Module, path: Path) -> Path:
@@ -387,23 +412,34 @@ def _kept(pretrained: nn.Module, path: Path) -> Path:
     return path
 
 
+def _reloaded(unit: Unit, task: Task, layout: Layout, record: RunRecord) -> dict[str, Any]:
+    """What a record says of the teacher whose training it is, which takes loading what that left."""
+    assert record.teacher_sha is not None
+    weights = weights_of(record, layout)
+    state = _loaded_state(unit, weights, task)
+    return {"teacher_state": state, "teacher_id": _reference(unit, weights, record.teacher_sha, state).identity}
+
+
 def _nothing() -> None:
     """Nothing is trained, so nothing is rehearsed."""
 
 
-def _given(ledger: Ledger, path: Path, unit: Unit, device: torch.device, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
+def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
+    ledger = recall.ledger
     weights = path.expanduser().resolve()
     if not weights.is_file():
         raise UserError(f"teacher.weights: there is no file {weights}")
-    sha = file_sha256(weights)
-    key = content_hash([unit.key, sha])
-    weights = _reachable(weights, ledger.layout, key)
-    record = ledger.store.by_unit_key(key)
+    sha, state = file_sha256(weights), _loaded_state(unit, weights, task)
+    identity = _reference(unit, weights, sha, state).identity
+    key = content_hash(["given", task_facts(unit.task), identity, unit.student.label])
+    weights = _reachable(weights, ledger.layout, content_hash([key, sha]))
+    told = {"teacher_sha": sha, "teacher_state": state, "teacher_id": identity}
+    record = recall.given(unit, key, recall.asked.teacher_key(unit, sha), **told)
     if record is None:
         check_first()
-        measured = measured_teacher(unit, weights, LocalSession(device=device), ledger.layout)
-        record = ledger.keep(unit, measured.model_copy(update={"unit_key": key, "teacher_sha": sha}))
-    return record, weights
+        measured = measured_teacher(unit, weights, LocalSession(device=device_here(recall.asked.experiment.runtime)), ledger.layout, key)
+        record = ledger.keep(unit, measured.model_copy(update=told))
+    return record.model_copy(update={"teacher_sha": sha}), weights  # the same tensors may have come in another file
 
 
 def _reachable(weights: Path, layout: Layout, key: str) -> Path:
@@ -442,7 +478,7 @@ class TeacherWork:
     def finish(self, unit: Unit, record: RunRecord) -> None:
         if record.status != "ok":
             raise RunFailed(f"{record.failure}; lower teacher.recipe.lr, or set teacher.recipe.clip_grad")
-        self.record = self.ledger.keep(unit, record)
+        self.record = self.ledger.keep(unit, record, **_reloaded(unit, self.task, self.ledger.layout, record))
 
     def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
         raise RunFailed(reason)
@@ -452,36 +488,26 @@ class TeacherWork:
 
 
 def _pair(
-    experiment: Experiment,
+    asked: Asked,
     ledger: Ledger,
     student: ModelSpec,
     model: nn.Module,
     teacher: TeacherRef | None,
+    teacher_predictions: str | None,
     theirs: Shapes | None,
     task: Task,
-    splits: Splits,
     rehearse: _Rehearse,
 ) -> Pair:
+    experiment, splits = asked.experiment, asked.data.splits
     memo = _memo(ledger, experiment, student, experiment.recipe)
     with rehearse.explaining():
         recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), device_here(experiment.runtime), memo)
     caching = teacher is not None and view_count(recipe) is not None
     if teacher is not None and caching:
-        spec = cache_spec(experiment, teacher, recipe)
+        spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
-    protocol = {
-        "task": experiment.task.model_dump(mode="json"),
-        "task_version": task.version,
-        "data": splits.data_hash,
-        "split": splits.hash,
-        "recipe": recipe.model_dump(mode="json"),
-        "data_seed": experiment.data_seed,
-        "search": experiment.search.model_dump(mode="json") if experiment.search else None,
-        "teacher": teacher.sha if teacher else None,
-        "cache": experiment.cache.numbers if caching else None,
-    }
     ours = places(model, task.info.image_shape)
-    return Pair(experiment, student, teacher, task, recipe, content_hash(protocol), splits.hash, ours, theirs)
+    return Pair(asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), ours, theirs)
 
 
 @contextmanager
@@ -492,15 +518,17 @@ def _cached_outputs(wanted: Iterable[tuple[Pair, Sequence[MethodSpec]]], experim
         for pair, methods in wanted:
             taps = pair.teacher_taps(methods)
             if taps and pair.teacher is not None and pair.teacher.cache is not None:
-                spec = cache_spec(experiment, pair.teacher, pair.recipe)
+                spec = cache_spec(pair.asked, pair.teacher, pair.recipe, ledger.layout)
                 stack.enter_context(fill_cache(spec, taps, ledger.layout, ledger.watch, device_here(experiment.runtime), elsewhere))
         yield
 
 
 def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec, recipe: Recipe) -> Memo:
     """Where the choices are kept that were measured for this model on this task and device, for what the recipe asks."""
-    place = [model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), str(device_here(experiment.runtime))]
-    return Memo(ledger.layout.choice(content_hash([*place, question(recipe)])), earlier=ledger.layout.choice(content_hash(place)))
+    device = str(device_here(experiment.runtime))
+    earlier = [model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), device]
+    place = [model.model_dump(mode="json", exclude={"weights"}), task_facts(experiment.task), device]
+    return Memo(ledger.layout.choice(content_hash([*place, question(recipe)])), earlier=ledger.layout.choice(content_hash(earlier)))
 
 
 class InTurn:

@@ -71,7 +71,8 @@ def cache_prune(
     from kdbench.training.cache_entries import disposable, entries, remove
 
     layout = Layout(results_folder(results))
-    teachers = {record.teacher_sha for record in ResultStore(layout.root).scan(role="teacher") if record.teacher_sha}
+    records = ResultStore(layout.root).scan(role="teacher")
+    teachers = {name for record in records for name in (record.teacher_sha, record.teacher_state) if name is not None}
     freed = 0
     for listed, reason in disposable(entries(layout), teachers, older_than, keep_gb):
         gone = dry_run or remove(layout, listed)

@@ -58,7 +58,7 @@ class Store(Protocol):
         ...
 
     def sha256(self) -> str:
-        """What tells the store from another, without reading all of it."""
+        """Hash of what the store holds: of the files' bytes (`content.files_sha256`), not of where they lie."""
         ...
 
     @property
@@ -93,7 +93,7 @@ class EncodedImages:
         return replace(self, rows=self.rows[rows])
 
     def sha256(self) -> str:
-        """Hash of what the store says of itself, of the rows and of the sizes: reading every file would take hours."""
+        """Hash of what the store holds, of the rows and of the sizes."""
         digest = hashlib.sha256(f"{self.store.sha256()} {self.size} {self.resize}".encode())
         if self.store.turned:  # the same files were once shown as they are stored, under the hash without this
             digest.update(b"turned upright")

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from kdbench.data.content import Advance, Content, files_content
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, nearest, printable
@@ -44,26 +44,22 @@ class Files:
         return printable(str(self.folder / self.names[row]))
 
     @cached_property
+    def _content(self) -> Content:
+        return files_content(self.folder, self.names, f"data {printable(str(self.folder))}", _read)
+
+    @property
     def turned(self) -> int:
-        def at(row: int) -> bool:
-            try:
-                with (self.folder / self.names[row]).open("rb") as file:
-                    start = file.read(_HEADER)
-                    return turned(start if start.startswith(_JPEG) else start + file.read())
-            except OSError:  # which is said where the image is needed
-                return False
-
-        with ThreadPoolExecutor(_READERS) as pool:
-            return sum(pool.map(at, range(len(self.names))))
-
-    @cached_property
-    def _digest(self) -> str:
-        listing = "\n".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))
-        return hashlib.sha256(os.fsencode(listing)).hexdigest()
+        return self._content.counted
 
     def sha256(self) -> str:
-        """Of the files' names below the folder and their sizes, not of what is in them: that would be hours of reading for ImageNet."""
-        return self._digest
+        """Of the files' names below the folder and of their bytes, which are read once: see `content`."""
+        return self._content.sha256
+
+
+def _read(path: Path, advance: Advance) -> Content:
+    content = path.read_bytes()
+    advance(len(content))
+    return Content(hashlib.sha256(content).hexdigest(), int(turned(content)))
 
 
 def image_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from kdbench.data.content import Advance, Content, group_contents, read_plainly
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, in_one_line, nearest
@@ -41,12 +43,12 @@ class Rows:
         self._lock = Lock()  # a reader of pyarrow is one thread's at a time; decoding, which takes longer, needs no lock
 
     def read(self, row: int) -> bytes:
-        content = self._content(row)
+        content = self._image(row)
         if content is None:
             raise UserError(f"{self.name(row)} has no image in column {self.column!r}")
         return content
 
-    def _content(self, row: int) -> bytes | None:
+    def _image(self, row: int) -> bytes | None:
         number = bisect_right(self._starts, row) - 1
         with self._lock:
             images = self._row_group(number, row)
@@ -58,16 +60,28 @@ class Rows:
         first = self._starts[next(k for k, (number, _) in enumerate(self._groups) if number == file)]
         return f"{self.paths[file]} row {row - first}"
 
-    def sha256(self) -> str:
-        """Of the files' footers, which hold the schema and each column's sizes, places and statistics: reading all would take hours."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(_footer(path))
-        return digest.hexdigest()
-
     @cached_property
+    def _content(self) -> Content:
+        names = [path.name for path in self.paths]
+        group = json.dumps([self.column, *names])
+        return group_contents(self.paths[0].parent, {group: names}, f"data {self.paths[0].parent}", self._read)[group]
+
+    def _read(self, path: Path, advance: Advance) -> Content:
+        number = [known.name for known in self.paths].index(path.name)
+        first = (
+            self._starts[next(k for k, (file, _) in enumerate(self._groups) if file == number)] if self.files[number].num_row_groups else 0
+        )
+        rows = range(first, first + self.files[number].metadata.num_rows)
+        shown = sum(content is not None and turned(content) for content in map(self._image, rows))
+        return Content(read_plainly(path, advance).sha256, shown)
+
+    @property
     def turned(self) -> int:
-        return sum(content is not None and turned(content) for content in map(self._content, range(self.rows)))
+        return self._content.counted
+
+    def sha256(self) -> str:
+        """Of the column's name and the files' bytes, which are read once: see `content`. Neither the files' names nor their place count."""
+        return hashlib.sha256(json.dumps([self.column, self._content.sha256]).encode()).hexdigest()
 
     def _row_group(self, number: int, row: int) -> pa.Array:
         """The image column of a row group; the caller holds the lock."""
@@ -153,15 +167,6 @@ def _opened(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"data parquet: {path} can't be read as Parquet: {in_one_line(error)}") from error
-
-
-def _footer(path: Path) -> bytes:
-    """The file's end: the metadata, their length in 4 bytes, and the magic number."""
-    with path.open("rb") as file:
-        file.seek(-8, 2)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, 2)
-        return file.read()
 
 
 def _column_type(schema: pa.Schema, column: str, path: Path) -> pa.DataType:

@@ -48,8 +48,26 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """Hash of the content: both parts and the facts beside them. The name is left out: a copy of a data set is the same data."""
-        facts = [self.num_classes, self.class_names, self.mean, self.std, self.ignore_index]
-        return hashlib.sha256(json.dumps([self.train.sha256(), self.test.sha256(), *facts]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.train_sha256, self.test_sha256, *self._facts]).encode()).hexdigest()
+
+    @cached_property
+    def train_sha256(self) -> str:
+        """Hash of the training images, their targets and positions."""
+        return self.train.sha256()
+
+    @cached_property
+    def test_sha256(self) -> str:
+        """Hash of the test images, their targets and positions."""
+        return self.test.sha256()
+
+    @property
+    def facts(self) -> str:
+        """What is said of the images beside their content: number and names of classes, mean, deviation, the label that is ignored."""
+        return json.dumps(self._facts)
+
+    @property
+    def _facts(self) -> list[Any]:
+        return [self.num_classes, self.class_names, self.mean, self.std, self.ignore_index]
 
     @property
     def turned(self) -> int:

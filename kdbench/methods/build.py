@@ -41,6 +41,11 @@ def method_class(spec: MethodSpec) -> type[Method]:
     return kinds[0][1] if len(kinds) == 1 else combined(kinds)
 
 
+def method_code(spec: MethodSpec) -> list[type[Method]]:
+    """The classes that a method is made of: one, or each part of several at once."""
+    return [_class_called(name) for name in spec.name.split(PLUS)]
+
+
 def _class_called(name: str) -> type[Method]:
     found = resolve("method", name, METHODS)
     if not (isinstance(found, type) and issubclass(found, Method)):

@@ -102,6 +102,11 @@ def _builder(name: str) -> Callable[..., Any]:
     return builder
 
 
+def model_code(spec: ModelSpec) -> list[Any]:
+    """The class or function that builds the model, where it is none of timm's."""
+    return [resolve("model", spec.name, MODELS)] if known("model", spec.name, MODELS) else []
+
+
 def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
     """Call the builder behind a name of ours or a dotted path with those of `facts` that it takes, and the options."""
     builder = _builder(spec.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,6 +101,21 @@ def _tied_again(stored: Mapping[str, Tensor], tied: Mapping[str, str], path: Pat
         if known is not None:
             found[first] = found[alias] = known
     return found
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers as it holds them: names, shapes, types and content.
+
+    Whatever kind of file they were loaded from, and whatever stood in front of the names there: equal networks have equal hashes.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):  # what a module keeps beside its tensors
+            digest.update(f"{name} {value!r}\n".encode())
+            continue
+        digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_classes(path: Path, num_classes: int, pairs: list[tuple[Tensor, Tensor]]) -> None:

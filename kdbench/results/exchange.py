@@ -162,7 +162,7 @@ class _Member:
     """A record of an archive: its identity, and the files that belong to it. The record itself is read again when it is written."""
 
     run_id: str
-    unit_key: str
+    measurement: tuple[str, str | None]  # the training, and the test part that it was measured on
     text: str  # the SHA-256 of its fields
     attachments: tuple[str, ...]
 
@@ -181,7 +181,7 @@ def import_results(store: ResultStore, path: Path, *, keep_ours: bool = False) -
         members: dict[str, _Member] = {}
         hashes: dict[str, str | None] = {}
         for name, record in _records(archive):
-            members[name] = _Member(record.run_id, record.unit_key, _text(record), tuple(_attachments(record)))
+            members[name] = _Member(record.run_id, (record.unit_key, record.test_hash), _text(record), tuple(_attachments(record)))
             hashes |= _hashes(record, hashes)
         _check_attachments(archive, members, hashes)
         return _merge(archive, members, store, keep_ours)
@@ -189,9 +189,9 @@ def import_results(store: ResultStore, path: Path, *, keep_ours: bool = False) -
 
 def _merge(archive: Archive, members: dict[str, _Member], store: ResultStore, keep_ours: bool) -> Imported:
     by_id = {record.run_id: _text(record) for _, record, _ in checked_records(store) if record is not None}  # superseded ones too
-    by_unit = {record.unit_key: record for record in store.scan()}
+    by_unit = {(record.unit_key, record.test_hash): record for record in store.scan()}
     known = {name for name, member in members.items() if by_id.get(member.run_id) == member.text}
-    suspects = {name for name, member in members.items() if name not in known and (member.run_id in by_id or member.unit_key in by_unit)}
+    suspects = {name for name, member in members.items() if name not in known and (member.run_id in by_id or member.measurement in by_unit)}
     conflicts = {name: _conflict(_record(archive, name), by_id, by_unit) for name in members if name in suspects}
     if conflicts and not keep_ours:
         shown = "\n".join(f"  {reason}" for reason in conflicts.values())
@@ -210,11 +210,11 @@ def _merge(archive: Archive, members: dict[str, _Member], store: ResultStore, ke
     return Imported(len(new), len(absent), len(known), tuple(conflicts.values()))
 
 
-def _conflict(record: RunRecord, by_id: dict[str, str], by_unit: dict[str, RunRecord]) -> str:
+def _conflict(record: RunRecord, by_id: dict[str, str], by_unit: dict[tuple[str, str | None], RunRecord]) -> str:
     who = f"{record.label}, seed {record.seed}, on {record.data}"
     if record.run_id in by_id:
         return f"run {record.run_id} ({who}) is here with another content"
-    ours = by_unit[record.unit_key]
+    ours = by_unit[record.unit_key, record.test_hash]
     told = f"test metric {ours.test_metric} here, {record.test_metric} there"
     return f"run {record.run_id} ({who}) is the same training as {ours.run_id} here: {told}"
 

@@ -23,12 +23,12 @@ class Folders:
         return sum(store.single_files for store in self._stores)
 
     def scan(self, *, without: Collection[str] = (), **equals: Any) -> list[RunRecord]:
-        """The records whose fields have the given values, oldest first, one a `unit_key`. As `ResultStore.scan`, UserError included."""
-        latest: dict[str, RunRecord] = {}
+        """As `ResultStore.scan`, UserError included: of a training on one test part the latest record of all folders."""
+        latest: dict[tuple[str, str | None], RunRecord] = {}
         for record in sorted(
             (r for store in self._stores for r in store.scan(without=without, **equals)), key=lambda r: (r.created_at, r.run_id)
         ):
-            latest[record.unit_key] = record
+            latest[record.unit_key, record.test_hash] = record
         return sorted(latest.values(), key=lambda r: (r.created_at, r.run_id))
 
     def __str__(self) -> str:

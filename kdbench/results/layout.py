@@ -68,9 +68,9 @@ class Layout:
     def checkpoint(self, experiment: str, unit_key: str) -> Path:
         return self.checkpoints(experiment) / f"{unit_key}.pt"
 
-    def predictions(self, unit_key: str) -> str:
-        """Relative to the root, as a record names it."""
-        return f"predictions/{unit_key}.safetensors"
+    def predictions(self, unit_key: str, test_hash: str) -> str:
+        """Of a finished network on one test part; relative to the root, as a record names it."""
+        return f"predictions/{unit_key}-{test_hash[:16]}.safetensors"
 
     def choice(self, key: str) -> Path:
         """A measured choice (precision, memory format), made once and kept."""

@@ -99,6 +99,7 @@ class Board:
     notes: tuple[str, ...]
     published: tuple[PublishedFigure, ...] = ()
     data_hash: str = ""  # of the content of the data set; metrics on other content do not compare
+    trainings: frozenset[str] = frozenset()  # the unit keys of all finals
 
     @property
     def best_distilled(self) -> Row | None:
@@ -146,7 +147,9 @@ class _Finals:
 
 
 def boards(records: Iterable[RunRecord], published: Sequence[PublishedFigure] = ()) -> list[Board]:
-    """One board a protocol, task, data set, teacher (name and weights) and student, from the final runs that kdbench made.
+    """One board a protocol, task, data set, teacher (name and identity) and student, from the final runs that kdbench made.
+
+    A protocol holds the test part: one set of trainings that was measured on two of them has two boards.
 
     `published` figures go to the boards that have their method, to be shown apart; they are never ranked.
     """
@@ -157,12 +160,19 @@ def boards(records: Iterable[RunRecord], published: Sequence[PublishedFigure] = 
             pairs[(record.task, record.data, record.teacher or "", record.student, record.protocol_hash)].append(record)
     found = []
     for _, finals in sorted(pairs.items()):
-        shas: list[str | None] = [*sorted({r.teacher_sha for r in finals if r.teacher_sha is not None and r.method != UNDISTILLED})]
-        for sha in shas or [None]:
+        teachers: list[str | None] = [*sorted({name for r in finals if (name := _teacher_of(r)) is not None and r.method != UNDISTILLED})]
+        for teacher in teachers or [None]:
             # an undistilled student, or a record that names no weights, is the same whatever the teacher's weights are
-            members = [r for r in finals if r.teacher_sha in (sha, None) or r.method == UNDISTILLED]
-            found.append(_board(members, sha, _teacher_metric(members, sha, records), published))
+            members = [r for r in finals if _teacher_of(r) in (teacher, None) or r.method == UNDISTILLED]
+            shas = [r.teacher_sha for r in sorted(members, key=_age) if _teacher_of(r) == teacher]
+            sha = shas[-1] if shas else None  # one teacher may have come in several kinds of file
+            found.append(_board(members, sha, _teacher_metric(members, teacher, records), published))
     return found
+
+
+def _teacher_of(record: RunRecord) -> str | None:
+    """What tells a record's teacher from another; of older records the hash of its file."""
+    return record.teacher_id or record.teacher_sha
 
 
 def _board(
@@ -209,6 +219,7 @@ def _board(
         notes=(),
         published=tuple(figure for figure in published if figure.method in methods),
         data_hash=first.data_hash,
+        trainings=frozenset(record.unit_key for record in members),
     )
     return replace(board, findings=_findings(board), notes=_notes(board, groups, wanted))
 
@@ -381,14 +392,14 @@ def _known(records: Sequence[RunRecord], name: str) -> list[Any]:
     return [value for record in records if (value := getattr(record, name)) is not None and math.isfinite(value)]
 
 
-def _teacher_metric(members: Sequence[RunRecord], sha: str | None, records: Sequence[RunRecord]) -> float | None:
+def _teacher_metric(members: Sequence[RunRecord], teacher: str | None, records: Sequence[RunRecord]) -> float | None:
     """As the finals tell it, or else the test metric of the teacher's own record."""
-    told = [r for r in members if r.teacher_metric is not None and r.teacher_sha == sha]
+    told = [r for r in members if r.teacher_metric is not None and _teacher_of(r) == teacher]
     if told:
         return max(told, key=_age).teacher_metric
     first = members[0]
     own = [r for r in records if r.role == "teacher" and (r.task, r.data, r.student) == (first.task, first.data, first.teacher)]
-    own = [r for r in own if r.teacher_sha in (sha, None) or sha is None]
+    own = [r for r in own if teacher is None or _teacher_of(r) in (teacher, None)]
     return max(own, key=_age).test_metric if own else None
 
 

@@ -50,7 +50,8 @@ class RunRecord(BaseModel):
     # identity
     schema_version: int = SCHEMA_VERSION
     run_id: str  # ULID
-    unit_key: str  # content hash of what was asked; a second record with the same key supersedes the first
+    unit_key: str  # content hash of the training; a second record with the same key and the same test part supersedes the first
+    supersedes: str | None = None  # the run that this row stands for, under another unit_key
     study_id: str | None = None
     created_at: datetime
     status: Literal["ok", "failed", "stopped"] = "ok"
@@ -64,13 +65,15 @@ class RunRecord(BaseModel):
     lease: int | None = None  # number of the lease under which it was written; none in a folder, where a lock keeps drivers apart
 
     # protocol
-    protocol_hash: str
+    protocol_hash: str  # of what a board shares, the test part included
     experiment: str
     task: str
     task_version: int
     data: str
     data_hash: str
     split_hash: str
+    learned_hash: str | None = None  # content of train, transfer and val: what decided the training
+    test_hash: str | None = None  # content of the test part that was measured on; null where none was
     recipe: dict[str, Any]
     global_batch: int
     world_size: int  # workers of one training; of one whose number changed, those at its end
@@ -79,10 +82,12 @@ class RunRecord(BaseModel):
 
     # pair
     teacher: str | None = None
-    teacher_sha: str | None = None
+    teacher_sha: str | None = None  # SHA-256 of its weights' file
+    teacher_state: str | None = None  # of its tensors as loaded, whatever the kind of file
+    teacher_id: str | None = None  # of all that decides its outputs: tensors, model options, precision and memory format
     teacher_metric: float | None = None  # test metric of the teacher
     student: str
-    student_init: str | None = None
+    student_init: str | None = None  # content of the weights that it began with; null where they were drawn
 
     # method
     method: str
@@ -128,6 +133,7 @@ class RunRecord(BaseModel):
     adapter_params: int | None = None
 
     # environment
+    code: dict[str, str] | None = None  # the user's own modules that took part, each with a hash of its code
     git_commit: str | None = None
     git_dirty: bool | None = None
     versions: dict[str, str] = Field(default_factory=dict)

@@ -15,16 +15,27 @@ import pyarrow.parquet as pq
 from kdbench.errors import UserError
 from kdbench.results.record import SCHEMA_VERSION, RunRecord, all_from_table, from_table, partly_from_table
 
+_LATER = ("test_hash", "supersedes")
 COMPACTED = "compacted-"  # how the names of files of many records begin
 
 
 class Identity(NamedTuple):
-    """Which record it is, and which of two of a unit is the later. created_at: microseconds since 1970. lease: 0 for none."""
+    """Which record it is, and which of two of a unit is the later. created_at: microseconds since 1970. lease: 0 for none.
+
+    test_hash: the part that a finished network was measured on. supersedes: the run that it stands for. Both are empty where there is none.
+    """
 
     created_at: int
     run_id: str
     unit_key: str
     lease: int = 0
+    test_hash: str = ""
+    supersedes: str = ""
+
+    @property
+    def measurement(self) -> tuple[str, str]:
+        """What only one record counts of: a training, measured on one test part."""
+        return self.unit_key, self.test_hash
 
 
 class RecordFile(Protocol):
@@ -51,7 +62,17 @@ class OneRecord:
         """Raises UserError where it is no readable record."""
         self.record = from_table(read_table(content, path, "restore it from a copy, or delete it to have that training run again"), path)
         moment = self.record.created_at.timestamp()
-        self.identities = [Identity(round(moment * 1e6), self.record.run_id, self.record.unit_key, self.record.lease or 0)]
+        record = self.record
+        self.identities = [
+            Identity(
+                round(moment * 1e6),
+                record.run_id,
+                record.unit_key,
+                record.lease or 0,
+                record.test_hash or "",
+                record.supersedes or "",
+            )
+        ]
 
     def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
         return {0} if all(getattr(self.record, name) == value for name, value in equals.items()) else set()
@@ -66,10 +87,11 @@ class ManyRecords:
     def __init__(self, content: bytes, path: str) -> None:
         """Raises UserError where it is no readable file of records."""
         self._content, self._path = pa.py_buffer(content), path
-        table = self._columns(["created_at", "run_id", "unit_key", "lease"])  # without the last where the file is older than that column
+        table = self._columns(["created_at", "run_id", "unit_key", "lease", *_LATER])  # without those that the file is older than
         moments = table["created_at"].cast(pa.int64()).to_pylist()
         leases = table["lease"].fill_null(0).to_pylist() if "lease" in table.column_names else [0] * len(moments)
-        self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist(), leases))
+        texts = [table[name].fill_null("").to_pylist() if name in table.column_names else [""] * len(moments) for name in _LATER]
+        self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist(), leases, *texts))
 
     def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
         if not equals:

@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
@@ -90,7 +90,7 @@ class ResultStore:
         return relative
 
     def scan(self, *, without: Collection[str] = (), **equals: Any) -> list[RunRecord]:
-        """The records whose fields have the given values, oldest first; of several with the same `unit_key` only the latest.
+        """The records whose fields have the given values, oldest first; of several of one training on one test part only the latest.
 
         A record that was written under a lower lease than another one of its unit is none of them: its driver had been taken over.
 
@@ -113,7 +113,18 @@ class ResultStore:
     def by_unit_key(self, key: str) -> RunRecord | None:
         """The latest record of that unit, None where there is none."""
         found = self.scan(unit_key=key)
-        return found[0] if found else None
+        return found[-1] if found else None
+
+    def by_unit(self) -> Callable[[str], list[RunRecord]]:
+        """A function from a `unit_key` to its records as they are now, one for each test part, oldest first."""
+        rows: dict[str, list[_Row]] = {}
+        for row in _latest(self.record_files()).values():
+            rows.setdefault(row.identity.unit_key, []).append(row)
+
+        def records(key: str) -> list[RunRecord]:
+            return [self._read[row.path].records([row.number], ())[0] for row in sorted(rows.get(key, ()))]
+
+        return records
 
     def record_paths(self) -> list[str]:
         """Every file of records, relative to the location, in the order of their names."""
@@ -196,21 +207,25 @@ class ResultStore:
         return str(path)
 
 
-def _latest(files: dict[str, RecordFile]) -> dict[str, _Row]:
-    highest: dict[str, int] = {}  # of the leases under which a unit was written
+def _latest(files: dict[str, RecordFile]) -> dict[tuple[str, str], _Row]:
+    """The record that counts of each training and test part; none that another one stands for."""
+    highest: dict[tuple[str, str], int] = {}  # of the leases under which a unit was written
+    superseded: set[str] = set()
     for file in files.values():
         for identity in file.identities:
-            if identity.lease > highest.get(identity.unit_key, 0):
-                highest[identity.unit_key] = identity.lease
-    latest: dict[str, _Row] = {}
+            if identity.lease > highest.get(identity.measurement, 0):
+                highest[identity.measurement] = identity.lease
+            if identity.supersedes:
+                superseded.add(identity.supersedes)
+    latest: dict[tuple[str, str], _Row] = {}
     for path, file in files.items():
         for number, identity in enumerate(file.identities):
-            if 0 < identity.lease < highest[identity.unit_key]:
+            if 0 < identity.lease < highest[identity.measurement]:
                 continue
-            known = latest.get(identity.unit_key)
+            known = latest.get(identity.measurement)
             if known is None or identity > known.identity:
-                latest[identity.unit_key] = _Row(identity, path, number)
-    return latest
+                latest[identity.measurement] = _Row(identity, path, number)
+    return {measurement: row for measurement, row in latest.items() if row.identity.run_id not in superseded}
 
 
 def record_path(record: RunRecord) -> str:

@@ -68,11 +68,28 @@ T = TypeVar("T", Board, Summary)
 
 
 def summaries(boards: Iterable[Board]) -> list[Summary]:
-    """One summary for each protocol family that has two boards or more."""
+    """One summary for each protocol family that has two pairs or more.
+
+    Of boards that show the same trainings, measured on several test parts, the one with the newest run counts: its seeds are one set.
+    """
     families: dict[str, list[Board]] = defaultdict(list)
     for board in boards:
         families[board.family].append(board)
-    return [_summary(members) for members in families.values() if len(members) > 1]
+    pairs = {family: _counted_once(members) for family, members in families.items()}
+    return [_summary(members) for members in pairs.values() if len(members) > 1]
+
+
+def _counted_once(boards: Sequence[Board]) -> list[Board]:
+    return [
+        board
+        for board in boards
+        if not any(board.trainings & other.trainings and _newest(board) < _newest(other) for other in boards if other is not board)
+    ]
+
+
+def _newest(board: Board) -> str:
+    """The id of its newest run; ids sort by time."""
+    return max((run_id for row in board.rows for run_id in row.run_ids), default="")
 
 
 def of_method(found: Sequence[T], method: str) -> list[T]:

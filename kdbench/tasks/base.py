@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -31,15 +33,52 @@ class TaskInfo:
 class Splits:
     """train: what a teacher learns from. transfer: what students learn from, `train` or a part of it. val: what choices are made on.
 
-    test: touched once per final run. `hash` names the content and the cut; `data_hash` the source.
+    test: touched once per final run. source: what the parts are cut from; None where a task makes its parts otherwise.
+    The hashes are of content and are computed when they are first asked for: of images in files that means reading them, once.
     """
 
     train: Part
     transfer: Part
     val: Part
     test: Part
-    hash: str
-    data_hash: str
+    source: Source | None = None
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Of the whole data set, however it is cut."""
+        if self.source is not None:
+            return self.source.sha256
+        return _digest("", *((part.sha256(), None) for part in (self.train, self.transfer, self.val, self.test)))
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the data set and of how the four parts are cut from it."""
+        return _digest(self.data_hash, *(("", part.index) for part in (self.train, self.transfer, self.val, self.test)))
+
+    @cached_property
+    def learned_hash(self) -> str:
+        """Of train, transfer and val: of all data that decide a training. The test part is left out."""
+        parts = (self.train, self.transfer, self.val)
+        if self.source is not None:  # whose training images are read once, however many parts show them
+            return _digest(self.source.facts + self.source.train_sha256, *(("", part.index) for part in parts))
+        return _digest("", *((part.sha256(), None) for part in parts))
+
+    @cached_property
+    def test_hash(self) -> str:
+        """Of the test part, which decides what is measured of a finished network."""
+        if self.source is not None:
+            return _digest(self.source.facts + self.source.test_sha256, ("", self.test.index))
+        return _digest("", (self.test.sha256(), None))
+
+
+def _digest(first: str, *parts: tuple[str, Tensor | None]) -> str:
+    """SHA-256 of a text, then of each part's text and positions."""
+    digest = hashlib.sha256(first.encode())
+    for text, index in parts:
+        digest.update(text.encode())
+        if index is not None:
+            digest.update(len(index).to_bytes(8, "little") + index.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Task(ABC):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from kdbench.catalogue import resolve
+from kdbench.data import DATA
 from kdbench.data.options import NamedSpec
 from kdbench.data.sources import DataSpec, source_maker
 from kdbench.errors import UserError, explain
+from kdbench.results.folder import file_sha256
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
 
@@ -44,6 +49,40 @@ def check_task(spec: TaskSpec) -> type[Task]:
     if isinstance(data, DataSpec):
         source_maker(data.name)
     return task_class(spec)
+
+
+def task_facts(spec: TaskSpec) -> dict[str, Any]:
+    """What of a task decides a training, beside the content of its data (`Splits.learned_hash`): its name, version and options.
+
+    Where data lie is left out, and so are all options of kdbench's own data sets, which decide nothing but content. Of a user's own data
+    set the options count that are no `Path`, as it may hold what no hash sees. A `Path` among the task's own options counts as the content
+    of that file. Raises UserError as `build_task` does.
+    """
+    options = _options(spec)
+    facts: dict[str, Any] = options.model_dump(mode="json")
+    for name in facts:
+        value = getattr(options, name, None)
+        if isinstance(value, DataSpec):
+            facts[name] = _data_facts(value)
+        elif isinstance(value, Path):
+            facts[name] = file_sha256(value) if value.is_file() else str(value.resolve())
+    return {"name": spec.name, "version": task_class(spec).version, "options": facts}
+
+
+def task_code(spec: TaskSpec) -> list[Any]:
+    """The task's class, and the functions that make its data."""
+    options = _options(spec)
+    specs = [value for name in type(options).model_fields if isinstance(value := getattr(options, name), DataSpec)]
+    return [task_class(spec), *(source_maker(data.name) for data in specs)]
+
+
+def _data_facts(spec: DataSpec) -> dict[str, Any] | None:
+    if spec.name in DATA:
+        return None
+    options: dict[str, Any] = json.loads(spec.options_json)
+    parameters = inspect.signature(source_maker(spec.name)).parameters
+    places = {name for name, parameter in parameters.items() if "Path" in str(parameter.annotation)}
+    return {"name": spec.name, **{name: value for name, value in options.items() if name not in places}}
 
 
 def _options(spec: TaskSpec) -> BaseModel:

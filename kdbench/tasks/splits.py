@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -73,7 +72,4 @@ def cut(source: Source, options: SplitOptions) -> Splits:
             )
         chosen, _ = stratified(classes[train_rows], options.transfer_size, options.split_seed)
         transfer = train.within(chosen)
-    digest = hashlib.sha256(source.sha256.encode())
-    for part in (train, transfer, val, source.test):
-        digest.update(len(part).to_bytes(8, "little") + part.index.numpy().tobytes())
-    return Splits(train, transfer, val, source.test, hash=digest.hexdigest(), data_hash=source.sha256)
+    return Splits(train, transfer, val, source.test, source)

@@ -124,8 +124,8 @@ def disposable(
 ) -> list[tuple[Listed, str]]:
     """Which entries to prune, and why, the least recently used first.
 
-    Those that no run can read, those of teachers not in `teachers` (SHA-256), those not used for `older_than` days, and of the rest as
-    many as it takes to get down to `keep_gb`.
+    Those that no run can read, those of teachers not in `teachers` (SHA-256 of file or of tensors), those not used for `older_than` days,
+    and of the rest as many as it takes to get down to `keep_gb`.
     """
     reasons: dict[str, str] = {}
     now, kept = time.time(), 0

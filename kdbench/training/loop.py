@@ -18,9 +18,10 @@ from kdbench.data.loader import Loader
 from kdbench.errors import Diverged, UserError
 from kdbench.experiment import Recipe, Unit
 from kdbench.methods.base import Method, Progress
-from kdbench.methods.build import build_method, fitted
+from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.taps import places, probe
+from kdbench.models.weights import state_sha256
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord
 from kdbench.tasks.base import Splits, Task
@@ -170,11 +171,16 @@ def prepare(unit: Unit, session: Session) -> Training:
     recipe = unit.recipe
     task = build_task(unit.task)
     splits = task.splits()
+    check_content(unit, task, splits)
     torch.manual_seed(unit.seed)
     generator = torch.Generator().manual_seed(unit.seed ^ _METHOD_STREAM)
 
     def fresh() -> nn.Module:
-        return place(task.build_model(unit.student), recipe.precision, recipe.memory_format, session.device)
+        model = task.build_model(unit.student)
+        if unit.student_init is not None and state_sha256(model) != unit.student_init:
+            weights = unit.student.weights
+            raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
+        return place(model, recipe.precision, recipe.memory_format, session.device)
 
     student = fresh()
     method = _fitting_method(unit, student, task, session, generator)
@@ -224,6 +230,22 @@ def check_uncut(name: str, method: Method, recipe: Recipe) -> None:
     """Raise UserError where micro-batches would keep the method called `name` from its whole batch."""
     if method.batch_coupled and recipe.accumulate > 1:
         raise UserError(f"method {name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1")
+
+
+def check_content(unit: Unit, task: Task, splits: Splits) -> None:
+    """Raise UserError where this process has other data or other code than the one that described the unit: its key would lie."""
+    version = method_class(unit.method).version
+    if unit.task_version is not None and task.version != unit.task_version:
+        raise UserError(f"task {task.name} has version {task.version} here and {unit.task_version} where the run began: update its code")
+    if unit.task_version is not None and version != unit.method_version:
+        raise UserError(
+            f"method {unit.method.name} has version {version} here and {unit.method_version} where the run began: update its code"
+        )
+    if unit.data_hash is not None and splits.learned_hash != unit.data_hash:
+        raise UserError(
+            f"the training data of {task.data_name} have other content here than where the run began ({splits.learned_hash[:12]}..., "
+            f"expected {unit.data_hash[:12]}...): give all machines the same files, and change none while a run is under way"
+        )
 
 
 def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session, generator: torch.Generator) -> Method:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.errors import KDBenchError
-from kdbench.experiment import Unit, worker_bounds
+from kdbench.experiment import Unit, board_hash, worker_bounds
+from kdbench.methods.build import method_code
+from kdbench.models.build import model_code
+from kdbench.results.environment import own_code
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord, new_run_id
 from kdbench.search_space import dotted
 from kdbench.tasks.base import Splits, Task
-from kdbench.tasks.build import build_task
+from kdbench.tasks.build import build_task, task_code
 from kdbench.training.cache_copies import bring
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
 from kdbench.training.cost import measure, peak_memory_mb
@@ -40,7 +43,7 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
     record = base_record(unit, task, run.splits).model_copy(update=_training_facts(run, model))
     if not unit.evaluates_test:
         return record
-    facts = _test_facts(model, unit, task, run.splits, run.session, layout)
+    facts = _test_facts(model, unit, task, run.splits, run.session, layout, unit.key)
     if run.session.rank != 0:
         return record
     weights = layout.teacher(unit.key) if unit.role == "teacher" else layout.student(unit.key)
@@ -51,19 +54,30 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
     return record.model_copy(update=facts)
 
 
-def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, session: Session, layout: Layout) -> dict[str, Any]:
-    """Predict the test set, keep the predictions, and measure quality and cost. All workers predict; rank 0 writes and measures."""
+def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, session: Session, layout: Layout, key: str) -> dict[str, Any]:
+    """Predict the test set, keep the predictions under `key`, measure quality and cost. All workers predict; rank 0 does the rest."""
     predicted = predict(model, splits.test, session, unit.recipe.precision)
     if session.rank != 0:
         return {}
+    teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
+    cost = measure(model, task.info.image_shape, session.device)
+    return {
+        **_quality(predicted, teacher, task, splits, layout, key),
+        "params_count": cost.params,
+        "flops": cost.flops,
+        "latency_ms_p50": cost.latency_ms_p50,
+        "latency_ms_p95": cost.latency_ms_p95,
+        "latency_device": cost.device,
+        "latency_batch": cost.batch,
+    }
+
+
+def _quality(predicted: Tensor, teacher: Tensor | None, task: Task, splits: Splits, layout: Layout, key: str) -> dict[str, Any]:
+    """Keep predictions of the test part under `key` and measure them, and how alike they are to the teacher's where these are known."""
     prediction, quality = _kept(predicted, splits.test.target, task)
     packed = pack_predictions(prediction, splits.test.index)
-    alike: dict[str, float] = {}
-    teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
-    if teacher is not None:
-        alike = task.agreement(prediction.float(), teacher)
-    cost = measure(model, task.info.image_shape, session.device)
-    where = layout.predictions(unit.key)
+    alike = task.agreement(prediction.float(), teacher) if teacher is not None else {}
+    where = layout.predictions(key, splits.test_hash)
     write_atomically(layout.root / where, lambda temporary: temporary.write_bytes(packed))
     return {
         "test_metric": quality[task.primary],
@@ -72,12 +86,6 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
         "ece": quality.get("ece"),
         "agreement": alike.get("agreement"),
         "teacher_kl": alike.get("teacher_kl"),
-        "params_count": cost.params,
-        "flops": cost.flops,
-        "latency_ms_p50": cost.latency_ms_p50,
-        "latency_ms_p95": cost.latency_ms_p95,
-        "latency_device": cost.device,
-        "latency_batch": cost.batch,
         "predictions_uri": where,
         "predictions_sha256": hashlib.sha256(packed).hexdigest(),
     }
@@ -102,14 +110,64 @@ def _cached_test(folder: Path) -> Tensor | None:
     return cached_test(folder)
 
 
-def measured_teacher(unit: Unit, weights: Path, session: Session, layout: Layout) -> RunRecord:
-    """The record of a teacher that was trained elsewhere, measured on the test set. Raises UserError where its weights don't fit."""
+def measured_teacher(unit: Unit, weights: Path, session: Session, layout: Layout, key: str) -> RunRecord:
+    """The record, under `key`, of a teacher that was trained elsewhere, measured on the test set.
+
+    Raises UserError where its weights don't fit.
+    """
     task = build_task(unit.task)
     splits = task.splits()
+    facts = _test_facts(_finished(unit, weights, task, session), unit, task, splits, session, layout, key)
+    return base_record(unit, task, splits).model_copy(update={"unit_key": key, **facts})
+
+
+def measured_again(
+    record: RunRecord, unit: Unit, weights: Path, session: Session, layout: Layout, teacher: bytes | None = None
+) -> RunRecord:
+    """The record of a finished network on the test part as it is now: a new run of the same training, of which nothing is trained.
+
+    Args:
+        record: of the training, measured on another test part.
+        unit: the training.
+        weights: the file that the training left.
+        session: where to predict.
+        layout: where predictions are kept.
+        teacher: the teacher's stored predictions of the new test part; None where they are not known.
+
+    Raises UserError where the weights don't fit.
+    """
+    task = build_task(unit.task)
+    splits = task.splits()
+    alike = unpack_predictions(teacher)[0].float() if teacher is not None and record.agreement is not None else None
+    predicted = predict(_finished(unit, weights, task, session), splits.test, session, unit.recipe.precision)
+    quality = _quality(predicted, alike, task, splits, layout, record.unit_key)
+    teacher_metric = unit.teacher.metric if unit.teacher is not None else None
+    return record.model_copy(update={**of_now(unit, splits), **quality, "created_at": datetime.now(UTC), "teacher_metric": teacher_metric})
+
+
+def of_now(unit: Unit, splits: Splits) -> dict[str, Any]:
+    """What a row says of itself and of the data where an earlier one of the same training is taken up again."""
+    return {
+        "run_id": new_run_id(),
+        "protocol_hash": board_hash(unit.protocol_hash, splits.test_hash),
+        "data_hash": splits.data_hash,
+        "split_hash": splits.hash,
+        "learned_hash": splits.learned_hash,
+        "test_hash": splits.test_hash if unit.evaluates_test else None,
+        "mlflow_run_id": None,
+    }
+
+
+def _finished(unit: Unit, weights: Path, task: Task, session: Session) -> nn.Module:
+    """The network of a unit with these weights."""
     model = task.build_model(unit.student.model_copy(update={"weights": weights}))
-    model = place(model, unit.recipe.precision, unit.recipe.memory_format, session.device)
-    record = base_record(unit, task, splits)
-    return record.model_copy(update=_test_facts(model, unit, task, splits, session, layout))
+    return place(model, unit.recipe.precision, unit.recipe.memory_format, session.device)
+
+
+def code_of(unit: Unit) -> dict[str, str]:
+    """The user's own modules that take part in a training, each with a hash of its code; empty where all is kdbench's or installed."""
+    models = [unit.student, *([unit.teacher.model] if unit.teacher is not None else [])]
+    return own_code([*task_code(unit.task), *method_code(unit.method), *(thing for spec in models for thing in model_code(spec))])
 
 
 def failed_record(unit: Unit, reason: str) -> RunRecord:
@@ -126,27 +184,33 @@ def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
         unit_key=unit.key,
         created_at=datetime.now(UTC),
         role=unit.role,
-        protocol_hash=unit.protocol_hash,
+        protocol_hash=board_hash(unit.protocol_hash, splits.test_hash),
         experiment=unit.experiment,
         task=task.name,
         task_version=task.version,
         data=task.data_name,
         data_hash=splits.data_hash,
         split_hash=splits.hash,
+        learned_hash=splits.learned_hash,
+        test_hash=splits.test_hash if unit.evaluates_test else None,
         recipe=unit.recipe.model_dump(mode="json"),
         global_batch=unit.recipe.batch_size,
         world_size=worker_bounds(unit.workers)[1],
         precision=unit.recipe.precision,
         teacher=teacher.model.label if teacher else None,
         teacher_sha=teacher.sha if teacher else None,
+        teacher_state=teacher.state if teacher else None,
+        teacher_id=teacher.identity if teacher else None,
         teacher_metric=teacher.metric if teacher else None,
         student=unit.student.label,
+        student_init=unit.student_init,
         method=unit.method.name,
         label=unit.method.label,
         method_version=unit.method_version,
         params=dotted(unit.method.pinned),
         seed=unit.seed,
         data_seed=unit.data_seed,
+        code=code_of(unit),
         primary=task.primary,
         higher_is_better=task.higher_is_better,
     )

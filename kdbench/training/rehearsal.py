@@ -223,7 +223,6 @@ class _Scene:
                 role="trial",
                 experiment=self.experiment.name,
                 protocol_hash="",
-                split_hash="",
                 task=self.experiment.task,
                 student=self.spec,
                 method=spec,

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from kdbench.data.batch import Batch
+from kdbench.errors import UserError
 from kdbench.experiment import Recipe, TeacherRef
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
+from kdbench.models.weights import state_sha256
 from kdbench.results.layout import Layout
 from kdbench.results.working_copy import fetch
 from kdbench.tasks.base import Task
@@ -30,6 +32,8 @@ def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module
     # Its initial weights are drawn only to be overwritten: a training draws the same numbers whether it loads the teacher or not.
     with torch.random.fork_rng(devices=[]):
         model = task.build_model(ref.model.model_copy(update={"weights": fetch(ref.weights, sha256=ref.sha)}))
+    if ref.state is not None and state_sha256(model) != ref.state:
+        raise UserError(f"the teacher's weights, {ref.weights}, are others here than where the run began: give all machines the same file")
     return place(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
 
 

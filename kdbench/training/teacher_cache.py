@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.data.options import StrictOptions
+from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.errors import RunFailed, in_one_line
 from kdbench.experiment import CacheOptions, Recipe, TeacherRef, content_hash
 from kdbench.models.outputs import Outputs, Shapes, TapShape
@@ -57,6 +57,9 @@ class CacheSpec(StrictOptions):
     recipe: Recipe  # of the students: its augmentation and its views
     data_seed: int
     options: CacheOptions = CacheOptions()
+    earlier: Annotated[dict[str, Any] | None, LEFT_OUT_UNSET] = (
+        None  # `facts` of an entry of the earlier rule of keys, which is used as it is
+    )
 
     @property
     def views(self) -> int:
@@ -76,12 +79,14 @@ class CacheSpec(StrictOptions):
     @property
     def facts(self) -> dict[str, Any]:
         """All that decides an entry's content."""
+        if self.earlier is not None:
+            return self.earlier
         teacher, splits = self.teacher, self.splits
         return {
             "format": FORMAT_VERSION,
-            # The weights' hash alone is not enough: options such as a stride change the outputs, and no tensor's shape.
+            # The tensors alone are not enough: options such as a stride change the outputs, and no tensor's shape.
             "model": teacher.model.model_dump(mode="json", exclude={"label", "weights"}),
-            "teacher": teacher.sha,
+            "teacher": teacher.state or teacher.sha,
             "precision": teacher.precision,
             "memory_format": teacher.memory_format,
             "split": splits.hash,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from kdbench.results.record import RunRecord
 from kdbench.results.store import ResultStore
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import file_sha256, unpack_predictions
+from kdbench.training.earlier_keys import EarlierData
 from kdbench.training.export import experiment_of
 from kdbench.training.outcome import rederive
 
@@ -53,7 +54,11 @@ def verify(results: Path, progress: Callable[[int, int], None] = lambda done, to
     problems = [problem for _, _, problem in checked if problem is not None]
     records = [record for _, record, _ in checked if record is not None]
     problems += _twins(records)
-    teachers = {record.teacher_sha: record for record in records if record.role == "teacher" and record.teacher_sha}
+    teachers: Teachers = {}
+    for record in records:
+        if record.role == "teacher" and record.teacher_sha:
+            for name in (record.teacher_id, record.teacher_sha):
+                teachers.setdefault((name, record.test_hash), []).append(record)
     derived = compared = 0
     left_out: list[str] = []
     for done, record in enumerate(records, start=1):
@@ -77,23 +82,29 @@ def _twins(records: Sequence[RunRecord]) -> Iterator[str]:
 
 def _outdone(records: Sequence[RunRecord]) -> Iterator[str]:
     """Records that no reader takes, as another one of their unit was written under a higher lease."""
-    highest: dict[str, RunRecord] = {}
+    highest: dict[tuple[str, str | None], RunRecord] = {}
     for record in records:
-        if record.lease is not None and record.lease > (highest.setdefault(record.unit_key, record).lease or 0):
-            highest[record.unit_key] = record
+        measurement = record.unit_key, record.test_hash
+        if record.lease is not None and record.lease > (highest.setdefault(measurement, record).lease or 0):
+            highest[measurement] = record
     for record in records:
-        if record.lease is not None and record.lease < (highest[record.unit_key].lease or 0):
-            other = highest[record.unit_key]
+        measurement = record.unit_key, record.test_hash
+        if record.lease is not None and record.lease < (highest[measurement].lease or 0):
+            other = highest[measurement]
             yield (
                 f"run {record.run_id} ({record.label}, seed {record.seed}) was written under lease {record.lease}, and run {other.run_id} "
                 f"of the same training under lease {other.lease}: readers take the latter"
             )
 
 
+# By what students name a teacher with, and the test part: more than one record where a name of the earlier rule of keys is not enough.
+Teachers = dict[tuple[str | None, str | None], list[RunRecord]]
+
+
 class _Check:
     """One record against what it says that it was made from."""
 
-    def __init__(self, store: ResultStore, results: Path, record: RunRecord, teachers: Mapping[str, RunRecord]) -> None:
+    def __init__(self, store: ResultStore, results: Path, record: RunRecord, teachers: Teachers) -> None:
         self.store, self.results, self.record, self.teachers = store, results, record, teachers
         self.derived = self.compared = False
         self.left_out: list[str] = []
@@ -111,7 +122,8 @@ class _Check:
 
     def _problems(self) -> Iterator[str]:
         record = self.record
-        teacher = self.teachers.get(record.teacher_sha or "")
+        named = self.teachers.get((record.teacher_id or record.teacher_sha, record.test_hash), [])
+        teacher = next((own for own in named if _equal(record.teacher_metric, own.test_metric)), named[-1] if named else None)
         if record.role == "teacher":
             yield from self._weights()
         elif teacher is not None and record.teacher_metric is not None and not _equal(record.teacher_metric, teacher.test_metric):
@@ -134,7 +146,9 @@ class _Check:
         metrics = rederive(record, task, content)
         self.derived = True
         splits = task.splits()
-        if (splits.data_hash, splits.hash) != (record.data_hash, record.split_hash):
+        earlier = EarlierData(splits)
+        here = (splits.data_hash, splits.hash) if record.learned_hash is not None else (earlier.data_hash, earlier.split_hash)
+        if here != (record.data_hash, record.split_hash):
             yield f"the data set {record.data} here is not the one that it was measured on (its hash differs)"
         told = {f"metrics.{name}": value for name, value in record.metrics.items()}
         told |= {"test_metric": record.test_metric} | {name: getattr(record, name) for name in ("nll", "ece") if name in metrics}

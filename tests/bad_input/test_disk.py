@@ -192,7 +192,7 @@ def test_a_full_disk_in_a_process_of_ray_ends_the_run_in_the_driver(monkeypatch:
 
     monkeypatch.setattr("kdbench.training.work.fit", full)
     unit = Unit.model_validate(
-        {"role": "final", "experiment": "e", "protocol_hash": "p", "split_hash": "s", "task": TINY["task"], "seed": 0}
+        {"role": "final", "experiment": "e", "protocol_hash": "p", "task": TINY["task"], "seed": 0}
         | {"student": "tiny_cnn", "method": "none", "recipe": {}}
     )
     ending = unpack_ending(pack_ending(attempt(unit, LocalSession(), Layout(tmp_path))))

@@ -59,7 +59,7 @@ def measured_at(scale: float, folder: Path) -> RunRecord:
             "methods": ["kd"],
         }
     )
-    record = measured_teacher(of, weights, LocalSession(), layout(folder))
+    record = measured_teacher(of, weights, LocalSession(), layout(folder), of.key)
     return record.model_copy(update={"teacher_sha": sha, "config": to_yaml(asked)})
 
 

@@ -42,7 +42,7 @@ def measured(store: ResultStore, prediction: torch.Tensor, teacher: torch.Tensor
     unit = units.unit(role="teacher" if teacher is None else "final", seed=fields.pop("seed", 0))
     task = build_task(unit.task)
     splits = task.splits()
-    uri = Layout(Path(store.location)).predictions(unit.key)
+    uri = Layout(Path(store.location)).predictions(unit.key, splits.test_hash)
     quality = task.metrics(prediction.float(), splits.test.target)
     alike = {} if teacher is None else task.agreement(prediction.float(), teacher.float())
     facts = {

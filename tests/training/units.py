@@ -59,7 +59,6 @@ def unit(method: str | dict[str, Any] = "none", teacher: TeacherRef | None = Non
             "role": "final",
             "experiment": "test",
             "protocol_hash": "protocol",
-            "split_hash": "split",
             "task": TASK,
             "student": STUDENT,
             "teacher": teacher,

@@ -1,0 +1,380 @@
+"""What changes the key of a training, the name of a search and the key of a cache entry, and what does not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from kdbench.benchmark.cache import cache_spec
+from kdbench.benchmark.ledger import Ledger
+from kdbench.benchmark.pair import axes_of
+from kdbench.benchmark.run import _pairs, run
+from kdbench.benchmark.watch import Unwatched
+from kdbench.data import image_folder, sources
+from kdbench.errors import UserError
+from kdbench.experiment import Experiment
+from kdbench.models.build import ModelSpec
+from kdbench.results.leaderboard import boards
+from kdbench.results.record import RunRecord
+from kdbench.results.store import ResultStore
+from kdbench.results.summary import summaries
+from kdbench.results.tracking import NoTracker
+from kdbench.tasks import build
+from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.tasks.classification import Classification
+from kdbench.training.loop import prepare
+from kdbench.training.session import LocalSession
+from kdbench.training.verification import verify
+
+ASKED: dict[str, Any] = {
+    "name": "keys",
+    "task": {"name": "classification", "data": {"name": "image_folder", "path": "pictures", "size": 16}, "val_size": 4},
+    "teacher": {"model": {"name": "tiny_cnn", "width": 4}, "weights": "teacher.safetensors"},
+    "students": [{"name": "tiny_cnn", "width": 2, "weights": "student.pt"}],
+    "methods": [{"name": "kd"}],
+    "recipe": {"epochs": 1, "batch_size": 4, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous", "compile": False},
+    "search": {"trials": 2, "sampler": "random", "scheduler": "none"},
+    "seeds": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: red and blue pictures, a teacher's weights and the weights that a student begins with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 3)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (tmp_path / "pictures" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(tmp_path / "pictures" / part / name / f"{number}.png")
+    torch.manual_seed(1)
+    forget_data()
+    save_file(network(4).state_dict(), "teacher.safetensors")
+    torch.save(network(2).state_dict(), "student.pt")
+    return tmp_path
+
+
+def forget_data() -> None:
+    """As in a new process."""
+    build._built.cache_clear()
+    sources._opened.cache_clear()
+
+
+def network(width: int) -> torch.nn.Module:
+    task = build_task(TaskSpec.model_validate(ASKED["task"]))
+    return task.build_model(ModelSpec.model_validate({"name": "tiny_cnn", "width": width}))
+
+
+def experiment(changes: dict[str, Any] | None = None) -> Experiment:
+    """ASKED with dotted keys changed; a number is the place in a list."""
+    asked = deepcopy(ASKED)
+    for key, value in (changes or {}).items():
+        *path, last = key.split(".")
+        place: Any = asked
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[last] = value
+    return Experiment.model_validate(asked)
+
+
+def keys(changes: dict[str, Any] | None = None) -> dict[str, str]:
+    forget_data()
+    asked = experiment(changes)
+    ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
+    (pair,) = _pairs(asked, ledger, may_train=True)
+    (spec,) = asked.methods
+    assert asked.search is not None
+    assert pair.teacher is not None
+    return {
+        "unit": pair.unit(spec, "final", {}, 0).key,
+        "study": pair.study_id(spec, axes_of(spec, asked.search, pair.recipe), asked.search),
+        "cache": cache_spec(pair.asked, pair.teacher, pair.recipe, ledger.layout).key,
+    }
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+def paint(path: str) -> None:
+    """Another picture of the same name, and if PNG's compression is as good, of the same size."""
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"teacher.model.stem_stride": 1}, {"unit", "study", "cache"}),
+        ({"teacher.recipe.precision": "fp64"}, {"unit", "study", "cache"}),
+        ({"teacher.recipe.memory_format": "channels_last"}, {"unit", "study", "cache"}),
+        ({"teacher.model.label": "mine"}, set()),
+        ({"teacher.recipe.lr": 0.9}, set()),  # a teacher that is given is not trained
+        ({"task.val_size": 6}, {"unit", "study", "cache"}),
+        ({"task.transfer_size": 8}, {"unit", "study", "cache"}),
+        ({"task.data.path": "./pictures"}, set()),
+        ({"task.data.path": "pictures/../pictures"}, set()),
+        ({"task.data.test": "val"}, set()),
+        ({"task.data.size": 20}, {"unit", "study", "cache"}),
+        ({"task.data.in_memory": True}, {"unit", "study", "cache"}),
+        ({"students.0.stem_stride": 1}, {"unit", "study"}),
+        ({"students.0.label": "mine"}, {"unit", "study"}),
+        ({"methods.0.label": "mine"}, {"unit", "study"}),
+        ({"methods.0.temperature": 3.0}, {"unit", "study"}),
+        ({"recipe.lr": 0.1}, {"unit", "study"}),
+        ({"recipe.augment.flip": True}, {"unit", "study", "cache"}),
+        ({"data_seed": 1}, {"unit", "study", "cache"}),
+        ({"runtime.workers": 2}, {"unit", "study"}),
+        ({"cache.precision": "fp32"}, {"unit", "study", "cache"}),
+        ({"search.trials": 3}, {"unit"}),  # a longer search goes on with the shorter one, and its finals are chosen anew
+        ({"search.sampler": "tpe"}, {"unit", "study"}),
+        ({"name": "other"}, {"study"}),  # two experiments never write to one study
+        ({"cache.budget_gb": 1.0}, set()),
+        ({"runtime.concurrent": 2}, set()),
+        ({"runtime.checkpoint_seconds": 1.0}, set()),
+        ({"seeds": 2}, set()),
+        ({"results": "elsewhere"}, set()),
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_changes_these_keys(changes: dict[str, Any], expected: set[str]) -> None:
+    assert changed(keys(), keys(changes)) == expected
+
+
+def new_picture(part: str) -> Callable[[], None]:
+    return lambda: paint(f"pictures/{part}/red/0.png")
+
+
+def moved_data() -> None:
+    shutil.copytree("pictures", "copy")
+    shutil.rmtree("pictures")
+    Path("pictures").symlink_to("copy")
+
+
+def touched() -> None:
+    for path in Path("pictures").rglob("*.png"):
+        os.utime(path, (1e9, 1e9))
+
+
+def other_teacher() -> None:
+    save_file(network(4).state_dict(), "teacher.safetensors")
+
+
+def other_start() -> None:
+    torch.save(network(2).state_dict(), "student.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (new_picture("train"), {"unit", "study", "cache"}),
+        (new_picture("val"), {"cache"}),  # the test part: an entry holds the teacher's predictions for it
+        (moved_data, set()),
+        (touched, set()),
+        (other_teacher, {"unit", "study", "cache"}),
+        (other_start, {"unit", "study"}),
+    ],
+)
+def test_what_files_hold_changes_these_keys(change: Callable[[], None], expected: set[str]) -> None:
+    before = keys()
+    change()
+    assert changed(before, keys()) == expected
+
+
+def test_the_version_of_a_task_changes_the_key_and_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys()
+    monkeypatch.setattr(Classification, "version", Classification.version + 1)
+    assert changed(before, keys()) == {"unit", "study"}
+
+
+def test_the_kind_of_file_and_its_place_change_nothing() -> None:
+    state = network(4).state_dict()
+    save_file(state, "teacher.safetensors")
+    torch.save(state, "teacher.pt")
+    torch.save({"state_dict": state, "epoch": 3}, "teacher.ckpt")
+    found = [keys({"teacher.weights": f"teacher.{kind}"}) for kind in ("safetensors", "pt", "ckpt")]
+    assert found[0] == found[1] == found[2]
+    Path("moved").mkdir()
+    shutil.copy("student.pt", "moved/start.pt")
+    assert keys({"students.0.weights": "moved/start.pt"}) == found[0]
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+WITHOUT_SEARCH = {"search": None, "methods": ["none", "kd"]}
+
+
+def ran(changes: dict[str, Any] | None = None) -> tuple[int, int]:
+    forget_data()
+    summary = run(experiment({**WITHOUT_SEARCH, **(changes or {})}), Path("results"), Unwatched())
+    assert summary.failures == ()
+    return summary.trained, summary.found
+
+
+def finals() -> list[RunRecord]:
+    return ResultStore("results").scan(role="final")
+
+
+def test_one_data_set_by_three_spellings_of_its_path_is_trained_once() -> None:
+    trainings = [ran({"task.data.path": path}) for path in ("pictures", "./pictures", str(Path("pictures").resolve()))]
+    assert [trained for trained, _ in trainings] == [3, 0, 0]  # the measured teacher and two students
+    assert len(boards(ResultStore("results").scan())) == 1
+
+
+def test_one_teacher_in_three_kinds_of_file_is_one_teacher() -> None:
+    state = network(4).state_dict()
+    save_file(state, "teacher.safetensors")
+    torch.save(state, "teacher.pt")
+    torch.save({"state_dict": state}, "teacher.ckpt")
+    methods = {"safetensors": ["none", "kd"], "pt": ["none", "kd", "dkd"], "ckpt": ["none", "kd", "dkd"]}
+    trained = [ran({"teacher.weights": f"teacher.{kind}", "methods": names})[0] for kind, names in methods.items()]
+    assert trained == [3, 1, 0]
+    records = ResultStore("results").scan()
+    assert len({record.teacher_sha for record in records if record.role == "final"}) == 2  # the file that each had
+    (board,) = boards(records)
+    assert {row.label for row in board.rows} == {"none", "kd", "dkd"}
+    assert summaries([board]) == []
+    assert verify(Path("results")).problems == ()
+
+
+def test_after_a_repaired_test_image_everything_is_measured_again_and_nothing_is_trained() -> None:
+    asked = {"teacher.weights": None, "teacher.recipe": {"lr": 0.1}, "students.0.weights": None}
+    paint("pictures/val/red/0.png")
+    paint("pictures/val/red/1.png")
+    assert ran(asked)[0] == 3
+    before = {record.label: record for record in ResultStore("results").scan()}
+    weights = {path: path.read_bytes() for path in Path("results").rglob("*.safetensors") if "predictions" not in path.parts}
+
+    shutil.copy("pictures/val/red/2.png", "pictures/val/red/1.png")
+    assert ran(asked) == (0, 3)
+    records = ResultStore("results").scan()
+    after = {record.label: record for record in records if record.run_id not in {known.run_id for known in before.values()}}
+    assert after.keys() == before.keys()
+    assert len(records) == 6
+    for label, record in after.items():
+        known = before[label]
+        assert (record.unit_key, record.curve, record.train_seconds) == (known.unit_key, known.curve, known.train_seconds)
+        assert record.test_hash != known.test_hash
+        assert record.predictions_uri != known.predictions_uri
+    assert after["kd"].agreement is not None
+    assert after["kd"].teacher_metric == after["teacher"].test_metric
+    assert {path: path.read_bytes() for path in weights} == weights
+    assert ran(asked) == (0, 3)
+
+    # What is measured again is what a training on the repaired images would have measured.
+    forget_data()
+    assert run(experiment({**WITHOUT_SEARCH, **asked}), Path("anew"), Unwatched()).trained == 3
+    anew = {record.label: record for record in ResultStore("anew").scan()}
+    assert {label: record.metrics for label, record in after.items()} == {label: record.metrics for label, record in anew.items()}
+    assert after["kd"].agreement == anew["kd"].agreement
+
+    # Two test parts are two boards, and not two pairs.
+    found = boards(records)
+    assert len(found) == 2
+    assert len({board.protocol_hash for board in found}) == 2
+    assert summaries(found) == []
+    # The figures of before can't be derived again, as their images are gone; those of now can.
+    problems = verify(Path("results")).problems
+    assert all(any(known.run_id in problem for known in before.values()) for problem in problems)
+
+
+def test_a_student_whose_weights_are_gone_is_trained_again_on_a_repaired_test_part() -> None:
+    ran()
+    shutil.rmtree("results/students")
+    paint("pictures/val/red/0.png")
+    trained, found = ran()
+    assert trained == 3  # with the teacher's file, which is measured again
+    assert found == 0
+
+
+def test_a_process_with_other_data_than_the_units_refuses_to_train() -> None:
+    asked = experiment(WITHOUT_SEARCH)
+    (pair,) = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    unit = pair.unit(asked.methods[1], "final", {}, 0)
+    prepare(unit, LocalSession())
+    other_start()
+    with pytest.raises(UserError, match=r"the weights that tiny_cnn begins with, student\.pt, are others here"):
+        prepare(unit, LocalSession())
+    torch.manual_seed(1)
+    paint("pictures/train/red/0.png")
+    forget_data()
+    with pytest.raises(UserError, match="the training data of image_folder have other content here than where the run began"):
+        prepare(unit, LocalSession())
+
+
+def test_a_process_with_another_version_of_the_task_or_another_teacher_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = experiment(WITHOUT_SEARCH)
+    (pair,) = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    unit = pair.unit(asked.methods[1], "final", {}, 0)
+    other_teacher()
+    with pytest.raises(UserError, match=r"the teacher's weights, .*, are others here than where the run began"):
+        prepare(unit, LocalSession())
+    monkeypatch.setattr(Classification, "version", Classification.version + 1)
+    with pytest.raises(UserError, match="task classification has version 2 here and 1 where the run began"):
+        prepare(unit, LocalSession())
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_read_once_and_again_where_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched()
+    read: list[Path] = []
+    open_ = Path.open
+
+    def noted(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.suffix == ".png":
+            read.append(path)
+        return open_(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", noted)
+
+    def content() -> str:
+        read.clear()
+        return image_folder.image_folder(Path("pictures"), size=16).sha256
+
+    first = content()
+    assert len(read) == 22
+    assert content() == first
+    assert read == []
+    paint("pictures/train/red/0.png")
+    os.utime("pictures/train/red/0.png", (1.1e9, 1.1e9))
+    assert content() != first
+    assert {path.parent.name for path in read} == {"red"}
+    assert len(read) == 8
+    content()
+    assert read == []
+
+
+def test_a_file_that_was_just_written_is_read_again_as_its_time_says_nothing_yet() -> None:
+    def content() -> str:
+        return image_folder.image_folder(Path("pictures"), size=16).sha256
+
+    picture = Path("pictures/train/red/0.png")
+    first, moment = content(), picture.stat().st_mtime_ns
+    changed_bytes = bytearray(picture.read_bytes())
+    changed_bytes[-1] ^= 1
+    picture.write_bytes(changed_bytes)
+    os.utime(picture, ns=(moment, moment))  # the file system's clock did not tick between the two
+    assert content() != first
+
+
+def test_a_memory_of_files_that_was_damaged_is_made_anew() -> None:
+    touched()
+    first = image_folder.image_folder(Path("pictures"), size=16).sha256
+    for kept in Path("cache/kdbench/content").iterdir():
+        kept.write_text('{"red": 3}')
+    assert image_folder.image_folder(Path("pictures"), size=16).sha256 == first
