@@ -21,9 +21,6 @@ from kdbench.errors import UserError, nearest, printable
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_FOLDERS = ("test", "val")
-_JPEG = b"\xff\xd8"
-_HEADER = 1 << 16  # bytes at the start of a JPEG that hold its tags
-_READERS = 8  # threads: reading many small files is waiting for the disk
 
 
 @dataclass(frozen=True)

@@ -147,4 +147,5 @@ def test_images_in_files_that_were_written_since_are_learned_from_again_and_a_li
 def test_records_of_before_are_verified_by_the_rule_of_before(make: Any) -> None:
     checked = verify(Path("results"))
     assert checked.problems == ()
-    assert checked.derived == 9
+    assert checked.derived + len(checked.left_out) == 9
+    assert all("earlier_task" in left_out for left_out in checked.left_out)
