@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
 
+from torch import nn
+
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
@@ -24,7 +26,7 @@ from kdbench.results.tracking import PROTOCOL_TAG
 from kdbench.search_space import Parameter, describe, is_whole
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import task_facts
-from kdbench.training.earlier_keys import Asked
+from kdbench.training.earlier_keys import Asked, draws_noise
 from kdbench.training.outcome import failed_record
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
@@ -42,6 +44,7 @@ class Pair:
     task: Task
     recipe: Recipe  # nothing in it is `auto` any more
     student_init: str | None  # content of the weights that the student begins with; None where they are drawn
+    network: nn.Module  # the student, untrained
     student_places: Shapes  # every place of the two networks that a method can look at
     teacher_places: Shapes | None
 
@@ -144,7 +147,9 @@ class Pair:
         study_id, layout = self.study_id(spec, axes, search), recall.ledger.layout
         if not fetch_journal(layout.study(study_id)).exists():
             earlier = self.asked.study_id(self.student, self.teacher, self.recipe, spec, axes, search)
-            if fetch_journal(layout.study(earlier)).exists() and recall.continues(earlier, self.student, self.teacher, spec.label):
+            if fetch_journal(layout.study(earlier)).exists() and recall.continues(
+                earlier, self.student, self.teacher, spec.label, draws_noise(self.network, spec)
+            ):
                 study_id = earlier
         warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
         asha = Asha(max(search.grace_epochs, math.ceil(warmup)), search.reduction) if search.scheduler == "asha" else None
@@ -435,7 +440,8 @@ class PairWork:
         """What the store already has is not trained again."""
         for unit in units:
             earlier_key = self.pair.asked.student_key(unit, self.pair.recipe)
-            record = self._recall.find(unit, earlier_key, self.pair.teacher_predictions)
+            noise = draws_noise(self.pair.network, contender.spec)
+            record = self._recall.find(unit, earlier_key, noise=noise, teacher_predictions=self.pair.teacher_predictions)
             if record is not None:
                 contender.ended[unit.key] = record
                 self.ledger.found_again(unit, record, contender.parent)

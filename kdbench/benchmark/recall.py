@@ -39,13 +39,20 @@ class Recall:
         self._told: set[str] = set()
 
     def find(
-        self, unit: Unit, earlier_key: str, teacher_predictions: str | None = None, teacher_of: TellsOfTeacher = lambda record: {}
+        self,
+        unit: Unit,
+        earlier_key: str,
+        *,
+        noise: bool,
+        teacher_predictions: str | None = None,
+        teacher_of: TellsOfTeacher = lambda record: {},
     ) -> RunRecord | None:
         """The record of a training that need not be done, measured on the test part as it is now; None where it has to be done.
 
         Args:
             unit: the training.
             earlier_key: its key by the earlier rule.
+            noise: whether it draws anything for each sample.
             teacher_predictions: where the store has what the teacher predicts for the test part; None where it does not.
             teacher_of: what a record of the earlier rule lacks where the training is a teacher's.
         """
@@ -56,7 +63,7 @@ class Recall:
         if records:
             return self._measured(unit, records[-1], teacher_predictions)
         for record in reversed(self._by_unit(earlier_key)):
-            if self._whole(record) and self.taken(record, unit.student, unit.teacher, unit.title):
+            if self._whole(record) and self.taken(record, unit.student, unit.teacher, unit.title, noise):
                 return self.adopt(record, unit, unit.key, **teacher_of(record))
         return None
 
@@ -66,18 +73,18 @@ class Recall:
         if record is not None:
             return record
         for record in reversed(self._by_unit(earlier_key)):
-            if self.taken(record, unit.student, None, unit.title):
+            if self.taken(record, unit.student, None, unit.title, noise=False):
                 return self.adopt(record, unit, key, **facts)
         return None
 
-    def taken(self, record: RunRecord, student: ModelSpec, teacher: TeacherRef | None, title: str) -> bool:
+    def taken(self, record: RunRecord, student: ModelSpec, teacher: TeacherRef | None, title: str, noise: bool) -> bool:
         """Whether a record of the earlier rule is of what is asked for now. A line says why it is not, once for each reason."""
-        reason = self.asked.differs(record, student, teacher, self._teachers)
+        reason = self.asked.differs(record, student, teacher, self._teachers, noise)
         if reason is not None:
             self.tell(f"{title} is on record under an earlier key, but {reason}: it is done again", reason)
         return reason is None
 
-    def continues(self, study_id: str, student: ModelSpec, teacher: TeacherRef | None, label: str) -> bool:
+    def continues(self, study_id: str, student: ModelSpec, teacher: TeacherRef | None, label: str, noise: bool) -> bool:
         """Whether a study of the earlier rule is of what is asked for now, as the records that came of it say."""
         records = self.ledger.store.scan(study_id=study_id)
         if not records:
@@ -86,7 +93,7 @@ class Recall:
                 study_id,
             )
             return False
-        return all(self.taken(record, student, teacher, f"the search of {label}") for record in records)
+        return all(self.taken(record, student, teacher, f"the search of {label}", noise) for record in records)
 
     def tell(self, note: str, once: str) -> None:
         """Say something once for all units that it is true of."""

@@ -43,7 +43,7 @@ from kdbench.search_space import Choice
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task, task_facts
 from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
-from kdbench.training.earlier_keys import Asked, EarlierData
+from kdbench.training.earlier_keys import Asked, EarlierData, draws_noise
 from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
@@ -336,7 +336,7 @@ def _ready_teacher(
     given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
     check_first: Callable[[], None] = rehearse if may_train else _nothing
     recall = Recall(asked, ledger)
-    record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, fits)
+    record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, model, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
     assert record.teacher_sha is not None
@@ -391,9 +391,10 @@ def _initial_content(spec: ModelSpec, model: nn.Module) -> str | None:
     return state_sha256(model) if spec.weights is not None else None
 
 
-def _trained(recall: Recall, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
+def _trained(recall: Recall, unit: Unit, task: Task, model: nn.Module, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
     ledger = recall.ledger
-    record = recall.find(unit, recall.asked.teacher_key(unit), teacher_of=partial(_reloaded, unit, task, ledger.layout))
+    noise, told = draws_noise(model, unit.method), partial(_reloaded, unit, task, ledger.layout)
+    record = recall.find(unit, recall.asked.teacher_key(unit), noise=noise, teacher_of=told)
     if record is not None:
         ledger.found_again(unit, record)
         return record, weights_of(record, ledger.layout)
@@ -507,7 +508,7 @@ def _pair(
         spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
     ours = places(model, task.info.image_shape)
-    return Pair(asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), ours, theirs)
+    return Pair(asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), model, ours, theirs)
 
 
 @contextmanager

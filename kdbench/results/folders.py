@@ -25,11 +25,13 @@ class Folders:
     def scan(self, *, without: Collection[str] = (), **equals: Any) -> list[RunRecord]:
         """As `ResultStore.scan`, UserError included: of a training on one test part the latest record of all folders."""
         latest: dict[tuple[str, str | None], RunRecord] = {}
+        superseded: set[str | None] = set()
         for record in sorted(
             (r for store in self._stores for r in store.scan(without=without, **equals)), key=lambda r: (r.created_at, r.run_id)
         ):
             latest[record.unit_key, record.test_hash] = record
-        return sorted(latest.values(), key=lambda r: (r.created_at, r.run_id))
+            superseded.add(record.supersedes)
+        return sorted((r for r in latest.values() if r.run_id not in superseded), key=lambda r: (r.created_at, r.run_id))
 
     def __str__(self) -> str:
         return ", ".join(store.location for store in self._stores)

@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from kdbench.data.batch import Part
 from kdbench.data.content import newest_change
@@ -27,7 +28,8 @@ from kdbench.data.encoded import EncodedImages
 from kdbench.data.image_folder import Files
 from kdbench.data.parquet import Rows
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash
-from kdbench.methods.build import MethodSpec, method_class
+from kdbench.methods.base import Method
+from kdbench.methods.build import MethodSpec, method_class, method_code
 from kdbench.models.build import ModelSpec
 from kdbench.results.record import RunRecord
 from kdbench.search_space import Parameter, describe
@@ -173,7 +175,9 @@ class Asked:
 
     # --- what is kept beside a key -------------------------------------------------------------------------------
 
-    def differs(self, record: RunRecord, student: ModelSpec, teacher: TeacherRef | None, teachers: Sequence[RunRecord]) -> str | None:
+    def differs(
+        self, record: RunRecord, student: ModelSpec, teacher: TeacherRef | None, teachers: Sequence[RunRecord], noise: bool
+    ) -> str | None:
         """Why a record found by an earlier key can't be taken for what is asked for; None where it can.
 
         Args:
@@ -181,7 +185,10 @@ class Asked:
             student: of the training; of a teacher's own training the teacher.
             teacher: as the training would have it now.
             teachers: the records of all teachers of the results folder.
+            noise: whether the training draws anything for each sample, as `draws_noise` says.
         """
+        if noise and max(record.worker_counts or [record.world_size]) > 1:
+            return "its workers drew the same dropout masks or the same noise of the method for different samples"
         return next(self._differences(record, student, teacher, teachers), None)
 
     def _differences(
@@ -224,6 +231,20 @@ class Asked:
         asked = {**(kept.get("recipe") or {}), **((kept.get("teacher") or {}).get("recipe") or {})}
         told = (str(asked.get("precision", "auto")), str(asked.get("memory_format", "auto")))
         return None if numbers or "auto" in told else told
+
+
+def draws_noise(network: nn.Module, spec: MethodSpec) -> bool:
+    """Whether a training draws anything for each sample: dropout in the network, or noise of a method that doesn't compare samples."""
+    drops = any(isinstance(module, _DropoutNd) or "drop" in type(module).__name__.lower() for module in network.modules())
+    return drops or any(_uses_generator(kind) and not kind.batch_coupled for kind in method_code(spec))
+
+
+def _uses_generator(kind: type[Method]) -> bool:
+    own = [part for part in kind.__mro__ if part not in Method.__mro__]
+    functions = [
+        code for part in own for name, value in vars(part).items() if name != "__init__" and (code := getattr(value, "__code__", None))
+    ]
+    return any("generator" in code.co_names for code in functions)
 
 
 def _config(record: RunRecord) -> Mapping[str, Any] | None:

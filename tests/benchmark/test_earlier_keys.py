@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork
 from kdbench.benchmark.run import _pairs, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment
+from kdbench.methods.build import MethodSpec
 from kdbench.results.leaderboard import boards
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import NoTracker
 from kdbench.tasks import build
+from kdbench.training.earlier_keys import draws_noise
 from kdbench.training.verification import verify
 
 EARLIER = Path(__file__).parent / "earlier"
@@ -117,7 +120,7 @@ def test_a_search_of_a_lower_version_of_the_task_begins_again(make: Any, monkeyp
     assert contender.study.missing == 2
     # A teacher that was trained again has mostly other weights, so that its search would not be looked for: ask for that search by name.
     (earlier,) = {record.study_id for record in ResultStore("results").scan(experiment="searched") if record.study_id is not None}
-    assert not work._recall.continues(earlier, pair.student, pair.teacher, "kd")
+    assert not work._recall.continues(earlier, pair.student, pair.teacher, "kd", noise=False)
     assert watch.saying("version 1 of its task, which has version 2 now")
 
 
@@ -142,6 +145,33 @@ def test_images_in_files_that_were_written_since_are_learned_from_again_and_a_li
     trained, found, watch = again(make.pictures())
     assert (trained, found) == (2, 0)
     assert watch.saying("the images were written or copied after it was trained")
+
+
+def test_what_several_workers_trained_with_noise_is_not_taken(make: Any) -> None:
+    asked = make.experiment("plain")
+    ledger = Ledger(asked, Path("results"), Notes(), NoTracker())
+    recall = PairWork(_pairs(asked, ledger, may_train=True)[0], ledger, search_only=False)._recall
+    (record,) = ResultStore("results").scan(experiment="plain", label="none")
+    several = record.model_copy(update={"worker_counts": [1, 2]})
+    told = {noise: recall.asked.differs(several, asked.students[0], None, [], noise) for noise in (True, False)}
+    assert "drew the same" in (told[True] or "")
+    assert "drew the same" not in (told[False] or "")
+
+
+@pytest.mark.parametrize(
+    ("network", "method", "expected"),
+    [
+        (nn.Sequential(nn.Linear(2, 2)), "kd", False),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "kd", True),
+        (nn.Linear(2, 2), "mgd", True),
+        (nn.Linear(2, 2), "vitkd", True),
+        (nn.Linear(2, 2), "vitkd+nkd", True),
+        (nn.Linear(2, 2), "crd", False),  # its noise is drawn once over the joined batch
+    ],
+    ids=str,
+)
+def test_noise_for_each_sample_is_seen_in_networks_and_methods(network: nn.Module, method: str, expected: bool) -> None:
+    assert draws_noise(network, MethodSpec.model_validate(method)) is expected
 
 
 def test_records_of_before_are_verified_by_the_rule_of_before(make: Any) -> None:

@@ -166,6 +166,12 @@ def test_superseded_records_are_not_exported_and_are_known_to_an_import(ours, th
     assert import_results(theirs, archive).known == 4
 
 
+def test_a_training_that_was_measured_on_another_test_part_here_is_no_conflict(theirs, archive, make_record) -> None:
+    theirs.append(make_record(seed=0, unit_key="unit-2", test_hash="repaired", test_metric=91.0))
+    assert import_results(theirs, archive).records == 4
+    assert {record.test_hash for record in theirs.by_unit()("unit-2")} == {"repaired", None}
+
+
 def test_a_unit_that_was_trained_on_both_sides_is_a_conflict_and_ours_is_kept_when_asked(theirs, archive, make_record) -> None:
     here = make_record(seed=0, unit_key="unit-2", test_metric=91.0, predictions_uri="predictions/kd-0.safetensors")
     theirs.append(here)

@@ -78,6 +78,31 @@ def test_a_later_record_of_a_unit_supersedes_even_when_appended_first(location, 
     assert store.by_unit_key("same") == new
 
 
+def test_one_training_measured_on_two_test_parts_has_two_records_compacted_or_not(location, make_record) -> None:
+    store = ResultStore(location)
+    records = [make_record(unit_key="same", test_hash=test, test_metric=metric) for test, metric in (("a", 1.0), ("b", 2.0))]
+    for record in records:
+        store.append(record)
+    assert store.scan() == records
+    assert store.by_unit()("same") == records
+    compact(store)
+    assert ResultStore(location).scan() == records
+    assert ResultStore(location).by_unit()("same") == records
+    assert ResultStore(location).by_unit()("other") == []
+
+
+def test_a_record_that_another_one_stands_for_under_another_key_is_not_shown_compacted_or_not(location, make_record) -> None:
+    store = ResultStore(location)
+    old = make_record(unit_key="earlier", seed=0)
+    new = make_record(unit_key="now", seed=0, supersedes=old.run_id)
+    store.append(old)
+    store.append(new)
+    assert store.scan() == [new]
+    assert store.scan(unit_key="earlier") == []
+    compact(store)
+    assert ResultStore(location).scan() == [new]
+
+
 def test_a_superseded_record_does_not_come_back_through_a_filter(location, make_record) -> None:
     store = ResultStore(location)
     store.append(make_record(unit_key="same", status="failed"))
