@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.methods.base import Method, Progress
+from kdbench.models.batch_norm import guard_batch_norms
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
 from kdbench.tasks.base import Task
@@ -67,6 +68,7 @@ class Distiller(nn.Module):
         self.method = method
         self.task = task
         self.peers = nn.ModuleList(peers)
+        guard_batch_norms(self)
         self._taps = Taps(student, method.student_taps, call=call)
         self._peer_taps = tuple(Taps(peer, method.student_taps) for peer in self.peers)
         if method.batch_coupled:

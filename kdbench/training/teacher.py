@@ -10,6 +10,7 @@ from torch import nn
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.experiment import Recipe, TeacherRef
+from kdbench.models.batch_norm import guard_batch_norms
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
 from kdbench.models.weights import state_sha256
@@ -34,6 +35,7 @@ def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module
         model = task.build_model(ref.model.model_copy(update={"weights": fetch(ref.weights, sha256=ref.sha)}))
     if ref.state is not None and state_sha256(model) != ref.state:
         raise UserError(f"the teacher's weights, {ref.weights}, are others here than where the run began: give all machines the same file")
+    guard_batch_norms(model)  # a method's gradients may flow through a part of it
     return place(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
 
 
