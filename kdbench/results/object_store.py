@@ -23,6 +23,7 @@ from kdbench.results.address import EXTRAS, checked_address, without_secrets
 PATIENCE = "KDBENCH_STORAGE_PATIENCE"
 PATIENCE_SECONDS = 600.0  # for how long a request that is refused is tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
+_PAUSES = random.Random()  # its own: trainings seed the process's, and clients with one seed would all come back at one moment
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError"})
 _FINAL = frozenset({errno.EINVAL, errno.EPERM, errno.ENAMETOOLONG})  # what the drivers make of "this request is wrong"
 _CREDENTIALS = (
@@ -176,7 +177,7 @@ class ObjectStore:
                     ) from None  # the driver's own error may quote more than it should
                 if pause == _FIRST_PAUSE:
                     log.warning("%s does not take a request (%s); it is tried again for up to %.0f s", self.name, reason, limit)
-            time.sleep(pause * random.uniform(0.8, 1.2))
+            time.sleep(pause * _PAUSES.uniform(0.8, 1.2))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _raise_final(self, error: Exception) -> None:

@@ -31,12 +31,10 @@ from kdbench.training.evaluate import predict
 from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
 from kdbench.training.outcome import finished_record
 from kdbench.training.precision import autocast, compiled_call, images_for, place
+from kdbench.training.randomness import begin_step, begin_streams, restore_streams, streams
 from kdbench.training.session import Session
 from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher, teacher_here
 from kdbench.training.teacher_cache import TeacherCache
-
-# Method generators get a stream of their own, so that a method's randomness never shifts the student's initial weights.
-_METHOD_STREAM = 0x5EED
 
 
 @dataclass
@@ -92,9 +90,7 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
-            "random": torch.get_rng_state(),
-            "random_device": torch.cuda.get_rng_state(self.session.device) if self.session.device.type == "cuda" else None,
-            "random_method": self.generator.get_state(),
+            **streams(self.session.device, self.generator),
             "progress": {name: getattr(self, name) for name in _PROGRESS},
         }
 
@@ -105,10 +101,7 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        torch.set_rng_state(state["random"])
-        if state["random_device"] is not None:
-            torch.cuda.set_rng_state(state["random_device"], self.session.device)
-        self.generator.set_state(state["random_method"])
+        restore_streams(state, self.session.device, self.generator)
         for name, value in state["progress"].items():
             setattr(self, name, value)
         self.kept_step = self.ask_at = self.total_steps
@@ -172,8 +165,7 @@ def prepare(unit: Unit, session: Session) -> Training:
     task = build_task(unit.task)
     splits = task.splits()
     check_content(unit, task, splits)
-    torch.manual_seed(unit.seed)
-    generator = torch.Generator().manual_seed(unit.seed ^ _METHOD_STREAM)
+    generator = begin_streams(unit.seed)
 
     def fresh() -> nn.Module:
         model = task.build_model(unit.student)
@@ -302,6 +294,7 @@ def train_step(run: Training, batch: Batch) -> Tensor:
     recipe = run.unit.recipe
     done = run.total_steps
     at = Progress(run.epoch + run.step / run.loader.steps_per_epoch, done, recipe.epochs * run.loader.steps_per_epoch)
+    begin_step(run.unit.seed, done, run.session.rank, None if run.distiller.method.batch_coupled else run.generator)
     factor = run.schedule(done)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
