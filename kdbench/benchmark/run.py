@@ -24,6 +24,7 @@ from kdbench.benchmark.recall import Recall, weights_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
+from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
 from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
@@ -111,9 +112,12 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
 def check_plan(experiment: Experiment, task: Task) -> None:
     """What can be known to be wrong on any machine. Raises UserError."""
     check_choices(experiment, task.name)
-    train = task.splits().train
+    splits = task.splits()
     for recipe in _recipes(experiment):
-        check_views(train, recipe.augment)
+        for part in (splits.train, splits.transfer):
+            check_views(part, recipe.augment)
+    for part in (splits.val, splits.test):  # which are never augmented
+        check_views(part, Augment())
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from kdbench.data.draws import Draws
 from kdbench.data.encoded import decoded_ahead
 from kdbench.data.hashing import hash64
 from kdbench.data.mixing import partners
-from kdbench.data.views import Augment, augment_drawn, augment_mixed, drawn_ahead
+from kdbench.data.views import Augment, augment_drawn, augment_mixed, check_targets, drawn_ahead
 from kdbench.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -117,6 +117,7 @@ def view_batches(
 
 def check_views(part: Part, augment: Augment) -> None:
     """Raise UserError where samples of the part can't be augmented so."""
+    check_targets(part, augment)
     if augment.mixes and (part.target.ndim != 1 or part.classes is None):
         key = "mixup" if augment.mixup else "cutmix"
         raise UserError(f"recipe.augment.{key} mixes the labels of two images, so it needs one label per image; this task has others")

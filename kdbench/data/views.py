@@ -13,12 +13,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdbench.data.batch import Part
 from kdbench.data.draws import Decision, Draws, inside, rectangles
 from kdbench.data.mixing import mixed, mixed_labels
 from kdbench.data.operations import LARGEST_MAGNITUDE, operate
 from kdbench.data.options import StrictOptions
 from kdbench.data.pixels import UNIT, blend, grey, mean_grey, taken, unit_range
 from kdbench.data.resizing import part_bits, parts, resized, resized_labels
+from kdbench.errors import UserError
 
 IGNORED = 255  # the label of a pixel that has none: a crop brings them in from outside the image
 
@@ -50,9 +52,34 @@ class Augment(StrictOptions):
         )
 
     @property
+    def moves(self) -> tuple[str, ...]:
+        """The keys whose steps move pixels or take them away, so that a target per pixel has to follow."""
+        return tuple(key for key in ("resized_crop", "crop", "flip", "operations", "erase") if getattr(self, key))
+
+    @property
     def mixes(self) -> bool:
         """Whether a view shows a second sample of the part, too, so that its label is a mixture."""
         return bool(self.mixup or self.cutmix)
+
+
+def check_targets(part: Part, spec: Augment) -> None:
+    """Raise UserError for targets that can't follow their images, which `augment` would alter or leave behind.
+
+    Targets [N] and [N, K] say something of whole images and stay as they are. Whole numbers [N, H, W] are labels per pixel and move along.
+    """
+    target, size = part.target, tuple(part.inputs.shape[-2:])
+    form = f"targets of the form {list(target.shape)}, {str(target.dtype).removeprefix('torch.')}"
+    if target.ndim == 3 and (target.is_floating_point() or target.is_complex()):
+        raise UserError(f"{form}, can't be used: a target [N, H, W] is a label per pixel, so it must be of whole numbers")
+    if not spec.moves:
+        return
+    steps = ", ".join(f"recipe.augment.{key}" for key in spec.moves)
+    if target.ndim > 3:
+        raise UserError(f"{form}, do not follow what {steps} does to the images; leave these keys out, or use labels per pixel [N, H, W]")
+    if target.ndim == 3 and tuple(target.shape[1:]) != size:
+        raise UserError(
+            f"{form}, do not follow what {steps} does to images of {size[0]}x{size[1]}: give each pixel a label, or leave these keys out"
+        )
 
 
 def augment(images: Tensor, target: Tensor, index: Tensor, view: int, data_seed: int, spec: Augment) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ def part(count: int) -> Part:
 
 
 def loader(count: int = 20, batch_size: int = 6, **changed) -> Loader:
-    return Loader(part(count), batch_size, **{"augment": AUGMENT, "views": 2, "data_seed": 5, "order_seed": 7, **changed})
+    options = {"part": part(count), "augment": AUGMENT, "views": 2, "data_seed": 5, "order_seed": 7, **changed}
+    return Loader(batch_size=batch_size, **options)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -153,3 +154,38 @@ def test_evaluation_sees_every_sample_once_in_order_and_untouched():
 def test_a_batch_that_cannot_be_cut_is_refused(changed, message):
     with pytest.raises(UserError, match=message):
         loader(**changed)
+
+
+@pytest.mark.parametrize(
+    ("target", "augment", "message"),
+    [
+        (torch.rand(20, 8, 8), {}, r"\[20, 8, 8\], float32, can't be used: .* whole numbers"),
+        (torch.rand(20, 8, 8), {"flip": True}, r"whole numbers"),
+        (
+            torch.zeros(20, 2, 8, 8),
+            {"flip": True, "crop": 1, "color": 0.5},
+            r"do not follow what recipe.augment.crop, recipe.augment.flip does",
+        ),
+        (torch.zeros(20, 2, 8, 8, dtype=torch.long), {"erase": 0.5}, r"do not follow what recipe.augment.erase does"),
+        (torch.zeros(20, 8, 4, dtype=torch.long), {"resized_crop": 0.5}, r"does to images of 8x8: give each pixel a label"),
+    ],
+)
+def test_targets_that_views_would_alter_or_leave_behind_are_refused(target: torch.Tensor, augment: dict, message: str) -> None:
+    images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match=message):
+        loader(part=Part(images, target, torch.arange(20)), augment=Augment(**augment))
+
+
+@pytest.mark.parametrize(
+    ("target", "augment"),
+    [
+        (torch.zeros(20, 8, 8, dtype=torch.uint8), {"flip": True, "crop": 1}),
+        (torch.rand(20, 5), {"flip": True, "crop": 1, "erase": 0.5}),
+        (torch.rand(20, 2, 8, 8), {"color": 0.5}),
+    ],
+)
+def test_targets_that_follow_their_images_or_need_not_are_taken(target: torch.Tensor, augment: dict) -> None:
+    images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    batch = next(iter(loader(part=Part(images, target, torch.arange(20)), augment=Augment(**augment)).batches(0)))
+    assert batch.target.shape == (6, *target.shape[1:])
+    assert batch.target.is_floating_point() == target.is_floating_point()

@@ -136,7 +136,7 @@ def test_a_training_guards_student_adapters_peers_and_teacher(tmp_path: Path) ->
     teacher = saved_teacher(tmp_path)
     for method in ("fitnet", "ffsd", "norm"):
         run = prepare(unit(method, teacher, student={"name": "tiny_cnn", "width": 4}), LocalSession())
-        networks = [run.distiller] + ([run.teacher.model] if run.teacher is not None else [])  # type: ignore[union-attr]
+        networks = [run.distiller] + ([run.teacher.model] if run.teacher is not None else [])  # type: ignore[union-attr, list-item]
         layers = [layer for each in networks for layer in each.modules() if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)]
         assert layers
         assert all(layer._forward_pre_hooks and layer._forward_hooks for layer in layers)
