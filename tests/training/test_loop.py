@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit
 from kdbench.tasks.build import build_task
 from kdbench.tasks.segmentation import Segmentation
-from kdbench.training.loop import fit, prepare
+from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
+from kdbench.training.loop import fit, prepare, train_step
 from kdbench.training.outcome import rederive
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher
@@ -198,3 +200,41 @@ def test_a_compiled_student_trains_to_the_same_bits_where_its_kernels_are_the_sa
         fit(one, LocalSession(), layout(tmp_path / folder))
     assert len(compiled) == 1
     assert_equal_weights(weights_of(tmp_path / "plain", plain), weights_of(tmp_path / "fast", fast))
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> Unit:
+    """A unit in fp16, whose gradient scaler begins low and doubles the scale after every second step."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=128.0, growth_interval=2))
+    student = {"name": "tests.training.units:smooth_net", "dropout": 0.3}
+    return unit(student=student, recipe={"precision": "fp16", "lr": 1.0, "momentum": 0, "weight_decay": 0, "clip_grad": 0.01})
+
+
+def test_a_checkpoint_brings_back_the_gradient_scaler(tmp_path: Path, half: Unit) -> None:
+    one, two = (prepare(half, LocalSession()) for _ in range(2))
+    batches = list(one.loader.batches(0))
+    for batch in batches[:3]:
+        train_step(one, batch)
+        one.step += 1
+    save_checkpoint(one.state(), tmp_path / "checkpoint.pt")
+    kept = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert kept is not None
+    two.restore(kept)
+    assert two.scaler.state_dict() == one.scaler.state_dict()
+    assert one.scaler.get_scale() == 256
+    for run in (one, two):
+        torch.set_rng_state(kept["random"])
+        train_step(run, batches[3])
+    assert two.scaler.get_scale() == one.scaler.get_scale() == 512
+    assert_equal_weights(one.distiller.state_dict(), two.distiller.state_dict())
+
+
+def test_gradients_are_clipped_at_their_own_size_and_not_at_that_of_the_scaled_loss(half: Unit) -> None:
+    run = prepare(half, LocalSession())
+    before = [weight.detach().double() for weight in run.distiller.parameters()]
+    train_step(run, next(iter(run.loader.batches(0))))
+    steps = [weight.detach().double() - old for weight, old in zip(run.distiller.parameters(), before, strict=True)]
+    size = torch.cat([step.flatten() for step in steps]).norm().item()
+    # weights are at most 1 and rounded to float32 once: so much of a step of 0.01 may be lost in each of them
+    lost = torch.finfo(torch.float32).eps / 2 * sum(step.numel() for step in steps) ** 0.5
+    assert size == pytest.approx(0.01, abs=lost + 0.01 * 1e-3)

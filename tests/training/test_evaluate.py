@@ -1,0 +1,52 @@
+"""What is measured is the network that is saved: dropout off, with the batch statistics that every worker has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import nn
+
+from kdbench.data.batch import Part
+from kdbench.experiment import Unit
+from kdbench.tasks.build import build_task
+from kdbench.training.checkpoint import unpack_predictions
+from kdbench.training.evaluate import predict
+from kdbench.training.loop import fit
+from kdbench.training.session import LocalSession
+from tests.training.gloo import free_port, joined
+from tests.training.units import layout, unit
+
+CPU = torch.device("cpu")
+
+
+def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3))
+    images = torch.randint(256, (10, 1, 8, 8), dtype=torch.uint8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = predict(model.train(), Part(images, torch.zeros(10), torch.arange(10)), LocalSession(device=CPU), "fp32", batch_size=4)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        right = torch.cat([model.eval()(part / 255) for part in images.split(4)])
+    torch.testing.assert_close(found, right)
+
+
+def worker(rank: int, port: int, text: str, folder: str) -> None:
+    with joined(rank, 2, port) as session:
+        fit(Unit.model_validate_json(text), session, layout(Path(folder)))
+
+
+@pytest.mark.parametrize("recipe", [{}, pytest.param({"ema": 0.5}, marks=pytest.mark.slow)], ids=["last", "average"])
+def test_two_workers_measure_the_batch_statistics_that_are_saved(tmp_path: Path, recipe: dict) -> None:
+    both = unit(student={"name": "tiny_cnn", "width": 4}, workers=2, recipe={"precision": "fp64", "epochs": 1, **recipe})
+    torch.multiprocessing.spawn(worker, (free_port(), both.model_dump_json(), str(tmp_path)), nprocs=2)
+    task, where = build_task(both.task), layout(tmp_path)
+    saved = task.build_model(both.student.model_copy(update={"weights": where.student(both.key)})).double()
+    alone = predict(saved, task.splits().test, LocalSession(device=CPU), "fp64")
+    stored, _ = unpack_predictions((tmp_path / where.predictions(both.key)).read_bytes())
+    # they are rounded to half precision, which two sums of one number in float64 may be to different sides of
+    torch.testing.assert_close(stored.double(), alone, rtol=torch.finfo(torch.half).eps, atol=1e-6)
