@@ -115,6 +115,13 @@ def paint(path: str) -> None:
     Image.new("RGB", (16, 16), (9, 9, 9)).save(path)
 
 
+def _called(value: object) -> str:
+    """The name of a case: the same in every process, as the order of a set is not."""
+    if isinstance(value, set):
+        return "-".join(sorted(value)) or "nothing"
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -148,7 +155,7 @@ def paint(path: str) -> None:
         ({"seeds": 2}, set()),
         ({"results": "elsewhere"}, set()),
     ],
-    ids=str,
+    ids=_called,
 )
 def test_what_is_asked_for_changes_these_keys(changes: dict[str, Any], expected: set[str]) -> None:
     assert changed(keys(), keys(changes)) == expected
@@ -187,6 +194,7 @@ def other_start() -> None:
         (other_teacher, {"unit", "study", "cache"}),
         (other_start, {"unit", "study"}),
     ],
+    ids=_called,
 )
 def test_what_files_hold_changes_these_keys(change: Callable[[], None], expected: set[str]) -> None:
     before = keys()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.benchmark.run import _needs_ray, profile, run
+from kdbench.benchmark.run import needs_ray, profile, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.distributed import cache
 from kdbench.distributed.cluster import check_fits_here, decided, device_here, slots_of, unusable_gpus, workers_on
@@ -112,8 +112,8 @@ def test_ray_runs_trainings_where_several_gpus_or_shares_do_them_at_once(
     gpus: int, keys: dict[str, Any], needed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, gpus)
-    assert _needs_ray(runtime(**keys), searching=False) is needed
-    assert _needs_ray(runtime(**keys), searching=True)
+    assert needs_ray(runtime(**keys), searching=False) is needed
+    assert needs_ray(runtime(**keys), searching=True)
 
 
 def test_too_few_gpus_for_the_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
