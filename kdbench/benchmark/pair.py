@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
 
-from torch import nn
-
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
@@ -44,7 +42,7 @@ class Pair:
     task: Task
     recipe: Recipe  # nothing in it is `auto` any more
     student_init: str | None  # content of the weights that the student begins with; None where they are drawn
-    network: nn.Module  # the student, untrained
+    dropout: bool  # whether the student has any
     student_places: Shapes  # every place of the two networks that a method can look at
     teacher_places: Shapes | None
 
@@ -148,7 +146,7 @@ class Pair:
         if not fetch_journal(layout.study(study_id)).exists():
             earlier = self.asked.study_id(self.student, self.teacher, self.recipe, spec, axes, search)
             if fetch_journal(layout.study(earlier)).exists() and recall.continues(
-                earlier, self.student, self.teacher, spec.label, draws_noise(self.network, spec)
+                earlier, self.student, self.teacher, spec.label, draws_noise(self.dropout, spec)
             ):
                 study_id = earlier
         warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
@@ -440,7 +438,7 @@ class PairWork:
         """What the store already has is not trained again."""
         for unit in units:
             earlier_key = self.pair.asked.student_key(unit, self.pair.recipe)
-            noise = draws_noise(self.pair.network, contender.spec)
+            noise = draws_noise(self.pair.dropout, contender.spec)
             record = self._recall.find(unit, earlier_key, noise=noise, teacher_predictions=self.pair.teacher_predictions)
             if record is not None:
                 contender.ended[unit.key] = record

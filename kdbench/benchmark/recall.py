@@ -116,9 +116,8 @@ class Recall:
         store, layout = self.ledger.store, self.ledger.layout
         theirs = store.read_bytes(teacher_predictions) if teacher_predictions is not None and store.has(teacher_predictions) else None
         try:
-            record = measured_again(
-                record, unit, weights_of(record, layout), LocalSession(device=device_here(self.asked.experiment.runtime)), layout, theirs
-            )
+            session = LocalSession(device=device_here(self.asked.experiment.runtime))
+            record = measured_again(record, unit, weights_of(record, layout), session, layout, theirs)
         except UserError as error:
             self.tell(f"{unit.title} can't be measured again ({error}): it is trained again", str(error))
             return None

@@ -44,7 +44,7 @@ from kdbench.search_space import Choice
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task, task_facts
 from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
-from kdbench.training.earlier_keys import Asked, EarlierData, draws_noise
+from kdbench.training.earlier_keys import Asked, EarlierData, draws_noise, has_dropout
 from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
@@ -328,13 +328,14 @@ def _ready_teacher(
 
     It comes from the results folder or from its weights file, or is trained now.
     """
-    experiment, splits = asked.experiment, task.splits()
-    spec, device = experiment.teacher, device_here(experiment.runtime)
+    experiment, splits = asked.experiment, asked.data.splits
+    spec = experiment.teacher
     assert spec is not None
     ledger.watch.progress("teacher", 0, 1)
-    memo = _memo(ledger, experiment, spec.model, experiment.teacher_recipe())
+    asked_recipe, device = experiment.teacher_recipe(), device_here(experiment.runtime)
+    memo = _memo(ledger, experiment, spec.model, asked_recipe)
     with rehearse.explaining():
-        recipe = settled(experiment.teacher_recipe(), model, task.info.image_shape, len(splits.train), device, memo)
+        recipe = settled(asked_recipe, model, task.info.image_shape, len(splits.train), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, task, model)
     fits = partial(rehearse, teacher_too=spec.weights is None) if may_train else partial(_refuse, experiment, ledger)
     given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
@@ -397,7 +398,7 @@ def _initial_content(spec: ModelSpec, model: nn.Module) -> str | None:
 
 def _trained(recall: Recall, unit: Unit, task: Task, model: nn.Module, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
     ledger = recall.ledger
-    noise, told = draws_noise(model, unit.method), partial(_reloaded, unit, task, ledger.layout)
+    noise, told = draws_noise(has_dropout(model), unit.method), partial(_reloaded, unit, task, ledger.layout)
     record = recall.find(unit, recall.asked.teacher_key(unit), noise=noise, teacher_of=told)
     if record is not None:
         ledger.found_again(unit, record)
@@ -417,16 +418,16 @@ def _kept(pretrained: nn.Module, path: Path) -> Path:
     return path
 
 
+def _nothing() -> None:
+    """Nothing is trained, so nothing is rehearsed."""
+
+
 def _reloaded(unit: Unit, task: Task, layout: Layout, record: RunRecord) -> dict[str, Any]:
     """What a record says of the teacher whose training it is, which takes loading what that left."""
     assert record.teacher_sha is not None
     weights = weights_of(record, layout)
     state = _loaded_state(unit, weights, task)
     return {"teacher_state": state, "teacher_id": _reference(unit, weights, record.teacher_sha, state).identity}
-
-
-def _nothing() -> None:
-    """Nothing is trained, so nothing is rehearsed."""
 
 
 def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
@@ -442,7 +443,8 @@ def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Call
     record = recall.given(unit, key, recall.asked.teacher_key(unit, sha), **told)
     if record is None:
         check_first()
-        measured = measured_teacher(unit, weights, LocalSession(device=device_here(recall.asked.experiment.runtime)), ledger.layout, key)
+        session = LocalSession(device=device_here(recall.asked.experiment.runtime))
+        measured = measured_teacher(unit, weights, session, ledger.layout, key)
         record = ledger.keep(unit, measured.model_copy(update=told))
     return record.model_copy(update={"teacher_sha": sha}), weights  # the same tensors may have come in another file
 
@@ -512,7 +514,9 @@ def _pair(
         spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
     ours = places(model, task.info.image_shape)
-    return Pair(asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), model, ours, theirs)
+    return Pair(
+        asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), has_dropout(model), ours, theirs
+    )
 
 
 @contextmanager

@@ -233,10 +233,13 @@ class Asked:
         return None if numbers or "auto" in told else told
 
 
-def draws_noise(network: nn.Module, spec: MethodSpec) -> bool:
+def has_dropout(network: nn.Module) -> bool:
+    return any(isinstance(module, _DropoutNd) or "drop" in type(module).__name__.lower() for module in network.modules())
+
+
+def draws_noise(dropout: bool, spec: MethodSpec) -> bool:
     """Whether a training draws anything for each sample: dropout in the network, or noise of a method that doesn't compare samples."""
-    drops = any(isinstance(module, _DropoutNd) or "drop" in type(module).__name__.lower() for module in network.modules())
-    return drops or any(_uses_generator(kind) and not kind.batch_coupled for kind in method_code(spec))
+    return dropout or any(_uses_generator(kind) and not kind.batch_coupled for kind in method_code(spec))
 
 
 def _uses_generator(kind: type[Method]) -> bool:

@@ -122,7 +122,8 @@ class _Check:
 
     def _problems(self) -> Iterator[str]:
         record = self.record
-        named = self.teachers.get((record.teacher_id or record.teacher_sha, record.test_hash), [])
+        names = [(name, record.test_hash) for name in (record.teacher_id, record.teacher_sha) if name is not None]
+        named = next((self.teachers[name] for name in names if name in self.teachers), [])
         teacher = next((own for own in named if _equal(record.teacher_metric, own.test_metric)), named[-1] if named else None)
         if record.role == "teacher":
             yield from self._weights()

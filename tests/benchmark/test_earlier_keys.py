@@ -26,7 +26,7 @@ from kdbench.results.leaderboard import boards
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import NoTracker
 from kdbench.tasks import build
-from kdbench.training.earlier_keys import draws_noise
+from kdbench.training.earlier_keys import draws_noise, has_dropout
 from kdbench.training.verification import verify
 
 EARLIER = Path(__file__).parent / "earlier"
@@ -112,7 +112,7 @@ def test_a_search_of_a_lower_version_of_the_task_begins_again(make: Any, monkeyp
     monkeypatch.setattr(importlib.import_module("earlier_task").Versioned, "version", 2)
     watch = Notes()
     ledger = Ledger(make.searched(), Path("results"), watch, NoTracker())
-    (pair,) = _pairs(make.searched(), ledger, may_train=True)
+    (pair,), _ = _pairs(make.searched(), ledger, may_train=True)
     assert ledger.trained == 1  # the teacher: nothing says that version 2 would have trained the same one
     work = PairWork(pair, ledger, search_only=False)
     (contender,) = work.contenders
@@ -129,7 +129,7 @@ def test_a_search_of_which_no_record_tells_begins_again(make: Any) -> None:
         path.unlink()
     watch = Notes()
     ledger = Ledger(make.searched(), Path("results"), watch, NoTracker())
-    (contender,) = PairWork(_pairs(make.searched(), ledger, may_train=True)[0], ledger, search_only=False).contenders
+    (contender,) = PairWork(_pairs(make.searched(), ledger, may_train=True)[0][0], ledger, search_only=False).contenders
     assert contender.study is not None
     assert contender.study.missing == 2
     assert len(watch.saying("it begins again")) == 1
@@ -150,7 +150,7 @@ def test_images_in_files_that_were_written_since_are_learned_from_again_and_a_li
 def test_what_several_workers_trained_with_noise_is_not_taken(make: Any) -> None:
     asked = make.experiment("plain")
     ledger = Ledger(asked, Path("results"), Notes(), NoTracker())
-    recall = PairWork(_pairs(asked, ledger, may_train=True)[0], ledger, search_only=False)._recall
+    recall = PairWork(_pairs(asked, ledger, may_train=True)[0][0], ledger, search_only=False)._recall
     (record,) = ResultStore("results").scan(experiment="plain", label="none")
     several = record.model_copy(update={"worker_counts": [1, 2]})
     told = {noise: recall.asked.differs(several, asked.students[0], None, [], noise) for noise in (True, False)}
@@ -171,7 +171,7 @@ def test_what_several_workers_trained_with_noise_is_not_taken(make: Any) -> None
     ids=str,
 )
 def test_noise_for_each_sample_is_seen_in_networks_and_methods(network: nn.Module, method: str, expected: bool) -> None:
-    assert draws_noise(network, MethodSpec.model_validate(method)) is expected
+    assert draws_noise(has_dropout(network), MethodSpec.model_validate(method)) is expected
 
 
 def test_records_of_before_are_verified_by_the_rule_of_before(make: Any) -> None:
