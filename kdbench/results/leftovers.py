@@ -17,15 +17,15 @@ SCRATCH = ".ray-"  # how the names of Ray's scratch folders begin; then the expe
 
 def left_behind(results: Path) -> list[str]:
     """A line for each thing that a killed command left. What belongs to a command that runs at this moment is not among them."""
-    layout = Layout(results)
-    running = _running(layout)
+    layout, uri = Layout(results), tracking_uri(results)
+    scratch, shown = list(_scratch(layout)), open_runs(uri, layout.location)
+    running = _running(layout) if scratch or shown else set()
     lines = [
         f"{layout.location}/{name}: scratch of Ray that a killed command left; the next command on this folder deletes it"
-        for name in _scratch(layout)
+        for name in scratch
         if not _in_use(name, running)
     ]
-    uri = tracking_uri(results)
-    for experiment, count in sorted(open_runs(uri, layout.location).items()):
+    for experiment, count in sorted(shown.items()):
         if experiment not in running:
             runs = f"{count} run{'s' if count > 1 else ''} of experiment {experiment}"
             lines.append(f"MLflow at {uri} shows {runs} as running, which a killed command left; the next `kdbench run` of it closes them")
