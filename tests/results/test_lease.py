@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
 from kdbench.errors import RunFailed
+from kdbench.results import lease as leases
 from kdbench.results.lease import held_now, leased
 from kdbench.results.locks import Held
 from kdbench.results.object_store import ObjectStore
@@ -38,7 +40,10 @@ def leave_behind(store: ObjectStore, holder: str, name: str = "study") -> None:
 
 
 class StorageClock:
-    """The storage's own clock, which a lease expires by. It moves on with the owner's renewals alone, a tenth of a lease at each."""
+    """The storage's own clock, which a lease expires by. It moves on with the owner's renewals alone, a tenth of a lease at each.
+
+    With `passes_while_waiting` it moves on with the pauses of who waits, too, which then take no time.
+    """
 
     def __init__(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.renewals = datetime(2026, 1, 1, tzinfo=UTC), 0
@@ -62,6 +67,12 @@ class StorageClock:
         if self.renewals > 15:
             self.enough.set()
 
+    def passes_while_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(leases, "time", SimpleNamespace(**vars(time) | {"sleep": self._sleep}))
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
 
 def test_another_machine_is_refused_while_the_first_renews(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = StorageClock(store, monkeypatch)
@@ -78,11 +89,17 @@ def test_a_lease_that_was_given_back_is_taken_at_once(store: ObjectStore) -> Non
         pass
 
 
-def test_a_killed_drivers_lease_is_taken_over_by_another_machine_once_it_expired(store: ObjectStore) -> None:
+def test_a_killed_drivers_lease_is_taken_over_by_another_machine_once_it_expired(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = StorageClock(store, monkeypatch)
+    clock.passes_while_waiting(monkeypatch)
+    begun = clock.now
     leave_behind(store, "there")
     said: list[str] = []
     with leased(store, "study", "here", said.append):
-        assert [text for text in said if "it is given up after 1 s without a sign" in text]
+        assert said == ["another machine had this experiment 0 s ago; it is given up after 1 s without a sign"]
+        assert clock.written["locks/study.lease/00000002"] - begun > timedelta(seconds=1)
 
 
 def test_a_killed_drivers_lease_is_no_obstacle_on_its_own_machine(store: ObjectStore) -> None:
@@ -93,6 +110,7 @@ def test_a_killed_drivers_lease_is_no_obstacle_on_its_own_machine(store: ObjectS
 
 def test_of_two_that_take_over_at_once_one_holds(store: ObjectStore, monkeypatch) -> None:
     """The other one was quicker by a moment, and then died: it is found, waited for, and followed."""
+    StorageClock(store, monkeypatch).passes_while_waiting(monkeypatch)
     create = store.create
 
     def after_another_one(path: str, data: bytes) -> None:
@@ -149,14 +167,13 @@ def test_the_number_of_a_lease_is_higher_than_that_of_every_holder_before(store:
 
 
 def test_a_lease_is_held_until_it_is_given_back_or_expires(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "3600")
+    clock = StorageClock(store, monkeypatch)
     assert held_now(store) == set()
     with leased(store, "study", "here", print), leased(store, "other", "here", print):
         assert held_now(store) == {"study", "other"}
     leave_behind(store, "there", "third")
     assert held_now(store) == {"third"}
-    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "1")
-    time.sleep(2)  # the storage's clock may tell whole seconds
+    clock.now += timedelta(seconds=1.5)
     assert held_now(store) == set()
 
 

@@ -155,6 +155,13 @@ def test_the_hypervolume_is_the_number_of_unit_cells_below_the_points(dimensions
     assert hypervolume((points + 3.5).tolist(), shift) == pytest.approx(dominated)
 
 
+def test_the_volume_of_one_box_is_the_product_of_its_sides_and_what_lies_below_the_reference_adds_nothing() -> None:
+    assert hypervolume([[1.0, 2.0, 3.0]], [0.0, 0.0, 0.0]) == 6.0
+    assert hypervolume([[2.0, 3.0, 1.0], [3.0, 1.0, 2.0]], [0.0, 0.0, 0.0]) == 6.0 + 6.0 - 2.0  # the two share a box of 2, 1 and 1
+    assert hypervolume([[2.0, -0.5], [1.0, 1.0]], [0.0, 0.0]) == 1.0
+    assert hypervolume([[-0.5]], [0.0]) == 0.0
+
+
 # --- boards with known truth -----------------------------------------------------------------------------------------
 
 BOARDS = 1000

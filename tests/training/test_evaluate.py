@@ -47,6 +47,6 @@ def test_two_workers_measure_the_batch_statistics_that_are_saved(tmp_path: Path,
     task, where = build_task(both.task), layout(tmp_path)
     saved = task.build_model(both.student.model_copy(update={"weights": where.student(both.key)})).double()
     alone = predict(saved, task.splits().test, LocalSession(device=CPU), "fp64")
-    stored, _ = unpack_predictions((tmp_path / where.predictions(both.key)).read_bytes())
+    stored, _ = unpack_predictions((tmp_path / where.predictions(both.key, task.splits().test_hash)).read_bytes())
     # they are rounded to half precision, which two sums of one number in float64 may be to different sides of
     torch.testing.assert_close(stored.double(), alone, rtol=torch.finfo(torch.half).eps, atol=1e-6)
