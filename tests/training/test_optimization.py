@@ -32,7 +32,9 @@ def test_optimizers_take_the_recipe_and_leave_frozen_parameters_alone() -> None:
     assert isinstance(sgd, torch.optim.SGD)
     (group,) = sgd.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], len(group["params"])) == (0.5, 0.8, 0.01, True, 1)
-    assert isinstance(make_optimizer(parameters(), recipe(optimizer="AdamW")), torch.optim.AdamW)
+    adamw = make_optimizer(parameters(), recipe(optimizer="AdamW"))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert sgd.defaults["fused"] is adamw.defaults["fused"] is True  # another kernel would round otherwise
 
 
 def test_timm_optimizers_and_schedules_work_by_name() -> None:
@@ -43,6 +45,31 @@ def test_timm_optimizers_and_schedules_work_by_name() -> None:
     assert factor(0) == pytest.approx(1.0)
     assert factor(89) < factor(45) < factor(0)
     assert factor(45) == make_schedule(recipe(schedule="step", epochs=9), 10, lamb)(45)  # of the step alone: resuming needs no state
+
+
+def factors(steps: int, **changes: object) -> list[float]:
+    """The learning rate's factors of a training of one epoch."""
+    asked = recipe(epochs=1, **changes)
+    factor = make_schedule(asked, steps, make_optimizer(parameters(), asked))
+    return [factor(step) for step in range(steps)]
+
+
+def test_timms_schedules_fall_where_thirds_of_the_training_end() -> None:
+    assert factors(30, schedule="step") == pytest.approx([1.0] * 10 + [0.1] * 10 + [0.01] * 10)
+    assert factors(3, schedule="step") == pytest.approx([1.0, 0.1, 0.01])
+    assert factors(2, schedule="step") == pytest.approx([1.0, 0.1])
+    assert factors(30, schedule="poly") == pytest.approx([(1 - step / 30) ** 0.1 for step in range(30)])
+
+
+def test_timms_schedules_warm_up_from_the_first_step_as_ours_do() -> None:
+    assert factors(30, schedule="step", warmup_epochs=1 / 6)[:6] == pytest.approx([0.2, 0.36, 0.52, 0.68, 0.84, 1.0])
+    assert factors(30, schedule="step", warmup_epochs=1 / 30)[:2] == pytest.approx([1.0, 1.0])
+
+
+def test_settings_of_an_optimizer_that_do_not_go_together_are_the_users_to_mend() -> None:
+    check_optimization(recipe(nesterov=True, momentum=0.9))
+    with pytest.raises(UserError, match=r"recipe.optimizer: 'sgd' with schedule 'cosine' can't be made: ValueError: Nesterov momentum requires"):
+        check_optimization(recipe(nesterov=True, momentum=0.0))
 
 
 @pytest.mark.parametrize(("key", "near"), [({"optimizer": "adamww"}, "adamw"), ({"schedule": "cosinus"}, "cosine")])
