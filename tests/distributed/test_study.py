@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
-from kdbench.distributed.study import Asha, MethodStudy
+from kdbench.distributed.study import Asha, MethodStudy, derived_seed
 from kdbench.errors import RunFailed
 from kdbench.experiment import SAMPLERS, Search
 from kdbench.search_space import Choice, Parameter, Range, When, space_of
@@ -53,6 +54,11 @@ def states(study: MethodStudy) -> list[TrialState]:
 
 
 # --- points and their number -----------------------------------------------------------------------------------------
+
+
+def test_a_derived_seed_is_the_first_32_bits_of_the_hash_of_what_it_is_derived_from() -> None:
+    digest = hashlib.sha256(b"(7, 3, 'recipe.lr')").hexdigest()
+    assert derived_seed(7, 3, "recipe.lr") == int(digest[:8], 16)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

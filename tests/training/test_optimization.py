@@ -58,6 +58,7 @@ def test_timms_schedules_fall_where_thirds_of_the_training_end() -> None:
     assert factors(30, schedule="step") == pytest.approx([1.0] * 10 + [0.1] * 10 + [0.01] * 10)
     assert factors(3, schedule="step") == pytest.approx([1.0, 0.1, 0.01])
     assert factors(2, schedule="step") == pytest.approx([1.0, 0.1])
+    assert factors(30, schedule="multistep") == pytest.approx([1.0] * 9 + [0.1] * 10 + [0.01] * 11)  # timm's milestones come a step early
     assert factors(30, schedule="poly") == pytest.approx([(1 - step / 30) ** 0.1 for step in range(30)])
 
 
@@ -68,7 +69,7 @@ def test_timms_schedules_warm_up_from_the_first_step_as_ours_do() -> None:
 
 def test_settings_of_an_optimizer_that_do_not_go_together_are_the_users_to_mend() -> None:
     check_optimization(recipe(nesterov=True, momentum=0.9))
-    with pytest.raises(UserError, match=r"recipe.optimizer: 'sgd' with schedule 'cosine' can't be made: ValueError: Nesterov momentum requires"):
+    with pytest.raises(UserError, match=r"recipe.optimizer: 'sgd' with schedule 'cosine' can't be made: ValueError: Nesterov momentum"):
         check_optimization(recipe(nesterov=True, momentum=0.0))
 
 
