@@ -174,7 +174,7 @@ def test_ray_is_started_once_for_the_teacher_the_search_and_the_finals(tmp_path:
         nonlocal running
         running = False
 
-    def empty(work: Work, layout: Layout, runtime: Runtime, slots: Slots) -> None:
+    def empty(work: Work, layout: Layout, runtime: Runtime, slots: Slots, experiment: str) -> None:
         assert running
         queues.append(type(work).__name__)
         run_here(work, layout)
