@@ -33,6 +33,7 @@ from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
 from kdbench.models.weights import state_sha256
+from kdbench.results.cautions import chance_caution, ema_caution
 from kdbench.results.layout import Layout
 from kdbench.results.lease import Lease, leased
 from kdbench.results.leftovers import clear_scratch
@@ -148,7 +149,21 @@ def check_choices(experiment: Experiment, task: str) -> None:
     fewest, most = worker_bounds(experiment.runtime.workers)
     for recipe in _recipes(experiment):
         check_optimization(recipe)
+        if recipe.warmup_epochs >= recipe.epochs:
+            raise UserError(
+                f"recipe.warmup_epochs: {recipe.warmup_epochs:g} is as long as the training of {recipe.epochs} epochs, which would never "
+                "reach its learning rate; lower warmup_epochs or raise epochs"
+            )
         _check_shares(recipe, fewest, most)
+
+
+def slow_averages(experiment: Experiment, teacher_images: int, student_images: int) -> list[str]:
+    """A warning for each training whose moving average would be mostly the weights of its first step."""
+    trained = [("students", experiment.recipe, student_images)]
+    if experiment.teacher is not None and experiment.teacher.weights is None:
+        trained.append(("the teacher", experiment.teacher_recipe(), teacher_images))
+    found = [ema_caution(recipe.ema, recipe.epochs * max(1, images // recipe.batch_size), whose) for whose, recipe, images in trained]
+    return [caution for caution in found if caution]
 
 
 def _check_shares(recipe: Recipe, fewest: int, most: int) -> None:
@@ -249,6 +264,8 @@ def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> tuple[lis
         ledger.watch.note(task.source.reading)
     students = [task.build_model(student) for student in experiment.students]
     network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
+    for caution in slow_averages(experiment, len(asked.data.splits.train), len(asked.data.splits.transfer)):
+        ledger.watch.note(f"warning: {caution}")
     rehearse = _Rehearse(experiment, task, students, network)
     taught = _ready_teacher(asked, ledger, task, rehearse, network, may_train) if network is not None else None
     teacher, predictions = taught or (None, None)
@@ -344,6 +361,9 @@ def _ready_teacher(
     record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, model, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
+    chance = task.chance(splits.test.target) if record.chance_metric is None else record.chance_metric
+    if caution := chance_caution(spec.model.label, record.test_metric, chance, task.higher_is_better):
+        ledger.watch.note(f"warning: {caution}")
     assert record.teacher_sha is not None
     reference = _reference(unit, weights, record.teacher_sha, record.teacher_state)
     return reference.model_copy(update={"metric": record.test_metric}), record.predictions_uri

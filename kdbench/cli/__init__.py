@@ -180,9 +180,12 @@ def _run_experiment(path: Path, overrides: list[str] | None, results: str | None
         summary = run_benchmark(experiment, folder, display, tracker, search_only)
     if not search_only:
         from kdbench.results.folders import Folders
+        from kdbench.results.store import LONG_FIELDS
         from kdbench.results.summary import summaries
 
-        found = [board for protocol in summary.protocols for board in _boards(Folders([folder]), {"protocol_hash": protocol})]
+        folders = Folders([folder])
+        ranked = [protocol for protocol in summary.protocols if folders.scan(without=LONG_FIELDS, protocol_hash=protocol)]
+        found = [board for protocol in ranked for board in _boards(folders, {"protocol_hash": protocol})]
         _print_boards(found, "table", summaries(found))
         if found:
             from kdbench.results.report.files import publish

@@ -12,6 +12,7 @@ from datetime import datetime
 from statistics import fmean, median, variance
 from typing import Any
 
+from kdbench.results.cautions import board_cautions
 from kdbench.results.formatting import digits
 from kdbench.results.published import PublishedFigure
 from kdbench.results.record import RunRecord
@@ -221,7 +222,9 @@ def _board(
         data_hash=first.data_hash,
         trainings=frozenset(record.unit_key for record in members),
     )
-    return replace(board, findings=_findings(board), notes=_notes(board, groups, wanted))
+    finals = [record for group in groups for record in group.records.values()]
+    cautions = board_cautions(finals, board.teacher, board.teacher_metric)
+    return replace(board, findings=_findings(board), notes=(*_notes(board, groups, wanted), *cautions))
 
 
 def _groups(members: Sequence[RunRecord], better: float) -> list[_Finals]:

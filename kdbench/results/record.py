@@ -113,6 +113,7 @@ class RunRecord(BaseModel):
     val_metric: float | None = None
     test_metric: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    chance_metric: float | None = None  # the primary metric up to which a network is no better than chance on the test set
     nll: float | None = None
     ece: float | None = None
     agreement: float | None = None  # share of test samples whose argmax equals the teacher's

@@ -124,6 +124,13 @@ class Task(ABC):
     def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """All metrics of stored predictions, a pure function: the same call re-derives a record's numbers. Must hold `primary`."""
 
+    def chance(self, target: Tensor) -> float | None:
+        """The primary metric up to which a network is no better than one that always answers with the commonest class of `target`.
+
+        None where the task has no such answer.
+        """
+        return None
+
     @abstractmethod
     def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
         """How alike student and teacher are on the same samples: `agreement` (argmax equal, a share) and `teacher_kl` (nats)."""

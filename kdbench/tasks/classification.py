@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +65,11 @@ class Classification(Task):
         found["nll"] = F.nll_loss(log_probabilities, target).item()
         found["ece"] = _calibration_error(log_probabilities.amax(1).exp(), correct)
         return found
+
+    def chance(self, target: Tensor) -> float:
+        """The commonest label's share in percent, and three standard errors of a share of so many images. target: [N]."""
+        share = target.bincount().max().item() / len(target)
+        return 100 * min(1.0, share + 3 * math.sqrt(share * (1 - share) / len(target)))
 
     def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
         return agreement(prediction, teacher)

@@ -77,6 +77,11 @@ class Segmentation(Task):
             nll += F.cross_entropy(logits.double(), labels, ignore_index=IGNORED, reduction="sum").item()
         return {"miou": 100 * jaccard.compute().item(), "pixel_accuracy": 100 * correct / counted, "nll": nll / counted}
 
+    def chance(self, target: Tensor) -> float:
+        """The mIoU of the commonest class everywhere: its share of the pixels that count, over the number of classes. target: [N, H, W]."""
+        counts = target[target != IGNORED].long().bincount()
+        return 100 * counts.max().item() / counts.sum().item() / int((counts > 0).sum())
+
     def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
         """Over all pixels, those labelled 255 too: the label isn't asked for."""
         return agreement(prediction, teacher)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.errors import KDBenchError
+from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit, board_hash, worker_bounds
 from kdbench.methods.build import method_code
 from kdbench.models.build import model_code
@@ -57,6 +57,8 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
 def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, session: Session, layout: Layout, key: str) -> dict[str, Any]:
     """Predict the test set, keep the predictions under `key`, measure quality and cost. All workers predict; rank 0 does the rest."""
     predicted = predict(model, splits.test, session, unit.recipe.precision)
+    if unit.role == "teacher" and not bool(predicted.isfinite().all()):
+        raise Diverged(f"{unit.title}: its predictions of the test set are not finite")
     if session.rank != 0:
         return {}
     teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
@@ -82,6 +84,7 @@ def _quality(predicted: Tensor, teacher: Tensor | None, task: Task, splits: Spli
     return {
         "test_metric": quality[task.primary],
         "metrics": quality,
+        "chance_metric": task.chance(splits.test.target),
         "nll": quality.get("nll"),
         "ece": quality.get("ece"),
         "agreement": alike.get("agreement"),
@@ -113,11 +116,14 @@ def _cached_test(folder: Path) -> Tensor | None:
 def measured_teacher(unit: Unit, weights: Path, session: Session, layout: Layout, key: str) -> RunRecord:
     """The record, under `key`, of a teacher that was trained elsewhere, measured on the test set.
 
-    Raises UserError where its weights don't fit.
+    Raises UserError where its weights don't fit, or give nan.
     """
     task = build_task(unit.task)
     splits = task.splits()
-    facts = _test_facts(_finished(unit, weights, task, session), unit, task, splits, session, layout, key)
+    try:
+        facts = _test_facts(_finished(unit, weights, task, session), unit, task, splits, session, layout, key)
+    except Diverged as error:
+        raise UserError(f"teacher.weights {weights}: {error}; use weights of a network that was trained without nan") from error
     return base_record(unit, task, splits).model_copy(update={"unit_key": key, **facts})
 
 

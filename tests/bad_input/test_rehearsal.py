@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model
 
+from kdbench.own_code import TRUST_VARIABLE
 from kdbench.results.store import ResultStore
 from tests.bad_input.odd_networks import Tied
 from tests.bad_input.tiny_experiment import TINIER, WHOLE, assert_mistake, results, run
@@ -69,6 +70,7 @@ def test_tied_weights_are_trained_saved_once_and_exported(kdbench: Kdbench, form
     stored = load_file(Path("results") / final.artifacts_uri)
     assert "decode.weight" in stored
     assert "again.weight" not in stored
+    kdbench.monkeypatch.setenv(TRUST_VARIABLE, "0")  # put back when the test ends: --trust-code sets it in this process
     exported = kdbench("export", final.run_id, "--format", format_, "--output", "net", "--results", "results", "--trust-code")
     assert exported.code == 0, exported.err
     if format_ == "safetensors":
