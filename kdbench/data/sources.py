@@ -22,7 +22,6 @@ from kdbench.data.options import NamedSpec
 from kdbench.errors import KDBenchError, UserError, explain, in_one_line
 from kdbench.own_code import check_maker
 
-_COUNTED = 50_000  # images of which the turned ones are counted
 _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of megabytes
 
 
@@ -71,17 +70,13 @@ class Source:
 
     @property
     def turned(self) -> int:
-        """How many images in files are shown turned, see `encoded.turned`. The first call opens each file."""
+        """How many images in files are shown turned, see `encoded.turned`."""
         return sum(part.inputs.store.turned for part in (self.train, self.test) if isinstance(part.inputs, EncodedImages))
 
     @property
     def reading(self) -> str:
-        """What was read, what was left out, and how many images are turned, in one line. Empty for a source that is not in files.
-
-        Of more than 50,000 images nobody counts the turned ones: each file would have to be opened for it.
-        """
-        turned = self.turned if len(self.train) + len(self.test) <= _COUNTED else 0
-        return self.read + (f"; turned upright by their EXIF tag: {turned}" if turned else "")
+        """What was read, what was left out, and how many images are turned, in one line. Empty for a source that is not in files."""
+        return self.read + (f"; turned upright by their EXIF tag: {self.turned}" if self.turned else "")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork
 from kdbench.benchmark.run import _pairs, run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.data.image_folder import Files
 from kdbench.experiment import Experiment
 from kdbench.methods.build import MethodSpec
 from kdbench.results.leaderboard import boards
@@ -145,6 +146,12 @@ def test_images_in_files_that_were_written_since_are_learned_from_again_and_a_li
     trained, found, watch = again(make.pictures())
     assert (trained, found) == (2, 0)
     assert watch.saying("the images were written or copied after it was trained")
+
+
+def test_images_that_are_turned_now_are_learned_from_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A tag would change the size of a file, by which the earlier keys knew it, so the count is given.
+    monkeypatch.setattr(Files, "turned", 1)
+    assert again(make.pictures())[:2] == (2, 0)
 
 
 def test_what_several_workers_trained_with_noise_is_not_taken(make: Any) -> None:

@@ -250,7 +250,7 @@ def test_a_selection_has_a_hash_of_its_own_and_decodes_nothing(folder: Path) -> 
     part = image_folder(folder, SIZE).train
     part.inputs.sha256()  # which reads the files, once
     for path in (folder / "train").rglob("*.*"):
-        path.unlink()
+        path.write_bytes(b"no image")
     some = part.select(torch.tensor([3, 1]))
     assert [len(some), *some.inputs.shape] == [2, 2, 3, SIZE, SIZE]
     hashes = {part.select(torch.tensor(rows)).inputs.sha256() for rows in ([3, 1], [3, 2], [1, 3], [3])}
