@@ -20,6 +20,7 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork
 from kdbench.benchmark.run import _pairs, run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.data import sources
 from kdbench.data.image_folder import Files
 from kdbench.experiment import Experiment
 from kdbench.methods.build import MethodSpec
@@ -54,9 +55,15 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for picture in Path("pictures").rglob("*.png"):
         os.utime(picture, (LONG_AGO, LONG_AGO))
-    build._built.cache_clear()
+    forget_data()
     yield importlib.import_module("make")
+    forget_data()
+
+
+def forget_data() -> None:
+    """As in a new process: data are known by a path of this working directory."""
     build._built.cache_clear()
+    sources._opened.cache_clear()
 
 
 def again(experiment: Experiment) -> tuple[int, int, Notes]:

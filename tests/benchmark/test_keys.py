@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ ASKED: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory: red and blue pictures, a teacher's weights and the weights that a student begins with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -65,7 +65,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     forget_data()
     save_file(network(4).state_dict(), "teacher.safetensors")
     torch.save(network(2).state_dict(), "student.pt")
-    return tmp_path
+    yield tmp_path
+    forget_data()  # which are known by a path of this working directory
 
 
 def forget_data() -> None:
@@ -95,7 +96,7 @@ def keys(changes: dict[str, Any] | None = None) -> dict[str, str]:
     forget_data()
     asked = experiment(changes)
     ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
-    (pair,) = _pairs(asked, ledger, may_train=True)
+    (pair,), _ = _pairs(asked, ledger, may_train=True)
     (spec,) = asked.methods
     assert asked.search is not None
     assert pair.teacher is not None
@@ -310,7 +311,7 @@ def test_a_student_whose_weights_are_gone_is_trained_again_on_a_repaired_test_pa
 
 def test_a_process_with_other_data_than_the_units_refuses_to_train() -> None:
     asked = experiment(WITHOUT_SEARCH)
-    (pair,) = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    (pair,), _ = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
     unit = pair.unit(asked.methods[1], "final", {}, 0)
     prepare(unit, LocalSession())
     other_start()
@@ -325,7 +326,7 @@ def test_a_process_with_other_data_than_the_units_refuses_to_train() -> None:
 
 def test_a_process_with_another_version_of_the_task_or_another_teacher_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = experiment(WITHOUT_SEARCH)
-    (pair,) = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    (pair,), _ = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
     unit = pair.unit(asked.methods[1], "final", {}, 0)
     other_teacher()
     with pytest.raises(UserError, match=r"the teacher's weights, .*, are others here than where the run began"):
