@@ -98,7 +98,7 @@ def test_a_damaged_teacher_cache_is_made_again(kdbench: Kdbench, done: Path, kin
 
 def test_a_damaged_choice_of_precision_is_measured_again(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_fastest", lambda *_: ("fp32", "contiguous"))
-    changes = {"recipe.precision": "auto", "recipe.compile": "auto", "methods": ["none"], "teacher": None}
+    changes = {"recipe.precision": "auto", "recipe.memory_format": "auto", "recipe.compile": "auto", "methods": ["none"], "teacher": None}
     assert run(kdbench, changes).code == 0
     choice = next(Path("results/choices").iterdir())
     for content in ("", "{", "[]", '{"precision": "fp9", "memory_format": "contiguous"}'):
