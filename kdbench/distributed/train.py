@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdbench.distributed.cluster import quiet, resources_of, share_of, talk_on_rays_network, unusable_gpus
+from kdbench.distributed.cluster import quiet, resources_of, share_of, talk_on_rays_network
 from kdbench.distributed.storage import ray_storage
 from kdbench.experiment import Runtime, Unit, WorkerRange
 from kdbench.results.layout import Layout
@@ -21,7 +21,6 @@ from kdbench.training.work import (
     DEATHS,
     ENDING,
     EPOCH,
-    Ending,
     attempt,
     given_up,
     pack_death,
@@ -107,9 +106,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
     unit, layout = Unit.model_validate_json(config["unit"]), Layout.at(config["results"])
     checkpoint = layout.checkpoint(unit.experiment, unit.key)
-    unusable = unusable_gpus(config["gpus"])
-    session = RaySession(checkpoint, config["threads"], config["gpus"])
-    ending = pack_ending(Ending(crash=f"{unit.title}: {unusable}") if unusable else attempt(unit, session, layout))
+    ending = pack_ending(attempt(unit, RaySession(checkpoint, config["threads"], config["gpus"]), layout))
     if unpack_ending(ending).record is None:
         raise WorkerFailed(ending[ENDING])
     ray.train.report(ending)
