@@ -129,12 +129,16 @@ def _returned(function: Any) -> Any:
     try:
         return typing.get_type_hints(function).get("return")
     except Exception:  # of another parameter's annotation, say, which exists for a type checker alone
-        pass
-    names = vars(sys.modules[function.__module__])
+        return _looked_up(written, function.__module__)
+
+
+def _looked_up(name: str, module: str) -> Any:
+    """What a dotted name stands for in a module; the name itself where it stands for nothing."""
+    names = vars(sys.modules[module])
     found: Any = None
-    for place, part in enumerate(written.split(".")):
+    for place, part in enumerate(name.split(".")):
         found = names.get(part) if place == 0 else getattr(found, part, None)
-    return written if found is None else found
+    return name if found is None else found
 
 
 def _described(found: Any) -> str:
