@@ -1,8 +1,9 @@
-"""Part g: seconds from a command to its first optimizer step, alone and with Ray; between two trials; and what importing costs."""
+"""Part g: seconds from a command to its first optimizer step, alone and with Ray; between two trials; what listing and importing cost."""
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,21 @@ from kdbench.models.tiny import tiny_cnn
 
 STAMP = "KDBENCH_BENCHMARK_STAMP"  # names the file that gets the time of the first step
 BETWEEN_TRIALS = at_most(0.3)  # seconds
+LISTING = at_most(2.0)  # times a command of the same libraries that prints one word
+ONE_WORD = """
+import typer
+from rich.console import Console
+
+app = typer.Typer()
+
+
+@app.command()
+def say(word: str) -> None:
+    Console().print(word)
+
+
+app(["kd"])
+"""
 MODULES = ("torch", "timm", "ray.tune", "optuna", "mlflow", "kdbench.cli", "kdbench.training.loop", "kdbench.benchmark.run")
 
 
@@ -61,6 +77,18 @@ def measure(bench: Bench) -> Iterator[Row]:
         yield Row(titles[name], rounds.seconds(name, "wall"), "s")
     bench.say("start: between two trials")
     yield Row("between two trials on one actor of a search", _between_trials(bench), "s", BETWEEN_TRIALS)
+    bench.say("start: kdbench list methods")
+    listing = {
+        "list": lambda: _process(kdbench_command("list", "methods")),
+        "one word": lambda: _process([sys.executable, "-c", ONE_WORD]),
+    }
+    rounds = interleave(listing, 0, least=bench.pick(quick=3, usual=9, full=21))
+    yield Row(
+        "kdbench list methods / a command of typer and rich that prints one word",
+        rounds.ratio("list", "one word"),
+        goal=LISTING,
+        wall=rounds.ratio("list", "one word", "wall").median,
+    )
     for module in MODULES if bench.scale != "quick" else MODULES[:1]:
         bench.say(f"start: import {module}")
         command = [sys.executable, "-c", f"import {module}"]
@@ -113,9 +141,12 @@ def gaps(log: str) -> list[float]:
 
 
 def _process(command: list[str]) -> Spent:
-    begun = time.perf_counter()
+    """What a process spends from its start to its end."""
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     run_quietly(command, child_environment())
-    return Spent(time.perf_counter() - begun, 0.0)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Spent(time.perf_counter() - begun, cpu)
 
 
 def _kdbench(bench: Bench, searching: bool) -> Spent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -54,6 +55,14 @@ def ray() -> Iterator[None]:
     private_ray.start()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster_token() -> Iterator[None]:
+    """The token that nodes show each other. `ray.init` makes one where the user has none; Ray's commands and its `Cluster` ask for one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """The commands. Each parses its options, calls one function and prints; heavy imports happen inside."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal
@@ -147,7 +145,7 @@ def _again() -> str:
 
 
 @contextmanager
-def watched(path: Path, overrides: list[str] | None, results: str | None) -> Iterator[tuple[Experiment, Path, Display]]:
+def watched(path: Path, overrides: list[str] | None, results: str | None) -> "Iterator[tuple[Experiment, Path, Display]]":
     """The experiment, its results folder and a display, for work that can be interrupted and gone on with."""
     from kdbench.distributed.cluster import quiet
 
@@ -291,7 +289,7 @@ def leaderboard(
 
 
 def _report(
-    folders: Folders, filters: Mapping[str, str], method: str | None, html: Path | None, site: Path | None, port: int | None
+    folders: "Folders", filters: Mapping[str, str], method: str | None, html: Path | None, site: Path | None, port: int | None
 ) -> None:
     """The boards as HTML: a file, a folder, or on a port until Ctrl-C."""
     from kdbench.results.report.files import Report
@@ -311,7 +309,7 @@ def _report(
         typer.echo("stopped")
 
 
-def _boards(folders: Folders, filters: Mapping[str, str]) -> list[Board]:
+def _boards(folders: "Folders", filters: Mapping[str, str]) -> "list[Board]":
     """The boards of the records that the filters leave; says what to do where there is none. Raises UserError where no record fits."""
     from kdbench.results.filters import filtered
     from kdbench.results.leaderboard import boards
@@ -328,7 +326,7 @@ def _boards(folders: Folders, filters: Mapping[str, str]) -> list[Board]:
     return found
 
 
-def _explain(folders: Folders, filters: Mapping[str, str], method: str, format_: str) -> None:
+def _explain(folders: "Folders", filters: Mapping[str, str], method: str, format_: str) -> None:
     import json
 
     from kdbench.pages import check_table_or_json, explanation_page
@@ -344,7 +342,7 @@ def _explain(folders: Folders, filters: Mapping[str, str], method: str, format_:
         typer.echo("\n\n".join(map(explanation_page, traced)))
 
 
-def _print_boards(found: list[Board], format_: str, across: Sequence[Summary] = (), published: bool = False) -> None:
+def _print_boards(found: "list[Board]", format_: str, across: "Sequence[Summary]" = (), published: bool = False) -> None:
     from rich.console import Console
 
     from kdbench.results.rendering import render
@@ -425,7 +423,7 @@ def export(
     typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
 
 
-def _register(record: RunRecord, folder: Path, name: str) -> None:
+def _register(record: "RunRecord", folder: Path, name: str) -> None:
     from kdbench.results.tracking import MlflowTracker, tracking_uri
     from kdbench.training.register import register
 

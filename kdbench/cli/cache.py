@@ -1,7 +1,5 @@
 """`kdbench cache`: the teacher's outputs that are kept."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

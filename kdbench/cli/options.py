@@ -1,7 +1,5 @@
 """Options that several commands take, and how an example is shown below a command's help."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """What is done with results that are there: choose by them, check them, carry them elsewhere."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

@@ -78,7 +78,7 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def nodes(cluster_token: None) -> Iterator[Nodes]:
     import ray
 
     others = ray.is_initialized()  # those of another file, of which a process can have one only

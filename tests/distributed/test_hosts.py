@@ -73,6 +73,7 @@ def hosts() -> Iterator[list[str]]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("cluster_token")
 def test_two_hosts_train_together(hosts: list[str], tmp_path: Path) -> None:
     ray = ("ray.scripts.scripts", "start", "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats")
     first, second = hosts
