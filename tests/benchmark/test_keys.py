@@ -23,6 +23,7 @@ from kdbench.benchmark.watch import Unwatched
 from kdbench.data import image_folder, sources
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
+from kdbench.methods.kd import KD
 from kdbench.models.build import ModelSpec
 from kdbench.results.leaderboard import boards
 from kdbench.results.record import RunRecord
@@ -209,6 +210,12 @@ def test_the_version_of_a_task_changes_the_key_and_the_search(monkeypatch: pytes
     assert changed(before, keys()) == {"unit", "study"}
 
 
+def test_the_version_of_a_method_changes_the_key_and_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys()
+    monkeypatch.setattr(KD, "version", KD.version + 1)
+    assert changed(before, keys()) == {"unit", "study"}
+
+
 def test_the_kind_of_file_and_its_place_change_nothing() -> None:
     state = network(4).state_dict()
     save_file(state, "teacher.safetensors")
@@ -333,6 +340,15 @@ def test_a_process_with_another_version_of_the_task_or_another_teacher_refuses_t
         prepare(unit, LocalSession())
     monkeypatch.setattr(Classification, "version", Classification.version + 1)
     with pytest.raises(UserError, match="task classification has version 2 here and 1 where the run began"):
+        prepare(unit, LocalSession())
+
+
+def test_a_process_with_another_version_of_the_method_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = experiment(WITHOUT_SEARCH)
+    (pair,), _ = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    unit = pair.unit(asked.methods[1], "final", {}, 0)
+    monkeypatch.setattr(KD, "version", KD.version + 1)
+    with pytest.raises(UserError, match=f"method kd has version {KD.version} here and {KD.version - 1} where the run began"):
         prepare(unit, LocalSession())
 
 
