@@ -98,7 +98,7 @@ class Ledger:
     def found_again(self, unit: Unit, record: RunRecord, parent: Parent = no_parent) -> None:
         """Count a unit that an earlier run put on record. If MLflow could not be reached then, it is shown when this run ends."""
         self.found += 1
-        self._compare_code(unit, record)
+        self.compare_code(f"{unit.student.label} · {unit.method.label}", code_of(unit), record.code)
         if record.role != "teacher":
             self.watch.found(record)
         if record.mlflow_run_id is None:
@@ -117,17 +117,14 @@ class Ledger:
     def _complete(self, run_id: str, record: RunRecord) -> str | None:
         return self.tracker.complete(run_id, curve=record.curve, **self._what(record))
 
-    def _compare_code(self, unit: Unit, record: RunRecord) -> None:
-        """Remember which of the user's modules have other code now than what a finished training was made with."""
-        if record.code is None:  # of an older record nobody knows
-            return
-        now = code_of(unit)
-        for module in sorted(now.keys() | record.code.keys()):
-            if now.get(module) != record.code.get(module):
-                self._other_code.setdefault(module, {})[f"{unit.student.label} · {unit.method.label}"] = None
+    def compare_code(self, title: str, now: Mapping[str, str], then: Mapping[str, str] | None) -> None:
+        """Remember which of the user's modules have other code now than what `title` was trained with. None: nobody knows with which."""
+        for module in sorted(now.keys() | then.keys()) if then is not None else ():
+            if now.get(module) != then.get(module):
+                self._other_code.setdefault(module, {})[title] = None
 
     def tell_of_other_code(self) -> None:
-        """One line on finished trainings that were found although the user's code has changed since: code is in no key."""
+        """One line on trainings and searches that were found although the user's code has changed since: code is in no key."""
         if not self._other_code:
             return
         modules = ", ".join(f"{module.rpartition('.')[2]}.py" for module in self._other_code)

@@ -25,7 +25,7 @@ from kdbench.search_space import Parameter, describe, is_whole
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import task_facts
 from kdbench.training.earlier_keys import Asked, draws_noise
-from kdbench.training.outcome import failed_record
+from kdbench.training.outcome import code_of, failed_record
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
 TRIAL_SEED, FIRST_CHECK_SEED = 1_000_000, 2_000_000
@@ -239,6 +239,8 @@ class PairWork:
         contender = Contender(spec, axes, partial(self._open_parent, spec))
         if self.search is not None and axes:
             contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self._recall)
+            now = code_of(self.pair.unit(spec, "trial", defaults(axes), TRIAL_SEED))
+            self.ledger.compare_code(f"{self.pair.student.label} · {spec.label} (search)", now, contender.study.began_with(now))
         return contender
 
     def _open_parent(self, spec: MethodSpec) -> str | None:

@@ -31,6 +31,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 GIVEN_UP = "given_up"  # a trial's attribute: why a run left it to the next
+_CODE = "code"  # a study's attribute: the user's modules when it began, with a hash of each
 
 
 def derived_seed(*parts: Any) -> int:
@@ -168,6 +169,20 @@ class MethodStudy:
     def _asked(self) -> list[FrozenTrial]:
         """The trials, of those that this search asked for, that were begun."""
         return [t for t in self.study.get_trials(deepcopy=False)[: self.trials] if t.state != TrialState.WAITING]
+
+    def began_with(self, code: Mapping[str, str]) -> Mapping[str, str] | None:
+        """The user's modules as they were when this search began, each with a hash of its code.
+
+        Args:
+            code: the modules as they are now, which a search without trials remembers.
+
+        Returns:
+            What was remembered; None for a search that an older version of kdbench began, which remembered nothing.
+        """
+        if _CODE not in self.study.user_attrs and not self._asked():
+            self.study.set_user_attr(_CODE, dict(code))
+        remembered: Mapping[str, str] | None = self.study.user_attrs.get(_CODE)
+        return remembered
 
     @property
     def missing(self) -> int:

@@ -75,3 +75,18 @@ def test_a_comment_changes_nothing(trained: Kdbench) -> None:
     assert said(trained) == []
     write(comment="# in other words\n")
     assert said(trained) == []
+
+
+SEARCHED = {**EXPERIMENT, "methods": ["kd"], "search": {"trials": 1, "sampler": "random", "scheduler": "none"}}
+
+
+def test_a_search_that_goes_on_with_changed_code_says_so(kdbench: Kdbench) -> None:
+    """What it found so far was found with the other code."""
+    write()
+    assert "the code of" not in run(kdbench, SEARCHED).out
+    write(factor="2.0")
+    ended = run(kdbench, {**SEARCHED, "search": {**SEARCHED["search"], "trials": 2}})
+    assert ended.code == 0
+    (line,) = " ".join(ended.out.split()).split("the code of ")[1:]
+    assert line.startswith("mended_net.py has changed")
+    assert "Net · kd (search)" in line
