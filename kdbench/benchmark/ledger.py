@@ -119,7 +119,9 @@ class Ledger:
 
     def compare_code(self, title: str, now: Mapping[str, str], then: Mapping[str, str] | None) -> None:
         """Remember which of the user's modules have other code now than what `title` was trained with. None: nobody knows with which."""
-        for module in sorted(now.keys() | then.keys()) if then is not None else ():
+        if then is None:
+            return
+        for module in sorted(now.keys() | then.keys()):
             if now.get(module) != then.get(module):
                 self._other_code.setdefault(module, {})[title] = None
 
