@@ -105,9 +105,9 @@ def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
 
 def check(experiment: Experiment, ledger: Ledger) -> None:
     """Everything that can be known to be wrong before the first step. Raises UserError."""
-    ledger.store.check_writable()
     check_fits_here(experiment.runtime)
     check_plan(experiment, build_task(experiment.task))
+    ledger.store.check_writable()  # last: it makes the folder, of which nothing should be left where the experiment is wrong
 
 
 def check_plan(experiment: Experiment, task: Task) -> None:

@@ -150,6 +150,7 @@ def test_every_wrong_key_of_a_file_has_a_line(kdbench: Kdbench) -> None:
 )
 def test_an_unknown_name_is_answered_with_the_nearest(kdbench: Kdbench, changes: dict[str, Any], said: str) -> None:
     assert_mistake(run(kdbench, changes), said)
+    assert not Path("results").exists()  # nothing is left behind, not even an empty folder
 
 
 @pytest.mark.parametrize(
