@@ -28,6 +28,8 @@ os.environ.setdefault(
     "RAY_worker_niceness", "0"
 )  # Ray's own 15 would let tests that train in this process starve those that train in Ray's
 torch.set_num_threads(1)
+# A shell starts its background jobs with Ctrl-C ignored, and so would be all processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run, so that a change that broke nothing is never blamed; `--hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")

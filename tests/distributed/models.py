@@ -98,6 +98,14 @@ def placed(num_classes: int, in_channels: int, **options: Any) -> nn.Module:
 
 
 def noted(num_classes: int, in_channels: int, folder: str) -> nn.Module:
-    """A network that leaves a note of the process it was made in."""
-    Path(folder, str(os.getpid())).touch()
-    return _seen(SmoothNet(num_classes, in_channels))
+    """A network that leaves a note of the process it was made in, and writes into it when it is evaluated."""
+    note = Path(folder, str(os.getpid()))
+    note.touch()
+    network = _seen(SmoothNet(num_classes, in_channels))
+
+    def written(module: nn.Module, _: Any) -> None:
+        if not module.training and note.exists():
+            note.write_text("evaluated")
+
+    network.register_forward_pre_hook(written)
+    return network

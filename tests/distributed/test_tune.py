@@ -234,17 +234,24 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(
 
 
 class Killer(Watch):
-    """Kills processes that trained, right after each trial that ended: those that left a note of themselves since the last time."""
+    """Kills processes that trained, right after each trial that ended: those that left a note of themselves since the last time.
+
+    A process in the middle of its trial is killed with them twice and no more: a third death would be one too many for that trial.
+    """
 
     def __init__(self, marks: Path) -> None:
         super().__init__()
-        self.marks, self.killed, self.ended = marks, 0, 0
+        self.marks, self.killed, self.ended, self.interrupted = marks, 0, 0, 0
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
         if phase != "search" or done == self.ended:
             return
         self.ended = done
         for note in list(self.marks.iterdir()):
+            if not note.read_text():
+                if self.interrupted == 2:
+                    continue
+                self.interrupted += 1
             if int(note.name) != os.getpid():
                 with suppress(ProcessLookupError):
                     os.kill(int(note.name), signal.SIGKILL)

@@ -114,7 +114,7 @@ def test_the_command_tells_its_address_and_ctrl_c_ends_it_in_one_line(folder: Pa
         assert found is not None, line
         assert ask(int(found[1]))[0] == 200
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=30)
+        out, err = server.communicate(timeout=120)
     finally:
         server.kill()
     assert (server.returncode, out, err) == (0, "stopped\n", "")
