@@ -79,14 +79,41 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+LONGEST_SHOWN = 100  # characters of a value in a message
+LONGEST_LINE = 5_000  # characters of a line of a message: a path in it may have 4,096
+MOST_PROBLEMS = 10  # in a message
+
+
+def cut(text: str, most: int = LONGEST_SHOWN) -> str:
+    """The beginning of a text that is too long for a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shown(value: object) -> str:
+    """A value as it is written in a message: its representation, cut."""
+    return cut(_represented(value))
+
+
+def _represented(value: object) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits; nested without end
+        return f"a {type(value).__name__} that is too large to show"
+
+
+def for_terminal(error: BaseException) -> str:
+    """The message of an error that ends a command. A name or a value of a million characters in it is not printed whole."""
+    return "\n".join(cut(line, LONGEST_LINE) for line in str(error).split("\n"))
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean X?` for the most similar of `names`, or a short list of them where nothing is near."""
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(cut(name), names, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean {close[0]!r}?"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"; there is: {shown}"
+        return f"; did you mean {shown(close[0])}?"
+    first = ", ".join(map(cut, names[:12])) + (", ..." if len(names) > 12 else "")
+    return f"; there is: {first}"
 
 
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
@@ -111,6 +138,8 @@ _EXPECTED = {
 def explain(error: ValidationError, where: str, valid: Valid) -> str:
     """What pydantic found wrong, one line a problem: `where: key.path: what was expected, what came, which valid name is near`.
 
+    Of more than ten problems, the first ten are told and the others counted.
+
     where: the file, method or data set that was read. valid: the class that was validated, whose fields (nested ones too) are the valid
     names, or the names of a function's options.
     """
@@ -119,13 +148,16 @@ def explain(error: ValidationError, where: str, valid: Valid) -> str:
     # Of a list whose entries are wrong, pydantic also says that it is too short.
     inside = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     told = [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside]
-    return "\n".join(f"{where}: {_problem(problem, names)}" for problem in told)
+    lines = [_problem(problem, names) for problem in told[:MOST_PROBLEMS]]
+    if more := len(told) - len(lines):
+        lines.append(f"and {more:,} more")
+    return "\n".join(f"{where}: {line}" for line in lines)
 
 
 def _problem(problem: dict[str, Any], valid: type[BaseModel] | tuple[str, ...]) -> str:
     kind, given, message = problem["type"], problem["input"], problem["msg"]
     *parents, last = problem["loc"] or ("",)
-    path = ".".join(str(part) for part in (*parents, last))
+    path = cut(".".join(str(part) for part in (*parents, last)))
     if kind in _UNKNOWN:
         names = _names_under(valid, parents)
         return f"unknown key {path!r}{nearest(str(last), names) if names else ''}"
@@ -133,9 +165,11 @@ def _problem(problem: dict[str, Any], valid: type[BaseModel] | tuple[str, ...]) 
         return f"key {path!r} is missing"
     message = message.removeprefix("Value error, ").replace("Input should be", "expected").replace("String should", "expected a text to")
     message = _EXPECTED.get(kind, message)
+    whole, short = _represented(given), shown(given)
+    message = message.replace(whole, short)
     # A check of our own on several keys at once says itself what it found.
-    if kind != "value_error" or (isinstance(given, str | int | float) and ", got " not in message and repr(given) not in message):
-        message += f", got {given!r:.80}"
+    if kind != "value_error" or (isinstance(given, str | int | float) and ", got " not in message and short not in message):
+        message += f", got {short}"
     if kind == "literal_error":
         hint = nearest(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
         message += hint if "did you mean" in hint else ""  # all that is valid stands before it

@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -29,7 +28,7 @@ from kdbench import yaml12
 from kdbench.catalogue import known, nearest
 from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.data.views import Augment
-from kdbench.errors import UserError, explain
+from kdbench.errors import UserError, cut, explain
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
 from kdbench.results.address import is_address, problem_with
@@ -327,12 +326,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping that `text` holds. Raises UserError with line and column where it does not parse."""
     try:
         value = yaml12.load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise UserError(f"{where}:{place} not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a number such as !!int x
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except yaml12.InvalidYAML as error:
+        raise UserError(f"{where}: {error}") from error
     if value is None:
         raise UserError(f"{where}: the file is empty; experiments/quickstart.yaml shows what an experiment looks like")
     if not isinstance(value, dict):
@@ -346,13 +341,16 @@ def _override(experiment: dict[str, Any], assignment: str) -> None:
     A list element is addressed by its name (`methods.kd.temperature`); `method.x` means every method that has an x.
     """
     key, equals, text = assignment.partition("=")
+    assignment = cut(assignment)
     if not equals or not key:
         raise UserError(f"--set {assignment}: expected key=value, such as --set recipe.epochs=3")
     try:
         value = yaml12.load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"--set {assignment}: the value is not valid YAML") from None
+    except yaml12.InvalidYAML as error:
+        raise UserError(f"--set {assignment}: the value, {error}") from error
     path = key.split(".")
+    if len(path) > yaml12.DEEPEST:
+        raise UserError(f"--set {assignment}: the key has {len(path)} parts, expected at most {yaml12.DEEPEST}")
     if path[0] == "method":
         _override_methods(experiment, path[1:], value, assignment)
         return

@@ -31,7 +31,7 @@ from kdbench.cli.options import (
     example,
 )
 from kdbench.cli.results import chosen, recommend, results_app, verify
-from kdbench.errors import NO_SPACE, KDBenchError, UserError, in_one_line, not_written
+from kdbench.errors import NO_SPACE, KDBenchError, UserError, for_terminal, in_one_line, not_written
 
 if TYPE_CHECKING:
     from kdbench.display import Display
@@ -464,7 +464,7 @@ def main() -> None:
         sys.path.append(os.getcwd())
         app()
     except KDBenchError as error:
-        typer.echo(f"kdbench: {error}", err=True)
+        typer.echo(f"kdbench: {for_terminal(error)}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `kdbench leaderboard | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
