@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from kdbench import yaml12
+from kdbench.bounded import read_file
 from kdbench.catalogue import known, nearest
 from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.data.views import Augment
@@ -310,11 +311,13 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises UserError, one line a problem, for a file that is missing, empty or not YAML, and for every wrong key, type or name.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, yaml12.LONGEST).decode()
     except FileNotFoundError:
         here = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
         raise UserError(f"{path}: there is no such file" + (nearest(str(path), here) if here else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: can't be read as text: {error}") from error
     value = parse_yaml(text, str(path))
     for override in overrides:

@@ -30,6 +30,7 @@ ROOMS = (
     "catalogue",
     "own_code",
     "yaml12",
+    "bounded",
     "errors",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

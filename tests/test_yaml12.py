@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdbench import yaml12
 from kdbench.experiment import Experiment, load_experiment, parse_yaml, to_yaml, validated
@@ -143,3 +147,89 @@ def test_yes_and_no_switch_a_key_that_is_a_switch(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(TINY))
     read = load_experiment(file, ["recipe.nesterov=yes", "recipe.compile=no", "recipe.epochs=010"])
     assert (read.recipe.nesterov, read.recipe.compile, read.recipe.epochs) == (True, False, 10)
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-(10**300), 10**300) | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8"))
+
+
+@given(st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4)))
+def test_what_is_dumped_is_loaded(value: Any) -> None:
+    assert yaml12.load(yaml12.dump(value)) == value
+
+
+def nested(levels: int, bottom: Any = 1) -> Any:
+    return reduce(lambda inner, _: [inner], range(levels), bottom)
+
+
+def bomb(levels: int, line: str = "[{}]") -> str:
+    """Each level has nine aliases of the one before."""
+    names = [f"n{level}" for level in range(levels)]
+    lines = [f"{name}: &{name} {line.format(', '.join([f'*{before}'] * 9))}" for before, name in pairwise(names)]
+    return "\n".join([f"{names[0]}: &{names[0]} {{x: 1}}", *lines])
+
+
+BEYOND = {
+    "300 levels": ("[" * 300, "line 1, column 52: not valid YAML: it is nested more than 50 levels deep"),
+    "300 levels that are closed": ("[" * 300 + "]" * 300, "nested more than 50 levels deep"),
+    "100,000 levels": ("[" * 100_000, "nested more than 50 levels deep"),
+    "a megabyte of levels": ("[" * 1_000_000, "nested more than 50 levels deep"),
+    "block levels": ("- " * 300, "nested more than 50 levels deep"),
+    "keys in keys": ("? " * 300, "nested more than 50 levels deep"),
+    "levels by aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}]\n" for n in range(60)),
+        "nested more than 50 levels deep",
+    ),
+    "length": ("#" * 1_000_001, "the text has 1,000,001 characters, expected at most 1,000,000"),
+    "nodes": ("[" + "1," * 50_000 + "]", "line 1, column 100000: not valid YAML: it has more than 50,000 keys and values"),
+    "aliases of aliases": (bomb(10), "it has more than 50,000 keys and values, counting each alias as a copy"),
+    "merged aliases": (bomb(10, "{{<<: [{}]}}"), "it has more than 50,000 keys and values, counting each alias as a copy"),
+    "an alias inside itself": ("a: &a [*a]", "line 1, column 8: not valid YAML: the alias 'a' is inside of what it stands for"),
+    "an alias deep inside itself": ("&a {x: {y: [*a]}}", "the alias 'a' is inside of what it stands for"),
+    "merging itself": ("&a {<<: *a}", "the alias 'a' is inside of what it stands for"),
+    "digits": ("x: " + "1" * 5_000, "line 1, column 4: not valid YAML: a whole number of 5,000 digits, expected at most 1,000"),
+    "hexadecimal digits": ("x: 0x" + "f" * 5_000, "a whole number of 5,002 digits"),
+    "an escape out of range": ('"\\UFFFFFFFF"', "an escape such as \\UFFFFFFFF or of a directive is out of range"),
+    "half a character": ('"\\ud800"', "holds half of a character, which can't be written as UTF-8"),
+    "a key of a thousand characters": (f"{'k' * 1_000}: 1\n{'k' * 1_000}: 2", f"the key '{'k' * 99}... is listed twice"),
+    "an unknown alias of many characters": ("*" + "a" * 10_000, "..."),
+    "no integer": ("!!int x", "line 1, column 1: not valid YAML: 'x' is no int"),
+    "no switch": ("!!bool x", "'x' is no bool"),
+    "no number": ("!!float x", "'x' is no float"),
+    "no mapping": ("!!map x", "line 1, column 1: not valid YAML: a text is no map"),
+    "a date": ("!!timestamp 2026-01-01", "could not determine a constructor for the tag 'tag:yaml.org,2002:timestamp'"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_what_is_beyond_the_bounds_is_refused_in_one_line(case: str) -> None:
+    text, said = BEYOND[case]
+    with pytest.raises(yaml12.InvalidYAML) as problem:
+        yaml12.load(text)
+    message = str(problem.value)
+    assert said in message
+    assert len(message.splitlines()) == 1
+    assert len(message) < 300
+
+
+def test_the_bounds_are_the_last_values_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml12, "MOST_NODES", 1_000)  # for time's sake
+    assert yaml12.load(yaml12.dump(nested(yaml12.DEEPEST))) == nested(yaml12.DEEPEST)
+    items = yaml12.MOST_NODES - 1
+    assert yaml12.load("[" + "1," * items + "]") == [1] * items
+    assert yaml12.load("9" * yaml12.MOST_DIGITS) == int("9" * yaml12.MOST_DIGITS)
+    assert yaml12.load("#" * yaml12.LONGEST) is None
+
+
+def test_aliases_are_counted_as_copies_and_no_more() -> None:
+    """3, 28, 253, 2,278, 20,503 and 184,528 nodes in the levels of a bomb: five stay below the bound together, six don't."""
+    yaml12.load(bomb(5))
+    with pytest.raises(yaml12.InvalidYAML, match="more than 50,000"):
+        yaml12.load(bomb(6))
+
+
+def test_a_number_beyond_floating_point_is_infinite_and_refused_where_it_is_used(kdbench: Kdbench) -> None:
+    assert yaml12.load("1e999") == math.inf
+    assert_mistake(run(kdbench, {}, "--set", "recipe.lr=1e999"), "recipe.lr: expected a finite number, got inf")

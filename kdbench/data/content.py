@@ -21,6 +21,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import Progress
 
+from kdbench.bounded import open_regular, parse_json, read_file
 from kdbench.errors import UserError, printable
 
 READERS = 8  # threads: reading many small files is waiting for the disk
@@ -30,6 +31,7 @@ BIG = 2_000_000_000  # bytes from which on a progress bar says what takes so lon
 RACY_NS = 4_000_000_000
 _SAVE_SECONDS = 30.0
 _BLOCK = 1 << 20
+_LARGEST_MEMORY = 100_000_000  # bytes of what is kept of a root folder: 500,000 folders in it
 
 Known = dict[str, tuple[str, str, int]]  # group -> hash of names, sizes and times; then its Content
 
@@ -54,7 +56,7 @@ Reader = Callable[[Path, Advance], Content]
 def read_plainly(path: Path, advance: Advance) -> Content:
     """A file of any size."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             advance(len(block))
@@ -163,7 +165,7 @@ def _memory(root: Path) -> Path:
 def _remembered(memory: Path) -> Known:
     """Empty where nothing is kept, or nothing that this module wrote."""
     try:
-        kept = json.loads(memory.read_bytes())
+        kept = parse_json(read_file(memory, _LARGEST_MEMORY))
         return {str(group): (str(look), str(sha256), int(counted)) for group, (look, sha256, counted) in kept.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

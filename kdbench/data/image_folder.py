@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from kdbench.bounded import read_file
 from kdbench.data.content import Advance, Content, files_content
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
 from kdbench.data.sources import Source
@@ -21,6 +22,7 @@ from kdbench.errors import UserError, nearest, printable
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_FOLDERS = ("test", "val")
+LARGEST_IMAGE = 1_000_000_000  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Files:
 
     def read(self, row: int) -> bytes:
         try:
-            return (self.folder / self.names[row]).read_bytes()
+            return read_file(self.folder / self.names[row], LARGEST_IMAGE)
         except OSError as error:
             raise UserError(f"{self.name(row)} can't be read: {error.strerror or error}") from error
 
@@ -54,7 +56,7 @@ class Files:
 
 
 def _read(path: Path, advance: Advance) -> Content:
-    content = path.read_bytes()
+    content = read_file(path, LARGEST_IMAGE)
     advance(len(content))
     return Content(hashlib.sha256(content).hexdigest(), int(turned(content)))
 

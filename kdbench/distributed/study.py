@@ -23,8 +23,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from kdbench.bounded import ImplausibleFile
 from kdbench.errors import UserError, in_one_line
-from kdbench.results.journals import fetch_journal, upload_journal, whole_lines
+from kdbench.results.journals import fetch_journal, read_journal_file, upload_journal, whole_lines
 from kdbench.search_space import Choice, Dimension, Parameter, Range
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -138,7 +139,6 @@ class MethodStudy:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
-        self._path = fetch_journal(path)
         self.axes = tuple(axes)
         self.trials = trials
         self._before_upload = before_upload
@@ -146,8 +146,9 @@ class MethodStudy:
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if asha is not None:
             pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=asha.grace_epochs, reduction_factor=asha.reduction)
-        _drop_unfinished_line(path)
         try:
+            self._path = fetch_journal(path)
+            _drop_unfinished_line(path)
             self.study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(str(path))),
                 study_name=name,
@@ -155,7 +156,11 @@ class MethodStudy:
                 directions=list(directions),
                 pruner=pruner,
             )
-        except (ValueError, KeyError, TypeError) as error:  # what reading a line that Optuna did not write ends in
+        except ImplausibleFile as error:
+            raise UserError(
+                f"the journal of a search, {path}, can't be read: {error}. Move it away to have that search run again"
+            ) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # what reading a line that Optuna did not write ends in
             raise UserError(
                 f"the journal of a search, {path}, is damaged ({in_one_line(error)}): "
                 "restore it from a copy, or delete it to have that search run again"
@@ -319,7 +324,7 @@ def defaults(axes: Sequence[Parameter]) -> dict[str, Any]:
 
 def _drop_unfinished_line(path: Path) -> None:
     """A write that a full disk or a kill cut off; Optuna would append to it, and never read the journal again."""
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+    if path.exists() and not (content := read_journal_file(path)).endswith(b"\n"):
         os.truncate(path, len(whole_lines(content)))
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import pickle
+import os
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from kdbench.errors import UserError
+from kdbench.bounded import LARGEST_SAFETENSORS_HEADER, open_regular
+from kdbench.errors import UserError, cut
 
 # Keys under which checkpoints commonly hold the weights. Where several of them fit the model, the first in this order counts.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")
+_EXPECTED = "a safetensors file, nor a torch file of plain tensors"
 _DEPTH = 3  # mappings inside mappings that are looked into
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module, anywhere in a network
 _COUNTER = "num_batches_tracked"  # of BatchNorm; files written before PyTorch 0.4.1 have none, and only cumulative averages use it
@@ -121,17 +123,47 @@ def _mappings(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def _content(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"weights {path}: there is no such file")
+    _check_declared(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with safe_globals([argparse.Namespace]):  # a script's arguments, which lie beside the weights in timm's checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # torch.load: whatever the instructions of a file that somebody else made end in
         python = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
-        reason = f"it holds a Python object, {python[1]}" if python else str(error).strip().partition("\n")[0]
+        reason = f"it holds a Python object, {python[1]}" if python else cut(str(error).strip().partition("\n")[0], 200)
         advice = (
             ". Save the weights alone, with torch.save(model.state_dict(), ...): reading an object would run its code" if python else ""
         )
-        raise UserError(f"weights {path}: not a safetensors file, nor a torch file of plain tensors ({reason}){advice}") from error
+        raise UserError(f"weights {path}: not {_EXPECTED} ({reason or type(error).__name__}){advice}") from error
+
+
+def _check_declared(path: Path) -> None:
+    """Raises UserError where what a file says of itself is more than it can hold, before anything is made from it."""
+    try:
+        with open_regular(path) as file:
+            beginning = file.read(8)
+            if path.suffix == ".safetensors":
+                length = int.from_bytes(beginning, "little")
+                if length > LARGEST_SAFETENSORS_HEADER:
+                    limit = LARGEST_SAFETENSORS_HEADER // 10**6
+                    raise UserError(f"weights {path}: not {_EXPECTED} (a header of {length} bytes, expected at most {limit} MB)")
+            elif beginning.startswith(b"PK"):
+                _check_members(path, file)
+    except FileNotFoundError:
+        raise UserError(f"weights {path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"weights {path}: can't be read: {error.strerror or error}") from error
+
+
+def _check_members(path: Path, file: BinaryIO) -> None:
+    """torch.save compresses nothing, and a few kilobytes of compressed zeros would be gigabytes of memory."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, ValueError) as error:
+        raise UserError(f"weights {path}: not {_EXPECTED} ({error})") from error
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise UserError(f"weights {path}: not {_EXPECTED} (its content is compressed)")
+    if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+        raise UserError(f"weights {path}: not {_EXPECTED} (its parts overlap)")

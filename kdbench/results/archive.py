@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import stat
 import struct
 import zipfile
 import zlib
@@ -15,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from kdbench.bounded import ImplausibleFile, open_regular, parse_json
 from kdbench.errors import UserError
 
 FORMAT = 1
@@ -115,11 +114,11 @@ class Archive:
             raise UserError(f"{self.path} {_NOT_OURS}: it has no {MANIFEST}")
         self._check_size(MANIFEST, LARGEST_MANIFEST)
         try:
-            manifest: Any = json.loads(self._zip.read(MANIFEST))
+            manifest: Any = parse_json(self._zip.read(MANIFEST))
             version, files = manifest["format"], manifest["files"]
             if not isinstance(version, int) or not isinstance(files, dict) or not all(isinstance(sha, str) for sha in files.values()):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.path}: its {MANIFEST} can't be read; nothing was imported") from error
         if version != FORMAT:
             raise UserError(
@@ -132,12 +131,11 @@ class Archive:
 
 def _opened(path: Path) -> BinaryIO:
     """The file, once it is known to be a regular one with a zip's directory of plausible size at its end."""
-    # A pipe or a device would be waited for, or never end.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    file = os.fdopen(descriptor, "rb")
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is not a regular file; expected an archive that kdbench results export wrote")
+        file = open_regular(path)
+    except ImplausibleFile as error:
+        raise UserError(f"{path} is not a regular file; expected an archive that kdbench results export wrote") from error
+    try:
         if _directory_size(file) > LARGEST_DIRECTORY:
             raise UserError(f"{path} {_NOT_OURS}: its list of files is longer than {LARGEST_DIRECTORY // 10**6} MB; nothing was imported")
         file.seek(0)

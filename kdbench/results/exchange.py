@@ -21,17 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdbench import __version__
+from kdbench.bounded import LARGEST_SAFETENSORS_HEADER, parse_json
 from kdbench.errors import UserError, not_written
 from kdbench.results.archive import FORMAT, LARGEST_RECORD, MANIFEST, Archive
 from kdbench.results.integrity import altered, checked_records, single_row, stored_rows
-from kdbench.results.journals import whole_journal, whole_lines
+from kdbench.results.journals import LONGEST_LINE, whole_journal, whole_lines
 from kdbench.results.layout import Layout
 from kdbench.results.record import RunRecord, from_table
 from kdbench.results.store import ResultStore, path_name, record_path
 
 _FOLDERS = ("predictions", "students", "teachers", "studies")  # where what a record names may lie
-_LARGEST_HEADER = 4_000_000  # bytes of a safetensors file's description: 30,000 tensors
-_LONGEST_LINE = 1_000_000  # bytes of a line of a search's journal
 
 
 @dataclass(frozen=True)
@@ -282,13 +281,13 @@ def _is_safetensors(pieces: Iterator[bytes], size: int) -> bool:
         if length < 0 or len(beginning) < 8 + length:
             beginning += piece
             length = int.from_bytes(beginning[:8], "little") if len(beginning) >= 8 else -1
-            if not -1 <= length <= min(_LARGEST_HEADER, size - 8):
+            if not -1 <= length <= min(LARGEST_SAFETENSORS_HEADER, size - 8):
                 return False
     if length < 2:
         return False
     try:
-        header = json.loads(beginning[8 : 8 + length])
-    except (ValueError, RecursionError):
+        header = parse_json(beginning[8 : 8 + length])
+    except ValueError:
         return False
     return isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values())
 
@@ -298,15 +297,15 @@ def _is_journal(pieces: Iterator[bytes], size: int) -> bool:
     rest = b""
     for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
-        if len(rest) > _LONGEST_LINE or not all(_is_object(line) for line in lines):
+        if len(rest) > LONGEST_LINE or not all(_is_object(line) for line in lines):
             return False
     return size > 0 and not rest
 
 
 def _is_object(line: bytes) -> bool:
     try:
-        return len(line) <= _LONGEST_LINE and isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return len(line) <= LONGEST_LINE and isinstance(parse_json(line), dict)
+    except ValueError:
         return False
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from kdbench.bounded import open_regular
 from kdbench.errors import UserError, not_written
 
 NOT_WRITABLE = frozenset(
@@ -22,7 +23,7 @@ NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 def file_sha256(path: Path) -> str:
     """In hex."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kdbench.bounded import ImplausibleFile, open_regular, read_file
 from kdbench.errors import RunFailed
 from kdbench.results.object_store import Files
 from kdbench.results.working_copy import kept
 
+LONGEST_LINE = 1_000_000  # bytes; Optuna writes some hundred
+_LARGEST = 500_000_000  # bytes: of 100,000 trials of 100 epochs
 _READERS = 16
 
 _sent: dict[Path, int] = {}  # how much of a journal the store has, for those that this process opened
@@ -28,7 +31,7 @@ def fetch_journal(path: Path) -> Path:
     if place is None:
         return path
     theirs = whole_journal(place.store, place.path)
-    if theirs and not (path.exists() and path.read_bytes().startswith(theirs)):
+    if theirs and not (path.exists() and read_journal_file(path).startswith(theirs)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(theirs)
     return path
@@ -41,13 +44,13 @@ def upload_journal(path: Path) -> None:
         return
     sent = _sent.get(path)
     if sent is None:
-        content = path.read_bytes()
+        content = read_journal_file(path)
         place.store.replace(place.path, content)
         for part in _parts(place.store, place.path):
             place.store.remove(part)
         _sent[path] = len(content)
         return
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(sent)
         added = file.read()
     if not added:
@@ -64,7 +67,24 @@ def read_journal(path: Path) -> bytes:
     place = kept(path)
     if place is not None:
         return whole_journal(place.store, place.path)
-    return path.read_bytes() if path.is_file() else b""
+    return read_journal_file(path) if path.exists() else b""
+
+
+def read_journal_file(path: Path) -> bytes:
+    """All of a journal on this machine.
+
+    Raises:
+        ImplausibleFile: it is no regular file, or its length or that of one of its lines is beyond what a search writes.
+        OSError: there is none, or it can't be read.
+    """
+    content = read_file(path, _LARGEST)
+    start = 0
+    while 0 <= start < len(content):
+        end = content.find(b"\n", start, start + LONGEST_LINE + 1)
+        if end < 0 and len(content) - start > LONGEST_LINE:
+            raise ImplausibleFile(path, f"it has a line of more than {LONGEST_LINE / 1e6:g} MB")
+        start = end + 1 if end >= 0 else len(content)
+    return content
 
 
 def whole_journal(files: Files, path: str) -> bytes:

@@ -22,10 +22,11 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from kdbench.bounded import parse_json
 from kdbench.errors import KDBenchError, RunFailed
 from kdbench.results.locks import Held
 from kdbench.results.object_store import ObjectStore, seconds_from
@@ -121,11 +122,19 @@ def held_now(store: ObjectStore) -> set[str]:
 def _is_held(store: ObjectStore, path: str) -> bool:
     """Where nobody may write, the storage's clock can't be asked, and a lease that was not given back counts as held."""
     try:
-        return not json.loads(store.read(path)).get("released") and _age(store, path, patient=False) <= expiry()
+        return not _content(store, path).get("released") and _age(store, path, patient=False) <= expiry()
     except (FileNotFoundError, ValueError):
         return False
     except KDBenchError:
         return True
+
+
+def _content(store: ObjectStore, path: str) -> Mapping[str, Any]:
+    """What a lease says. Raises FileNotFoundError, and ValueError where no lease of ours is there."""
+    found = parse_json(store.read(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a lease")
+    return found
 
 
 def _age(store: ObjectStore, path: str, patient: bool = True) -> float:
@@ -176,7 +185,7 @@ def _wait_until_given_up(store: ObjectStore, path: str, holder: str, waiting: Ca
     first, told = None, False
     while True:
         try:
-            found = json.loads(store.read(path))
+            found = _content(store, path)
             renewed = store.modified(path)
         except (FileNotFoundError, ValueError):
             return

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kdbench.bounded import ImplausibleFile, regular_descriptor
+from kdbench.errors import UserError
+
+_LONGEST_NUMBER = 20  # digits of the id of a process
+
 
 class Held(Exception):
     """Somebody else holds the lock. `holder`: "process 123", or as much of that as is known."""
@@ -20,7 +25,7 @@ class Held(Exception):
 def is_held(path: Path) -> bool:
     """Whether somebody holds the lock alone."""
     try:
-        with path.open("r+") as file:
+        with os.fdopen(regular_descriptor(path, os.O_RDWR), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -33,12 +38,16 @@ def is_held(path: Path) -> bool:
 def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the lock alone, or with others that share it. Raises Held where it is taken, unless `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        descriptor = regular_descriptor(path, os.O_RDWR | os.O_CREAT)
+    except ImplausibleFile as error:
+        raise UserError(f"the lock {path} can't be taken: {error.strerror}; remove it") from None
+    with os.fdopen(descriptor, "r+") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise Held(f"process {file.read().strip() or 'unknown'}") from None
+            raise Held(f"process {file.read(_LONGEST_NUMBER).strip() or 'unknown'}") from None
         if not shared:
             file.truncate(0)
             file.write(str(os.getpid()))

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from kdbench.bounded import read_file
 from kdbench.errors import StorageFailed, not_written
 from kdbench.results.address import checked_address
 from kdbench.results.folder import NOT_WRITABLE, file_sha256
 from kdbench.results.object_store import ObjectStore
 
 ORIGIN = ".origin"
+_LARGEST_ORIGIN = 10_000  # bytes: an address and a name
 HOME = "KDBENCH_WORKING_COPIES"
 # Folders whose files are uploaded when they are written. Studies go up as `journals`, the cache's entries when they are whole; records are
 # never written here.
@@ -83,7 +85,7 @@ def holder(root: Path) -> str:
 
 def _marker(root: Path) -> list[str]:
     try:
-        return (root / ORIGIN).read_text().splitlines()
+        return read_file(root / ORIGIN, _LARGEST_ORIGIN).decode(errors="replace").splitlines()
     except OSError as error:
         if error.errno in NOT_WRITABLE:  # there is no such place, or nobody may look: who writes to it will be told
             return []

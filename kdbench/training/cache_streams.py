@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +24,18 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from kdbench.bounded import read_file
 from kdbench.data.options import StrictOptions
 from kdbench.errors import RunFailed, UserError, in_one_line, not_written
 from kdbench.training.checkpoint import write_atomically
 from kdbench.training.top_k import densified, largest
 
 SHARD_ROWS = 2048  # the images that a killed build may have to predict again, and the least that a parallel build shares out
+
+# Bytes of a manifest: 600,000 shards, which are 10^9 images. An entry's facts are some hundred bytes.
+LARGEST_MANIFEST = 50_000_000
+_DIGITS = hashlib.sha256().digest_size * 2
+_SHA256 = re.compile(rb"[0-9a-f]{64}")
 
 ENTRY = "entry.json"  # beside the streams: what they are of
 Kind = Literal["prediction", "map", "tokens", "vector"]
@@ -137,7 +144,7 @@ class StreamFiles:
     def read(self) -> Manifest | None:
         """The manifest, None where there is no such stream. Raises RunFailed where it can't be read."""
         try:
-            return Manifest.model_validate_json(self.manifest.read_bytes())
+            return Manifest.model_validate_json(read_file(self.manifest, LARGEST_MANIFEST))
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
@@ -240,10 +247,10 @@ class StreamFiles:
 
     def _mark(self, shard: Shard) -> str | None:
         try:
-            sha = (self.parts / str(shard.number)).read_text()
+            sha = read_file(self.parts / str(shard.number), _DIGITS)
         except OSError:
             return None
-        return sha if len(sha) == hashlib.sha256().digest_size * 2 else None
+        return sha.decode() if _SHA256.fullmatch(sha) else None
 
     def _write(self, manifest: Manifest) -> None:
         text = json.dumps(manifest.model_dump(mode="json"), indent=1)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdbench.bounded import ImplausibleFile, parse_json, read_file
+from kdbench.errors import RunFailed
 from kdbench.experiment import Recipe
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import main_output
@@ -27,6 +29,7 @@ WORTH_IT = 1.2
 # torch.compile on CPUs: at most 1.36 times as fast after 22 s and more, measured on small networks.
 _BEST_SAVING = 0.3
 _LEAST_COMPILE_SECONDS = 20.0
+_LARGEST_MEMO = 1_000_000  # bytes; one of a few recipes has a hundred
 _PAIRS = (("fp32", "contiguous"), ("fp32", "channels_last"), ("bf16", "channels_last"))
 
 
@@ -110,9 +113,11 @@ def _remembered(memo: Path | None) -> dict[str, Any]:
     if memo is None:
         return {}
     try:
-        chosen = json.loads(fetch(memo, newest=True).read_text())
-    except (FileNotFoundError, ValueError):
+        chosen = parse_json(read_file(fetch(memo, newest=True), _LARGEST_MEMO))
+    except (FileNotFoundError, ImplausibleFile, ValueError):
         return {}
+    except OSError as error:
+        raise RunFailed(f"the measured choice {memo} can't be read: {error.strerror or error}") from error
     pays = chosen.get("compile", {}) if isinstance(chosen, dict) else None
     return chosen if isinstance(pays, dict) and all(isinstance(value, bool) for value in pays.values()) else {}
 

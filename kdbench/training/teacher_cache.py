@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from kdbench.bounded import read_file
 from kdbench.data.batch import Batch
 from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.errors import RunFailed, in_one_line
@@ -25,7 +26,7 @@ from kdbench.experiment import CacheOptions, Recipe, TeacherRef, content_hash
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.tasks.base import Splits
 from kdbench.tasks.build import TaskSpec, build_task
-from kdbench.training.cache_streams import ENTRY, Stream, StreamFiles, damaged
+from kdbench.training.cache_streams import ENTRY, LARGEST_MANIFEST, Stream, StreamFiles, damaged
 
 FORMAT_VERSION = 2
 
@@ -117,7 +118,7 @@ class Entry(StrictOptions):
 def read_entry(folder: Path) -> Entry | None:
     """None where there is no entry. Raises RunFailed where it can't be read."""
     try:
-        return Entry.model_validate_json((folder / ENTRY).read_bytes())
+        return Entry.model_validate_json(read_file(folder / ENTRY, LARGEST_MANIFEST))
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:

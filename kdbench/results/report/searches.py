@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from kdbench.bounded import parse_json
 from kdbench.errors import in_one_line
 from kdbench.results.journals import whole_lines
 
@@ -64,7 +64,7 @@ class _Lines(BaseJournalBackend):
     """The journal as it was when it was read. Optuna's own backend would make a missing file, and take a lock to write."""
 
     def __init__(self, content: bytes) -> None:
-        self._logs = [json.loads(line) for line in whole_lines(content).splitlines()]
+        self._logs = [parse_json(line) for line in whole_lines(content).splitlines()]
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         return iter(self._logs[log_number_from:])
