@@ -108,7 +108,7 @@ def parse_json(content: bytes | str) -> Any:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [part for whole in level for part in _parts(whole)]
         if not level:
             return
