@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from kdbench.errors import UserError, in_one_line
+from kdbench.errors import UserError, in_one_line, shown
 from kdbench.errors import nearest as nearest
 from kdbench.own_code import check_module
 
@@ -38,7 +38,7 @@ def resolve(kind: str, name: str, table: Mapping[str, Entry]) -> Any:
     plugins = {point.name: point for point in entry_points(group=entry_point_group(kind))}
     if name in plugins:
         return load(kind, f"{plugins[name].module}:{plugins[name].attr}")
-    raise UserError(f"unknown {kind} {name!r}{nearest(name, [*table, *plugins])}")
+    raise UserError(f"unknown {kind} {shown(name)}{nearest(name, [*table, *plugins])}")
 
 
 def entry_point_group(kind: str) -> str:
@@ -55,7 +55,7 @@ def load(kind: str, target: str) -> Any:
     """Import `package.module:attribute`. Raises UserError where that can't be done, whatever the module itself raises."""
     module_name, _, attribute = target.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise UserError(f"{kind} {target!r}: expected package.module:attribute")
+        raise UserError(f"{kind} {shown(target)}: expected package.module:attribute")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:

@@ -29,7 +29,7 @@ from kdbench.bounded import read_file
 from kdbench.catalogue import known, nearest
 from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.data.views import Augment
-from kdbench.errors import UserError, cut, explain
+from kdbench.errors import UserError, cut, explain, shown
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
 from kdbench.results.address import is_address, problem_with
@@ -47,7 +47,7 @@ class _Part(StrictOptions):
 
 def _ascending(value: tuple[float, ...]) -> tuple[float, ...]:
     if not value or any(later <= earlier for earlier, later in pairwise(value)):
-        raise ValueError(f"expected epochs in ascending order, such as [150, 180, 210], got {list(value)}")
+        raise ValueError(f"expected epochs in ascending order, such as [150, 180, 210], got {shown(list(value))}")
     return value
 
 
@@ -95,15 +95,15 @@ def _dimension(value: Any) -> Any:
         raise ValueError("expected {low: 0.1, high: 1.0, log: true} or a list of options")
     kind, keys = (Choice, {"options"}) if "options" in value else (Range, {"low", "high", "log", "step"})
     if unknown := sorted(set(value) - keys):
-        raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], keys)}")
+        raise ValueError(f"unknown key {shown(unknown[0])}{nearest(unknown[0], keys)}")
     if missing := sorted(({"options"} if kind is Choice else {"low", "high"}) - set(value)):
-        raise ValueError(f"the key {missing[0]!r} is missing")
+        raise ValueError(f"the key {shown(missing[0])} is missing")
     if kind is Choice:
         return Choice(options=tuple(value["options"]))
     try:
         numbers = {key: float(value[key]) for key in ("low", "high", "step") if value.get(key) is not None}
     except (TypeError, ValueError):
-        raise ValueError(f"low, high and step are numbers, got {value!r}") from None
+        raise ValueError(f"low, high and step are numbers, got {shown(value)}") from None
     return Range(numbers["low"], numbers["high"], bool(value.get("log", False)), numbers.get("step"))
 
 
@@ -127,7 +127,7 @@ class Search(_Part):
         names = [f"recipe.{name}" for name in Recipe.model_fields]
         for key in value:
             if key not in names:
-                raise ValueError(f"unknown key {key!r}{nearest(key, names)}")
+                raise ValueError(f"unknown key {shown(key)}{nearest(key, names)}")
         return value
 
     @field_validator("objectives")
@@ -135,7 +135,7 @@ class Search(_Part):
     def _known_objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in COSTS:
-                raise ValueError(f"unknown objective {name!r}{nearest(name, COSTS)}")
+                raise ValueError(f"unknown objective {shown(name)}{nearest(name, COSTS)}")
         return value
 
     @model_validator(mode="after")
@@ -170,7 +170,7 @@ class TeacherSpec(_Part):
 def _top_k(value: Any) -> Any:
     if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise ValueError(f"expected a whole number above 0, auto or null, got {value!r}")
+    raise ValueError(f"expected a whole number above 0, auto or null, got {shown(value)}")
 
 
 class CacheOptions(_Part):
@@ -207,7 +207,7 @@ def _workers(value: Any) -> Any:
             raise ValueError(explain(error, "of a range", WorkerRange).splitlines()[0]) from None
     if isinstance(value, WorkerRange) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise ValueError(f"expected a whole number above 0, or a range such as {{min: 1, max: 8}}, got {value!r}")
+    raise ValueError(f"expected a whole number above 0, or a range such as {{min: 1, max: 8}}, got {shown(value)}")
 
 
 Workers = Annotated[int | WorkerRange, BeforeValidator(_workers)]
@@ -222,7 +222,7 @@ def _gpus(value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
     if value == "auto" or (number and (value <= 1 or value % 1 == 0)):
         return value
-    raise ValueError(f"expected auto, a share of one GPU, such as 0.5, or a whole number of them, got {value!r}")
+    raise ValueError(f"expected auto, a share of one GPU, such as 0.5, or a whole number of them, got {shown(value)}")
 
 
 class Runtime(_Part):
@@ -277,7 +277,7 @@ class Experiment(_Part):
     @model_validator(mode="after")
     def _names(self) -> Experiment:
         if not known("task", self.task.name, TASKS):
-            raise ValueError(f"task: unknown task {self.task.name!r}{nearest(self.task.name, TASKS)}")
+            raise ValueError(f"task: unknown task {shown(self.task.name)}{nearest(self.task.name, TASKS)}")
         for method in self.methods:
             try:
                 check_method_name(method.name)
@@ -285,7 +285,7 @@ class Experiment(_Part):
                 raise ValueError(f"methods: {error}") from error
         for key, labels in (("methods", [m.label for m in self.methods]), ("students", [s.label for s in self.students])):
             if twice := sorted({label for label in labels if labels.count(label) > 1}):
-                raise ValueError(f"{key}: {twice[0]!r} stands twice; give one of them another `label`")
+                raise ValueError(f"{key}: {shown(twice[0])} stands twice; give one of them another `label`")
         return self
 
     def teacher_recipe(self) -> Recipe:

@@ -26,12 +26,13 @@ from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
 from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
-from kdbench.errors import KDBenchError, RunFailed, UserError
+from kdbench.errors import KDBenchError, RunFailed, UserError, in_one_line
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
+from kdbench.models.weight_files import check_declared
 from kdbench.models.weights import state_sha256
 from kdbench.results.cautions import chance_caution, ema_caution
 from kdbench.results.layout import Layout
@@ -452,10 +453,9 @@ def _reloaded(unit: Unit, task: Task, layout: Layout, record: RunRecord) -> dict
 
 def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
     ledger = recall.ledger
-    weights = path.expanduser().resolve()
-    if not weights.is_file():
-        raise UserError(f"teacher.weights: there is no file {weights}")
-    sha, state = file_sha256(weights), _loaded_state(unit, weights, task)
+    weights = _existing(path)
+    state = _loaded_state(unit, weights, task)  # first: what holds no weights is not read to its end
+    sha = file_sha256(weights)
     identity = _reference(unit, weights, sha, state).identity
     key = content_hash(["given", task_facts(unit.task), identity, unit.student.label])
     weights = _reachable(weights, ledger.layout, content_hash([key, sha]))
@@ -467,6 +467,18 @@ def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Call
         measured = measured_teacher(unit, weights, session, ledger.layout, key)
         record = ledger.keep(unit, measured.model_copy(update=told))
     return record.model_copy(update={"teacher_sha": sha}), weights  # the same tensors may have come in another file
+
+
+def _existing(path: Path) -> Path:
+    """Where a file of weights is. Raises UserError where there is none, or no regular file."""
+    try:
+        weights = path.expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads in a circle; ~nobody
+        raise UserError(f"teacher.weights: {path} can't be found: {in_one_line(error)}") from error
+    if not weights.exists():
+        raise UserError(f"teacher.weights: there is no file {weights}")
+    check_declared(weights)
+    return weights
 
 
 def _reachable(weights: Path, layout: Layout, key: str) -> Path:

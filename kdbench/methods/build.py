@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from kdbench.catalogue import known, nearest, resolve
 from kdbench.data.options import LabelledSpec
-from kdbench.errors import UserError, explain
+from kdbench.errors import UserError, explain, shown
 from kdbench.methods import METHODS
 from kdbench.methods.base import Method
 from kdbench.methods.combination import combined
@@ -49,19 +49,19 @@ def method_code(spec: MethodSpec) -> list[type[Method]]:
 def _class_called(name: str) -> type[Method]:
     found = resolve("method", name, METHODS)
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UserError(f"method {name!r} is no subclass of kdbench.methods.base.Method")
+        raise UserError(f"method {shown(name)} is no subclass of kdbench.methods.base.Method")
     return found
 
 
 def check_method_name(name: str) -> None:
     """Raise UserError where no method is called so, or of several joined by `+` one is not known or stands twice. Imports none of them."""
     parts = name.split(PLUS)
-    where = f" in {name!r}" if len(parts) > 1 else ""
+    where = f" in {shown(name)}" if len(parts) > 1 else ""
     for part in parts:
         if not known("method", part, METHODS):
-            raise UserError(f"unknown method {part!r}{where}{nearest(part, METHODS)}")
+            raise UserError(f"unknown method {shown(part)}{where}{nearest(part, METHODS)}")
         if parts.count(part) > 1:
-            raise UserError(f"method {part!r} stands twice{where}; a method can be combined with others, not with itself")
+            raise UserError(f"method {shown(part)} stands twice{where}; a method can be combined with others, not with itself")
 
 
 def params_of(spec: MethodSpec, overrides: Mapping[str, Any] = NO_OVERRIDES) -> Method.Params:
@@ -109,4 +109,4 @@ def search_axes(spec: MethodSpec) -> tuple[Parameter, ...]:
 
 
 def _described(spec: MethodSpec) -> str:
-    return f"method {spec.name!r}" + (f" ({spec.label})" if spec.label != spec.name else "")
+    return f"method {shown(spec.name)}" + (f" ({spec.label})" if spec.label != spec.name else "")

@@ -15,7 +15,7 @@ from torch import nn
 
 from kdbench.catalogue import known, nearest, resolve
 from kdbench.data.options import LabelledSpec
-from kdbench.errors import RunFailed, UserError, in_one_line
+from kdbench.errors import RunFailed, UserError, in_one_line, shown
 from kdbench.models import MODELS
 from kdbench.models.inputs import InputSpec
 from kdbench.models.weights import load_weights
@@ -64,10 +64,10 @@ def build_model(
     """
     reserved = {"num_classes", "in_channels", "in_chans"} & set(spec.options)
     if reserved:
-        raise UserError(f"model {spec.name!r}: {reserved.pop()!r} is not an option, the data says it")
+        raise UserError(f"model {shown(spec.name)}: {shown(reserved.pop())} is not an option, the data says it")
     if reading := sorted(_READING_OPTIONS & set(spec.options)):
         raise UserError(
-            f"model {spec.name!r}: {reading[0]!r} is not an option, since it makes a library read or fetch files; "
+            f"model {shown(spec.name)}: {shown(reading[0])} is not an option, since it makes a library read or fetch files; "
             "give a file of weights as 'weights', or use pretrained: true"
         )
     if known("model", spec.name, MODELS):
@@ -111,7 +111,7 @@ def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
     """Call the builder behind a name of ours or a dotted path with those of `facts` that it takes, and the options."""
     builder = _builder(spec.name)
     if spec.pretrained:
-        raise UserError(f"model {spec.name!r}: 'pretrained' is for timm's models; give a file of weights as 'weights'")
+        raise UserError(f"model {shown(spec.name)}: 'pretrained' is for timm's models; give a file of weights as 'weights'")
     arguments = _arguments(spec.name, builder, facts, spec.options)
     try:
         model = builder(**arguments)
@@ -132,10 +132,10 @@ def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int],
         if key not in choices and not takes_all:
             raise _wrong_option(name, key, choices)
         if name in MODELS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"model {name!r}: {key} = {value!r}, expected a whole number of at least 1")
+            raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a whole number of at least 1")
     for key in choices:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
-            raise UserError(f"model {name!r} needs the option {key!r}")
+            raise UserError(f"model {shown(name)} needs the option {shown(key)}")
     # Through **kwargs goes num_classes alone: torchvision's builders take it there, and would refuse in_channels.
     told: dict[str, Any] = {key: value for key, value in facts.items() if key in named or (takes_all and key == "num_classes")}
     if "weights_backbone" in named:  # torchvision's builders would fetch a backbone's weights by default
@@ -197,14 +197,14 @@ def _check_timm_name(name: str) -> None:
     import timm
 
     if not timm.is_model(name):
-        raise UserError(f"unknown model {name!r}{nearest(name, [*MODELS, *timm.list_models()])}")
+        raise UserError(f"unknown model {shown(name)}{nearest(name, [*MODELS, *timm.list_models()])}")
     architecture, _, tag = name.partition(".")
     tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        raise UserError(f"timm model {architecture!r} has no weights called {tag!r}{nearest(tag, tags)}")
+        raise UserError(f"timm model {shown(architecture)} has no weights called {shown(tag)}{nearest(tag, tags)}")
 
 
 def _wrong_option(name: str, key: str, choices: Iterable[str]) -> UserError:
     choices = list(choices)
     hint = nearest(key, choices) if choices else "; it has none"
-    return UserError(f"model {name!r} has no option {key!r}{hint}")
+    return UserError(f"model {shown(name)} has no option {shown(key)}{hint}")

@@ -123,7 +123,7 @@ def _mappings(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def _content(path: Path) -> Any:
-    _check_declared(path)
+    check_declared(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -138,7 +138,7 @@ def _content(path: Path) -> Any:
         raise UserError(f"weights {path}: not {_EXPECTED} ({reason or type(error).__name__}){advice}") from error
 
 
-def _check_declared(path: Path) -> None:
+def check_declared(path: Path) -> None:
     """Raises UserError where what a file says of itself is more than it can hold, before anything is made from it."""
     try:
         with open_regular(path) as file:
