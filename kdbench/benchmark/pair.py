@@ -25,6 +25,7 @@ from kdbench.search_space import Parameter, describe, is_whole
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import task_facts
 from kdbench.training.earlier_keys import Asked, draws_noise
+from kdbench.training.keys import student_protocol
 from kdbench.training.outcome import code_of, failed_record
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
@@ -61,19 +62,10 @@ class Pair:
     @cached_property
     def protocol_hash(self) -> str:
         """What the trainings of a board share; their keys hold it."""
-        experiment = self.experiment
         cached = self.teacher is not None and self.teacher.cache is not None
-        return content_hash(
-            {
-                "task": self.task_facts,
-                "data": [self.task.data_name, self.splits.learned_hash],
-                "recipe": self.recipe.model_dump(mode="json"),
-                "data_seed": experiment.data_seed,
-                "search": experiment.search.model_dump(mode="json") if experiment.search else None,
-                "teacher": self.teacher.identity if self.teacher else None,
-                "cache": experiment.cache.numbers if cached else None,
-            }
-        )
+        identity = self.teacher.identity if self.teacher else None
+        data = self.task.data_name, self.splits.learned_hash
+        return student_protocol(self.experiment, self.task_facts, *data, self.recipe, identity, cached)
 
     @property
     def board_hash(self) -> str:
@@ -439,7 +431,7 @@ class PairWork:
     def _look_up(self, contender: Contender, units: list[Unit]) -> None:
         """What the store already has is not trained again."""
         for unit in units:
-            earlier_key = self.pair.asked.student_key(unit, self.pair.recipe)
+            earlier_key = self.pair.asked.rule.student_key(unit, self.pair.recipe)
             noise = draws_noise(self.pair.dropout, contender.spec)
             record = self._recall.find(unit, earlier_key, noise=noise, teacher_predictions=self.pair.teacher_predictions)
             if record is not None:

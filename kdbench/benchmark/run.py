@@ -47,6 +47,7 @@ from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task, task_facts
 from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
 from kdbench.training.earlier_keys import Asked, EarlierData, draws_noise, has_dropout
+from kdbench.training.keys import given_teacher_key, teacher_protocol
 from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
@@ -393,11 +394,10 @@ def _refuse(experiment: Experiment, ledger: Ledger) -> None:
 
 def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, task: Task, model: nn.Module) -> Unit:
     learned = task.splits().learned_hash
-    protocol = [task_facts(experiment.task), task.data_name, learned, recipe.model_dump(mode="json")]
     return Unit(
         role="teacher",
         experiment=experiment.name,
-        protocol_hash=content_hash(protocol),
+        protocol_hash=teacher_protocol(task_facts(experiment.task), task.data_name, learned, recipe),
         data_hash=learned,
         task=experiment.task,
         task_version=task.version,
@@ -420,7 +420,7 @@ def _initial_content(spec: ModelSpec, model: nn.Module) -> str | None:
 def _trained(recall: Recall, unit: Unit, task: Task, model: nn.Module, check_first: Callable[[], None]) -> tuple[RunRecord, Path]:
     ledger = recall.ledger
     noise, told = draws_noise(has_dropout(model), unit.method), partial(_reloaded, unit, task, ledger.layout)
-    record = recall.find(unit, recall.asked.teacher_key(unit), noise=noise, teacher_of=told)
+    record = recall.find(unit, recall.asked.rule.teacher_key(unit), noise=noise, teacher_of=told)
     if record is not None:
         ledger.found_again(unit, record)
         return record, weights_of(record, ledger.layout)
@@ -457,10 +457,10 @@ def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Call
     state = _loaded_state(unit, weights, task)  # first: what holds no weights is not read to its end
     sha = file_sha256(weights)
     identity = _reference(unit, weights, sha, state).identity
-    key = content_hash(["given", task_facts(unit.task), identity, unit.student.label])
+    key = given_teacher_key(task_facts(unit.task), identity, unit.student.label)
     weights = _reachable(weights, ledger.layout, content_hash([key, sha]))
     told = {"teacher_sha": sha, "teacher_state": state, "teacher_id": identity}
-    record = recall.given(unit, key, recall.asked.teacher_key(unit, sha), **told)
+    record = recall.given(unit, key, recall.asked.rule.teacher_key(unit, sha), **told)
     if record is None:
         check_first()
         session = LocalSession(device=device_here(recall.asked.experiment.runtime))

@@ -69,6 +69,12 @@ def task_facts(spec: TaskSpec) -> dict[str, Any]:
     return {"name": spec.name, "version": task_class(spec).version, "options": facts}
 
 
+def depends_on_files(spec: TaskSpec) -> bool:
+    """Whether an option of the task itself is a file, so that its facts follow from what lies there now."""
+    options = _options(spec)
+    return any(isinstance(getattr(options, name), Path) for name in type(options).model_fields)
+
+
 def task_code(spec: TaskSpec) -> list[Any]:
     """The task's class, and the functions that make its data."""
     options = _options(spec)

@@ -111,6 +111,51 @@ def _footer(path: Path) -> bytes:
 
 
 @dataclass(frozen=True)
+class EarlierRule:
+    """The earlier rule itself, for an experiment on data with these hashes (`EarlierData`). version: of the task."""
+
+    experiment: Experiment
+    version: int
+    data_hash: str
+    split_hash: str
+
+    def student_key(self, unit: Unit, recipe: Recipe) -> str:
+        """recipe: the pair's, without what a search varies."""
+        return self._key(unit, self.student_protocol(unit.teacher, recipe))
+
+    def student_protocol(self, teacher: TeacherRef | None, recipe: Recipe) -> str:
+        """What the trainings of a board shared."""
+        experiment = self.experiment
+        protocol = {
+            "task": experiment.task.model_dump(mode="json"),
+            "task_version": self.version,
+            "data": self.data_hash,
+            "split": self.split_hash,
+            "recipe": recipe.model_dump(mode="json"),
+            "data_seed": experiment.data_seed,
+            "search": experiment.search.model_dump(mode="json") if experiment.search else None,
+            "teacher": teacher.sha if teacher else None,
+            "cache": experiment.cache.numbers if teacher is not None and teacher.cache is not None else None,
+        }
+        return content_hash(protocol)
+
+    def teacher_key(self, unit: Unit, given: str | None = None) -> str:
+        """given: SHA-256 of the file, where its weights came in one."""
+        key = self._key(unit, self.teacher_protocol(unit.recipe))
+        return content_hash([key, given]) if given else key
+
+    def teacher_protocol(self, recipe: Recipe) -> str:
+        """As `student_protocol`, of a teacher's own training."""
+        return content_hash([self.experiment.task.model_dump(mode="json"), self.split_hash, recipe.model_dump(mode="json")])
+
+    def _key(self, unit: Unit, protocol_hash: str) -> str:
+        same = {"role", "task", "student", "method", "method_version", "recipe", "seed", "data_seed", "workers"}
+        content = unit.model_dump(mode="json", include=same)
+        content |= {"protocol_hash": protocol_hash, "split_hash": self.split_hash}
+        return content_hash(content | {"teacher": unit.teacher.sha if unit.teacher else None})
+
+
+@dataclass(frozen=True)
 class Asked:
     """What an experiment asks for now, as far as the earlier keys held it. version: of the task."""
 
@@ -122,32 +167,10 @@ class Asked:
     def task(self) -> dict[str, Any]:
         return self.experiment.task.model_dump(mode="json")
 
-    def student_key(self, unit: Unit, recipe: Recipe) -> str:
-        """recipe: the pair's, without what a search varies."""
-        experiment, teacher = self.experiment, unit.teacher
-        protocol = {
-            "task": self.task,
-            "task_version": self.version,
-            "data": self.data.data_hash,
-            "split": self.data.split_hash,
-            "recipe": recipe.model_dump(mode="json"),
-            "data_seed": experiment.data_seed,
-            "search": experiment.search.model_dump(mode="json") if experiment.search else None,
-            "teacher": teacher.sha if teacher else None,
-            "cache": experiment.cache.numbers if teacher is not None and teacher.cache is not None else None,
-        }
-        return self._key(unit, protocol)
-
-    def teacher_key(self, unit: Unit, given: str | None = None) -> str:
-        """given: SHA-256 of the file, where its weights came in one."""
-        key = self._key(unit, [self.task, self.data.split_hash, unit.recipe.model_dump(mode="json")])
-        return content_hash([key, given]) if given else key
-
-    def _key(self, unit: Unit, protocol: Mapping[str, Any] | Sequence[Any]) -> str:
-        same = {"role", "task", "student", "method", "method_version", "recipe", "seed", "data_seed", "workers"}
-        content = unit.model_dump(mode="json", include=same)
-        content |= {"protocol_hash": content_hash(protocol), "split_hash": self.data.split_hash}
-        return content_hash(content | {"teacher": unit.teacher.sha if unit.teacher else None})
+    @property
+    def rule(self) -> EarlierRule:
+        """The earlier keys of what is asked for."""
+        return EarlierRule(self.experiment, self.version, self.data.data_hash, self.data.split_hash)
 
     def study_id(
         self, student: ModelSpec, teacher: TeacherRef | None, recipe: Recipe, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search

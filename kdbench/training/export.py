@@ -108,7 +108,7 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
     Raises UserError where the record has no weights, or doesn't say how to build the network.
     """
     experiment = experiment_of(record)
-    spec = _model_spec(record, experiment)
+    spec = model_spec(record, experiment)
     with names_from_records():
         task = build_task(experiment.task)
         model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
@@ -137,7 +137,7 @@ def _weights(record: RunRecord, store_root: Path) -> Path:
     return path
 
 
-def _model_spec(record: RunRecord, experiment: Experiment) -> ModelSpec:
+def model_spec(record: RunRecord, experiment: Experiment) -> ModelSpec:
     """How the experiment describes the network that the record names."""
     teacher = [experiment.teacher.model] if experiment.teacher else []
     specs = teacher if record.role == "teacher" else [spec for spec in experiment.students if spec.label == record.student]
