@@ -40,6 +40,7 @@ from kdbench.results.lease import Lease, leased
 from kdbench.results.leftovers import clear_scratch
 from kdbench.results.locks import Held, locked
 from kdbench.results.record import RunRecord
+from kdbench.results.seals import seal
 from kdbench.results.tracking import NoTracker, Tracker
 from kdbench.results.working_copy import fetch, forget_folder, holder, origin, store_at
 from kdbench.search_space import Choice
@@ -251,6 +252,7 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
         ledger.close()
         for work in queue.queues:
             work.close()
+    seal(ledger.store, "tune" if search_only else "run")
     if queue.done and not ledger.failures:
         forget_folder(ledger.layout.checkpoints(experiment.name))
     tuned = {work.pair.student.label: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from kdbench.errors import RunFailed
 from kdbench.results.record import all_from_table, record_schema
 from kdbench.results.record_files import COMPACTED, is_compacted, read_table
+from kdbench.results.seals import seal
 from kdbench.results.store import LAYOUT, ResultStore
 
 FULL_ROWS = 20_000  # a file of so many is not made anew: what is written again at each compaction stays bounded
@@ -40,6 +41,12 @@ def compact(store: ResultStore, progress: Callable[[int, int], None] = lambda do
     `progress` is told how many files of how many are done. Raises UserError where a file can't be read, and leaves it and what would
     have been merged with it.
     """
+    done = _compacted(store, progress)
+    seal(store, "results compact")
+    return done
+
+
+def _compacted(store: ResultStore, progress: Callable[[int, int], None]) -> Compacted:
     sources = _sources(store)
     total = len(sources)
     if total < 2:

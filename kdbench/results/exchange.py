@@ -1,8 +1,8 @@
 """Records, and what belongs to them, in one archive: from one results folder into another, whoever's it is.
 
-An archive is a zip of one-row Parquet files, of safetensors files and of the journals of searches, under the names that they have in a
-results folder, and of `manifest.json` with the SHA-256 of each. Nothing in it is ever unpickled or executed. Reading one, everything is
-checked before anything is written, and names are taken from the records, never from the archive.
+An archive is a zip of one-row Parquet files, of the seals of these rows, of safetensors files and of the journals of searches, under the
+names that they have in a results folder, and of `manifest.json` with the SHA-256 of each. Nothing in it is ever unpickled or executed.
+Reading one, everything is checked before anything is written, and names are taken from the records, never from the archive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,8 @@ from kdbench.results.archive import FORMAT, LARGEST_RECORD, MANIFEST, Archive
 from kdbench.results.integrity import altered, checked_records, single_row, stored_rows
 from kdbench.results.journals import LONGEST_LINE, whole_journal, whole_lines
 from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord, from_table
+from kdbench.results.record import CHECKSUM, RunRecord, from_table, plain_rows, to_table
+from kdbench.results.seals import LARGEST_SEAL, Seal, carried, checked_seal, is_seal, read_seals, seal, take
 from kdbench.results.store import ResultStore, path_name, record_path
 
 _FOLDERS = ("predictions", "students", "teachers", "studies")  # where what a record names may lie
@@ -65,7 +66,7 @@ def export_results(
     """Write `records` of the store to the archive `path`, with their searches, and with predictions and weights if so asked.
 
     The file has its name only once it is whole. Raises UserError where there is nothing to write, where `path` is there already, or where
-    a record of the store was changed by hand; RunFailed where the archive can't be written.
+    a record of the store was changed by hand or after it was sealed; RunFailed where the archive can't be written.
     """
     if not records:
         raise UserError(f"there is nothing to export: no record in {store.location} fits")
@@ -105,6 +106,7 @@ def _write(
 
 def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: bool, weights: bool) -> Iterator[tuple[str, bytes | None]]:
     wanted = {record.run_id: record for record in records}
+    seals = read_seals(store)
     hashes: dict[str, str | None] = {}
     for each in records:
         hashes |= _hashes(each, hashes)
@@ -115,7 +117,10 @@ def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: boo
                 continue
             if problem := altered(row, path):
                 raise UserError(f"{problem}; nothing was exported")
+            if made := seals.contradicts(record.run_id, _checksum(row, path)):
+                raise UserError(f"{path}: {made.changed(record.run_id)}; nothing was exported")
             yield record_path(record), _parquet(row)
+    yield from ((path, part.content) for path, part in carried(seals, {record.run_id for record in records}))
     for uri in dict.fromkeys(uri for record in records for uri in _attachments(record, predictions, weights)):
         if _is_search(uri):
             if lines := whole_lines(whole_journal(store.files, uri)):
@@ -145,6 +150,11 @@ def _attachments(record: RunRecord, predictions: bool = True, weights: bool = Tr
 
 def _is_search(uri: str) -> bool:
     return uri.startswith("studies/")
+
+
+def _checksum(row: pa.Table, path: str) -> str:
+    """Of a row that was not altered, and so has one that fits."""
+    return str(plain_rows(row, path)[0][CHECKSUM])
 
 
 def _parquet(row: pa.Table) -> bytes:
@@ -179,19 +189,41 @@ def import_results(store: ResultStore, path: Path, *, keep_ours: bool = False) -
         _check_room(archive, store)
         members: dict[str, _Member] = {}
         hashes: dict[str, str | None] = {}
-        for name, record in _records(archive):
+        checksums: dict[str, str] = {}
+        for name, record, checksum in _records(archive):
             members[name] = _Member(record.run_id, (record.unit_key, record.test_hash), _text(record), tuple(_attachments(record)))
             hashes |= _hashes(record, hashes)
-        _check_attachments(archive, members, hashes)
-        return _merge(archive, members, store, keep_ours)
+            checksums[record.run_id] = checksum
+        seals = _seals(archive, checksums)
+        _check_attachments(archive, members.keys() | seals.keys(), hashes)
+        return _merge(archive, members, seals, store, keep_ours)
 
 
-def _merge(archive: Archive, members: dict[str, _Member], store: ResultStore, keep_ours: bool) -> Imported:
+def _seals(archive: Archive, checksums: Mapping[str, str]) -> dict[str, Seal]:
+    """What the folder that was exported says of these rows, by name. checksums: of the rows of the archive, by run id.
+
+    Raises UserError for a seal that was edited, is of other rows, or shows that a row was edited after it was sealed.
+    """
+    found: dict[str, Seal] = {}
+    for name in filter(is_seal, archive.hashes):
+        try:
+            found[name] = sealed = checked_seal(name, archive.read(name, LARGEST_SEAL))
+            for run_id, row in sealed.rows.items():
+                if run_id not in checksums:
+                    raise UserError(f"{name}: seals run {run_id}, which is not in the archive")
+                if row.sha256 != checksums[run_id]:
+                    raise UserError(sealed.changed(run_id))
+        except UserError as error:
+            raise UserError(f"{archive.path}: {error}; nothing was imported") from error
+    return found
+
+
+def _merge(archive: Archive, members: dict[str, _Member], seals: Mapping[str, Seal], store: ResultStore, keep_ours: bool) -> Imported:
     by_id = {record.run_id: _text(record) for _, record, _ in checked_records(store) if record is not None}  # superseded ones too
     by_unit = {(record.unit_key, record.test_hash): record for record in store.scan()}
     known = {name for name, member in members.items() if by_id.get(member.run_id) == member.text}
     suspects = {name for name, member in members.items() if name not in known and (member.run_id in by_id or member.measurement in by_unit)}
-    conflicts = {name: _conflict(_record(archive, name), by_id, by_unit) for name in members if name in suspects}
+    conflicts = {name: _conflict(_record(archive, name)[0], by_id, by_unit) for name in members if name in suspects}
     if conflicts and not keep_ours:
         shown = "\n".join(f"  {reason}" for reason in conflicts.values())
         raise UserError(
@@ -204,8 +236,14 @@ def _merge(archive: Archive, members: dict[str, _Member], store: ResultStore, ke
     absent = [uri for uri in dict.fromkeys(wanted) if not store.has(uri)]
     for uri in absent:
         store.write_pieces(uri, archive.pieces(uri))
+    unchanged = set()
     for name in new:
-        store.append(_record(archive, name))
+        record, checksum = _record(archive, name)
+        store.append(record)
+        if to_table(record)[CHECKSUM][0].as_py() == checksum:  # a record of an older form is written in that of now
+            unchanged.add(record.run_id)
+    take(store, seals, unchanged)
+    seal(store, "results import")
     return Imported(len(new), len(absent), len(known), tuple(conflicts.values()))
 
 
@@ -223,14 +261,15 @@ def _text(record: RunRecord) -> str:
     return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
 
 
-def _records(archive: Archive) -> Iterator[tuple[str, RunRecord]]:
-    """Every record by its name, migrated to this version. Raises UserError for one that was changed, or is not where it belongs."""
+def _records(archive: Archive) -> Iterator[tuple[str, RunRecord, str]]:
+    """Every record with its name and its checksum. Raises UserError for one that was changed, or is not where it belongs."""
     for name in archive.hashes:
         if name.endswith(".parquet"):
-            yield name, _record(archive, name)
+            yield name, *_record(archive, name)
 
 
-def _record(archive: Archive, name: str) -> RunRecord:
+def _record(archive: Archive, name: str) -> tuple[RunRecord, str]:
+    """A record, migrated to this version, and the checksum of its row as it is in the archive."""
     where = f"{archive.path}: {name}"
     try:
         row = single_row(archive.read(name, LARGEST_RECORD), where)
@@ -242,7 +281,7 @@ def _record(archive: Archive, name: str) -> RunRecord:
         raise UserError(f"{problem}; nothing was imported")
     if name != record_path(record):
         raise UserError(f"{where} is not where its record belongs, {record_path(record)}; nothing was imported")
-    return record
+    return record, _checksum(row, where)
 
 
 def _hashes(record: RunRecord, known: dict[str, str | None]) -> dict[str, str | None]:
@@ -255,9 +294,9 @@ def _hashes(record: RunRecord, known: dict[str, str | None]) -> dict[str, str | 
     return told
 
 
-def _check_attachments(archive: Archive, members: dict[str, _Member], hashes: dict[str, str | None]) -> None:
+def _check_attachments(archive: Archive, known: Collection[str], hashes: dict[str, str | None]) -> None:
     """Each is named by a record, lies inside the results folder, is of its kind, and has the content that its record was made from."""
-    for name in archive.hashes.keys() - members.keys():
+    for name in archive.hashes.keys() - set(known):
         where = f"{archive.path}: {name!r}"
         if name not in hashes:
             raise UserError(f"{where} belongs to none of its records; nothing was imported")

@@ -65,10 +65,12 @@ class Folder:
         return (self.root / path).exists()
 
     def find(self, prefix: str) -> list[str]:
-        """The paths of all files in the folder `prefix`, in any order. Raises UserError where this is a file itself."""
+        """The paths of all files in the folder `prefix`, in any order. Raises UserError where this is a file itself, or the root is."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.name} is a file, expected a results folder")
         top = self.root / prefix
+        if top.exists() and not top.is_dir():
+            raise UserError(f"{top} is a file, expected a folder; restore the folder from a copy, or move the file away")
         start = len(str(self.root)) + 1
         return [f"{parent}/{name}"[start:] for parent, _, names in os.walk(top) for name in names]
 

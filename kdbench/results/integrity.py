@@ -3,36 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdbench.errors import UserError, in_one_line
 from kdbench.results.record import CHECKSUM, RunRecord, from_table, plain_rows, row_checksum
-from kdbench.results.store import ResultStore
+from kdbench.results.store import LISTINGS, ResultStore
 
 _MOST_COLUMNS = 500
 
 
-def checked_records(store: ResultStore) -> Iterator[tuple[str, RunRecord | None, str | None]]:
-    """Of every row of every file of records: the file, the record, and what is wrong with it. A row that can't be read has no record.
+class CheckedRow(NamedTuple):
+    """A row of a file of records.
 
-    Superseded records are among them. Whatever `scan` would read is looked at, whether or not a board shows it.
+    record: None where it can't be read. sha256: of its content as it is now. problem: what is wrong with it.
     """
-    for path in store.record_paths():
-        try:
-            rows = stored_rows(store.read_bytes(path), path)
-        except UserError as error:
-            yield path, None, str(error)
-            continue
-        for row in rows:
+
+    path: str
+    record: RunRecord | None = None
+    sha256: str | None = None
+    problem: str | None = None
+
+
+def checked_rows(store: ResultStore) -> Iterator[CheckedRow]:
+    """Every row of every file of records, superseded ones too: whatever `scan` would read, whether or not a board shows it."""
+    done: set[str] = set()
+    for _ in range(LISTINGS):
+        paths = [path for path in store.record_paths() if path not in done]
+        gone = False
+        for path in paths:
             try:
-                record = from_table(row, path)
-            except UserError as error:
-                yield path, None, str(error)
+                content = store.files.read(path)
+            except FileNotFoundError:  # a compaction has put its rows into another file, which is listed next
+                gone = True
                 continue
-            yield path, record, altered(row, path)
+            yield from _checked(content, path)
+        done.update(paths)
+        if not gone:
+            return
+
+
+def _checked(content: bytes, path: str) -> Iterator[CheckedRow]:
+    try:
+        rows = stored_rows(content, path)
+    except UserError as error:
+        yield CheckedRow(path, problem=str(error))
+        return
+    for row in rows:
+        try:
+            record = from_table(row, path)
+        except UserError as error:
+            yield CheckedRow(path, problem=str(error))
+            continue
+        yield CheckedRow(path, record, row_checksum(plain_rows(row, path)[0]), altered(row, path))
+
+
+def checked_records(store: ResultStore) -> Iterator[tuple[str, RunRecord | None, str | None]]:
+    """Of every row of every file of records: the file, the record, and what is wrong with it. A row that can't be read has no record."""
+    for row in checked_rows(store):
+        yield row.path, row.record, row.problem
 
 
 def stored_rows(content: bytes, path: str) -> list[pa.Table]:
