@@ -74,9 +74,12 @@ def recommend(
 
 
 def verify(results: Results = None, trust_code: TrustCode = False) -> None:
-    """Make every checksum anew and derive every metric again from the stored predictions. Exit code 1 and a line for each mismatch.
+    """Check records against checksums, seals, predictions and weights. Exit code 1 and a line for each mismatch.
 
-    What killed commands left behind is named too. It makes no figure wrong, and the exit code stays.
+    Every metric is derived again from the stored predictions, every unit key from the record's own fields. What killed commands left behind
+    is named too; it makes no figure wrong, and the exit code stays.
+
+    Files can't show whether predictions, record and seal were forged together. Only training again shows it.
     """
     from kdbench.results.layout import results_folder
     from kdbench.training.verification import verify as verify_results
@@ -93,8 +96,12 @@ def verify(results: Results = None, trust_code: TrustCode = False) -> None:
         typer.echo(line)
     for line in found.left_out:
         typer.echo(f"left out: {line}")
+    if found.records:
+        typer.echo("not checked, as files can't show it: whether predictions, record and seal were forged together; train again to know")
     typer.echo(
         f"{found.records} records: {found.derived} with metrics derived again, {found.compared} compared with their teacher, "
+        f"{found.keyed} with keys derived again ({found.unkeyed} can't be), "
+        f"{found.counted} with parameters counted in their weights ({found.uncounted} can't be), {found.sealed} as they were sealed, "
         f"{len(found.problems) or 'no'} problem{'' if len(found.problems) == 1 else 's'}",
         err=bool(found.problems),
     )

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,15 +21,16 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdbench.errors import UserError
-from kdbench.results.integrity import altered
+from kdbench.results.integrity import CheckedRow, altered
 from kdbench.results.record import new_run_id, plain_rows, row_checksum
 from kdbench.results.record_files import read_table
-from kdbench.results.store import LISTINGS, READERS, ResultStore
+from kdbench.results.store import LISTINGS, READERS, ResultStore, path_name
 
 SEALS = "seals"
 LARGEST_SEAL = 8_000_000  # bytes
 _FORMAT = 1
 _ROWS = 10_000  # of one seal: some 3 MB
+_NAMED = 20  # missing rows that get a line each
 
 
 class SealedRow(BaseModel):
@@ -215,6 +217,53 @@ def sealed_row(row: Mapping[str, Any]) -> SealedRow:
     """What a seal says of a row, which is given as `Table.to_pylist` does."""
     fields = {name: row.get(name) for name in ("unit_key", "test_hash", "student", "label", "seed")}
     return SealedRow.model_validate({"sha256": row_checksum(row), **fields})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows against seals. sealed: rows that are as they were sealed. problems, notes: as `training.verification.Verification` has them."""
+
+    sealed: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def compared_with_seals(seals: Seals, rows: Sequence[CheckedRow], location: str) -> Comparison:
+    """What is gone or was changed since it was sealed. location: of the results, for the lines. seals: read before the rows."""
+    if not seals:
+        note = f"{location} has no seals yet, so records that were deleted, or changed together with their checksum, can't be named"
+        return Comparison(0, (), (note,) if rows else ())
+    problems = [*seals.damaged.values(), *(f"{path} is missing: {later} was made after it" for path, later in seals.taken_out().items())]
+    unsealed = sealed = 0
+    unreadable = {_name(row.path).removesuffix(".parquet") for row in rows if row.record is None}
+    for row in rows:
+        if row.record is None or row.sha256 is None:
+            continue
+        run_id = row.record.run_id
+        made = seals.contradicts(run_id, row.sha256)
+        if made is None:
+            sealed, unsealed = sealed + (run_id in seals.rows), unsealed + (run_id not in seals.rows)
+        elif row.problem is None:  # else it was said already
+            problems.append(f"{row.path}: {made.changed(run_id)}")
+    present = {row.record.run_id for row in rows if row.record is not None}
+    gone = {run_id: entry for run_id, entry in seals.rows.items() if run_id not in present and path_name(run_id) not in unreadable}
+    lost = [run_id for run_id in gone if run_id not in seals.replaced]
+    for run_id in lost[:_NAMED]:
+        row_, made = gone[run_id]
+        problems.append(f"run {run_id} ({row_.title}) is missing: kdbench {made.command} sealed it, {made.made_at}")
+    if len(lost) > _NAMED:
+        problems.append(f"{len(lost) - _NAMED} more sealed records are missing")
+    notes = [
+        f"run {run_id} ({gone[run_id][0].title}) is missing, and run {seals.replaced[run_id]} is the same training, done again"
+        for run_id in gone
+        if run_id in seals.replaced
+    ]
+    if unsealed:
+        notes.append(
+            f"{unsealed} record{'s have' if unsealed > 1 else ' has'} no seal yet; "
+            "the next kdbench run, tune, results import or results compact seals them"
+        )
+    return Comparison(sealed, tuple(problems), tuple(notes))
 
 
 def _rows(store: ResultStore, path: str) -> Iterator[tuple[str, SealedRow]]:

@@ -1,24 +1,35 @@
-"""Whether a results folder's figures are those of its files: every checksum made anew, every metric derived again from predictions."""
+"""Whether a results folder's figures are those of its files.
+
+Checksums are made anew, metrics derived again from predictions, keys from the record's own fields, parameters counted in the weights, and
+rows compared with their seals. Predictions and a record that somebody forged together, seal included, agree: only training again tells.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from kdbench.errors import CodeRefused, KDBenchError
+from kdbench.errors import CodeRefused, KDBenchError, UserError
+from kdbench.experiment import Experiment
+from kdbench.models.build import ModelSpec, without_weights
 from kdbench.own_code import names_from_records
-from kdbench.results.integrity import checked_records
+from kdbench.results.integrity import checked_rows
 from kdbench.results.leftovers import left_behind
 from kdbench.results.record import RunRecord
+from kdbench.results.seals import compared_with_seals, read_seals
 from kdbench.results.store import ResultStore
-from kdbench.tasks.build import build_task
+from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.checkpoint import file_sha256, unpack_predictions
 from kdbench.training.earlier_keys import EarlierData
-from kdbench.training.export import experiment_of
+from kdbench.training.export import experiment_of, model_spec
+from kdbench.training.keys import NotDerivable, derived
 from kdbench.training.outcome import rederive
 
 # A record's metrics are those of the predictions as they are kept. So both numbers contain the same rounding, and only the order of sums in
@@ -33,10 +44,21 @@ TEACHER_SPACING = 2.0**-24  # between the numbers next to 0 that half precision 
 
 @dataclass(frozen=True)
 class Verification:
-    """records: looked at. derived: those whose metrics were computed again. compared: those whose agreement was. problems: a line each.
+    """What was checked, and what does not fit.
 
-    left_out: what could not be checked, a line each, since it needs code that a record names and nobody vouched for.
-    notes: a line for each thing that makes no figure wrong: what killed commands left behind, and records of drivers that were taken over.
+    Attributes:
+        records: looked at.
+        derived: records whose metrics were computed again.
+        compared: records whose agreement with the teacher was computed again.
+        problems: a line each.
+        left_out: what could not be checked, a line each, since it needs code that a record names and nobody vouched for.
+        notes: a line for each thing that makes no figure wrong: what killed commands left behind, records of drivers that were taken
+            over, and rows without a seal.
+        keyed: records whose unit key was made again.
+        unkeyed: records that don't hold all that their key was made of, or in a form that this kdbench can't read.
+        counted: records whose parameters were counted in their weights file.
+        uncounted: records with a number of parameters whose weights are not on this machine, or need code that nobody vouched for.
+        sealed: records that a seal has, with this content.
     """
 
     records: int
@@ -45,30 +67,45 @@ class Verification:
     problems: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    keyed: int = 0
+    unkeyed: int = 0
+    counted: int = 0
+    uncounted: int = 0
+    sealed: int = 0
 
 
 def verify(results: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
     """Check every record below `results`. `progress` is told how many are done, of how many."""
     store = ResultStore(results)
-    checked = list(checked_records(store))
-    problems = [problem for _, _, problem in checked if problem is not None]
-    records = [record for _, record, _ in checked if record is not None]
+    seals = read_seals(store)  # first: a row that is sealed from now on may come too late for the list of rows
+    checked = list(checked_rows(store))
+    problems = [row.problem for row in checked if row.problem is not None]
+    records = [row.record for row in checked if row.record is not None]
     problems += _twins(records)
+    against = compared_with_seals(seals, checked, store.location)
+    problems += against.problems
     teachers: Teachers = {}
     for record in records:
         if record.role == "teacher" and record.teacher_sha:
             for name in (record.teacher_id, record.teacher_sha):
                 teachers.setdefault((name, record.test_hash), []).append(record)
-    derived = compared = 0
+    done_of: Counter[str] = Counter()
     left_out: list[str] = []
     for done, record in enumerate(records, start=1):
         found = _Check(store, results, record, teachers)
         with names_from_records():
             problems += found.problems()
         left_out += found.left_out
-        derived, compared = derived + found.derived, compared + found.compared
+        done_of.update(found.done)
         progress(done, len(records))
-    return Verification(len(checked), derived, compared, tuple(problems), tuple(left_out), (*_outdone(records), *left_behind(results)))
+    return Verification(
+        len(checked),
+        problems=tuple(problems),
+        left_out=tuple(left_out),
+        notes=(*_outdone(records), *against.notes, *left_behind(results)),
+        sealed=against.sealed,
+        **{name: done_of[name] for name in ("derived", "compared", "keyed", "unkeyed", "counted", "uncounted")},
+    )
 
 
 def _twins(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -106,7 +143,7 @@ class _Check:
 
     def __init__(self, store: ResultStore, results: Path, record: RunRecord, teachers: Teachers) -> None:
         self.store, self.results, self.record, self.teachers = store, results, record, teachers
-        self.derived = self.compared = False
+        self.done: set[str] = set()  # names of the counters of Verification
         self.left_out: list[str] = []
 
     def problems(self) -> list[str]:
@@ -118,7 +155,65 @@ class _Check:
             self.left_out.append(f"{who}: its metrics were not derived again: {error}")
         except KDBenchError as error:
             found.append(f"{who}: {error}")
+        try:
+            found.extend(f"{who}: {line}" for line in (*self._keys(), *self._parameters()))
+        except UserError as error:
+            found.append(f"{who}: {error}")
         return found
+
+    @cached_property
+    def _experiment(self) -> Experiment:
+        return experiment_of(self.record)
+
+    def _keys(self) -> Iterator[str]:
+        """The unit key, and the board's, are those of the record's own fields."""
+        record = self.record
+        if record.source != "kdbench":
+            return
+        try:
+            experiment = self._experiment
+        except UserError:
+            self.done.add("unkeyed")
+            return
+        try:
+            again = derived(record, experiment)
+        except NotDerivable:
+            self.done.add("unkeyed")
+            return
+        self.done.add("keyed")
+        if record.unit_key not in again.unit_keys:
+            yield f"its unit_key is {record.unit_key!r}, its own fields and its experiment give {again.unit_keys[0]!r}"
+        elif again.protocol_hash not in (None, record.protocol_hash):
+            yield f"its protocol_hash is {record.protocol_hash!r}, its own fields and its experiment give {again.protocol_hash!r}"
+
+    def _parameters(self) -> Iterator[str]:
+        """The number of parameters is that of the weights file, where this machine has it."""
+        record = self.record
+        if record.params_count is None:
+            return
+        path = self._weights_file()
+        try:
+            count = None if path is None else counted_parameters(path, self._buffers())
+        except KDBenchError:
+            count = None
+        if count is None:
+            self.done.add("uncounted")
+            return
+        self.done.add("counted")
+        if count != record.params_count:
+            yield f"params_count is {record.params_count}, {record.artifacts_uri} has {count} parameters"
+
+    def _weights_file(self) -> Path | None:
+        """The file of weights that the record names, if it lies in this folder on this machine."""
+        uri = self.record.artifacts_uri
+        if uri is None or PurePosixPath(uri).is_absolute() or ".." in PurePosixPath(uri).parts:
+            return None
+        path = self.results / uri
+        return path if path.is_file() else None
+
+    def _buffers(self) -> Mapping[str, bool]:
+        spec = model_spec(self.record, self._experiment)
+        return _states(spec.model_dump_json(exclude={"label", "weights"}), self._experiment.task.model_dump_json())
 
     def _problems(self) -> Iterator[str]:
         record = self.record
@@ -136,16 +231,16 @@ class _Check:
 
     def _weights(self) -> Iterator[str]:
         """A teacher's weights are named by their hash, where they lie in this folder."""
-        path = self.results / self.record.artifacts_uri if self.record.artifacts_uri else None
-        if path is not None and path.is_file() and file_sha256(path) != self.record.teacher_sha:
+        path = self._weights_file()
+        if path is not None and file_sha256(path) != self.record.teacher_sha:
             yield f"{self.record.artifacts_uri} is not the weights file that its students learned from (its SHA-256 differs)"
 
     def _metrics(self, uri: str, teacher: RunRecord | None) -> Iterator[str]:
         record = self.record
         content = self.store.read_bytes(uri)
-        task = build_task(experiment_of(record).task)
+        task = build_task(self._experiment.task)
         metrics = rederive(record, task, content)
-        self.derived = True
+        self.done.add("derived")
         splits = task.splits()
         earlier = EarlierData(splits)
         here = (splits.data_hash, splits.hash) if record.learned_hash is not None else (earlier.data_hash, earlier.split_hash)
@@ -162,17 +257,44 @@ class _Check:
             yield from self._agreement(content, teacher, teacher.predictions_uri)
 
     def _agreement(self, content: bytes, teacher: RunRecord, uri: str) -> Iterator[str]:
-        record, task = self.record, build_task(experiment_of(self.record).task)
+        record, task = self.record, build_task(self._experiment.task)
         ours, theirs = (unpack_predictions(data)[0].float() for data in (content, self.store.read_bytes(uri)))
         if len(theirs) != len(ours):
             yield f"the teacher's predictions are of {len(theirs)} samples, expected {len(ours)}"
             return
         found = task.agreement(ours, theirs)
-        self.compared = True
+        self.done.add("compared")
         for name, allowed in (("agreement", _undecided(theirs)), ("teacher_kl", _rounding_of_kl(found["teacher_kl"], theirs))):
             stored = getattr(record, name)
             if stored is not None and not abs(found[name] - stored) <= allowed + TOLERANCE:
                 yield f"{name} is {stored!r}, the predictions give {found[name]!r} (allowed are {allowed:.2g} for rounding)"
+
+
+@lru_cache(maxsize=64)
+def _states(spec: str, task: str) -> Mapping[str, bool]:
+    """What the network of a model's description holds, by name: whether it is a buffer. No weights are read or fetched.
+
+    Raises UserError where it can't be built, CodeRefused where that needs code that nobody vouched for.
+    """
+    with without_weights():
+        network = build_task(TaskSpec.model_validate_json(task)).build_model(ModelSpec.model_validate_json(spec))
+    buffers = {name for name, _ in network.named_buffers(remove_duplicate=False)}
+    return {name: name in buffers for name in network.state_dict()}
+
+
+def counted_parameters(path: Path, states: Mapping[str, bool]) -> int | None:
+    """The parameters in a safetensors file, each once. None where it does not fit the network, so that nobody knows what are buffers.
+
+    states: by name, whether it is a buffer.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError):
+        return None
+    if not sizes.keys() <= states.keys():
+        return None
+    return sum(size for name, size in sizes.items() if not states[name])
 
 
 def _undecided(teacher: torch.Tensor) -> float:
