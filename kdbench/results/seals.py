@@ -15,14 +15,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdbench.errors import UserError
-from kdbench.results.integrity import CheckedRow, altered
-from kdbench.results.record import new_run_id, plain_rows, row_checksum
+from kdbench.results.integrity import CheckedRow
+from kdbench.results.record import CHECKSUM, new_run_id, plain_rows, row_checksum
 from kdbench.results.record_files import read_table
 from kdbench.results.store import LISTINGS, READERS, ResultStore, path_name
 
@@ -213,12 +211,6 @@ def _parts(seals: Mapping[str, Seal], run_ids: Collection[str]) -> Iterator[tupl
             yield part.path(_name(path).partition("-")[0]), part
 
 
-def sealed_row(row: Mapping[str, Any]) -> SealedRow:
-    """What a seal says of a row, which is given as `Table.to_pylist` does."""
-    fields = {name: row.get(name) for name in ("unit_key", "test_hash", "student", "label", "seed")}
-    return SealedRow.model_validate({"sha256": row_checksum(row), **fields})
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Rows against seals. sealed: rows that are as they were sealed. problems, notes: as `training.verification.Verification` has them."""
@@ -268,10 +260,12 @@ def compared_with_seals(seals: Seals, rows: Sequence[CheckedRow], location: str)
 
 def _rows(store: ResultStore, path: str) -> Iterator[tuple[str, SealedRow]]:
     """The rows of a file by run id, but for those that don't fit their own checksum."""
-    table: pa.Table = read_table(store.files.read(path), path, "restore it from a copy")
-    for number, row in enumerate(plain_rows(table, path)):
-        if altered(table.slice(number, 1), path) is None:
-            yield row["run_id"], sealed_row(row)
+    table = read_table(store.files.read(path), path, "restore it from a copy")
+    for row in plain_rows(table, path):
+        checksum = row_checksum(row)
+        if row.get(CHECKSUM) == checksum:
+            told = {name: row.get(name) for name in ("unit_key", "test_hash", "student", "label", "seed")}
+            yield row["run_id"], SealedRow.model_validate({"sha256": checksum, **told})
 
 
 def _name(path: str) -> str:
