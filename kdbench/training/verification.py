@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from kdbench.errors import CodeRefused, KDBenchError, UserError
 from kdbench.experiment import Experiment
@@ -193,7 +194,7 @@ class _Check:
             return
         path = self._weights_file()
         try:
-            count = None if path is None else counted_parameters(path, self._buffers())
+            count = None if path is None else counted_parameters(path, self._states())
         except KDBenchError:
             count = None
         if count is None:
@@ -211,9 +212,9 @@ class _Check:
         path = self.results / uri
         return path if path.is_file() else None
 
-    def _buffers(self) -> Mapping[str, bool]:
+    def _states(self) -> Mapping[str, bool]:
         spec = model_spec(self.record, self._experiment)
-        return _states(spec.model_dump_json(exclude={"label", "weights"}), self._experiment.task.model_dump_json())
+        return _states_of_described(spec.model_dump_json(exclude={"label", "weights"}), self._experiment.task.model_dump_json())
 
     def _problems(self) -> Iterator[str]:
         record = self.record
@@ -271,21 +272,30 @@ class _Check:
 
 
 @lru_cache(maxsize=64)
-def _states(spec: str, task: str) -> Mapping[str, bool]:
+def _states_of_described(spec: str, task: str) -> Mapping[str, bool]:
     """What the network of a model's description holds, by name: whether it is a buffer. No weights are read or fetched.
 
     Raises UserError where it can't be built, CodeRefused where that needs code that nobody vouched for.
     """
     with without_weights():
-        network = build_task(TaskSpec.model_validate_json(task)).build_model(ModelSpec.model_validate_json(spec))
+        return states_of(build_task(TaskSpec.model_validate_json(task)).build_model(ModelSpec.model_validate_json(spec)))
+
+
+def states_of(network: nn.Module) -> dict[str, bool]:
+    """The names of all that a network's weights file may hold, each with whether it is a buffer."""
     buffers = {name for name, _ in network.named_buffers(remove_duplicate=False)}
     return {name: name in buffers for name in network.state_dict()}
 
 
 def counted_parameters(path: Path, states: Mapping[str, bool]) -> int | None:
-    """The parameters in a safetensors file, each once. None where it does not fit the network, so that nobody knows what are buffers.
+    """The parameters in a safetensors file, tied ones once, by its header alone.
 
-    states: by name, whether it is a buffer.
+    Args:
+        path: the file.
+        states: `states_of` the network that it belongs to.
+
+    Returns:
+        Their number; None where the file is none, or has other names than the network, so that nobody knows which are buffers.
     """
     try:
         with safe_open(path, "pt") as file:

@@ -322,6 +322,6 @@ def test_an_archive_whose_rows_are_not_those_of_its_seals_is_refused(sealed: Pat
         trusting.setattr(sealing.Seals, "contradicts", lambda *_: None)
         export_results(store, store.scan(), tmp_path / "all.zip")
 
-    with pytest.raises(UserError, match="was changed after kdbench run had sealed it, .*; nothing was imported"):
+    with pytest.raises(UserError, match=r"was changed after kdbench run had sealed it, .*; nothing was imported"):
         import_results(ResultStore(tmp_path / "theirs"), tmp_path / "all.zip")
     assert not (tmp_path / "theirs").exists()

@@ -11,72 +11,51 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import nn
 
-from kdbench.experiment import Experiment, to_yaml
-from kdbench.results.layout import Layout
-from kdbench.results.record import CHECKSUM, RunRecord, from_table, row_checksum, to_table
+from kdbench.benchmark.run import run
+from kdbench.benchmark.watch import Unwatched
+from kdbench.experiment import Experiment
+from kdbench.results.record import CHECKSUM, from_table, row_checksum, to_table
 from kdbench.results.store import ResultStore
 from kdbench.tasks.build import build_task
-from kdbench.training.checkpoint import pack_predictions, save_weights
-from kdbench.training.outcome import base_record
-from kdbench.training.verification import Verification, verify
-from tests.training import units
+from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions
+from kdbench.training.export import experiment_of
+from kdbench.training.verification import Verification, counted_parameters, states_of, verify
 
-TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 300}
-CONFIG = to_yaml(
-    Experiment.model_validate(
-        {"name": "verified", "task": TASK, "teacher": {"model": "tiny_cnn"}, "students": ["tiny_cnn"], "methods": ["kd"]}
-    )
-)
-
-
-def predicted(seed: int) -> torch.Tensor:
-    """Logits [N, 10] that are right for half of the test images, as they are kept: in half precision."""
-    target = build_task(units.unit().task).splits().test.target
-    noise = torch.randn(len(target), 10, generator=torch.Generator().manual_seed(seed))
-    return (noise + 2.0 * torch.nn.functional.one_hot(target, 10)).half()
+ASKED: dict[str, Any] = {
+    "name": "verified",
+    "task": {"name": "classification", "data": {"name": "shapes", "train": 80, "test": 40, "target": "class"}, "val_size": 20},
+    "teacher": {"model": {"name": "tiny_cnn", "width": 4}},
+    "students": [{"name": "tiny_cnn", "width": 2}],
+    "methods": ["kd"],
+    "recipe": {"epochs": 1, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous", "compile": False},
+    "seeds": 2,
+}
 
 
-def measured(store: ResultStore, prediction: torch.Tensor, teacher: torch.Tensor | None, **fields: Any) -> RunRecord:
-    """A record and its predictions, as a training leaves them."""
-    unit = units.unit(role="teacher" if teacher is None else "final", seed=fields.pop("seed", 0))
-    task = build_task(unit.task)
-    splits = task.splits()
-    uri = Layout(Path(store.location)).predictions(unit.key, splits.test_hash)
-    quality = task.metrics(prediction.float(), splits.test.target)
-    alike = {} if teacher is None else task.agreement(prediction.float(), teacher.float())
-    facts = {
-        "config": CONFIG,
-        "predictions_uri": uri,
-        "predictions_sha256": store.write_bytes(uri, pack_predictions(prediction, splits.test.index)),
-        "metrics": quality,
-        "test_metric": quality["accuracy"],
-        **{name: quality[name] for name in ("nll", "ece")},
-        **alike,
-        **fields,
-    }
-    return base_record(unit, task, splits).model_copy(update=facts)
+def trained(folder: Path, **changes: Any) -> Path:
+    """The results of an experiment."""
+    run(Experiment.model_validate({**ASKED, **changes}), folder, Unwatched())
+    return folder
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher and two finals."""
-    root = tmp_path_factory.mktemp("clean")
-    store = ResultStore(root)
-    weights = root / "teachers" / "t" / "model.safetensors"
-    sha = save_weights({"w": torch.ones(3)}, weights)
-    teacher = predicted(9)
-    of_teacher = {"teacher_sha": sha, "artifacts_uri": "teachers/t/model.safetensors"}
-    record = measured(store, teacher, None, **of_teacher)
-    store.append(record)
-    for seed in (0, 1):
-        store.append(measured(store, predicted(seed), teacher, seed=seed, teacher_sha=sha, teacher_metric=record.test_metric))
-    return root
+    return trained(tmp_path_factory.mktemp("finished") / "results")
 
 
 @pytest.fixture
-def results(clean: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(clean, tmp_path / "results"))
+def sealed(finished: Path, tmp_path: Path) -> Path:
+    """As `kdbench run` leaves it."""
+    return Path(shutil.copytree(finished, tmp_path / "sealed"))
+
+
+@pytest.fixture
+def results(finished: Path, tmp_path: Path) -> Path:
+    """Without seals, so that everything has to follow from records, predictions and weights."""
+    return Path(shutil.copytree(finished, tmp_path / "results", ignore=shutil.ignore_patterns("seals")))
 
 
 def record_file(results: Path, seed: int, role: str = "final") -> Path:
@@ -104,10 +83,11 @@ def only_problem(found: Verification) -> str:
     return found.problems[0]
 
 
-def test_an_untouched_folder_has_no_problem(results) -> None:
+def test_an_untouched_folder_has_no_problem(sealed) -> None:
     told: list[tuple[int, int]] = []
 
-    assert verify(results, lambda done, total: told.append((done, total))) == Verification(records=3, derived=3, compared=2, problems=())
+    found = verify(sealed, lambda done, total: told.append((done, total)))
+    assert found == Verification(records=3, derived=3, compared=2, problems=(), keyed=3, counted=3, sealed=3)
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -120,7 +100,7 @@ def test_a_value_edited_by_hand_breaks_the_checksum_whatever_it_is(results, valu
     path = record_file(results, 1)
     edit(path, **values)
 
-    problem = only_problem(verify(results))
+    problem = verify(results).problems[0]  # of a label and a seed the key tells too
     assert str(path.relative_to(results)) in problem
     assert "was changed after it was written" in problem
 
@@ -136,7 +116,7 @@ def test_a_value_edited_by_hand_breaks_the_checksum_whatever_it_is(results, valu
         ({"teacher_kl": 0.001}, "teacher_kl is 0.001, the predictions give "),
         ({"teacher_metric": 99.0}, "teacher_metric is 99.0, the teacher's own record has "),
         ({"predictions_uri": None}, "it has a test metric and no predictions that it was measured on"),
-        ({"data_hash": "other"}, "the data set fashion_mnist here is not the one that it was measured on"),
+        ({"data_hash": "other"}, "the data set shapes here is not the one that it was measured on"),
         ({"predictions_sha256": "0" * 64}, "not the predictions that run"),
         ({"config": None}, "doesn't hold the experiment"),
     ],
@@ -192,7 +172,8 @@ def test_predictions_that_are_damaged_or_gone_are_named(results, damage) -> None
 
 
 def test_a_teachers_weights_that_are_others_are_named(results) -> None:
-    save_weights({"w": torch.zeros(3)}, results / "teachers" / "t" / "model.safetensors")
+    [weights] = results.glob("teachers/*/model.safetensors")
+    save_weights({"w": torch.zeros(3)}, weights)
 
     assert "is not the weights file that its students learned from" in only_problem(verify(results))
 
@@ -215,8 +196,8 @@ def test_of_two_records_of_one_training_that_of_the_lower_lease_is_named_and_is_
     found = verify(results)
 
     assert found.problems == ()
-    [note] = found.notes
-    assert note.startswith("run 01LOWER (none, seed 1) was written under lease 3, and run 01HIGHER of the same training under lease 4")
+    note = found.notes[0]
+    assert note.startswith("run 01LOWER (kd, seed 1) was written under lease 3, and run 01HIGHER of the same training under lease 4")
 
 
 def test_predictions_of_another_run_do_not_pass_for_its_own(results) -> None:
@@ -229,12 +210,13 @@ def test_predictions_of_another_run_do_not_pass_for_its_own(results) -> None:
 def test_what_rounding_may_move_is_not_called_a_mismatch(results) -> None:
     """The teacher's cached predictions may differ from those it was tested with in the last bit of half precision."""
     teacher = from_table(pq.read_table(record_file(results, 0, "teacher")), "")
-    splits = build_task(units.unit().task).splits()
+    task = build_task(experiment_of(teacher).task)
+    splits = task.splits()
     store = ResultStore(results)
-    kept = predicted(9)
+    kept, _ = unpack_predictions(store.read_bytes(teacher.predictions_uri))
     nudged = torch.from_numpy(kept.numpy().view("int16") + 1).view(torch.float16)  # the next number that half precision has
     sha = store.write_bytes(teacher.predictions_uri, pack_predictions(nudged, splits.test.index))
-    quality = build_task(units.unit().task).metrics(nudged.float(), splits.test.target)
+    quality = task.metrics(nudged.float(), splits.test.target)
     again = {name: quality[name] for name in ("nll", "ece")} | {"test_metric": quality["accuracy"]}
     path = record_file(results, 0, "teacher")
     record = teacher.model_copy(update={"predictions_sha256": sha, "metrics": quality, **again})
@@ -243,3 +225,150 @@ def test_what_rounding_may_move_is_not_called_a_mismatch(results) -> None:
         edit(record_file(results, seed), forge=True, teacher_metric=record.test_metric)
 
     assert verify(results).problems == ()
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"label": "ours"},
+        {"method": "nkd"},
+        {"label": "none", "method": "none"},
+        {"seed": 7},
+        {"data_seed": 1},
+        {"params": '{"temperature": 1.0}'},
+        {"recipe": '{"epochs": 500}'},
+        {"role": "candidate"},
+        {"method_version": 2},
+        {"task_version": 2},
+        {"learned_hash": "other"},
+        {"teacher_id": "other"},
+        {"teacher_sha": None},
+        {"student_init": "other"},
+        {"unit_key": "0" * 16},
+    ],
+    ids=lambda values: "-".join(values),
+)
+def test_a_unit_key_has_to_follow_from_the_records_own_fields(results: Path, values: dict[str, Any]) -> None:
+    path = record_file(results, 1)
+    edit(path, forge=True, **values)
+
+    assert any("its unit_key is " in problem and path.stem in problem for problem in verify(results).problems)
+
+
+def test_the_hash_of_a_board_has_to_follow_from_the_records_own_fields(results: Path) -> None:
+    edit(record_file(results, 1), forge=True, protocol_hash="other")
+
+    assert "its protocol_hash is 'other', its own fields and its experiment give '" in only_problem(verify(results))
+
+
+def test_a_student_that_the_experiment_does_not_have_is_named(results: Path) -> None:
+    edit(record_file(results, 1), forge=True, student="resnet8x4")
+
+    assert "its experiment describes 0 models called 'resnet8x4'" in only_problem(verify(results))
+
+
+def test_a_record_that_holds_too_little_is_counted_and_not_accused(results: Path) -> None:
+    """As a failed one that an older kdbench wrote: no predictions, and an experiment that can't be read any more."""
+    gone = {"status": "failed", "test_metric": None, "predictions_uri": None, "artifacts_uri": None, "params_count": None}
+    edit(record_file(results, 1), forge=True, config="name: of another time\nlosses: [kd]", **gone)
+    edit(record_file(results, 0), forge=True, recipe='{"epochs": 1, "of_another_time": 2}')
+
+    found = verify(results)
+    assert (found.problems, found.keyed, found.unkeyed) == ((), 1, 2)
+
+
+def test_keys_of_searches_combinations_and_given_teachers_are_derived(tmp_path: Path) -> None:
+    """The search varies the recipe too, which is then another one than the board's."""
+    folder = tmp_path / "results"
+    trained(folder, seeds=1)
+    [weights] = folder.glob("teachers/*/model.safetensors")
+    teacher = {**ASKED["teacher"], "weights": str(weights)}
+    methods = ["none", {"name": "kd+fitnet", "label": "both"}, {"name": "norm", "label": "wide"}]
+    search = {"trials": 2, "sampler": "random", "scheduler": "none", "also": {"recipe.lr": {"low": 0.01, "high": 0.1, "log": True}}}
+    trained(
+        folder, name="more", teacher=teacher, methods=methods, search=search, seeds=1, recipe={**ASKED["recipe"], "views": 2, "epochs": 2}
+    )
+
+    found = verify(folder)
+    assert found.problems == ()
+    assert {record.role for record in ResultStore(folder).scan()} == {"teacher", "candidate", "final"}
+    assert (found.keyed, found.unkeyed, found.sealed) == (found.records, 0, found.records)
+
+
+def test_a_folder_stays_clean_when_seeds_are_added_and_names_and_labels_of_the_teacher_change(sealed: Path) -> None:
+    teacher = {"model": {**ASKED["teacher"]["model"], "label": "big"}}
+    trained(sealed, name="renamed", seeds=3, methods=["kd", "none"], teacher=teacher, cache={"budget_gb": 1})
+
+    found = verify(sealed)
+    assert (found.problems, found.notes) == ((), ())
+    assert found.keyed == found.sealed == found.records > 3
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def test_a_number_of_parameters_that_the_weights_do_not_have_is_named(results: Path) -> None:
+    path = record_file(results, 1)
+    record = from_table(pq.read_table(path), "")
+    edit(path, forge=True, params_count=10)
+
+    assert f"params_count is 10, {record.artifacts_uri} has {record.params_count} parameters" in only_problem(verify(results))
+
+
+def test_where_weights_are_not_kept_parameters_are_counted_as_not_checked(results: Path) -> None:
+    shutil.rmtree(results / "students")
+
+    found = verify(results)
+    assert (found.problems, found.counted, found.uncounted) == ((), 1, 2)
+
+
+def test_a_path_of_weights_that_leads_out_of_the_folder_is_not_followed(results: Path) -> None:
+    path = record_file(results, 1)
+    edit(path, forge=True, artifacts_uri=f"../{results.name}/{from_table(pq.read_table(path), '').artifacts_uri}", params_count=10)
+
+    found = verify(results)
+    assert (found.problems, found.counted, found.uncounted) == ((), 2, 1)
+
+
+class Tied(nn.Module):
+    """Two names of one matrix, a normalisation with buffers, a frozen parameter and a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("table", torch.ones(100))
+
+
+def test_tied_weights_count_once_and_buffers_not_at_all(tmp_path: Path) -> None:
+    network = Tied()
+    save_weights(network.state_dict(), tmp_path / "tied.safetensors")
+
+    counted = counted_parameters(tmp_path / "tied.safetensors", states_of(network))
+    assert counted == sum(p.numel() for p in network.parameters()) == 16 + 8 + 3
+    assert counted_parameters(tmp_path / "tied.safetensors", states_of(nn.Linear(4, 4))) is None
+
+
+# --- seals -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_no_other_file_tells_the_seal_does(sealed: Path) -> None:
+    edit(record_file(sealed, 0), forge=True, latency_ms_p50=0.01)
+    lost = record_file(sealed, 1)
+    lost.unlink()
+
+    changed, missing = verify(sealed).problems
+    assert "(kd, seed 0, student tiny_cnn) was changed after kdbench run had sealed it" in changed
+    assert f"run {lost.stem} (kd, seed 1, student tiny_cnn) is missing" in missing
+
+
+def test_a_folder_without_seals_is_said_to_have_none_and_is_not_accused(results: Path) -> None:
+    found = verify(results)
+
+    assert (found.problems, found.sealed) == ((), 0)
+    assert found.notes[0].startswith(f"{results} has no seals yet")
