@@ -299,7 +299,7 @@ def counted_parameters(path: Path, states: Mapping[str, bool]) -> int | None:
     """
     try:
         with safe_open(path, "pt") as file:
-            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            sizes: dict[str, int] = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError):
         return None
     if not sizes.keys() <= states.keys():

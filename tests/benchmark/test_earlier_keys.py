@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torch import nn
 
@@ -25,6 +27,7 @@ from kdbench.data.image_folder import Files
 from kdbench.experiment import Experiment
 from kdbench.methods.build import MethodSpec
 from kdbench.results.leaderboard import boards
+from kdbench.results.record import CHECKSUM, row_checksum
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import NoTracker
 from kdbench.tasks import build
@@ -87,6 +90,30 @@ def test_what_was_finished_before_is_found_and_stands_on_one_board_with_what_com
     (board,) = [board for board in boards(ResultStore("results").scan()) if "dkd" in {row.label for row in board.rows}]
     assert {row.label for row in board.rows} == {"none", "kd", "dkd"}
     assert verify(Path("results")).problems == ()
+
+
+def test_verify_makes_the_keys_of_before_again_and_accuses_nobody_for_having_no_seals(make: Any) -> None:
+    found = verify(Path("results"))
+    assert (found.records, found.keyed, found.unkeyed, found.sealed) == (9, 9, 0, 0)
+    assert found.problems == ()
+    assert "has no seals yet" in found.notes[0]
+
+    again(make.experiment("plain"))  # adopts three records, and seals all
+    found = verify(Path("results"))
+    assert (found.records, found.keyed, found.sealed) == (12, 12, 12)
+    assert (found.problems, found.notes) == ((), ())
+
+
+def test_a_record_of_before_that_was_edited_is_named(make: Any) -> None:
+    (path,) = Path("results/v1").rglob("none/01M8JCYWRJ94H26H0YEZ8AH1JJ.parquet")
+    table = pq.read_table(path)
+    (row,) = table.to_pylist()
+    row |= {"label": "ours", "method": "kd"}
+    row[CHECKSUM] = row_checksum(row)
+    pq.write_table(pa.Table.from_pylist([row], schema=table.schema), path)
+
+    (problem,) = verify(Path("results")).problems
+    assert problem.startswith(f"run {path.stem} (ours, seed 0): its unit_key is ")
 
 
 def test_the_teachers_outputs_of_before_are_used_as_they_are(make: Any) -> None:

@@ -21,6 +21,7 @@ from kdbench.errors import UserError
 from kdbench.results.exchange import MANIFEST, Imported, export_results, import_results
 from kdbench.results.integrity import checked_records
 from kdbench.results.record import RunRecord
+from kdbench.results.seals import is_seal
 from kdbench.results.store import ResultStore
 
 Change = Callable[[dict[str, bytes]], None]
@@ -54,8 +55,10 @@ def archive(ours, tmp_path: Path) -> Path:
 
 
 def content(folder: ResultStore) -> dict[str, bytes]:
+    """All files but the seals, which say what became of a folder."""
     root = Path(folder.location)
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if not is_seal(name)}
 
 
 def changed(archive: Path, change: Change, manifest: bool = True) -> Path:

@@ -18,6 +18,8 @@ from kdbench.results.store import ResultStore
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.checkpoint import save_weights
 from kdbench.training.evaluate import predict
+from kdbench.training.export import experiment_of
+from kdbench.training.keys import derived
 from kdbench.training.loop import fit
 from kdbench.training.outcome import measured_teacher, rederive
 from kdbench.training.session import LocalSession
@@ -60,7 +62,13 @@ def measured_at(scale: float, folder: Path) -> RunRecord:
         }
     )
     record = measured_teacher(of, weights, LocalSession(), layout(folder), of.key)
-    return record.model_copy(update={"teacher_sha": sha, "config": to_yaml(asked)})
+    return keyed(record.model_copy(update={"teacher_sha": sha, "config": to_yaml(asked)}))
+
+
+def keyed(record: RunRecord) -> RunRecord:
+    """With the keys that a run would have given it."""
+    keys = derived(record, experiment_of(record))
+    return record.model_copy(update={"unit_key": keys.unit_keys[0], "protocol_hash": keys.protocol_hash})
 
 
 def kept(record: RunRecord, folder: Path) -> Tensor:
@@ -121,7 +129,8 @@ def test_a_student_of_a_teacher_with_large_logits_is_measured_against_all_of_the
     cached = with_cache(ref, learns, tmp_path / "cache", options={"precision": "fp32"})
     record = fit(learns.model_copy(update={"teacher": cached}), LocalSession(), layout(tmp_path))
     store = ResultStore(tmp_path)
-    for one in (teacher, record.model_copy(update={"config": teacher.config})):
+    student = record.model_copy(update={"config": teacher.config, "student": "tiny_cnn", "params_count": None})
+    for one in (teacher, keyed(student)):
         store.append(one)
     found = verify(tmp_path)
     assert (found.derived, found.compared, found.problems) == (2, 1, ())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from kdbench.benchmark import run as running
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment
@@ -280,8 +281,9 @@ def test_a_record_that_holds_too_little_is_counted_and_not_accused(results: Path
     assert (found.problems, found.keyed, found.unkeyed) == ((), 1, 2)
 
 
-def test_keys_of_searches_combinations_and_given_teachers_are_derived(tmp_path: Path) -> None:
+def test_keys_of_searches_combinations_and_given_teachers_are_derived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search varies the recipe too, which is then another one than the board's."""
+    monkeypatch.setattr(running, "needs_ray", lambda *_: False)
     folder = tmp_path / "results"
     trained(folder, seeds=1)
     [weights] = folder.glob("teachers/*/model.safetensors")
