@@ -136,3 +136,22 @@ def test_the_other_commands_work_on_a_bucket(run, kdbench: Kdbench, bucket: str,
     monkeypatch.setenv("KDBENCH_RESULTS", bucket)
     assert run().code == 0
     assert on_record(bucket) == WHOLE
+
+
+def test_a_run_seals_its_records_at_the_address_and_verify_names_one_that_is_gone(
+    run: Callable[..., object], kdbench: Kdbench, bucket: str
+) -> None:
+    run()
+    clean = kdbench("verify", "--results", bucket)
+    assert clean.code == 0, clean
+    assert (
+        "3 with keys derived again (0 can't be), 3 with parameters counted in their weights (0 can't be), 3 as they were sealed"
+        in clean.out
+    )
+
+    store = ResultStore(bucket)
+    [path] = [path for path in store.record_paths() if "/kd/" in path]
+    store.files.remove(path)
+    ended = kdbench("verify", "--results", bucket)
+    assert ended.code == 1
+    assert "(kd, seed 0, student tiny_cnn) is missing: kdbench run sealed it, " in ended.out

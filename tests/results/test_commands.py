@@ -183,6 +183,33 @@ def test_export_and_import_carry_a_folder_and_verify_finds_what_was_edited(kdben
     assert "9 problems" in ended.err  # and eight records that say that they have a metric and no predictions
 
 
+def test_verify_names_what_is_gone_and_says_what_files_can_not_show(kdbench: Kdbench, folder: Path, tmp_path: Path) -> None:
+    kdbench("results", "compact", "--results", folder)
+    assert "18 as they were sealed" in kdbench("verify", "--results", folder).err  # with a problem each: they have no predictions
+    kdbench("results", "export", tmp_path / "all.zip", "--results", folder)
+    kdbench("results", "import", tmp_path / "all.zip", "--results", tmp_path / "copy")
+    path = next((tmp_path / "copy").glob("v1/**/*.parquet"))
+    path.unlink()
+
+    ended = kdbench("verify", "--results", tmp_path / "copy")
+    assert ended.code == 1
+    assert f"run {path.stem} (" in ended.out
+    assert "is missing: kdbench results compact sealed it, " in ended.out
+    assert "not checked, as files can't show it: whether predictions, record and seal were forged together" in ended.out
+
+
+def test_records_that_became_a_file_are_one_line(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "v1").write_bytes(b"")
+
+    for command in (["verify"], ["leaderboard"]):
+        ended = kdbench(*command, "--results", tmp_path / "results")
+        assert ended.code == 2
+        assert ended.err == (
+            f"kdbench: {tmp_path}/results/v1 is a file, expected a folder; restore the folder from a copy, or move the file away\n"
+        )
+
+
 def test_verify_of_nothing_has_no_problem(kdbench: Kdbench, tmp_path: Path) -> None:
     assert kdbench("verify", "--results", tmp_path / "empty")[:2] == (
         0,

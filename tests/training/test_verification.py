@@ -369,6 +369,21 @@ def test_what_no_other_file_tells_the_seal_does(sealed: Path) -> None:
     assert f"run {lost.stem} (kd, seed 1, student tiny_cnn) is missing" in missing
 
 
+def test_what_a_run_that_was_killed_before_its_seal_left_is_sealed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "results"
+    with monkeypatch.context() as before_its_seal, pytest.raises(KeyboardInterrupt):
+        before_its_seal.setattr(running, "seal", killed)
+        trained(folder, seeds=1)
+    assert (verify(folder).problems, verify(folder).sealed) == ((), 0)
+
+    trained(folder, seeds=1)
+    found = verify(folder)
+    assert (found.records, found.sealed, found.problems, found.notes) == (2, 2, (), ())
+
+
 def test_a_folder_without_seals_is_said_to_have_none_and_is_not_accused(results: Path) -> None:
     found = verify(results)
 
