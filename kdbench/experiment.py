@@ -504,5 +504,20 @@ def content_hash(value: Mapping[str, Any] | Sequence[Any], length: int = 16) -> 
 
 
 def to_yaml(experiment: Experiment) -> str:
-    """The experiment as YAML, as it is kept with every record."""
-    return yaml12.dump(json.loads(experiment.model_dump_json(exclude_none=True)))
+    """The experiment as YAML, as it is kept with every record. Reading it gives an equal experiment."""
+    return yaml12.dump(_without_default_nulls(experiment, json.loads(experiment.model_dump_json())))
+
+
+def _without_default_nulls(value: Any, dumped: Any) -> Any:
+    """The dump of a value without the nulls that reading it gives by itself: others, such as `views: null`, say something."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        kept = {name: item for name, item in dumped.items() if item is not None or name not in fields or fields[name].default is not None}
+        return {name: _without_default_nulls(getattr(value, name), item) for name, item in kept.items()}
+    if isinstance(value, Range | Choice):
+        return {name: item for name, item in dumped.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {name: _without_default_nulls(value[name], item) for name, item in dumped.items()}
+    if isinstance(value, tuple | list):
+        return [_without_default_nulls(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped

@@ -32,6 +32,7 @@ from kdbench.results.seals import LARGEST_SEAL, Seal, carried, checked_seal, is_
 from kdbench.results.store import ResultStore, path_name, record_path
 
 _FOLDERS = ("predictions", "students", "teachers", "studies")  # where what a record names may lie
+_LARGEST_SEALS = 32_000_000  # bytes of all seals: 100,000 rows
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,11 @@ def _seals(archive: Archive, checksums: Mapping[str, str]) -> dict[str, Seal]:
 
     Raises UserError for a seal that was edited, is of other rows, or shows that a row was edited after it was sealed.
     """
+    names = [name for name in archive.hashes if is_seal(name)]
+    if (size := sum(map(archive.size, names))) > _LARGEST_SEALS:
+        raise UserError(f"{archive.path}: its seals have {size} bytes, expected at most {_LARGEST_SEALS}; nothing was imported")
     found: dict[str, Seal] = {}
-    for name in filter(is_seal, archive.hashes):
+    for name in names:
         try:
             found[name] = sealed = checked_seal(name, archive.read(name, LARGEST_SEAL))
             for run_id, row in sealed.rows.items():

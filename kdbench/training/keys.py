@@ -9,7 +9,7 @@ from typing import Any
 
 from kdbench.errors import CodeRefused, KDBenchError, UserError
 from kdbench.experiment import Experiment, Recipe, TeacherRef, Unit, board_hash, content_hash, validated
-from kdbench.methods.build import MethodSpec
+from kdbench.methods.build import PLUS, MethodSpec
 from kdbench.models.build import ModelSpec
 from kdbench.results.record import RunRecord
 from kdbench.tasks.build import TaskSpec, depends_on_files, task_facts
@@ -170,7 +170,7 @@ def _units(
 ) -> Iterator[Unit]:
     """The training that a record is of; more than one where its parameters can be read in several ways."""
     params = {name: value for name, value in record.params.items() if not name.startswith(_VARIED)}
-    for own in _readings(params):
+    for own in _readings(record.method, params):
         fields = {
             "role": record.role,
             "experiment": record.experiment,
@@ -191,14 +191,22 @@ def _units(
         yield validated(Unit, fields, "its training")
 
 
-def _readings(params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Parameters as the method had them. `a.b` in a record is `b` of the part `a`, unless the method itself has names with dots."""
+def _readings(method: str, params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Parameters as the method had them, before `search_space.dotted`: `a.b` is `b` of `a`, unless the method itself has dots in names.
+
+    Of several methods at once `a` is one of them, whose name may have dots too.
+    """
+    parts = method.split(PLUS) if PLUS in method else []
     nested: dict[str, Any] = {}
     for name, value in params.items():
-        part, dot, own = name.rpartition(".")
-        inner = nested.setdefault(part, {}) if dot else nested
-        if isinstance(inner, dict):
-            inner[own] = value
+        part = next((part for part in parts if name.startswith(f"{part}.")), None)
+        above, own = ([part] if part else []), name.removeprefix(f"{part}.") if part else name
+        *inner, last = own.split(".")
+        place = nested
+        for key in (*above, *inner):
+            below = place.setdefault(key, {})
+            place = below if isinstance(below, dict) else {}
+        place[last] = value
     yield nested
     if nested != params:
         yield dict(params)

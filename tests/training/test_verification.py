@@ -22,6 +22,7 @@ from kdbench.results.store import ResultStore
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions
 from kdbench.training.export import experiment_of
+from kdbench.training.keys import _readings
 from kdbench.training.verification import Verification, counted_parameters, states_of, verify
 
 ASKED: dict[str, Any] = {
@@ -300,6 +301,33 @@ def test_keys_of_searches_combinations_and_given_teachers_are_derived(tmp_path: 
     assert (found.keyed, found.unkeyed, found.sealed) == (found.records, 0, found.records)
 
 
+def test_what_an_experiment_says_with_null_is_in_its_records(tmp_path: Path) -> None:
+    """`views: null` is another recipe than none, and `teacher: null` says nothing; an option of a model may be null too."""
+    student = {"name": "resnet10t", "drop_path_rate": None}
+    recipe = {**ASKED["recipe"], "views": None, "augment": {"flip": True}}
+    folder = trained(tmp_path / "results", teacher=None, methods=["none"], students=[student], seeds=1, recipe=recipe)
+
+    [record] = ResultStore(folder).scan()
+    assert experiment_of(record).recipe.views is None
+    assert experiment_of(record).students[0].options == {"drop_path_rate": None}
+    assert "teacher" not in str(record.config)
+    found = verify(folder)
+    assert (found.problems, found.keyed, found.counted) == ((), 1, 1)
+
+
+def test_parameters_of_a_record_are_read_as_the_method_has_them() -> None:
+    def first(method: str, **params: Any) -> dict[str, Any]:
+        return next(iter(_readings(method, params)))
+
+    assert first("kd", temperature=2.0) == {"temperature": 2.0}
+    assert first("kd+my.code:Mine", **{"kd.temperature": 2.0, "my.code:Mine.shape.low": 1, "task_weight": 1.0}) == {
+        "kd": {"temperature": 2.0},
+        "my.code:Mine": {"shape": {"low": 1}},
+        "task_weight": 1.0,
+    }
+    assert list(_readings("mine:Mine", {"shape.low": 1})) == [{"shape": {"low": 1}}, {"shape.low": 1}]
+
+
 def test_a_folder_stays_clean_when_seeds_are_added_and_names_and_labels_of_the_teacher_change(sealed: Path) -> None:
     teacher = {"model": {**ASKED["teacher"]["model"], "label": "big"}}
     trained(sealed, name="renamed", seeds=3, methods=["kd", "none"], teacher=teacher, cache={"budget_gb": 1})
@@ -374,9 +402,10 @@ def test_what_a_run_that_was_killed_before_its_seal_left_is_sealed_by_the_next(t
         raise KeyboardInterrupt
 
     folder = tmp_path / "results"
-    with monkeypatch.context() as before_its_seal, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as before_its_seal:
         before_its_seal.setattr(running, "seal", killed)
-        trained(folder, seeds=1)
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder, seeds=1)
     assert (verify(folder).problems, verify(folder).sealed) == ((), 0)
 
     trained(folder, seeds=1)
