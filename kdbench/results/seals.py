@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -126,12 +127,22 @@ def read_seals(store: ResultStore) -> Seals:
     found: dict[str, Seal] = {}
     damaged: dict[str, str] = {}
     with ThreadPoolExecutor(READERS) as readers:
-        for path, content in zip(paths, readers.map(store.read_bytes, paths), strict=True):
-            try:
-                found[path] = checked_seal(path, content)
-            except UserError as error:
-                damaged[path] = str(error)
+        for path, made in zip(paths, readers.map(partial(_read, store), paths), strict=True):
+            if isinstance(made, Seal):
+                found[path] = made
+            else:
+                damaged[path] = made
     return Seals(found, damaged)
+
+
+def _read(store: ResultStore, path: str) -> Seal | str:
+    """A seal, or a line on why there is none."""
+    try:
+        return checked_seal(path, store.read_bytes(path))
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: can't be read: {error.strerror or error}"
 
 
 def is_seal(path: str) -> bool:

@@ -168,10 +168,12 @@ def test_seals_that_were_edited_or_taken_out_are_named(sealed: Path, make_record
 def test_a_file_that_is_no_seal_is_a_line(sealed: Path) -> None:
     for text in (b"", b"{}", b"[" * 100_000, b'{"format":2,"made_at":"","command":""}', b"\xff"):
         (sealed / "seals" / f"x-{sealing._digest(text)}.json").write_bytes(text)
+    (sealed / "seals" / "x-link.json").symlink_to("nowhere")
+    (sealed / "seals" / "x-loop.json").symlink_to("x-loop.json")
     problems = checked(sealed).problems
 
-    assert len(problems) == 5
-    assert all(problem.startswith("seals/x-") for problem in problems)
+    assert len(problems) == 7
+    assert all("seals/x-" in problem for problem in problems)
     assert any("has seal format 2, this kdbench reads 1" in problem for problem in problems)
 
 
