@@ -149,6 +149,26 @@ def test_compaction_does_not_launder_what_was_edited_or_deleted_before_it(sealed
     assert len(list((sealed / "seals").iterdir())) == 1
 
 
+def test_an_edit_in_a_compacted_file_stays_named_when_rows_beside_it_are_sealed(sealed: Path, make_record: MakeRecord) -> None:
+    forge(file_of(sealed, "kd", 0), latency_ms_p50=0.1)
+    ResultStore(sealed).append(make_record(label="late"))
+    compact(ResultStore(sealed))
+
+    assert "(kd, seed 0, student cifar_resnet8) was changed after kdbench run had sealed it" in only_problem(sealed)
+    assert checked(sealed).sealed == 6
+
+
+def test_the_first_seal_of_a_row_counts(sealed: Path) -> None:
+    path = file_of(sealed, "kd", 2)
+    forge(path, latency_ms_p50=0.1)
+    [made] = read_seals(ResultStore(sealed)).by_path.values()
+    [row] = pq.read_table(path).to_pylist()
+    later = made.model_copy(update={"rows": {path.stem: made.rows[path.stem].model_copy(update={"sha256": row[CHECKSUM]})}})
+    (sealed / later.path(sealing.new_run_id())).write_bytes(later.content)
+
+    assert "was changed after kdbench run had sealed it" in only_problem(sealed)
+
+
 def test_seals_that_were_edited_or_taken_out_are_named(sealed: Path, make_record: MakeRecord) -> None:
     store = ResultStore(sealed)
     store.append(make_record(label="late"))
