@@ -27,7 +27,7 @@ from pydantic import (
 from kdbench import yaml12
 from kdbench.bounded import read_file
 from kdbench.catalogue import known, nearest
-from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
+from kdbench.data.options import LEFT_OUT_UNSET, LONGEST_NAME, Seed, StrictOptions
 from kdbench.data.views import Augment
 from kdbench.errors import UserError, cut, explain, shown
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
@@ -38,6 +38,9 @@ from kdbench.tasks import TASKS
 from kdbench.tasks.build import TaskSpec
 
 PRECISIONS = ("auto", "fp64", "fp32", "bf16", "fp16")
+MOST_EPOCHS = 100_000
+MOST_WORKERS = 10_000
+MOST_GPUS = 1024  # of one worker
 SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii")
 
 
@@ -51,37 +54,37 @@ def _ascending(value: tuple[float, ...]) -> tuple[float, ...]:
     return value
 
 
-Milestones = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_ascending)]
+Milestones = Annotated[tuple[Annotated[float, Field(gt=0, le=MOST_EPOCHS)], ...], AfterValidator(_ascending)]
 
 
 class Recipe(_Part):
     """How a model is trained. `batch_size` is the samples of one optimizer step, over all workers and micro-batches."""
 
-    epochs: int = Field(default=5, ge=1)
-    batch_size: int = Field(default=128, ge=1)
+    epochs: int = Field(default=5, ge=1, le=MOST_EPOCHS)
+    batch_size: int = Field(default=128, ge=1, le=2**20)
     optimizer: str = "sgd"  # sgd, adamw, or any name that timm.optim knows
-    lr: float = Field(default=0.1, gt=0)
+    lr: float = Field(default=0.1, gt=0, le=1e4)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
-    weight_decay: float = Field(default=5e-4, ge=0)
+    weight_decay: float = Field(default=5e-4, ge=0, le=1e4)
     no_decay_on_norms: Annotated[bool, LEFT_OUT_UNSET] = False  # nor on biases, nor on what a model's no_weight_decay() names
     schedule: str = "cosine"  # cosine, linear, constant, or any name that timm.scheduler knows
     milestones: Annotated[Milestones | None, LEFT_OUT_UNSET] = None  # epochs after which multistep decays
     decay_rate: Annotated[float | None, LEFT_OUT_UNSET] = Field(
         default=None, gt=0, lt=1
     )  # what step and multistep multiply the learning rate with
-    warmup_epochs: float = Field(default=0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0, le=MOST_EPOCHS)
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: measured once on the model and device, then kept
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: measured where a training is long enough for it to pay
-    clip_grad: float | None = Field(default=None, gt=0)  # maximum norm of the gradient
-    accumulate: int = Field(default=1, ge=1)  # micro-batches that one optimizer step is cut into
+    clip_grad: float | None = Field(default=None, gt=0, le=1e9)  # maximum norm of the gradient
+    accumulate: int = Field(default=1, ge=1, le=2**20)  # micro-batches that one optimizer step is cut into
     ema: float | None = Field(
         default=None, gt=0, lt=1
     )  # decay of an exponential moving average of the weights, which is then what is evaluated
     augment: Augment = Augment()
     views: int | None = Field(
-        default=4, ge=1
+        default=4, ge=1, le=MOST_EPOCHS
     )  # augmented copies of each image that training cycles through; null: a fresh one each epoch, no cache
     weights: Literal["last", "best"] = "last"  # which epoch's weights are kept, `best` by the validation metric
 
@@ -101,25 +104,29 @@ def _dimension(value: Any) -> Any:
     if kind is Choice:
         return Choice(options=tuple(value["options"]))
     try:
+        if any(isinstance(value.get(key), bool) for key in ("low", "high", "step")) or isinstance(value.get("log"), str):
+            raise TypeError
         numbers = {key: float(value[key]) for key in ("low", "high", "step") if value.get(key) is not None}
-    except (TypeError, ValueError):
-        raise ValueError(f"low, high and step are numbers, got {shown(value)}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"low, high and step must be numbers, and log true or false; got {shown(value)}") from None
+    if missing := sorted({"low", "high"} - set(numbers)):
+        raise ValueError(f"{missing[0]} must be a number, got null")
     return Range(numbers["low"], numbers["high"], bool(value.get("log", False)), numbers.get("step"))
 
 
 class Search(_Part):
     """How every method's parameters are searched: the same budget for each, the published default first, judged on validation only."""
 
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1, le=100_000)
     sampler: Literal["tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii"] = "tpe"
     scheduler: Literal["asha", "none"] = "asha"
-    grace_epochs: int = Field(default=1, ge=1)  # no trial is stopped before this, nor before its method's warm-up is over
-    reduction: int = Field(default=3, ge=2)  # asha: one in this many goes on at each rung
+    grace_epochs: int = Field(default=1, ge=1, le=MOST_EPOCHS)  # no trial is stopped before this, nor before its method's warm-up is over
+    reduction: int = Field(default=3, ge=2, le=1000)  # asha: one in this many goes on at each rung
     also: dict[str, Annotated[Dimension, BeforeValidator(_dimension)]] = Field(default_factory=dict)  # recipe keys in every method's space
     objectives: tuple[str, ...] = ()  # beside the task's own metric: lower-is-better costs such as train_seconds
-    top_k: int = Field(default=2, ge=1)  # this many are trained again on fresh seeds; the best validation mean is tuned for good
-    confirm_seeds: int = Field(default=1, ge=1)
-    seed: int = 0
+    top_k: int = Field(default=2, ge=1, le=100)  # this many are trained again on fresh seeds; the best validation mean is tuned for good
+    confirm_seeds: int = Field(default=1, ge=1, le=100)
+    seed: Seed = 0
 
     @field_validator("also")
     @classmethod
@@ -158,7 +165,7 @@ class TeacherSpec(_Part):
     model: ModelSpec
     recipe: dict[str, Any] = Field(default_factory=dict)
     weights: Literal["pretrained"] | Path | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _pretrained(self) -> TeacherSpec:
@@ -168,15 +175,15 @@ class TeacherSpec(_Part):
 
 
 def _top_k(value: Any) -> Any:
-    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1_000_000):
         return value
-    raise ValueError(f"expected a whole number above 0, auto or null, got {shown(value)}")
+    raise ValueError(f"expected a whole number from 1 to 1000000, auto or null, got {shown(value)}")
 
 
 class CacheOptions(_Part):
     """What is kept of the teacher's outputs."""
 
-    budget_gb: float = Field(default=8.0, ge=0)  # of an entry, in 10^9 bytes; what does not fit is computed anew at every step
+    budget_gb: float = Field(default=8.0, ge=0, le=1e6)  # of an entry, in 10^9 bytes; what does not fit is computed anew at every step
     precision: Literal["fp16", "fp32"] = "fp16"
     top_k: Annotated[int | Literal["auto"] | None, BeforeValidator(_top_k)] = None  # of many classes; auto: as many as are needed
 
@@ -189,8 +196,8 @@ class CacheOptions(_Part):
 class WorkerRange(_Part):
     """As many workers as there is room for, and another number after a loss or when nodes join. The global batch stays what it is."""
 
-    min: int = Field(default=1, ge=1)
-    max: int = Field(ge=1)
+    min: int = Field(default=1, ge=1, le=MOST_WORKERS)
+    max: int = Field(ge=1, le=MOST_WORKERS)
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkerRange:
@@ -205,9 +212,9 @@ def _workers(value: Any) -> Any:
             return WorkerRange.model_validate(value)
         except ValidationError as error:
             raise ValueError(explain(error, "of a range", WorkerRange).splitlines()[0]) from None
-    if isinstance(value, WorkerRange) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    if isinstance(value, WorkerRange) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_WORKERS):
         return value
-    raise ValueError(f"expected a whole number above 0, or a range such as {{min: 1, max: 8}}, got {shown(value)}")
+    raise ValueError(f"expected a whole number from 1 to {MOST_WORKERS}, or a range such as {{min: 1, max: 8}}, got {shown(value)}")
 
 
 Workers = Annotated[int | WorkerRange, BeforeValidator(_workers)]
@@ -219,22 +226,22 @@ def worker_bounds(workers: int | WorkerRange) -> tuple[int, int]:
 
 
 def _gpus(value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_GPUS
     if value == "auto" or (number and (value <= 1 or value % 1 == 0)):
         return value
-    raise ValueError(f"expected auto, a share of one GPU, such as 0.5, or a whole number of them, got {shown(value)}")
+    raise ValueError(f"expected auto, a share of one GPU, such as 0.5, or a whole number of them up to {MOST_GPUS}, got {shown(value)}")
 
 
 class Runtime(_Part):
     """What one training uses, and where Ray is."""
 
     workers: Workers = 1
-    cpus_per_worker: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1, le=4096)
     gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"  # auto: see `distributed.cluster.decided`
     placement: Literal["pack", "spread"] = "pack"  # a training's workers: on as few nodes as they fit, or on as many as there are
-    concurrent: int | None = Field(default=None, ge=1)  # trainings at once; by default as many as fit
+    concurrent: int | None = Field(default=None, ge=1, le=MOST_WORKERS)  # trainings at once; by default as many as fit
     address: str | None = None  # a running Ray cluster; `auto` finds one
-    checkpoint_seconds: float = Field(default=15.0, ge=0)  # the most that a killed training loses
+    checkpoint_seconds: float = Field(default=15.0, ge=0, le=1e9)  # the most that a killed training loses
 
     @property
     def single(self) -> bool:
@@ -245,15 +252,15 @@ class Runtime(_Part):
 class Experiment(_Part):
     """The whole of one YAML file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST_NAME)
     task: TaskSpec
     teacher: TeacherSpec | None = None
     students: tuple[ModelSpec, ...] = Field(min_length=1)
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     recipe: Recipe = Recipe()
     search: Search | None = None
-    seeds: int = Field(default=3, ge=1)
-    data_seed: int = 0
+    seeds: int = Field(default=3, ge=1, le=10_000)
+    data_seed: Seed = 0
     cache: CacheOptions = CacheOptions()
     runtime: Runtime = Runtime()
     # A folder, or an address such as s3://bucket/folder; `storage:` is another name of the key.

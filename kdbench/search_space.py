@@ -12,6 +12,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+MOST_STEPS = 1_000_000  # of a range; a finer grid is no grid
+MOST_OPTIONS = 1000
+
 
 @dataclass(frozen=True)
 class When:
@@ -37,10 +40,28 @@ class Range:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"a range needs low < high, both finite; got {self.low} .. {self.high}")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"a range of {self.low} .. {self.high} is wider than a float can hold")
         if self.log and self.low <= 0:
             raise ValueError(f"a logarithmic range needs low > 0; got {self.low}")
         if self.log and self.step is not None:
             raise ValueError("a range has a step or is logarithmic, not both")
+        if self.step is not None:
+            self._check_step(self.step)
+
+    def _check_step(self, step: float) -> None:
+        width = self.high - self.low
+        if not 0 < step <= width:
+            raise ValueError(f"step must be above 0 and at most high - low, {width:g}; got {step:g}")
+        if width > MOST_STEPS * step:
+            raise ValueError(f"step {step:g} cuts {self.low:g} .. {self.high:g} into more than {MOST_STEPS} steps; leave step out")
+
+    def check_whole(self) -> None:
+        """Raises ValueError where a parameter that takes whole numbers only can't be searched here."""
+        if self.step is not None and self.step % 1:
+            raise ValueError(f"step must be a whole number for a parameter of whole numbers; got {self.step:g}")
+        if not math.ceil(self.low) < math.floor(self.high):
+            raise ValueError(f"the range {self.low:g} .. {self.high:g} holds fewer than two whole numbers")
 
 
 @dataclass(frozen=True)
@@ -51,8 +72,8 @@ class Choice:
     when: When | None = None
 
     def __post_init__(self) -> None:
-        if len(self.options) < 2:
-            raise ValueError("a choice needs at least two options")
+        if not 2 <= len(self.options) <= MOST_OPTIONS:
+            raise ValueError(f"a choice needs 2 to {MOST_OPTIONS} options; got {len(self.options)}")
 
 
 Dimension = Range | Choice

@@ -36,7 +36,7 @@ def test_a_range_has_steps_or_is_logarithmic() -> None:
 
 @pytest.mark.parametrize("options", [(), ("kl",)])
 def test_a_choice_needs_two_options(options: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="at least two options"):
+    with pytest.raises(ValueError, match="needs 2 to 1000 options"):
         Choice(options)
     assert Choice(("kl", "mse")).options == ("kl", "mse")
 

@@ -132,8 +132,8 @@ def test_a_dry_run_accepts_a_number_with_an_exponent(kdbench: Kdbench, monkeypat
         ("recipe.lr=1:30", "recipe.lr: expected a number, got '1:30'"),
         ("recipe.epochs=yes", "recipe.epochs: expected a whole number, got 'yes'"),
         ("recipe.lr=2026-13-45", "recipe.lr: expected a number, got '2026-13-45'"),
-        ("students.0.width=1_0", "model 'tiny_cnn': width = '1_0', expected a whole number of at least 1"),
-        ("students.0.width=no", "model 'tiny_cnn': width = 'no', expected a whole number of at least 1"),
+        ("students.0.width=1_0", "model 'tiny_cnn': width = '1_0', expected a whole number from 1 to 1024"),
+        ("students.0.width=no", "model 'tiny_cnn': width = 'no', expected a whole number from 1 to 1024"),
     ],
 )
 def test_text_where_a_number_is_expected_is_named(kdbench: Kdbench, assignment: str, said: str) -> None:

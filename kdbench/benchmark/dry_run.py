@@ -37,6 +37,7 @@ from kdbench.models.outputs import Outputs, Shapes, predicted
 from kdbench.models.taps import Taps, places, probe
 from kdbench.models.trace import generators_kept
 from kdbench.models.weights import check_weights
+from kdbench.results.folder import local_path
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.splits import SplitOptions, validation_size
@@ -234,7 +235,7 @@ def _check_file(network: Network, path: Path | None, where: str, experiment: Exp
     """Raise UserError where a file of weights does not fit, or is not here; note that where the run is a cluster's."""
     if path is None:
         return
-    file = path.expanduser()
+    file = local_path(path, where)
     if file.is_file():
         check_weights(network.outline, file, name=network.spec.name, num_classes=network.task.info.num_classes)
         return

@@ -21,7 +21,7 @@ from kdbench.models.outputs import Shapes
 from kdbench.results.journals import fetch_journal
 from kdbench.results.record import RunRecord
 from kdbench.results.tracking import PROTOCOL_TAG
-from kdbench.search_space import Parameter, describe, is_whole
+from kdbench.search_space import Parameter, Range, describe, is_whole
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import task_facts
 from kdbench.training.earlier_keys import Asked, draws_noise
@@ -178,6 +178,11 @@ def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Pa
     axes = (*shared, *search_axes(spec))
     first = defaults(axes)
     for axis in axes:
+        if axis.integer and isinstance(axis.dimension, Range):
+            try:
+                axis.dimension.check_whole()
+            except ValueError as error:
+                raise UserError(f"search.also.{axis.name}: {error}") from error
         if axis.name in first and not holds(axis.dimension, axis.default):
             raise UserError(
                 f"search.also.{axis.name}: the value tried first, {axis.default!r}, is not in the space; change {axis.name} or widen it"

@@ -26,7 +26,7 @@ from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
 from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
-from kdbench.errors import KDBenchError, RunFailed, UserError, in_one_line
+from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
@@ -35,6 +35,7 @@ from kdbench.models.taps import places
 from kdbench.models.weight_files import check_declared
 from kdbench.models.weights import state_sha256
 from kdbench.results.cautions import chance_caution, ema_caution
+from kdbench.results.folder import local_path
 from kdbench.results.layout import Layout
 from kdbench.results.lease import Lease, leased
 from kdbench.results.leftovers import clear_scratch
@@ -473,10 +474,7 @@ def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Call
 
 def _existing(path: Path) -> Path:
     """Where a file of weights is. Raises UserError where there is none, or no regular file."""
-    try:
-        weights = path.expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a link that leads in a circle; ~nobody
-        raise UserError(f"teacher.weights: {path} can't be found: {in_one_line(error)}") from error
+    weights = local_path(path, "teacher.weights").resolve()
     if not weights.exists():
         raise UserError(f"teacher.weights: there is no file {weights}")
     check_declared(weights)

@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from kdbench.bounded import open_regular, parse_json, read_file
 from kdbench.errors import UserError, printable
+from kdbench.results.folder import local_path
 
 READERS = 8  # threads: reading many small files is waiting for the disk
 BIG = 2_000_000_000  # bytes from which on a progress bar says what takes so long
@@ -158,7 +159,7 @@ def _unreadable(error: OSError, path: Path) -> UserError:
 
 
 def _memory(root: Path) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    home = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
     return home / "kdbench" / "content" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.json"
 
 

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
 
 from kdbench.bounded import read_file
 from kdbench.data.content import Advance, Content, files_content
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
+from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, nearest, printable
 
@@ -63,8 +62,8 @@ def _read(path: Path, advance: Advance) -> Content:
 
 def image_folder(
     path: Path,
-    size: Annotated[int, Field(ge=8)] = 224,
-    resize: Annotated[int, Field(ge=8)] | None = None,
+    size: ImageSide = 224,
+    resize: ImageSide | None = None,
     test: str | None = None,
     in_memory: bool = False,
 ) -> Source:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD
 from kdbench.data.facts import Facts, NotHere
 from kdbench.data.image_folder import image_folder
+from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
 from kdbench.errors import UserError
 
@@ -19,7 +17,7 @@ CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
 FOLDERS = ("", "imagenet", "ImageNet", "imagenet-1k", "ILSVRC2012")
 
 
-def imagenet(size: Annotated[int, Field(ge=8)] = 224, resize: Annotated[int, Field(ge=8)] | None = None) -> Source:
+def imagenet(size: ImageSide = 224, resize: ImageSide | None = None) -> Source:
     """Colour images `size` x `size` in 1000 classes: 1,281,167 to train on; ILSVRC's 50,000 validation images, with public labels, to test.
 
     Looked for in `KDBENCH_DATA` and in `data`; it is never downloaded, since its licence has to be asked for. resize: as of `image_folder`.

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, get_args
+from typing import Annotated, Any, Final, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a generator of torch takes and a column of whole numbers holds
+ImageSide = Annotated[int, Field(ge=8, le=4096)]  # pixels
+LONGEST_NAME: Final = 100  # characters; a file's name is made of two names and a run id, and may have 255 bytes
 
 LEFT_OUT_UNSET: Final = "left out of dumps while unset"
 

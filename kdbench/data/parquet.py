@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from kdbench.data.content import Advance, Content, group_contents, read_plainly
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
+from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, in_one_line, nearest
 
@@ -104,8 +103,8 @@ def parquet(
     test: Path,
     image: str = "image",
     label: str = "label",
-    size: Annotated[int, Field(ge=8)] = 224,
-    resize: Annotated[int, Field(ge=8)] | None = None,
+    size: ImageSide = 224,
+    resize: ImageSide | None = None,
     in_memory: bool = False,
 ) -> Source:
     """Colour images `size` x `size` from Parquet. train, test: a file each, or a folder of files, which are read in order of their names.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kdbench.data.batch import Part
+from kdbench.data.options import Seed
 from kdbench.data.sources import Source
 from kdbench.data.views import IGNORED
 
@@ -107,8 +108,8 @@ class _Placed:
 def shapes(
     train: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 2000,
     test: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 500,
-    size: Annotated[int, Field(ge=16)] = 32,
-    seed: Annotated[int, Field(ge=0)] = 0,
+    size: Annotated[int, Field(ge=16, le=1024)] = 32,
+    seed: Seed = 0,
     target: Literal["mask", "class"] = "mask",
 ) -> Source:
     """`train` and `test` pictures of `size` x `size` pixels.

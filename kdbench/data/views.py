@@ -35,7 +35,7 @@ class Augment(StrictOptions):
 
     # The smallest share of its area that a random part shows, which is then resized to the full size.
     resized_crop: Annotated[float, Field(gt=0, le=1)] | None = None
-    crop: Annotated[int, Field(ge=0)] = 0  # pixels of black padding on every side, then a random crop back to the size
+    crop: Annotated[int, Field(ge=0, le=256)] = 0  # pixels of black padding on every side, then a random crop back to the size
     flip: bool = False  # mirrored left to right, half of the time
     operations: Annotated[int, Field(ge=0, le=16)] = 0  # RandAugment's N
     magnitude: Annotated[float, Field(ge=0, le=LARGEST_MAGNITUDE)] = 9.0  # RandAugment's M

@@ -23,6 +23,7 @@ from kdbench.distributed.package import Package, pack
 from kdbench.errors import RunFailed, UserError
 from kdbench.own_code import trust_environment
 from kdbench.results.environment import COMMIT_VARIABLE, commit_of
+from kdbench.results.folder import local_path
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -216,7 +217,7 @@ def check_kept(results: Path) -> None:
 def relative_file(path: Path) -> Path:
     """The experiment as the job finds it. Raises UserError where it is not below the working directory, which is what travels."""
     folder = Path.cwd()
-    whole = path.resolve()
+    whole = local_path(path, "experiment").resolve()
     if not whole.is_relative_to(folder):
         raise UserError(f"{path}: not below {folder}, and only the working directory goes to the cluster; run the command in its folder")
     return whole.relative_to(folder)

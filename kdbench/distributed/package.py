@@ -72,7 +72,7 @@ def _files(folder: Path, root: Path, rules: list[tuple[Path, GitIgnoreSpec]], ap
         is_folder = path.is_dir() and not path.is_symlink()
         if any(rule.match_file(f"{path.relative_to(place).as_posix()}{'/' if is_folder else ''}") for place, rule in rules):
             continue
-        if path.resolve() in apart or (is_folder and folder == root and _holds_data(path)):
+        if Path(os.path.realpath(path)) in apart or (is_folder and folder == root and _holds_data(path)):
             continue
         if is_folder:
             yield from _files(path, root, rules, apart)

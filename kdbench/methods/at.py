@@ -52,7 +52,7 @@ class AT(FeatureMethod):
         """weight: of a mean over positions, where the paper has a sum, so it does the same at half the height and width with a quarter."""
 
         weight: Annotated[float, Range(10.0, 5000.0, log=True), Field(ge=0)] = 1000.0
-        power: Annotated[int, Field(ge=1)] = 2
+        power: Annotated[int, Field(ge=1, le=16)] = 2
 
     params: Params
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
@@ -17,6 +17,7 @@ from kdbench.search_space import Range
 from kdbench.tasks.base import TaskInfo
 
 ANY_TASK = frozenset({"any"})
+SMALLEST, LARGEST = 1e-30, 1e30  # sizes of parameters: well inside what float32 holds
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,17 @@ class Method(nn.Module):
         model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
         task_weight: Annotated[float, Range(0.0, 2.0), Field(ge=0)] = 1.0
+
+        @field_validator("*")
+        @classmethod
+        def _holds_in_float32(cls, value: Any) -> Any:
+            """Losses are computed in float32, where a factor beyond these bounds gives 0 or infinity at the first step."""
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and number and not SMALLEST <= abs(number) <= LARGEST:
+                    raise ValueError(f"expected 0 or a size from {SMALLEST:g} to {LARGEST:g}, which float32 can hold; got {number:g}")
+                if isinstance(number, int) and abs(number) >= 2**63:
+                    raise ValueError(f"expected a whole number of at most 64 bits, got {number!r:.80}")
+            return value
 
     def __init__(self, params: Method.Params | None = None, generator: torch.Generator | None = None) -> None:
         """`generator` is the source of any randomness inside the loss: one per run, saved with the checkpoint."""

@@ -43,7 +43,7 @@ class CC(FeatureMethod):
 
     class Params(FeatureMethod.Params):
         weight: Annotated[float, Range(0.002, 2.0, log=True), Field(ge=0)] = 0.02
-        dimensions: Annotated[int, Field(ge=1)] = 128  # of the embeddings; the loss is a sum over them
+        dimensions: Annotated[int, Field(ge=1, le=2**16)] = 128  # of the embeddings; the loss is a sum over them
 
     params: Params
 

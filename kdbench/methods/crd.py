@@ -110,9 +110,9 @@ class CRD(FeatureMethod):
 
         weight: Annotated[float, Range(0.1, 2.0, log=True), Field(ge=0)] = 0.8
         temperature: Annotated[float, Range(0.05, 0.2, log=True), Field(gt=0)] = 0.07
-        negatives: Annotated[int, Range(256, 16_384, log=True), Field(ge=1)] = 16_384
+        negatives: Annotated[int, Range(256, 16_384, log=True), Field(ge=1, le=2**20)] = 16_384
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
-        dimensions: Annotated[int, Field(ge=1)] = 128
+        dimensions: Annotated[int, Field(ge=1, le=2**16)] = 128
 
     params: Params
     row_of: Tensor

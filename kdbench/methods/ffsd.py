@@ -158,7 +158,7 @@ class FFSD(Method):
         """
 
         task_weight: Annotated[float, Field(ge=0)] = 1.0  # no Range: without labels there is nobody to learn from
-        students: Annotated[int, Field(ge=2)] = 2
+        students: Annotated[int, Field(ge=2, le=64)] = 2
         temperature: Annotated[float, Range(1.0, 5.0), Field(gt=0)] = 2.0
         diversity_weight: Annotated[float, Range(1e-6, 1e-3, log=True), Field(ge=0)] = 1e-5
         fusion_weight: Annotated[float, Range(1.0, 50.0, log=True), Field(ge=0)] = 10.0

@@ -74,7 +74,7 @@ class FT(FeatureMethod):
 
         weight: Annotated[float, Range(5.0, 2000.0, log=True), Field(ge=0)] = 200.0
         rate: Annotated[float, Range(0.25, 1.0), Field(gt=0)] = 0.5
-        power: Annotated[int, Field(ge=1)] = 2
+        power: Annotated[int, Field(ge=1, le=16)] = 2
         norm: Annotated[int, Field(ge=1, le=2)] = 1
 
     params: Params

@@ -83,7 +83,7 @@ class KDSVD(FeatureMethod):
         """vectors: of the teacher at each place; the student's are chosen among three more."""
 
         weight: Annotated[float, Range(0.1, 100.0, log=True), Field(ge=0)] = 1.0
-        vectors: Annotated[int, Range(1, 4), Field(ge=1)] = 1
+        vectors: Annotated[int, Range(1, 4), Field(ge=1, le=1024)] = 1
 
     params: Params
 

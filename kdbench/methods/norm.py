@@ -130,7 +130,7 @@ class NORM(FeatureMethod):
         gamma: Annotated[float, Range(0.05, 1.0, log=True), Field(ge=0)] = 0.1
         alpha: Annotated[float, Range(0.0, 1.0), Field(ge=0)] = 0.0
         beta: Annotated[float, Range(0.3, 3.0, log=True), Field(ge=0)] = 1.0
-        segments: Annotated[int, Choice((2, 4, 8, 16)), Field(ge=1)] = 8
+        segments: Annotated[int, Choice((2, 4, 8, 16)), Field(ge=1, le=1024)] = 8
         temperature: Annotated[float, Field(gt=0)] = 4.0
         logit_scale: Annotated[float, Field(gt=0)] = 2.5
         schedule: Schedule = "cifar"

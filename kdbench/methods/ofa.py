@@ -72,8 +72,8 @@ class OneForAll(Method):
         ofa_weight: Annotated[float, Range(0.1, 2.0, log=True), Field(ge=0)] = 1.0
         kd_weight: Annotated[float, Field(ge=0)] = 1.0
         student_taps: tuple[str, ...] = ()
-        stages_behind: tuple[Annotated[int, Field(ge=0)], ...] = ()
-        widths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+        stages_behind: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = ()
+        widths: tuple[Annotated[int, Field(ge=1, le=2**16)], ...] = ()
 
     params: Params
 

@@ -155,7 +155,7 @@ class ScaleKD(FeatureMethod):
         spatial_weight: Annotated[Weight | tuple[Weight, Weight], Range(5e-3, 0.5, log=True)] = 0.08
         frequency_weight: Annotated[Weight | tuple[Weight, Weight], Range(5e-3, 0.5, log=True)] = 0.06
         sharpness: Annotated[Weight | tuple[Weight, Weight], Range(1.0, 10.0, log=True)] = 5.0
-        heads: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+        heads: tuple[Annotated[int, Field(ge=1, le=1024)], Annotated[int, Field(ge=1, le=1024)]] | None = None
         norm: Norm = "batch"
 
     params: Params

@@ -74,7 +74,7 @@ class VID(FeatureMethod):
         weight: Annotated[float, Range(0.1, 10.0, log=True), Field(ge=0)] = 1.0
         init_variance: Annotated[float, Field(ge=0.01, le=100)] = 5.0
         least_variance: Annotated[float, Field(gt=0, lt=0.01)] = 1e-5
-        hidden_channels: Annotated[int, Field(ge=1)] | None = None
+        hidden_channels: Annotated[int, Field(ge=1, le=2**16)] | None = None
 
     params: Params
 

@@ -20,6 +20,7 @@ from kdbench.models import MODELS
 from kdbench.models.inputs import InputSpec
 from kdbench.models.weights import load_weights
 from kdbench.own_code import check_maker
+from kdbench.results.folder import local_path
 
 
 class ModelSpec(LabelledSpec):
@@ -39,6 +40,8 @@ class ModelSpec(LabelledSpec):
 
 # Options by which timm's and torchvision's builders read or fetch files.
 _READING_OPTIONS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights_backbone", "pretrained_backbone"}
+
+LARGEST_SIZE = 1024  # of an option of kdbench's own networks: widths and strides
 
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
@@ -77,7 +80,7 @@ def build_model(
         model = _build_timm(spec, num_classes, in_channels, image_size)
         inputs = _timm_inputs(model, spec, image_size, mean, std)
     if spec.weights is not None and not _WEIGHTLESS.get():
-        load_weights(model, spec.weights, name=spec.name, num_classes=num_classes)
+        load_weights(model, local_path(spec.weights, f"model {spec.name!r}: weights"), name=spec.name, num_classes=num_classes)
     # A user's class may come with an input_spec of its own, which is then right.
     if not isinstance(getattr(model, "input_spec", None), InputSpec):
         model.input_spec = inputs  # type: ignore[assignment]
@@ -131,8 +134,8 @@ def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int],
     for key, value in options.items():
         if key not in choices and not takes_all:
             raise _wrong_option(name, key, choices)
-        if name in MODELS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a whole number of at least 1")
+        if name in MODELS and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE):
+            raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a whole number from 1 to {LARGEST_SIZE}")
     for key in choices:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
             raise UserError(f"model {shown(name)} needs the option {shown(key)}")
@@ -155,17 +158,24 @@ def _build_timm(spec: ModelSpec, num_classes: int, in_channels: int, image_size:
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in spec.options:
-            raise
+            raise _not_built(spec, error) from error
         with torch.device("meta"):
             model_class = type(timm.create_model(spec.name))
         hidden = {"self", "num_classes", "in_chans", "kwargs"}
         choices = [key for key in inspect.signature(model_class).parameters if key not in hidden]
         raise _wrong_option(spec.name, unknown[1], choices) from error
-    except (OSError, RuntimeError) as error:
-        if not spec.pretrained:
-            raise
+    except Exception as error:  # what timm and torch make of an option depends on the option
+        if not fetched or not isinstance(error, OSError | RuntimeError):
+            raise _not_built(spec, error) from error
         reason = str(error).strip().partition("\n")[0]
         raise RunFailed(f"model {spec.name!r}: timm could not load its pretrained weights: {reason}") from error
+
+
+def _not_built(spec: ModelSpec, error: Exception) -> Exception:
+    """What to raise where timm fails: without options of the user's that is a fault of timm's or of kdbench's, and stays what it is."""
+    if not spec.options:
+        return error
+    return UserError(f"model {spec.name!r} can't be built with {spec.options!r:.200}: {in_one_line(error)}")
 
 
 def _timm_inputs(model: nn.Module, spec: ModelSpec, image_size: int, mean: Sequence[float], std: Sequence[float]) -> InputSpec:

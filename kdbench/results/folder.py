@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kdbench.bounded import open_regular
-from kdbench.errors import UserError, not_written
+from kdbench.errors import UserError, not_written, printable
 
 NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
@@ -25,6 +25,35 @@ def file_sha256(path: Path) -> str:
     """In hex."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_path(path: str | Path, where: str) -> Path:
+    """A path that a user wrote, with a leading `~` replaced; whether something is there is not asked.
+
+    Args:
+        path: The path as it was written.
+        where: The key, option or variable that it comes from, for the message.
+
+    Raises:
+        UserError: There is no such user, the path leads round in a circle of symbolic links, or no file system takes it.
+    """
+    written = str(path)
+    try:
+        place = Path(written).expanduser()
+    except RuntimeError as error:
+        user = written.split("/")[0]
+        reason = "this user has no home folder" if user == "~" else f"there is no user {user[1:]!r} on this machine"
+        raise UserError(f"{where}: {printable(written):.200}: {reason}; write the path in full") from error
+    try:
+        place.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError as error:
+        reason = "a circle of symbolic links" if error.errno == errno.ELOOP else error.strerror or str(error)
+        raise UserError(f"{where}: {printable(written):.200}: {reason}") from error
+    except ValueError as error:  # a null byte, or a character that no file name can hold
+        raise UserError(f"{where}: {written!r:.200} is not a path") from error
+    return place
 
 
 class Folder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdbench.results.address import is_address
+from kdbench.results.folder import local_path
 from kdbench.results.working_copy import origin, working_copy
 
 
@@ -20,7 +21,7 @@ def results_folder(option: str | Path | None = None, configured: str | Path | No
     chosen = str(option or configured or os.environ.get("KDBENCH_RESULTS") or "results")
     if is_address(chosen):
         return working_copy(chosen)
-    return Path(chosen.removeprefix("file://")).expanduser().resolve()
+    return local_path(chosen.removeprefix("file://"), "results folder").resolve()
 
 
 @dataclass(frozen=True)

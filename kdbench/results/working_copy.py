@@ -21,7 +21,7 @@ from pathlib import Path
 from kdbench.bounded import read_file
 from kdbench.errors import StorageFailed, not_written
 from kdbench.results.address import checked_address
-from kdbench.results.folder import NOT_WRITABLE, file_sha256
+from kdbench.results.folder import NOT_WRITABLE, file_sha256, local_path
 from kdbench.results.object_store import ObjectStore
 
 ORIGIN = ".origin"
@@ -59,7 +59,8 @@ def working_copy(address: str) -> Path:
     address = checked_address(address)
     above = os.environ.get(HOME) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "kdbench" / "results"
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", address.partition("://")[2])[:60]
-    folder = (Path(above).expanduser() / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:16]}").resolve()
+    place = local_path(above, HOME if os.environ.get(HOME) else "XDG_CACHE_HOME")
+    folder = (place / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:16]}").resolve()
     marker = folder / ORIGIN
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from kdbench.data import DATA
 from kdbench.data.options import NamedSpec
 from kdbench.data.sources import DataSpec, source_maker
 from kdbench.errors import UserError, explain
-from kdbench.results.folder import file_sha256
+from kdbench.results.folder import file_sha256, local_path
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
 
@@ -65,6 +65,7 @@ def task_facts(spec: TaskSpec) -> dict[str, Any]:
         if isinstance(value, DataSpec):
             facts[name] = _data_facts(value)
         elif isinstance(value, Path):
+            local_path(value, f"task {spec.name!r}: {name}")
             facts[name] = file_sha256(value) if value.is_file() else str(value.resolve())
     return {"name": spec.name, "version": task_class(spec).version, "options": facts}
 

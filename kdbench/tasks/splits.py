@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from kdbench.data.options import Seed
 from kdbench.data.sources import Source
 from kdbench.data.splits import stratified
 from kdbench.errors import UserError
@@ -37,7 +38,7 @@ class SplitOptions(Task.Options):
 
     val_size: Annotated[int | float, BeforeValidator(_number), AfterValidator(_count_or_share)] = 1 / 6
     transfer_size: Annotated[int, Field(ge=1)] | None = None
-    split_seed: int = 0
+    split_seed: Seed = 0
 
 
 def validation_size(options: SplitOptions, total: int, name: str) -> int:

@@ -308,5 +308,5 @@ def _dumped(kind: type[TaskSpec], value: Any) -> dict[str, Any] | None:
 def _written(path: Path) -> float:
     try:
         return path.expanduser().stat().st_mtime
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: `~` of a user whom this machine does not know
         return LONG_AGO

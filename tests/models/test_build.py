@@ -86,7 +86,7 @@ def test_a_builder_of_keywords_gets_the_classes_but_no_channels() -> None:
     [
         ({"name": "cifar_resnet8", "widht": 32}, "model 'cifar_resnet8' has no option 'widht'; did you mean 'width'?"),
         ({"name": "vgg8", "width": 32}, "model 'vgg8' has no option 'width'; it has none"),
-        ({"name": "cifar_resnet8", "width": 0}, "model 'cifar_resnet8': width = 0, expected a whole number of at least 1"),
+        ({"name": "cifar_resnet8", "width": 0}, "model 'cifar_resnet8': width = 0, expected a whole number from 1 to 1024"),
         ({"name": "cifar_resnet8", "width": 1.5}, "width = 1.5, expected a whole number"),
         ({"name": "cifar_resnet8", "width": True}, "width = True, expected a whole number"),
         ({"name": "cifar_resnet8", "num_classes": 5}, "'num_classes' is not an option, the data says it"),
