@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -156,6 +157,17 @@ class Search(_Part):
         return self
 
 
+def check_label(label: str, where: str) -> None:
+    """Raises ValueError for a label that can't be shown, or that is too long to be part of a file's name.
+
+    where: the label's key.
+    """
+    if not 1 <= len(label) <= LONGEST_NAME:
+        raise ValueError(f"{where}: expected 1 to {LONGEST_NAME} characters, got {len(label)}; give it a `label` of that length")
+    if odd := next((character for character in label if unicodedata.category(character) in ("Cc", "Cs")), None):
+        raise ValueError(f"{where}: holds {odd!a}, which is no printable character; got {label!a:.80}")
+
+
 COSTS = ("train_seconds", "nll", "ece")
 
 
@@ -259,7 +271,7 @@ class Experiment(_Part):
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     recipe: Recipe = Recipe()
     search: Search | None = None
-    seeds: int = Field(default=3, ge=1, le=10_000)
+    seeds: int = Field(default=3, ge=1, le=1000)
     data_seed: Seed = 0
     cache: CacheOptions = CacheOptions()
     runtime: Runtime = Runtime()
@@ -290,6 +302,11 @@ class Experiment(_Part):
                 check_method_name(method.name)
             except UserError as error:
                 raise ValueError(f"methods: {error}") from error
+        for key, specs in (("methods", self.methods), ("students", self.students)):
+            for place, spec in enumerate(specs):
+                check_label(spec.label, f"{key}.{place}.label")
+        if self.teacher is not None:
+            check_label(self.teacher.model.label, "teacher.model.label")
         for key, labels in (("methods", [m.label for m in self.methods]), ("students", [s.label for s in self.students])):
             if twice := sorted({label for label in labels if labels.count(label) > 1}):
                 raise ValueError(f"{key}: {shown(twice[0])} stands twice; give one of them another `label`")

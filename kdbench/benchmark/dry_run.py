@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.benchmark.pair import axes_of
-from kdbench.benchmark.run import check_images, check_plan, needs_ray, searched_recipes, slow_averages
+from kdbench.benchmark.run import check_images, check_plan, needs_ray, random_axes, searched_recipes, slow_averages
 from kdbench.data.batch import Batch, Part
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
@@ -143,6 +143,7 @@ def dry_run(experiment: Experiment) -> DryRun:
         opened = _open(experiment, notes)
         check_plan(experiment, opened.task)
         notes += [f"warning: {caution}" for caution in slow_averages(experiment, opened.teacher_images, opened.student_images)]
+        notes += random_axes(experiment)
         check_images(opened.task)
         reading = opened.task.source.reading if opened.task.source is not None else ""
         check_fits_here(experiment.runtime)

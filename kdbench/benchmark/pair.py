@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, Literal
 
 from kdbench.benchmark.ledger import Ledger
@@ -292,9 +293,10 @@ class PairWork:
         if contender.study is not None and contender.study.missing:
             point = contender.study.ask()
             return self.pair.unit(contender.spec, "trial", point.params, TRIAL_SEED, point.number)
-        for unit in [*(unit for _, unit in contender.checks.values()), *(contender.finals or {}).values()]:
-            if unit.key not in contender.started and unit.key not in contender.ended:
-                contender.started.add(unit.key)
+        checks = ((key, unit) for key, (_, unit) in contender.checks.items())
+        for key, unit in chain(checks, (contender.finals or {}).items()):
+            if key not in contender.started and key not in contender.ended:
+                contender.started.add(key)
                 return unit
         return None
 
@@ -410,7 +412,7 @@ class PairWork:
                 for seed in range(self.search.confirm_seeds):
                     unit = self.pair.unit(contender.spec, "candidate", params, FIRST_CHECK_SEED + seed)
                     contender.checks[unit.key] = place, unit
-            self._look_up(contender, [unit for _, unit in contender.checks.values()])
+            self._look_up(contender, {key: unit for key, (_, unit) in contender.checks.items()})
         if all(key in contender.ended for key in contender.checks) and not contender.held:
             self._plan_finals(contender, best[self._winning_place(contender)] if contender.checks else best[0])
 
@@ -428,19 +430,23 @@ class PairWork:
 
     def _plan_finals(self, contender: Contender, params: Mapping[str, Any]) -> None:
         contender.tuned = params
-        seeds = range(0 if self.search_only else self.pair.experiment.seeds)
-        units = [self.pair.unit(contender.spec, "final", params, seed) for seed in seeds]
-        contender.finals = {unit.key: unit for unit in units}
-        self._look_up(contender, units)
+        if self.search_only:
+            contender.finals = {}
+            return
+        first = self.pair.unit(contender.spec, "final", params, 0)
+        # The method is fitted to the pair once, and not for each seed: that would take most of the time of a plan.
+        finals = (first.model_copy(update={"seed": seed}) for seed in range(self.pair.experiment.seeds))
+        contender.finals = {unit.key: unit for unit in finals}
+        self._look_up(contender, contender.finals)
 
-    def _look_up(self, contender: Contender, units: list[Unit]) -> None:
-        """What the store already has is not trained again."""
-        for unit in units:
+    def _look_up(self, contender: Contender, units: Mapping[str, Unit]) -> None:
+        """What the store already has is not trained again. units: by key."""
+        for key, unit in units.items():
             earlier_key = self.pair.asked.rule.student_key(unit, self.pair.recipe)
             noise = draws_noise(self.pair.dropout, contender.spec)
             record = self._recall.find(unit, earlier_key, noise=noise, teacher_predictions=self.pair.teacher_predictions)
             if record is not None:
-                contender.ended[unit.key] = record
+                contender.ended[key] = record
                 self.ledger.found_again(unit, record, contender.parent)
                 if record.status == "failed":
                     self.ledger.failures.append(record.failure or unit.title)

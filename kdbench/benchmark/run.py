@@ -26,6 +26,7 @@ from kdbench.data.encoded import DECODED_FIRST, check_decodable
 from kdbench.data.loader import check_views
 from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
+from kdbench.distributed.study import FIRST_AT_RANDOM, drawn_at_random
 from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, method_class, params_of
@@ -111,6 +112,8 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     """Everything that can be known to be wrong before the first step. Raises UserError."""
     check_fits_here(experiment.runtime)
     check_plan(experiment, build_task(experiment.task))
+    if experiment.teacher is not None and isinstance(experiment.teacher.weights, Path):
+        local_path(experiment.teacher.weights, "teacher.weights")
     ledger.store.check_writable()  # last: it makes the folder, of which nothing should be left where the experiment is wrong
 
 
@@ -168,6 +171,25 @@ def slow_averages(experiment: Experiment, teacher_images: int, student_images: i
         trained.append(("the teacher", experiment.teacher_recipe(), teacher_images))
     found = [ema_caution(recipe.ema, recipe.epochs * max(1, images // recipe.batch_size), whose) for whose, recipe, images in trained]
     return [caution for caution in found if caution]
+
+
+def random_axes(experiment: Experiment) -> list[str]:
+    """A line for each way in which the sampler of a search falls back to random numbers: see `distributed.study.drawn_at_random`."""
+    search = experiment.search
+    if search is None:
+        return []
+    spaces = {method.label: axes_of(method, search, experiment.recipe) for method in experiment.methods}
+    drawn = {label: drawn_at_random(search.sampler, axes, search.trials) for label, axes in spaces.items()}
+    if not any(drawn.values()):
+        return []
+    needed = FIRST_AT_RANDOM[search.sampler]
+    if search.trials <= needed:
+        return [
+            f"search.sampler: {search.sampler} draws its first {needed} trials at random, and search.trials is {search.trials}, "
+            "so this search is a random one"
+        ]
+    named = "; ".join(f"{label}: {', '.join(names)}" for label, names in drawn.items() if names)
+    return [f"search.sampler: {search.sampler} can't learn where to search these parameters, which are drawn at random: {named}"]
 
 
 def _check_shares(recipe: Recipe, fewest: int, most: int) -> None:
@@ -269,6 +291,8 @@ def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> tuple[lis
         ledger.watch.note(task.source.reading)
     students = [task.build_model(student) for student in experiment.students]
     network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
+    for line in random_axes(experiment):
+        ledger.watch.note(line)
     for caution in slow_averages(experiment, len(asked.data.splits.train), len(asked.data.splits.transfer)):
         ledger.watch.note(f"warning: {caution}")
     rehearse = _Rehearse(experiment, task, students, network)

@@ -31,6 +31,9 @@ from kdbench.search_space import Choice, Dimension, Parameter, Range
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
+# Trials, the default point included, that a sampler has to see before it proposes points of its own: Optuna's defaults, said explicitly.
+FIRST_AT_RANDOM: Mapping[str, int] = {"tpe": 10, "cmaes": 1, "gp": 10, "qmc": 1, "nsgaii": 50, "nsgaiii": 50}
+
 GIVEN_UP = "given_up"  # a trial's attribute: why a run left it to the next
 _CODE = "code"  # a study's attribute: the user's modules when it began, with a hash of each
 
@@ -61,17 +64,47 @@ def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
     samplers, own = optuna.samplers, derived_seed(seed, number)
     keyed = KeyedRandomSampler(seed)
     makers: dict[str, Callable[[], BaseSampler]] = {
-        "tpe": lambda: samplers.TPESampler(seed=own),
+        "tpe": lambda: samplers.TPESampler(seed=own, n_startup_trials=FIRST_AT_RANDOM["tpe"]),
         "random": lambda: keyed,
-        "cmaes": lambda: samplers.CmaEsSampler(seed=own, independent_sampler=keyed),
-        "gp": lambda: samplers.GPSampler(seed=own, independent_sampler=keyed),
+        "cmaes": lambda: samplers.CmaEsSampler(seed=own, independent_sampler=keyed, n_startup_trials=FIRST_AT_RANDOM["cmaes"]),
+        "gp": lambda: samplers.GPSampler(seed=own, independent_sampler=keyed, n_startup_trials=FIRST_AT_RANDOM["gp"]),
         "qmc": lambda: samplers.QMCSampler(seed=derived_seed(seed), scramble=True, independent_sampler=keyed),
-        "nsgaii": lambda: samplers.NSGAIISampler(seed=own),
-        "nsgaiii": lambda: samplers.NSGAIIISampler(seed=own),
+        "nsgaii": lambda: samplers.NSGAIISampler(seed=own, population_size=FIRST_AT_RANDOM["nsgaii"]),
+        "nsgaiii": lambda: samplers.NSGAIIISampler(seed=own, population_size=FIRST_AT_RANDOM["nsgaiii"]),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # whoever names a sampler wants it; what it did is in the record
         return makers[name]()
+
+
+def drawn_at_random(sampler: str, axes: Sequence[Parameter], trials: int) -> tuple[str, ...]:
+    """The axes whose values a sampler draws at random, though it was chosen because it does better than that. Optuna doesn't say so.
+
+    `cmaes` has no use for options. `cmaes`, `gp` and the genetic samplers search what all finished trials have in common, so an axis with
+    a condition is drawn at random as soon as one trial lacks it. The genetic ones mutate one value of a child on average, which of a single
+    axis is all there is. `qmc` searches what the first trial has. `random` does as it is told.
+
+    Args:
+        sampler: A name that `make_sampler` knows.
+        axes: The space of the search.
+        trials: How many the search has. The first is the default point, which no sampler draws.
+
+    Returns:
+        Names of axes; all of them where the search ends before the sampler begins to learn.
+    """
+    if sampler == "random" or trials < 2:  # the first trial is the default point
+        return ()
+    genetic = sampler in ("nsgaii", "nsgaiii")
+    if trials <= FIRST_AT_RANDOM[sampler] or (genetic and len(axes) == 1):
+        return tuple(axis.name for axis in axes)
+    first = defaults(axes)
+    return tuple(
+        axis.name
+        for axis in axes
+        if (sampler == "cmaes" and isinstance(axis.dimension, Choice))
+        or ((genetic or sampler in ("cmaes", "gp")) and axis.dimension.when is not None)
+        or (sampler == "qmc" and axis.name not in first)
+    )
 
 
 Direction = Literal["maximize", "minimize"]

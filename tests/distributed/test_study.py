@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
-from kdbench.distributed.study import Asha, MethodStudy, derived_seed
+from kdbench.distributed.study import FIRST_AT_RANDOM, Asha, MethodStudy, derived_seed, drawn_at_random
 from kdbench.errors import RunFailed
 from kdbench.experiment import SAMPLERS, Search
 from kdbench.search_space import Choice, Parameter, Range, When, space_of
@@ -471,3 +472,76 @@ def test_a_range_of_whole_numbers_gives_whole_numbers_inside_it(tmp_path: Path, 
         assert 2 <= params["views"] <= 64
         assert params["width"] % 8 == 0
         assert (params["share"] / 0.25).is_integer()
+
+
+# --- samplers that fall back to random numbers -----------------------------------------------------------------------
+
+A_NUMBER = Parameter("number", Range(0.0, 1.0), 0.5)
+ANOTHER = Parameter("another", Range(1.0, 10.0, log=True), 2.0)
+OPTIONS = Parameter("options", Choice(("a", "b")), "a")
+WITH_THE_DEFAULT = Parameter("with_a", Range(0.0, 1.0, when=When("options", ("a",))), 0.5)
+WITHOUT_THE_DEFAULT = Parameter("with_b", Range(0.0, 1.0, when=When("options", ("b",))), 0.5)
+SPACES = {
+    "one number": (A_NUMBER,),
+    "one choice": (OPTIONS,),
+    "both": (A_NUMBER, ANOTHER, OPTIONS),
+    "a condition that the default meets": (A_NUMBER, OPTIONS, WITH_THE_DEFAULT),
+    "a condition that it does not meet": (A_NUMBER, OPTIONS, WITHOUT_THE_DEFAULT),
+}
+
+
+@pytest.fixture
+def at_random(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, str]]:
+    """(trial, parameter) for each value that one of Optuna's samplers left to random numbers."""
+    drawn: set[tuple[int, str]] = set()
+    original = RandomSampler.sample_independent
+
+    def spied(self: RandomSampler, study: Any, trial: FrozenTrial, name: str, distribution: Any) -> Any:
+        drawn.add((trial.number, name))
+        return original(self, study, trial, name, distribution)
+
+    monkeypatch.setattr(RandomSampler, "sample_independent", spied)
+    return drawn
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "random"])
+def test_exactly_the_axes_that_are_said_to_be_drawn_at_random_are(
+    tmp_path: Path, at_random: set[tuple[int, str]], sampler: str, space: str
+) -> None:
+    axes, first = SPACES[space], FIRST_AT_RANDOM[sampler]
+    trials = first + 6
+    study = open_study(tmp_path, axes, trials=trials, sampler=sampler)
+    while study.missing:
+        point = study.ask()
+        study.complete(point.number, [float(point.params.get("number", 0.0))], 1.0, 1.0)
+    had = [trial.params for trial in trials_of(study)]
+    stated = drawn_at_random(sampler, axes, trials)
+    for axis in axes:
+        # A condition is no hindrance until one trial does not meet it.
+        begins = max(first, next((number for number, params in enumerate(had) if axis.name not in params), -1) + 1)
+        asked = {number for number in range(begins, trials) if axis.name in had[number]}
+        assert asked, axis
+        random = {number for number in asked if (number, axis.name) in at_random}
+        assert (random == asked) == (axis.name in stated), (axis.name, sorted(asked - random))
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "random"])
+def test_a_search_that_ends_before_its_sampler_learns_is_said_to_be_random(
+    tmp_path: Path, at_random: set[tuple[int, str]], sampler: str
+) -> None:
+    first = FIRST_AT_RANDOM[sampler]
+    study = open_study(tmp_path, SPACES["both"], trials=first + 1, sampler=sampler)
+    while study.missing:
+        point = study.ask()
+        study.complete(point.number, [float(point.params["number"])], 1.0, 1.0)
+    numeric = {(number, "number") for number in range(1, first)}
+    assert numeric == {drawn for drawn in at_random if drawn[1] == "number" and drawn[0] < first}
+    if first > 1:
+        assert set(drawn_at_random(sampler, SPACES["both"], first)) == {"number", "another", "options"}
+    assert "number" not in drawn_at_random(sampler, SPACES["both"], first + 1)
+    assert drawn_at_random(sampler, SPACES["both"], 1) == ()
+
+
+def test_random_search_is_what_was_asked_for() -> None:
+    assert drawn_at_random("random", SPACES["both"], 3) == ()
