@@ -158,6 +158,7 @@ def _shared_memory() -> Finding:
 
 
 def _results(folder: Path) -> Iterator[Finding]:
+    from kdbench.credentials import without_secrets
     from kdbench.results.layout import Layout
     from kdbench.results.tracking import tracking_uri
 
@@ -170,7 +171,7 @@ def _results(folder: Path) -> Iterator[Finding]:
         location = Layout(folder).location
         text = f"{location}: writable, {_gib(free)} free" + ("" if location == str(folder) else f" in {folder}, its working copy")
         yield Finding("results", "ok", text) if free >= FREE_DISK else Finding("results", "advice", f"{text}: caches of teachers need room")
-    yield Finding("mlflow at", "ok", tracking_uri(folder))
+    yield Finding("mlflow at", "ok", without_secrets(tracking_uri(folder)))
 
 
 def _not_writable(folder: Path, existing: Path) -> str | None:

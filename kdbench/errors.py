@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import errno
-import os
 import re
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+from kdbench.credentials import without_secrets
 
 if TYPE_CHECKING:  # every command imports this file; `--help` should not wait for pydantic
     from pydantic import BaseModel, ValidationError
@@ -50,6 +51,7 @@ class DiskFull(StorageFailed):
     """There is no space left."""
 
 
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -62,7 +64,7 @@ def not_written(error: OSError, path: object) -> RunFailed:
 
 def in_one_line(error: BaseException) -> str:
     """What foreign code raised, and the last line of the user's own files on the way: `KeyError: 'x' (my_model.py, line 7)`."""
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    message = without_secrets(next((line.strip() for line in str(error).splitlines() if line.strip()), ""))
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
     place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {message[:200]}".removesuffix(": ") + place
@@ -74,9 +76,16 @@ def is_users(filename: str) -> bool:
     return not (filename.startswith(("<", *libraries)) or "site-packages" in filename or "dist-packages" in filename)
 
 
-def printable(path: str) -> str:
-    """A path as text that can be printed and written as UTF-8: bytes of another encoding become `\\xe9`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def printable(text: str) -> str:
+    """A path or another text as one line of UTF-8: bytes of another encoding become `\\xe9`, and control characters `\\n`, `\\x1b`."""
+    return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # what Python makes of a byte that is not UTF-8, PEP 383
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
 
 
 LONGEST_SHOWN = 100  # characters of a value in a message

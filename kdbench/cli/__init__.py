@@ -1,5 +1,6 @@
 """The commands. Each parses its options, calls one function and prints; heavy imports happen inside."""
 
+import io
 import os
 import shlex
 import signal
@@ -31,7 +32,8 @@ from kdbench.cli.options import (
     example,
 )
 from kdbench.cli.results import chosen, recommend, results_app, verify
-from kdbench.errors import NO_SPACE, KDBenchError, UserError, for_terminal, in_one_line, not_written
+from kdbench.credentials import keep_out_of_logs, without_secrets
+from kdbench.errors import NO_SPACE, KDBenchError, UserError, for_terminal, in_one_line, not_written, printable
 
 if TYPE_CHECKING:
     from kdbench.display import Display
@@ -141,7 +143,8 @@ def _say(text: str) -> None:
 
 
 def _again() -> str:
-    return shlex.join(["kdbench", *sys.argv[1:]])
+    """The command to repeat, without credentials that were typed into it."""
+    return printable(without_secrets(shlex.join(["kdbench", *sys.argv[1:]])))
 
 
 @contextmanager
@@ -458,26 +461,51 @@ def doctor(results: Results = None) -> None:
 
 def main() -> None:
     """The console script. A user's mistake ends in one message and exit code 2, a failed run in one message and exit code 1."""
+    _prepare_output()
+    keep_out_of_logs()
     try:
         # A dotted path such as my_methods:Mine may name a file in the working directory, which is not on the console script's path.
         # Last, so that nothing that is installed gets hidden; Ray's workers have the folder on theirs anyway.
-        sys.path.append(os.getcwd())
+        sys.path.append(_working_directory())
         app()
     except KDBenchError as error:
-        typer.echo(f"kdbench: {for_terminal(error)}", err=True)
+        _say(f"kdbench: {_safe_lines(for_terminal(error))}")
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `kdbench leaderboard | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        typer.echo(f"kdbench: {_unforeseen(error)}", err=True)
+        _say(f"kdbench: {_safe_lines(_unforeseen(error))}")
         sys.exit(1)
+
+
+def _prepare_output() -> None:
+    """Print what the terminal's encoding can't show, such as a file name that is no text, as an escape instead of ending in an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was deleted: change to one that exists") from None
+
+
+def _safe_lines(text: str) -> str:
+    """A message of one or more lines without credentials, and with control characters as escapes."""
+    return "\n".join(printable(line) for line in without_secrets(text).split("\n"))
 
 
 def _unforeseen(error: Exception) -> str:
     """A full disk in plain words; of anything else, which is a fault in kdbench or in a user's own code, the traceback in a file."""
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return str(not_written(error, error.filename or "a file"))
-    with tempfile.NamedTemporaryFile("w", prefix="kdbench-", suffix=".log", delete=False) as trace:
-        traceback.print_exception(error, file=trace)
+    text = without_secrets("".join(traceback.format_exception(error)))
+    try:
+        with tempfile.NamedTemporaryFile("wb", prefix="kdbench-", suffix=".log", delete=False) as trace:
+            trace.write(text.encode(errors="backslashreplace"))
+    except OSError as unwritten:
+        return f"{in_one_line(error)}; its traceback could not be kept: {unwritten.strerror or unwritten}"
     return f"{in_one_line(error)}; traceback in {trace.name}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdbench.results.address import is_address
+from kdbench.results.address import folder_at, is_address
 from kdbench.results.folder import local_path
 from kdbench.results.working_copy import origin, working_copy
 
@@ -16,12 +16,14 @@ from kdbench.results.working_copy import origin, working_copy
 def results_folder(option: str | Path | None = None, configured: str | Path | None = None) -> Path:
     """`--results`, else `results:` in the experiment, else KDBENCH_RESULTS, else ./results; always absolute.
 
-    For an address such as s3://bucket/folder this is its working copy on this machine. Raises UserError for an address that can't be used.
+    For an address such as s3://bucket/folder this is its working copy on this machine. Raises UserError for an address or a path that can't
+    be used.
     """
     chosen = str(option or configured or os.environ.get("KDBENCH_RESULTS") or "results")
     if is_address(chosen):
         return working_copy(chosen)
-    return local_path(chosen.removeprefix("file://"), "results folder").resolve()
+    whole = local_path(str(folder_at(chosen)), "results folder").resolve()
+    return folder_at(str(whole))  # the folder that a relative path begins in has a name too
 
 
 @dataclass(frozen=True)

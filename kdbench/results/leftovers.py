@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from kdbench.credentials import without_secrets
 from kdbench.results.layout import Layout
 from kdbench.results.lease import held_now
 from kdbench.results.locks import is_held
@@ -18,6 +19,7 @@ SCRATCH = ".ray-"  # how the names of Ray's scratch folders begin; then the expe
 def left_behind(results: Path) -> list[str]:
     """A line for each thing that a killed command left. What belongs to a command that runs at this moment is not among them."""
     layout, uri = Layout(results), tracking_uri(results)
+    shown_as = without_secrets(uri)
     scratch, shown = list(_scratch(layout)), open_runs(uri, layout.location)
     running = _running(layout) if scratch or shown else set()
     lines = [
@@ -28,7 +30,9 @@ def left_behind(results: Path) -> list[str]:
     for experiment, count in sorted(shown.items()):
         if experiment not in running:
             runs = f"{count} run{'s' if count > 1 else ''} of experiment {experiment}"
-            lines.append(f"MLflow at {uri} shows {runs} as running, which a killed command left; the next `kdbench run` of it closes them")
+            lines.append(
+                f"MLflow at {shown_as} shows {runs} as running, which a killed command left; the next `kdbench run` of it closes them"
+            )
     return lines
 
 

@@ -17,8 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from kdbench.credentials import without_secrets
 from kdbench.errors import NO_SPACE, StorageFailed, UserError, not_written
-from kdbench.results.address import EXTRAS, checked_address, without_secrets
+from kdbench.results.address import EXTRAS, checked_address
 
 PATIENCE = "KDBENCH_STORAGE_PATIENCE"
 PATIENCE_SECONDS = 600.0  # for how long a request that is refused is tried again

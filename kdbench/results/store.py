@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from kdbench.catalogue import nearest
 from kdbench.errors import KDBenchError, UserError, not_written
-from kdbench.results.address import is_address
+from kdbench.results.address import folder_at, is_address
 from kdbench.results.folder import Folder
 from kdbench.results.object_store import Files
 from kdbench.results.record import RunRecord, to_table
@@ -71,7 +71,7 @@ class ResultStore:
         Raises UserError where the address can't be used or its driver is not installed.
         """
         address = str(location) if is_address(str(location)) else origin(Path(location))
-        self.files: Files = store_at(address) if address is not None else Folder(Path(str(location).removeprefix("file://")))
+        self.files: Files = store_at(address) if address is not None else Folder(folder_at(str(location)))
         self.location = self.files.name
         self._read: dict[str, RecordFile] = {}
 

@@ -20,7 +20,9 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from kdbench.credentials import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,6 +50,9 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
 }
 SQLITE = "sqlite:///"
+# The same database by another name, which MLflow passes on to SQLAlchemy. Of what stands behind sqlite:/// it first makes the folder, and
+# takes %20 for three characters of its name.
+SQLITE_QUOTED = "sqlite+pysqlite:///"
 SQLITE_WAIT_SECONDS = 60  # for another writer's lock; four writers made one wait 4.2 s, too near to sqlite's own 5 s
 
 log = logging.getLogger(__name__)
@@ -60,7 +65,22 @@ def tracking_uri(results: str | Path) -> str:
     """
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
-    return f"{SQLITE}{Path(results).expanduser().resolve() / 'mlflow.db'}"
+    return _sqlite_uri(Path(results).expanduser().resolve() / "mlflow.db")
+
+
+def _sqlite_uri(database: str | Path) -> str:
+    """SQLAlchemy's URI of an SQLite file. SQLAlchemy decodes % in it, and takes what is behind ? for options."""
+    path = str(database)
+    quoted = path.replace("%", "%25").replace("?", "%3F")
+    return f"{SQLITE if quoted == path else SQLITE_QUOTED}{quoted}"
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of an SQLite database, None for what is no such database."""
+    for start in (SQLITE, SQLITE_QUOTED):
+        if uri.startswith(start):
+            return Path(unquote(uri.removeprefix(start).partition("?")[0])).absolute()
+    return None
 
 
 @dataclass(frozen=True)
@@ -85,7 +105,7 @@ def interface(results: Path) -> Interface:
     if parts.scheme in ("http", "https") and parts.hostname:
         return Interface(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", "")), None)
     database = os.path.relpath(results / "mlflow.db")
-    uri = f"{SQLITE}{results / 'mlflow.db'}" if database.startswith("..") else f"{SQLITE}{database}"
+    uri = _sqlite_uri(results / "mlflow.db" if database.startswith("..") else database)
     return Interface("http://127.0.0.1:5000", f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
@@ -275,7 +295,8 @@ class MlflowTracker:
         return {} if self._results is None else {RESULTS_TAG: _hash_of(self._results)}
 
     def left_open(self) -> Mapping[str, str]:
-        if self.tracking_uri.startswith(SQLITE) and not _database(self.tracking_uri).exists():
+        database = database_of(self.tracking_uri)
+        if database is not None and not database.exists():
             return {}
         owners = _owners(self.tracking_uri, self._results)
         return self.attempt(lambda client, experiment: _open(client, experiment, owners)) or {}
@@ -295,6 +316,11 @@ class MlflowTracker:
     def answers(self) -> bool:
         self._silent_until = 0.0
         return bool(self.attempt(lambda client, experiment: client.get_experiment(experiment)))
+
+    @property
+    def name(self) -> str:
+        """The tracking address without credentials, for messages."""
+        return without_secrets(self.tracking_uri)
 
     @property
     def silent(self) -> bool:
@@ -335,14 +361,14 @@ class MlflowTracker:
             return None
 
     def _complain(self, error: Exception, essential: bool) -> None:
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        reason = without_secrets(str(error).splitlines()[0])[:300] if str(error) else type(error).__name__
         if self._connection is not None and (not essential or getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"):
             log.warning("MLflow refused a part of a run, the rest is tracked: %s", reason)
             return
         self._silent_until = time.monotonic() + RETRY_SECONDS
         if not self._warned:
             self._warned = True
-            log.warning("MLflow at %s can't be written, results are stored all the same: %s", self.tracking_uri, reason)
+            log.warning("MLflow at %s can't be written, results are stored all the same: %s", self.name, reason)
 
     @staticmethod
     def _find(client: MlflowClient, experiment: str, key: str) -> list[Any]:
@@ -504,21 +530,39 @@ def _connect(uri: str, experiment_name: str) -> tuple[MlflowClient, str]:
     """A client and the id of the experiment, both made where they are missing."""
     from mlflow import MlflowClient
 
-    if not uri.startswith(SQLITE):
+    database = database_of(uri)
+    if database is None:
+        _check_opens(uri)
         client = MlflowClient(tracking_uri=uri)
         return client, _experiment(client, experiment_name, None)
-    database = _database(uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     with _locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             _make_database(database)
-        client = MlflowClient(tracking_uri=uri if "?" in uri else f"{uri}?timeout={SQLITE_WAIT_SECONDS}")
+        uri = _with_timeout(uri, database)
+        _check_opens(uri)
+        client = MlflowClient(tracking_uri=uri)
         return client, _experiment(client, experiment_name, (database.parent / "mlartifacts").as_uri())
 
 
-def _database(uri: str) -> Path:
-    """The file of an SQLite database."""
-    return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
+def _with_timeout(uri: str, database: Path) -> str:
+    """The URI of an SQLite file as MLflow is given it, with the options that it has."""
+    return f"{_sqlite_uri(database)}?{uri.partition('?')[2] or f'timeout={SQLITE_WAIT_SECONDS}'}"
+
+
+def _check_opens(uri: str) -> None:
+    """Raise what SQLAlchemy raises where a database can't be opened: MLflow would try it ten times, in 200 seconds, and log each try."""
+    from mlflow.store.db.db_types import DATABASE_ENGINES
+
+    if re.split(r"[+:]", uri, maxsplit=1)[0] not in DATABASE_ENGINES:
+        return
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        sqlalchemy.inspect(engine)
+    finally:
+        engine.dispose()
 
 
 def _make_database(database: Path) -> None:
@@ -528,7 +572,7 @@ def _make_database(database: Path) -> None:
     scratch = database.with_name(f".{database.name}.new")  # one name is enough: the caller holds the lock
     for left in (scratch, scratch.with_name(f"{scratch.name}-journal")):
         left.unlink(missing_ok=True)
-    MlflowClient(tracking_uri=f"{SQLITE}{scratch}").search_experiments(max_results=1)
+    MlflowClient(tracking_uri=_sqlite_uri(scratch)).search_experiments(max_results=1)
     scratch.replace(database)
 
 
@@ -550,19 +594,21 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
 
 def open_runs(uri: str, results: str) -> dict[str, int]:
     """How many runs of these results are open, by MLflow experiment; nothing where MLflow can't be asked. Nothing is made or changed."""
-    if uri.startswith(SQLITE) and not _database(uri).exists():
+    database = database_of(uri)
+    if database is not None and not database.exists():
         return {}
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     try:
-        client = MlflowClient(tracking_uri=uri)
+        _check_opens(uri)
+        client = MlflowClient(tracking_uri=uri if database is None else _with_timeout(uri, database))
         experiments = client.search_experiments()
         ours = _owners(uri, results)
         counts = {found.name: len(_open(client, found.experiment_id, ours)) for found in experiments}
     except Exception as error:  # MLflow passes on whatever its database driver or the network raises
-        log.debug("MLflow at %s can't be asked: %s", uri, error)
+        log.debug("MLflow at %s can't be asked: %s", without_secrets(uri), without_secrets(str(error)))
         return {}
     return {name: count for name, count in counts.items() if count}
 
@@ -573,7 +619,7 @@ def _owners(uri: str, results: str | None) -> set[str | None]:
     A run without one was made by an older kdbench: it is taken for ours in a database file, and not on a server.
     """
     ours: set[str | None] = set() if results is None else {_hash_of(results)}
-    return ours | {None} if uri.startswith(SQLITE) else ours
+    return ours if database_of(uri) is None else ours | {None}
 
 
 def _hash_of(results: str) -> str:

@@ -54,7 +54,7 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
         client = tracker.client()
         run_id = record.mlflow_run_id or tracker.log_run(None, f"{record.label} · seed {record.seed}", f"registered/{record.unit_key}")
         if run_id is None:
-            raise RunFailed(f"MLflow at {tracker.tracking_uri} can't be written, so nothing was registered")
+            raise RunFailed(f"MLflow at {tracker.name} can't be written, so nothing was registered")
         with tempfile.TemporaryDirectory() as scratch, silent():
             folder = Path(scratch) / ARTIFACT
             _save(network, images, expected, folder, facts)
@@ -66,7 +66,7 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
         raise _explained(error, name) from error
     return Registered(
         uri=f"models:/{name}/{version}",
-        tracking_uri=tracker.tracking_uri,
+        tracking_uri=tracker.name,
         new=new,
         images=len(images),
         difference=difference,

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kdbench.credentials import without_secrets
 from kdbench.errors import Diverged, KDBenchError, StorageFailed, in_one_line
 from kdbench.experiment import Unit
 from kdbench.results.layout import Layout
@@ -134,9 +135,9 @@ def attempt(unit: Unit, session: Session, layout: Layout) -> Ending:
 
 def _kept_traceback(path: Path) -> str:
     """Write the traceback of the exception that is being handled; says where it is, or why it could not be kept."""
-    text = traceback.format_exc()
+    text = without_secrets(traceback.format_exc())
     try:
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_atomically(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
     except KDBenchError as error:
         return f"and its traceback could not be kept: {error}"
     return f"traceback in {path}"

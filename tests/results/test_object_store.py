@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from kdbench.credentials import without_secrets
 from kdbench.errors import StorageFailed, UserError
-from kdbench.results.address import is_address, without_secrets
+from kdbench.results.address import is_address
 from kdbench.results.object_store import ObjectStore
 from tests.object_storage import SECRET, ObjectStorage
 
