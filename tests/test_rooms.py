@@ -32,6 +32,7 @@ ROOMS = (
     "yaml12",
     "bounded",
     "errors",
+    "account",
     "credentials",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

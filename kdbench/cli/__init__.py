@@ -1,5 +1,6 @@
 """The commands. Each parses its options, calls one function and prints; heavy imports happen inside."""
 
+import errno
 import io
 import os
 import shlex
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdbench.account import complete_environment
 from kdbench.cli.cache import cache_app
 from kdbench.cli.options import (
     Data,
@@ -53,6 +55,7 @@ app = typer.Typer(
     "Example: kdbench run experiments/quickstart.yaml",
 )
 
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 # Where the output is a file or a log there is no width to fit: every column is shown.
 _WIDTH_OF_A_FILE = 260
 _MANY_FILES = 2_000  # of one record each: reading them takes seconds
@@ -463,6 +466,7 @@ def main() -> None:
     """The console script. A user's mistake ends in one message and exit code 2, a failed run in one message and exit code 1."""
     _prepare_output()
     keep_out_of_logs()
+    complete_environment()
     try:
         # A dotted path such as my_methods:Mine may name a file in the working directory, which is not on the console script's path.
         # Last, so that nothing that is installed gets hidden; Ray's workers have the folder on theirs anyway.
@@ -499,9 +503,11 @@ def _safe_lines(text: str) -> str:
 
 
 def _unforeseen(error: Exception) -> str:
-    """A full disk in plain words; of anything else, which is a fault in kdbench or in a user's own code, the traceback in a file."""
+    """A full disk or a missing permission in plain words; of anything else, a fault in kdbench or in own code, the traceback in a file."""
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return str(not_written(error, error.filename or "a file"))
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN and error.filename:
+        return f"{error.filename} can't be opened: {error.strerror}"
     text = without_secrets("".join(traceback.format_exception(error)))
     try:
         with tempfile.NamedTemporaryFile("wb", prefix="kdbench-", suffix=".log", delete=False) as trace:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from kdbench.account import home
 from kdbench.data.batch import Part
 from kdbench.data.download import NotFetched, allowed, fetch, forbidden
 from kdbench.data.facts import Facts, NotHere
@@ -92,14 +93,14 @@ def _reader(place: Path) -> Read:
 
 def _roots() -> list[Path]:
     """Folders that data sets are kept in, the first one first."""
-    home = Path.home() / ".cache"
+    caches = home() / ".cache"
     named = os.environ.get("KDBENCH_DATA")
-    roots = [Path("data"), home / "torchvision", home / "torch" / "datasets"]
+    roots = [Path("data"), caches / "torchvision", caches / "torch" / "datasets"]
     return [*([Path(named)] if named else []), *roots, _cache()]
 
 
 def _cache() -> Path:
-    return Path.home() / ".cache" / "kdbench" / "cifar-100"
+    return home() / ".cache" / "kdbench" / "cifar-100"
 
 
 def _found() -> Path | None:

@@ -21,6 +21,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import Progress
 
+from kdbench.account import cache_home
 from kdbench.bounded import open_regular, parse_json, read_file
 from kdbench.errors import UserError, printable
 from kdbench.results.folder import local_path
@@ -159,8 +160,8 @@ def _unreadable(error: OSError, path: Path) -> UserError:
 
 
 def _memory(root: Path) -> Path:
-    home = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
-    return home / "kdbench" / "content" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.json"
+    caches = local_path(cache_home(), "XDG_CACHE_HOME")
+    return caches / "kdbench" / "content" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.json"
 
 
 def _remembered(memory: Path) -> Known:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from kdbench.account import home
 from kdbench.data.batch import Part
 from kdbench.data.download import NotFetched, allowed, fetch, forbidden
 from kdbench.data.facts import Facts, NotHere
@@ -116,13 +117,13 @@ def _folders() -> list[Path]:
     if named := os.environ.get("KDBENCH_DATA"):
         homes += [Path(named) / inside for inside in ("", "fashion-mnist", "FashionMNIST", "FashionMNIST/raw")]
     homes.append(DEBIAN)
-    torchvision_roots = (Path("data"), Path.home() / ".cache" / "torchvision", Path.home() / ".cache" / "torch" / "datasets")
+    torchvision_roots = (Path("data"), home() / ".cache" / "torchvision", home() / ".cache" / "torch" / "datasets")
     homes += [root / "FashionMNIST" / "raw" for root in torchvision_roots]
     return [*homes, _cache()]
 
 
 def _cache() -> Path:
-    return Path.home() / ".cache" / "kdbench" / "fashion-mnist"
+    return home() / ".cache" / "kdbench" / "fashion-mnist"
 
 
 def _all_files(folder: Path) -> dict[str, Path] | None:

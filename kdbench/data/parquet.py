@@ -19,7 +19,7 @@ from kdbench.data.content import Advance, Content, group_contents, read_plainly
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
 from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
-from kdbench.errors import UserError, in_one_line, nearest
+from kdbench.errors import UserError, in_one_line, nearest, printable
 
 _ROW_GROUPS_KEPT = 16  # in memory, the last ones that were read
 # Labels that are numbers of classes leave few numbers out. ImageNet's may be those of a few of its thousand classes.
@@ -163,7 +163,8 @@ def _files(path: Path) -> list[Path]:
 
 def _opened(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        # pyarrow takes names in UTF-8 alone.
+        return pq.ParquetFile(path if printable(str(path)) == str(path) else path.open("rb"))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"data parquet: {path} can't be read as Parquet: {in_one_line(error)}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import signal
 import socket
 import struct
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdbench.account import home_is_writable
 from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import Runtime, worker_bounds
 from kdbench.own_code import trust_environment
@@ -169,6 +171,8 @@ def _init(runtime: Runtime) -> None:
         }
         if (folder := scratch_folder()) is not None:
             options["_temp_dir"] = str(folder)
+        if not home_is_writable():  # Ray would write ~/.ray/auth_token
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     else:
         options["address"] = runtime.address
         if trusted := trust_environment():

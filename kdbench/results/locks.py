@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from kdbench.bounded import ImplausibleFile, regular_descriptor
-from kdbench.errors import UserError
+from kdbench.errors import UserError, not_written
 
 _LONGEST_NUMBER = 20  # digits of the id of a process
 
@@ -36,13 +37,11 @@ def is_held(path: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold the lock alone, or with others that share it. Raises Held where it is taken, unless `wait`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = regular_descriptor(path, os.O_RDWR | os.O_CREAT)
-    except ImplausibleFile as error:
-        raise UserError(f"the lock {path} can't be taken: {error.strerror}; remove it") from None
-    with os.fdopen(descriptor, "r+") as file:
+    """Hold the lock alone, or with others that share it.
+
+    Raises Held where it is taken, unless `wait`, UserError where something else stands in its place, RunFailed where it can't be written.
+    """
+    with _opened(path) as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -53,3 +52,13 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
             file.write(str(os.getpid()))
             file.flush()
         yield
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.fdopen(regular_descriptor(path, os.O_RDWR | os.O_CREAT), "r+")
+    except ImplausibleFile as error:
+        raise UserError(f"the lock {path} can't be taken: {error.strerror}; remove it") from None
+    except OSError as error:
+        raise not_written(error, path) from error

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from kdbench.account import cache_home
 from kdbench.bounded import read_file
-from kdbench.errors import StorageFailed, not_written
+from kdbench.errors import StorageFailed, UserError, not_written
 from kdbench.results.address import checked_address
 from kdbench.results.folder import NOT_WRITABLE, file_sha256, local_path
 from kdbench.results.object_store import ObjectStore
@@ -53,11 +54,11 @@ class Kept:
 def working_copy(address: str) -> Path:
     """The folder of this machine for results at an address, made where it is missing.
 
-    Below KDBENCH_WORKING_COPIES, or ~/.cache/kdbench/results. Raises UserError for an address that can't be used, RunFailed where the
-    folder can't be made.
+    Below KDBENCH_WORKING_COPIES, or ~/.cache/kdbench/results. Raises UserError for an address that can't be used, and where the folder
+    can't be made.
     """
     address = checked_address(address)
-    above = os.environ.get(HOME) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "kdbench" / "results"
+    above = Path(os.environ.get(HOME) or cache_home() / "kdbench" / "results")
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", address.partition("://")[2])[:60]
     place = local_path(above, HOME if os.environ.get(HOME) else "XDG_CACHE_HOME")
     folder = (place / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:16]}").resolve()
@@ -69,6 +70,11 @@ def working_copy(address: str) -> Path:
             temporary.write_text(f"{address}\n{secrets.token_hex(8)}\n")
             temporary.replace(marker)
     except OSError as error:
+        if error.errno in NOT_WRITABLE:
+            raise UserError(
+                f"results {address}: the working copy on this machine can't be made in {folder} ({error.strerror}); "
+                f"let the variable {HOME} name a folder that you can write"
+            ) from error
         raise not_written(error, folder) from error
     return folder
 

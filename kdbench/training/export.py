@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kdbench import __version__
 from kdbench.data.loader import in_order
-from kdbench.errors import RunFailed, UserError, nearest
+from kdbench.errors import RunFailed, UserError, nearest, printable
 from kdbench.experiment import Experiment, parse_yaml, validated
 from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec
@@ -89,6 +89,8 @@ def export(record: RunRecord, store_root: Path, format: str, output: Path | None
     path = output or Path("-".join(map(path_name, (record.student, record.label, record.run_id))) + f".{format}")
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder, expected a file name")
+    if (shown := printable(str(path))) != str(path):  # the libraries that write the formats take UTF-8 alone
+        raise UserError(f"--output {shown}: expected a name in UTF-8 without control characters")
     network, images, metadata = deployed(record, store_root)
     return _write_checked(network, images, path, format, metadata)
 

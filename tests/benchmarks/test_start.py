@@ -20,13 +20,14 @@ def test_a_process_that_trains_once_has_no_gap() -> None:
     assert gaps("7 10.0 made\n7 11.0 measured\n") == []
 
 
-def test_listing_methods_imports_nothing_that_a_command_of_typer_and_rich_does_not_import_but_kdbench_and_json() -> None:
+def test_listing_methods_imports_little_that_a_command_of_typer_and_rich_does_not_import() -> None:
     """Seconds depend on the machine; what is imported does not, and it is nearly all of what a short command costs."""
     listed = "import sys\nfor name in sys.modules: print(name, file=sys.stderr)"
     one_word = _ended_with(listed, [sys.executable, "-c", ONE_WORD])
     listing = _ended_with(listed, [*kdbench_command("list", "methods")])
     others = {name.partition(".")[0] for name in listing - one_word}
-    assert others <= {"kdbench", "json", "_json", "shlex", "runpy", "pkgutil"}, others
+    for_credentials = {"logging", "atexit", "pwd"}  # messages of libraries are logged without them; a user may have no name
+    assert others <= {"kdbench", "json", "_json", "shlex", "runpy", "pkgutil"} | for_credentials, others
 
 
 def _ended_with(statements: str, command: list[str]) -> set[str]:
