@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from kdbench.bounded import ImplausibleFile, open_regular, parse_json
+from kdbench.bounded import open_regular, parse_json
 from kdbench.errors import UserError
 
 FORMAT = 1
@@ -131,10 +131,7 @@ class Archive:
 
 def _opened(path: Path) -> BinaryIO:
     """The file, once it is known to be a regular one with a zip's directory of plausible size at its end."""
-    try:
-        file = open_regular(path)
-    except ImplausibleFile as error:
-        raise UserError(f"{path} is not a regular file; expected an archive that kdbench results export wrote") from error
+    file = open_regular(path)
     try:
         if _directory_size(file) > LARGEST_DIRECTORY:
             raise UserError(f"{path} {_NOT_OURS}: its list of files is longer than {LARGEST_DIRECTORY // 10**6} MB; nothing was imported")

@@ -171,9 +171,9 @@ def test_files_that_overlap_are_refused(store: ResultStore, record: Any, tmp_pat
 
 def test_what_is_no_file_is_not_waited_for(store: ResultStore, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    refused(store, tmp_path / "pipe", "is not a regular file")
-    refused(store, Path("/dev/zero"), "is not a regular file")
-    refused(store, tmp_path, "can't be read")
+    refused(store, tmp_path / "pipe", "pipe can't be read: it is a pipe, expected a regular file")
+    refused(store, Path("/dev/zero"), "can't be read: it is a device, expected a regular file")
+    refused(store, tmp_path, "can't be read: it is a folder, expected a regular file")
 
 
 HEADERS = {
