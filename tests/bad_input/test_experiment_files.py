@@ -51,7 +51,7 @@ def test_a_file_that_is_not_there_is_answered_with_the_nearest(kdbench: Kdbench)
 
 def test_a_folder_is_no_experiment(kdbench: Kdbench) -> None:
     Path("folder").mkdir()
-    assert_mistake(kdbench("run", "folder"), "folder: can't be read", "Is a directory")
+    assert_mistake(kdbench("run", "folder"), "folder: can't be read: it is a folder, expected a regular file")
 
 
 def test_anchors_and_merged_keys_are_read(tmp_path: Path) -> None:
