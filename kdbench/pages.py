@@ -44,6 +44,7 @@ _ALSO = {
     "data": "Also: your own function that returns a kdbench.data.sources.Source, by dotted path `package.module:function`.",
     "models": "Also: any name that timm knows, such as resnet18, and any nn.Module by dotted path `package.module:Class`.",
 }
+LARGEST_SIDE = 4096  # of an image of `taps`, and its most channels
 _TOLD_BY_THE_DATA = ("num_classes", "in_channels")  # a model's arguments that are no options
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
@@ -385,7 +386,9 @@ def image_shape(text: str) -> tuple[int, int, int]:
     """`3x32x32` as channels, height and width. Raises UserError for anything else."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
-        raise UserError(f"--image {text}: expected CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+        raise UserError(f"--image {text:.80}: expected CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+    if any(len(number) > 4 or int(number) > LARGEST_SIDE for number in match.groups()):
+        raise UserError(f"--image {text:.80}: expected at most {LARGEST_SIDE} channels, and as many pixels a side")
     channels, height, width = map(int, match.groups())
     return channels, height, width
 

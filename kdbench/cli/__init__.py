@@ -32,6 +32,7 @@ from kdbench.cli.options import (
     Teacher,
     TrustCode,
     example,
+    within,
 )
 from kdbench.cli.results import chosen, recommend, results_app, verify
 from kdbench.credentials import keep_out_of_logs, without_secrets
@@ -259,7 +260,7 @@ def leaderboard(
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the report to this machine's browsers; it renews itself as results arrive.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes any that is free.")] = 8230,
+    port: Annotated[int, typer.Option(callback=within(0, 65_535), help="Of --serve; 0 takes any that is free.")] = 8230,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
     from kdbench.results.filters import check_method
@@ -383,7 +384,7 @@ def show(
 def taps(
     model: Annotated[str, typer.Argument(help="A model of `kdbench list models` or of timm, or package.module:Class.", show_default=False)],
     image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image.")] = "3x32x32",
-    classes: Annotated[int, typer.Option(min=1, help="Classes that the model tells apart.")] = 100,
+    classes: Annotated[int, typer.Option(callback=within(1, 100_000), help="Classes that the model tells apart.")] = 100,
     all_: Annotated[bool, typer.Option("--all", help="Every module, not only those with an alias such as stage:-1.")] = False,
     trust_code: TrustCode = False,
 ) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kdbench.cli.options import ExperimentFile, Overrides, Results, TrustCode, example
+from kdbench.cli.options import ExperimentFile, Overrides, Results, TrustCode, example, within
 
 cache_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="The teacher's outputs, kept for all trainings: see, build, verify, prune."
@@ -55,10 +55,11 @@ def cache_verify(
 @cache_app.command("prune", epilog=example("cache prune --older-than 30 --dry-run"))
 def cache_prune(
     older_than: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Also what was not used for so long.", show_default=False)
+        float | None, typer.Option(metavar="DAYS", callback=within(0, 1e6), help="Also what was not used for so long.", show_default=False)
     ] = None,
     keep_gb: Annotated[
-        float | None, typer.Option(min=0, help="Also the least recently used, until no more than this is left.", show_default=False)
+        float | None,
+        typer.Option(callback=within(0, 1e9), help="Also the least recently used, until no more than this is left.", show_default=False),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     results: Results = None,

@@ -1,9 +1,12 @@
 """Options that several commands take, and how an example is shown below a command's help."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kdbench.errors import UserError
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -55,6 +58,17 @@ TrustCode = Annotated[
         help="Import and call every name that the file or the records give, also of installed packages.",
     ),
 ]
+
+
+def within(low: float, high: float) -> Callable[[typer.CallbackParam, float | None], float | None]:
+    """A callback for an option with a number: refuses what is outside low .. high, and nan, in one line."""
+
+    def check(param: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{param.opts[0]} {value:.12g}: expected a number from {low:,.12g} to {high:,.12g}")
+        return value
+
+    return check
 
 
 def example(command: str) -> str:

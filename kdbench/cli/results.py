@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kdbench.cli.options import Data, OfExperiment, Results, Student, Task, Teacher, TrustCode, example
+from kdbench.cli.options import Data, OfExperiment, Results, Student, Task, Teacher, TrustCode, example, within
 
 results_app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +24,10 @@ def recommend(
     min_gain: Annotated[
         float | None,
         typer.Option(
-            metavar="POINTS", help="Only methods with at least so many points over `none` of the same student.", show_default=False
+            metavar="POINTS",
+            callback=within(-1e6, 1e6),
+            help="Only methods with at least so many points over `none` of the same student.",
+            show_default=False,
         ),
     ] = None,
     latency: Annotated[
@@ -35,7 +38,8 @@ def recommend(
     ] = None,
     params: Annotated[str | None, typer.Option(metavar="COUNT", help="Of the student, at most: 250k, 1M.", show_default=False)] = None,
     hours: Annotated[
-        float | None, typer.Option(min=0, help="Device-hours for one tuned student, its search included, at most.", show_default=False)
+        float | None,
+        typer.Option(callback=within(0, 1e9), help="Device-hours for one tuned student, its search included, at most.", show_default=False),
     ] = None,
     task: Task = None,
     data: Data = None,

@@ -15,6 +15,7 @@ from kdbench.results.leaderboard import Board, Row
 from kdbench.results.record import RunRecord
 from kdbench.results.stats import paired_difference
 
+LARGEST = 1e15  # of a limit; no network has more parameters, and none takes as many milliseconds
 SURE = 0.975  # what a 95% interval's lower end stands for
 COSTS: Mapping[str, str] = {"latency_ms_p50": "ms", "params_count": "parameters", "device_hours": "device-hours"}
 _MILLISECONDS = {"": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3}
@@ -202,19 +203,22 @@ def _notes(boards: Sequence[Board], judged: Sequence[Option], fitting: Sequence[
 
 def milliseconds(text: str) -> float:
     """`5ms`, `0.005s`, `800us` or `5` in milliseconds. Raises UserError for anything else."""
-    return _measure(text, _MILLISECONDS, "--latency", "a time such as 5ms, 800us or 0.005s")
+    return _measure(text, _MILLISECONDS, "--latency", "a time such as 5ms, 800us or 0.005s", "ms")
 
 
 def parameter_count(text: str) -> float:
     """`250k`, `1M`, `1.5G` or a plain number. Raises UserError for anything else."""
-    return _measure(text, _COUNTS, "--params", "a count such as 250k, 1M or 24100")
+    return _measure(text, _COUNTS, "--params", "a count such as 250k, 1M or 24100", "parameters")
 
 
-def _measure(text: str, units: Mapping[str, float], option: str, expected: str) -> float:
+def _measure(text: str, units: Mapping[str, float], option: str, expected: str, unit: str) -> float:
     parts = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if parts is None or parts[2].lower() not in units or float(parts[1]) == 0:
-        raise UserError(f"{option} {text}: expected {expected}")
-    return float(parts[1]) * units[parts[2].lower()]
+        raise UserError(f"{option} {text:.80}: expected {expected}")
+    value = float(parts[1]) * units[parts[2].lower()]
+    if value > LARGEST:
+        raise UserError(f"{option} {text:.80}: expected {expected}, and no more than {LARGEST:g} {unit}")
+    return value
 
 
 # --- as data ---------------------------------------------------------------------------------------------------------
