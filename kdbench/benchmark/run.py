@@ -111,9 +111,13 @@ def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
 def check(experiment: Experiment, ledger: Ledger) -> None:
     """Everything that can be known to be wrong before the first step. Raises UserError."""
     check_fits_here(experiment.runtime)
-    check_plan(experiment, build_task(experiment.task))
+    task = build_task(experiment.task)
+    check_plan(experiment, task)
     if experiment.teacher is not None and isinstance(experiment.teacher.weights, Path):
         local_path(experiment.teacher.weights, "teacher.weights")
+    with torch.random.fork_rng(devices=[]):
+        for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
+            task.build_model(model)
     ledger.store.check_writable()  # last: it makes the folder, of which nothing should be left where the experiment is wrong
 
 

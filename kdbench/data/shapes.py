@@ -18,6 +18,7 @@ from kdbench.data.batch import Part
 from kdbench.data.options import Seed
 from kdbench.data.sources import Source
 from kdbench.data.views import IGNORED
+from kdbench.errors import UserError
 
 KINDS = ("circle", "square", "triangle", "cross", "ring")  # class k of a mask is KINDS[k - 1]; 0 is the ground
 COLOURS = {
@@ -31,6 +32,8 @@ COLOURS = {
 KEYPOINTS = 5  # the centre, then up to four corners or tips, clockwise from the top
 
 MOST_IMAGES = 1_000_000  # test image j is drawn as image MOST_IMAGES + j, so that it stays the same whatever the training set's size
+_MOST_BYTES = 32e9  # of all pictures and masks, which lie in memory
+_PIXEL_BYTES = 4  # three colours and a class
 _MOST_OBJECTS = 3
 _TRIES = 8  # for a free place, before an object is left out
 _RADIUS = (0.14, 0.26)  # of an object's circumscribed circle, as a share of the image's side
@@ -115,7 +118,13 @@ def shapes(
     """`train` and `test` pictures of `size` x `size` pixels.
 
     mask: up to three objects a picture, one label per pixel, 0 is the ground. class: one object a picture, labels 0 .. 4.
+    Raises UserError for more pictures than fit in memory.
     """
+    if (nbytes := (train + test) * size * size * _PIXEL_BYTES) > _MOST_BYTES:
+        raise UserError(
+            f"data shapes: {train + test} images of {size}x{size} take {nbytes / 1e9:.0f} GB; lower train, test or size, "
+            f"to at most {_MOST_BYTES / 1e9:.0f} GB"
+        )
     most = _MOST_OBJECTS if target == "mask" else 1
     parts = [_part(seed, range(first, first + count), size, most, target) for first, count in ((0, train), (MOST_IMAGES, test))]
     mean, std = _statistics(parts[0])

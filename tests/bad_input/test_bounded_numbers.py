@@ -167,7 +167,10 @@ def test_a_name_that_can_not_be_part_of_a_files_name_or_shown_is_refused(kdbench
 
 @pytest.mark.parametrize(
     ("key", "text"),
-    [("methods.0.label", 'methods: [{name: none, label: "a\\ud800"}]'), ("students.0.label", 'students: [{name: tiny_cnn, label: "\\udfff"}]')],
+    [
+        ("methods.0.label", 'methods: [{name: none, label: "a\\ud800"}]'),
+        ("students.0.label", 'students: [{name: tiny_cnn, label: "\\udfff"}]'),
+    ],
 )
 def test_a_label_with_half_a_character_is_refused(kdbench: Kdbench, key: str, text: str) -> None:
     write({key.partition(".")[0]: None})
@@ -249,7 +252,9 @@ def test_a_path_need_not_be_there_to_be_a_path(tmp_path: Path, monkeypatch: pyte
 def test_student_weights_below_the_home_folder_are_found(kdbench: Kdbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "broken.safetensors").write_bytes(b"x")
-    assert_refused(run(kdbench, {"students": [{"name": "tiny_cnn", "weights": "~/broken.safetensors"}]}), str(tmp_path / "broken.safetensors"))
+    assert_refused(
+        run(kdbench, {"students": [{"name": "tiny_cnn", "weights": "~/broken.safetensors"}]}), str(tmp_path / "broken.safetensors")
+    )
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
