@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from kdbench.benchmark import pair as pairs
 from kdbench.benchmark.cache import cache_spec
 from kdbench.benchmark.ledger import Ledger
-from kdbench.benchmark.pair import axes_of
+from kdbench.benchmark.pair import PairWork, axes_of
 from kdbench.benchmark.run import _pairs, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.data import image_folder, sources
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
+from kdbench.methods.build import fitted
 from kdbench.methods.kd import KD
 from kdbench.models.build import ModelSpec
 from kdbench.results.leaderboard import boards
@@ -403,3 +405,20 @@ def test_a_memory_of_files_that_was_damaged_is_made_anew() -> None:
     for kept in Path("cache/kdbench/content").iterdir():
         kept.write_text('{"red": 3}')
     assert image_folder.image_folder(Path("pictures"), size=16).sha256 == first
+
+
+def test_finals_are_planned_from_one_unit_and_have_the_keys_of_units_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of 1000 seeds fits each method to the pair once."""
+    asked = experiment(WITHOUT_SEARCH | {"seeds": 1000})
+    ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
+    (pair,), _ = _pairs(asked, ledger, may_train=True)
+    spec = asked.methods[1]
+    wanted = {pair.unit(spec, "final", {}, seed).key: seed for seed in (0, 1, 999)}
+    fits = []
+    monkeypatch.setattr(pairs, "fitted", lambda spec, *others, **more: fits.append(spec.label) or fitted(spec, *others, **more))
+    work = PairWork(pair, ledger, search_only=False)
+    assert sorted(fits) == sorted(method.label for method in asked.methods)
+    finals = next(contender for contender in work.contenders if contender.spec == spec).finals
+    assert finals is not None
+    assert len(finals) == 1000
+    assert {key: finals[key].seed for key in wanted} == wanted
