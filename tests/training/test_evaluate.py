@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
-from torch import nn
+from torch import Tensor, nn
 
 from kdbench.data.batch import Part
 from kdbench.experiment import Unit
@@ -16,6 +17,7 @@ from kdbench.training.checkpoint import unpack_predictions
 from kdbench.training.evaluate import predict
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
+from tests.training.alike import AlikeSession
 from tests.training.gloo import free_port, joined
 from tests.training.units import layout, unit
 
@@ -33,6 +35,30 @@ def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was() -
     with torch.no_grad():
         right = torch.cat([model.eval()(part / 255) for part in images.split(4)])
     torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize(("samples", "workers"), [(7, 3), (6, 3), (5, 2), (1, 2)])
+def test_workers_share_out_the_samples_and_join_what_they_predict_in_the_order_of_the_part(samples: int, workers: int) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Flatten(2)).double()
+    part = Part(torch.randint(256, (samples, 1, 2, 2), dtype=torch.uint8), torch.zeros(samples), torch.arange(samples))
+    alone = predict(model, part, LocalSession(device=CPU), "fp64")
+    shares: list[Tensor] = []
+    for rank in range(workers):
+        session = AlikeSession(workers, rank)
+        session.gather = lambda rows, workers=workers: shares.append(rows) or torch.cat([rows] * workers)
+        predict(model, part, session, "fp64")
+    assert [len(share) for share in shares] == [math.ceil(samples / workers)] * workers
+    for rank in range(workers):
+        session = AlikeSession(workers, rank)
+        session.gather = lambda rows: torch.cat(shares)
+        torch.testing.assert_close(predict(model, part, session, "fp64"), alone)
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("fp64", torch.float64), ("bf16", torch.float32), ("fp32", torch.float32)])
+def test_predictions_are_float32_or_wider(precision: str, kept: torch.dtype) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).to(torch.float64 if precision == "fp64" else torch.float32)
+    part = Part(torch.randint(256, (2, 1, 2, 2), dtype=torch.uint8), torch.zeros(2), torch.arange(2))
+    assert predict(model, part, LocalSession(device=CPU), precision).dtype == kept
 
 
 def worker(rank: int, port: int, text: str, folder: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import accumulate, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +17,17 @@ from kdbench.data.batch import Batch
 from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit
 from kdbench.tasks.build import build_task
+from kdbench.tasks.classification import Classification
 from kdbench.tasks.segmentation import Segmentation
+from kdbench.training import loop
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
-from kdbench.training.loop import fit, prepare, train_step
+from kdbench.training.loop import close_epoch, fit, mean_losses, prepare, share_buffers, train_epoch, train_step
 from kdbench.training.outcome import rederive
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher
 from kdbench.training.work import attempt
-from tests.training.units import killed_and_continued, layout, pixel_unit, saved_teacher, unit, with_cache
+from tests.training.alike import AlikeSession
+from tests.training.units import Killed, killed_and_continued, layout, pixel_unit, saved_teacher, unit, with_cache
 
 
 def weights_of(folder: Path, of: Unit) -> dict[str, torch.Tensor]:
@@ -85,8 +90,6 @@ def test_the_teacher_is_bit_equal_after_training(tmp_path: Path) -> None:
     run = prepare(unit("kd", saved_teacher(tmp_path)), LocalSession())
     assert isinstance(run.teacher, LiveTeacher)
     before = {name: tensor.clone() for name, tensor in run.teacher.model.state_dict().items()}
-    from kdbench.training.loop import train_epoch
-
     train_epoch(run, 0)
     assert_equal_weights(before, run.teacher.model.state_dict())
     assert not run.teacher.model.training
@@ -238,3 +241,117 @@ def test_gradients_are_clipped_at_their_own_size_and_not_at_that_of_the_scaled_l
     # weights are at most 1 and rounded to float32 once: so much of a step of 0.01 may be lost in each of them
     lost = torch.finfo(torch.float32).eps / 2 * sum(step.numel() for step in steps) ** 0.5
     assert size == pytest.approx(0.01, abs=lost + 0.01 * 1e-3)
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, durations: Iterable[float]) -> None:
+    """Each look of the loop at its clock is so many seconds after the look before: as an epoch begins, after each step, and twice at its end."""
+    moments = accumulate(durations)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+
+
+def test_a_training_keeps_its_state_when_so_many_seconds_have_passed_and_not_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocked(monkeypatch, repeat(1.0))  # 5 seconds for the steps of an epoch, 1 for its end
+    session = AlikeSession(1)
+    record = fit(unit(role="trial", number=0, checkpoint_seconds=2), session, layout(tmp_path))
+    assert [(kept["epoch"], kept["step"]) for _, kept in session.kept] == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4)]
+    for name in ("seconds", "device_seconds", "kept_at"):
+        assert [kept[name] for _, kept in session.kept] == [2, 4, 6, 8, 10], name
+    assert [row["seconds"] for row in record.curve] == [6, 12]
+    assert record.train_seconds == 12
+    assert session.clocks == 0
+
+
+def test_several_workers_compare_their_clocks_when_a_checkpoint_may_be_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [1, 0.5, 0.25, 0.25, *[0.5] * 12, *[0.25] * 7, 2, *[0.5] * 6]  # 4 seconds have passed after steps 8 and 16, and in step 25
+    clocked(monkeypatch, [0, *steps, 0, 0])
+    session = AlikeSession(2)
+    recipe = {"epochs": 1, "batch_size": 10}
+    fit(unit(role="trial", number=0, checkpoint_seconds=4, workers=2, recipe=recipe), session, layout(tmp_path))
+    # they compare them after steps 1, 4, 8, 16, 24 and 25: each time when it is due if steps go on to take what they took so far
+    assert [(kept["step"], clocks) for clocks, kept in session.kept] == [(8, 3), (16, 4), (25, 6)]
+    assert session.clocks == 6
+    for _, kept in session.kept:
+        assert kept["device_seconds"] == 2 * kept["seconds"]
+
+
+def test_the_losses_of_a_checkpoint_and_of_an_epoch_are_the_mean_over_the_workers(tmp_path: Path) -> None:
+    one, two = AlikeSession(2), AlikeSession(2, others=lambda rows: 3 * rows)
+    asked = unit(role="trial", number=0, checkpoint_seconds=0, workers=2, recipe={"epochs": 1})
+    a, b = (fit(asked, session, layout(tmp_path)).curve[0] for session in (one, two))
+    assert len(one.kept) == len(two.kept) == 4
+    for (_, kept), (_, tripled) in zip(one.kept, two.kept, strict=True):
+        torch.testing.assert_close(tripled["sums"], 2 * kept["sums"])
+    for name in ("train_total", "train_cross_entropy"):
+        assert b[name] == pytest.approx(2 * a[name])
+
+
+def test_an_epochs_loss_is_the_mean_of_its_steps_losses() -> None:
+    run = prepare(unit(), LocalSession())
+    total = 0.0
+    for batch in run.loader.batches(0):
+        losses = train_step(run, batch)
+        total += losses[run.terms.index("total")].item()
+        run.sums = losses if run.sums is None else run.sums + losses
+        run.step += 1
+    assert run.step == 5
+    assert mean_losses(run)["train_total"] == pytest.approx(total / 5)
+
+
+@pytest.mark.parametrize(("rank", "added"), [(0, 0), (1, 1)])
+def test_all_workers_measure_with_the_batch_statistics_of_the_first(rank: int, added: int) -> None:
+    session = AlikeSession(2, rank, others=lambda rows: rows + 1)
+    run = prepare(unit(student={"name": "tiny_cnn", "width": 4}, workers=2), session)
+    before = {name: buffer.clone() for name, buffer in run.distiller.student.named_buffers()}
+    share_buffers(run)
+    after = dict(run.distiller.student.named_buffers())
+    assert any(name.endswith("running_mean") for name in before)
+    for name, buffer in before.items():
+        assert torch.equal(after[name], buffer + added), name
+
+
+def test_a_record_says_how_many_workers_took_part_and_each_resumption_where_it_goes_on(tmp_path: Path) -> None:
+    asked, checkpoint = unit(role="trial", number=0, checkpoint_seconds=0, workers={"min": 1, "max": 2}), tmp_path / "checkpoint.pt"
+    places: list[str] = []
+
+    def dying(world_size: int, reports: int) -> AlikeSession:
+        session = AlikeSession(world_size, checkpoint=checkpoint)
+        session.places = places
+        session.on_resume = places.append
+
+        def report(metrics: Mapping[str, float], state: Callable[[], dict] | None) -> None:
+            AlikeSession.report(session, metrics, state)
+            if state is not None and len(session.kept) == reports:
+                raise Killed
+
+        session.report = report
+        return session
+
+    for world_size in (1, 2, 2):
+        with pytest.raises(Killed):
+            fit(asked, dying(world_size, 2), layout(tmp_path))
+    record = fit(asked, dying(1, 99), layout(tmp_path))
+    assert places == [
+        "epoch 1 of 2, step 3 of 5, with 2 workers instead of 1",
+        "epoch 1 of 2, step 5 of 5",
+        "epoch 2 of 2, step 2 of 5, with 1 worker instead of 2",
+    ]
+    assert record.worker_counts == [1, 2, 1]
+
+
+def test_a_best_weight_of_a_cost_is_that_of_the_lowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of two equal epochs the first one's."""
+    costs = iter([3.0, 2.0, 2.0, 2.5])
+    monkeypatch.setattr(Classification, "higher_is_better", False)
+    run = prepare(unit(recipe={"epochs": 4, "weights": "best"}), LocalSession())
+    monkeypatch.setattr(Classification, "metrics", lambda task, prediction, target: {task.primary: next(costs)})
+    found = []
+    for epoch in range(4):
+        train_epoch(run, epoch)
+        close_epoch(run)
+        found.append({name: tensor.clone() for name, tensor in run.distiller.student.state_dict().items()})
+    assert run.best is not None
+    assert run.best_value == -2
+    assert_equal_weights(run.best, found[1])
+    assert not torch.equal(found[1]["head.weight"], found[2]["head.weight"])

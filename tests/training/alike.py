@@ -1,0 +1,38 @@
+"""Several workers without other processes: what a test needs that looks at one worker's decisions, or that says what the others have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdbench.training.session import LocalSession, State
+
+
+class AlikeSession(LocalSession):
+    """One of `world_size` workers. `others` makes another worker's rows of this one's; by default all have the same."""
+
+    def __init__(
+        self,
+        world_size: int,
+        rank: int = 0,
+        others: Callable[[Tensor], Tensor] = lambda rows: rows,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.places: list[str] = []
+        super().__init__(checkpoint, on_resume=self.places.append, device=torch.device("cpu"), threads=1)
+        self.world_size, self.rank, self.others = world_size, rank, others
+        self.clocks = 0  # how often the workers compared their clocks
+        self.kept: list[tuple[int, dict[str, Any]]] = []  # for each checkpoint, how often that was, and the training's progress
+
+    def gather(self, rows: Tensor) -> Tensor:
+        self.clocks += rows.shape == (1,) and rows.dtype == torch.float64
+        return torch.cat([rows if rank == self.rank else self.others(rows) for rank in range(self.world_size)])
+
+    def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
+        if state is not None:
+            self.kept.append((self.clocks, state()["progress"]))
+        super().report(metrics, state)
