@@ -244,7 +244,7 @@ def test_gradients_are_clipped_at_their_own_size_and_not_at_that_of_the_scaled_l
 
 
 def clocked(monkeypatch: pytest.MonkeyPatch, durations: Iterable[float]) -> None:
-    """Each look of the loop at its clock is so many seconds after the look before: as an epoch begins, after each step, and twice at its end."""
+    """The loop looks at its clock as an epoch begins, after each step and twice at its end: each time so many seconds after the last."""
     moments = accumulate(durations)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(moments)))
 
