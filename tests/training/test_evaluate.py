@@ -37,20 +37,28 @@ def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was() -
     torch.testing.assert_close(found, right)
 
 
+class SharingSession(AlikeSession):
+    """Keeps what this worker hands over; receives `everyones` rows once they are known."""
+
+    own: Tensor
+    everyones: Tensor | None = None
+
+    def gather(self, rows: Tensor) -> Tensor:
+        self.own = rows
+        return super().gather(rows) if self.everyones is None else self.everyones
+
+
 @pytest.mark.parametrize(("samples", "workers"), [(7, 3), (6, 3), (5, 2), (1, 2)])
 def test_workers_share_out_the_samples_and_join_what_they_predict_in_the_order_of_the_part(samples: int, workers: int) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Flatten(2)).double()
     part = Part(torch.randint(256, (samples, 1, 2, 2), dtype=torch.uint8), torch.zeros(samples), torch.arange(samples))
     alone = predict(model, part, LocalSession(device=CPU), "fp64")
-    shares: list[Tensor] = []
-    for rank in range(workers):
-        session = AlikeSession(workers, rank)
-        session.gather = lambda rows, workers=workers: shares.append(rows) or torch.cat([rows] * workers)
+    sessions = [SharingSession(workers, rank) for rank in range(workers)]
+    for session in sessions:
         predict(model, part, session, "fp64")
-    assert [len(share) for share in shares] == [math.ceil(samples / workers)] * workers
-    for rank in range(workers):
-        session = AlikeSession(workers, rank)
-        session.gather = lambda rows: torch.cat(shares)
+    assert [len(session.own) for session in sessions] == [math.ceil(samples / workers)] * workers
+    for session in sessions:
+        session.everyones = torch.cat([each.own for each in sessions])
         torch.testing.assert_close(predict(model, part, session, "fp64"), alone)
 
 

@@ -23,7 +23,7 @@ from kdbench.training import loop
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.loop import close_epoch, fit, mean_losses, prepare, share_buffers, train_epoch, train_step
 from kdbench.training.outcome import rederive
-from kdbench.training.session import LocalSession
+from kdbench.training.session import LocalSession, State
 from kdbench.training.teacher import LiveTeacher
 from kdbench.training.work import attempt
 from tests.training.alike import AlikeSession
@@ -311,28 +311,28 @@ def test_all_workers_measure_with_the_batch_statistics_of_the_first(rank: int, a
         assert torch.equal(after[name], buffer + added), name
 
 
+class DyingAlikeSession(AlikeSession):
+    """Dies right after it has kept a training's state for the `kill_after`-th time."""
+
+    kill_after = 0
+
+    def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
+        super().report(metrics, state)
+        if state is not None and len(self.kept) == self.kill_after:
+            raise Killed
+
+
 def test_a_record_says_how_many_workers_took_part_and_each_resumption_where_it_goes_on(tmp_path: Path) -> None:
-    asked, checkpoint = unit(role="trial", number=0, checkpoint_seconds=0, workers={"min": 1, "max": 2}), tmp_path / "checkpoint.pt"
-    places: list[str] = []
-
-    def dying(world_size: int, reports: int) -> AlikeSession:
-        session = AlikeSession(world_size, checkpoint=checkpoint)
-        session.places = places
-        session.on_resume = places.append
-
-        def report(metrics: Mapping[str, float], state: Callable[[], dict] | None) -> None:
-            AlikeSession.report(session, metrics, state)
-            if state is not None and len(session.kept) == reports:
-                raise Killed
-
-        session.report = report
-        return session
-
+    asked, places = unit(role="trial", number=0, checkpoint_seconds=0, workers={"min": 1, "max": 2}), []
     for world_size in (1, 2, 2):
+        session = DyingAlikeSession(world_size, checkpoint=tmp_path / "checkpoint.pt")
+        session.kill_after = 2
         with pytest.raises(Killed):
-            fit(asked, dying(world_size, 2), layout(tmp_path))
-    record = fit(asked, dying(1, 99), layout(tmp_path))
-    assert places == [
+            fit(asked, session, layout(tmp_path))
+        places += session.places
+    session = DyingAlikeSession(1, checkpoint=tmp_path / "checkpoint.pt")
+    record = fit(asked, session, layout(tmp_path))
+    assert places + session.places == [
         "epoch 1 of 2, step 3 of 5, with 2 workers instead of 1",
         "epoch 1 of 2, step 5 of 5",
         "epoch 2 of 2, step 2 of 5, with 1 worker instead of 2",
@@ -340,7 +340,7 @@ def test_a_record_says_how_many_workers_took_part_and_each_resumption_where_it_g
     assert record.worker_counts == [1, 2, 1]
 
 
-def test_a_best_weight_of_a_cost_is_that_of_the_lowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_less_is_better_the_best_weights_are_those_of_the_lowest_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And of two equal epochs the first one's."""
     costs = iter([3.0, 2.0, 2.0, 2.5])
     monkeypatch.setattr(Classification, "higher_is_better", False)
