@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdbench.training.session import LocalSession, State
 
@@ -26,7 +27,12 @@ class AlikeSession(LocalSession):
         super().__init__(checkpoint, on_resume=self.places.append, device=torch.device("cpu"), threads=1)
         self.world_size, self.rank, self.others = world_size, rank, others
         self.clocks = 0  # how often the workers compared their clocks
+        self.alone = 0  # how often a backward pass was not to exchange gradients
         self.kept: list[tuple[int, dict[str, Any]]] = []  # for each checkpoint, how often that was, and the training's progress
+
+    def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
+        self.alone += 1
+        return super().without_exchange(module)
 
     def gather(self, rows: Tensor) -> Tensor:
         self.clocks += rows.shape == (1,) and rows.dtype == torch.float64

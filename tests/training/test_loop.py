@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, repeat
 from pathlib import Path
@@ -11,11 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit
+from kdbench.methods.base import ANY_TASK, Method, OwnOptimizer, Paper, Progress
+from kdbench.models.outputs import Outputs, Shapes
+from kdbench.tasks.base import TaskInfo
 from kdbench.tasks.build import build_task
 from kdbench.tasks.classification import Classification
 from kdbench.tasks.segmentation import Segmentation
@@ -355,3 +359,88 @@ def test_where_less_is_better_the_best_weights_are_those_of_the_lowest_value(tmp
     assert run.best_value == -2
     assert_equal_weights(run.best, found[1])
     assert not torch.equal(found[1]["head.weight"], found[2]["head.weight"])
+
+
+class Apart(Method):
+    """Has a part with a learning rate of its own, and remembers how far the training was."""
+
+    paper = Paper("a method of the tests")
+    tasks = ANY_TASK
+    needs_teacher = False
+
+    def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
+        self.part = nn.Linear(1, 1)
+        self.seen: list[Progress] = []
+
+    def own_optimizers(self) -> list[OwnOptimizer]:
+        return [OwnOptimizer(self.part, {"lr": 0.5})]
+
+    def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
+        self.seen.append(at)
+        return {"apart": self.part.weight.square().sum()}
+
+
+def test_a_method_is_told_how_far_the_training_is_and_its_own_optimizer_follows_the_schedule() -> None:
+    run = prepare(unit("tests.training.test_loop:Apart", recipe={"epochs": 3, "schedule": "step"}), LocalSession())
+    rates = []
+    for epoch in range(3):
+        for batch in run.loader.batches(epoch):
+            train_step(run, batch)
+            run.step += 1
+            rates.append([optimizer.param_groups[0]["lr"] for optimizer in run.optimizers])
+        run.sums = torch.zeros(len(run.terms))
+        assert close_epoch(run)["lr"] == rates[-1][0]
+    seen = run.distiller.method.seen
+    assert [(at.epoch, at.step, at.total_steps) for at in seen] == [(pytest.approx(step / 5), step, 15) for step in range(15)]
+    factors = [1] * 5 + [0.1] * 5 + [0.01] * 5
+    assert [rate for pair in rates for rate in pair] == pytest.approx([rate * factor for factor in factors for rate in (0.1, 0.5)])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32)])
+def test_the_weights_of_a_method_are_float32_or_wider(precision: str, dtype: torch.dtype) -> None:
+    run = prepare(unit("tests.training.test_loop:Apart", recipe={"precision": precision}), LocalSession())
+    assert {weight.dtype for weight in run.distiller.parameters()} == {dtype}
+
+
+def test_a_teacher_learns_from_the_training_part_and_sees_a_new_view_each_epoch_a_student_as_many_as_are_cached() -> None:
+    recipe = {"augment": {"crop": 2}, "views": 2}
+    teacher, student = (prepare(unit(role=role, recipe=recipe), LocalSession()).loader for role in ("teacher", "final"))
+    splits = build_task(unit().task).splits()
+    assert (len(teacher.part), len(student.part)) == (len(splits.train), len(splits.transfer))
+    assert len(splits.train) != len(splits.transfer) == 300
+    assert [teacher.view(epoch) for epoch in range(4)] == [0, 1, 2, 3]
+    assert [student.view(epoch) for epoch in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_workers_with_unequal_shares_of_a_batch_give_its_loss_as_their_mean(accumulate: int) -> None:
+    recipe = {"precision": "fp64", "batch_size": 25, "accumulate": accumulate}
+    alone = prepare(unit(recipe=recipe | {"accumulate": 1}), LocalSession())
+    whole = train_step(alone, next(iter(alone.loader.batches(0))))
+    losses = []
+    for rank in range(2):
+        session = AlikeSession(2, rank)
+        run = prepare(unit(recipe=recipe, workers={"max": 2}), session)
+        assert run.loader.shares == (12, 13)
+        losses.append(train_step(run, next(iter(run.loader.batches(0)))))
+        assert session.alone == accumulate - 1  # gradients are exchanged in the last backward pass of a step
+    torch.testing.assert_close(torch.stack(losses).mean(0), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counted", [[], [(0, 0, 0)], [(0, 3, 3), (7, 0, 0), (7, 0, 1), (7, 0, 2)]])
+def test_micro_batches_of_few_labelled_pixels_or_none_count_as_in_the_whole_batch(tmp_path: Path, counted: list[tuple[int, ...]]) -> None:
+    found = []
+    for pieces in (1, 3):
+        run = prepare(pixel_unit("none", tmp_path, accumulate=pieces), LocalSession())
+        batch = next(iter(run.loader.batches(0)))
+        target = torch.full_like(batch.target, 255)
+        for place in counted:
+            target[place] = 1
+        found.append(train_step(run, replace(batch, target=target)))
+    assert torch.isfinite(found[0]).all()
+    assert bool(found[0].any()) == bool(counted)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_coupled_loss_takes_whole_batches() -> None:
+    assert prepare(unit("tf_nkd"), LocalSession()).distiller.method.batch_coupled
