@@ -372,8 +372,8 @@ class Apart(Method):
         self.part = nn.Linear(1, 1)
         self.seen: list[Progress] = []
 
-    def own_optimizers(self) -> list[OwnOptimizer]:
-        return [OwnOptimizer(self.part, {"lr": 0.5})]
+    def own_optimizers(self) -> tuple[OwnOptimizer, ...]:
+        return (OwnOptimizer(self.part, {"lr": 0.5}),)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         self.seen.append(at)
