@@ -24,7 +24,8 @@ from kdbench.benchmark.watch import Unwatched
 from kdbench.data import image_folder, sources
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
-from kdbench.methods.build import fitted
+from kdbench.methods.base import Method
+from kdbench.methods.build import MethodSpec, fitted
 from kdbench.methods.kd import KD
 from kdbench.models.build import ModelSpec
 from kdbench.results.leaderboard import boards
@@ -414,8 +415,13 @@ def test_finals_are_planned_from_one_unit_and_have_the_keys_of_units_made_one_by
     (pair,), _ = _pairs(asked, ledger, may_train=True)
     spec = asked.methods[1]
     wanted = {pair.unit(spec, "final", {}, seed).key: seed for seed in (0, 1, 999)}
-    fits = []
-    monkeypatch.setattr(pairs, "fitted", lambda spec, *others, **more: fits.append(spec.label) or fitted(spec, *others, **more))
+    fits: list[str] = []
+
+    def noting(spec: MethodSpec, *others: Any, **more: Any) -> Method:
+        fits.append(spec.label)
+        return fitted(spec, *others, **more)
+
+    monkeypatch.setattr(pairs, "fitted", noting)
     work = PairWork(pair, ledger, search_only=False)
     assert sorted(fits) == sorted(method.label for method in asked.methods)
     finals = next(contender for contender in work.contenders if contender.spec == spec).finals
