@@ -39,6 +39,10 @@ class Diverged(RunFailed):
     """A loss or a metric became nan or infinite. The message says where."""
 
 
+class UnreadableFile(UserError):
+    """A file is there, and is not what belongs at its place. Readers of many files say so and leave it out."""
+
+
 class CodeRefused(UserError):
     """A name stands for code that may not be imported or called; see `kdbench.own_code`."""
 

@@ -15,13 +15,13 @@ from io import BytesIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdbench.errors import RunFailed
-from kdbench.results.record import all_from_table, record_schema
-from kdbench.results.record_files import COMPACTED, is_compacted, read_table
+from kdbench.errors import RunFailed, UnreadableFile, UserError
+from kdbench.results.parquet import FULL_ROWS as FULL_ROWS
+from kdbench.results.record import NewerRecord, all_from_table, record_schema
+from kdbench.results.record_files import COMPACTED, is_compacted, largest, odd_column, read_table
 from kdbench.results.seals import seal
-from kdbench.results.store import LAYOUT, ResultStore
+from kdbench.results.store import LAYOUT, ResultStore, leave_out
 
-FULL_ROWS = 20_000  # a file of so many is not made anew: what is written again at each compaction stays bounded
 _GROUP_ROWS = 2_000  # rows that are compressed together
 _JOINED = 256
 
@@ -38,8 +38,8 @@ class Compacted:
 def compact(store: ResultStore, progress: Callable[[int, int], None] = lambda done, total: None) -> Compacted:
     """Merge all files of one record, and compacted ones that are not full, into files of FULL_ROWS rows.
 
-    `progress` is told how many files of how many are done. Raises UserError where a file can't be read, and leaves it and what would
-    have been merged with it.
+    `progress` is told how many files of how many are done. A file that can't be read stays as it is, and a line says so. Raises
+    NewerRecord for a record of a newer kdbench.
     """
     done = _compacted(store, progress)
     seal(store, "results compact")
@@ -90,14 +90,21 @@ def _batches(store: ResultStore, paths: Sequence[str]) -> Iterator[tuple[list[st
 
 
 def _table(store: ResultStore, path: str) -> pa.Table | None:
-    """The whole of a file, which is read as records too: what is none must not be hidden among others."""
+    """The whole of a file, which is read as records too: what is none must not be hidden among others. None where it is none, or gone."""
     where = f"{store.location}/{path}"
     try:
-        table = read_table(store.files.read(path), where, "restore it from a copy; nothing was compacted with it")
+        table = read_table(store.files.read(path, largest(path)), where)
+        if odd := odd_column(table.schema):
+            raise UnreadableFile(f"{where} can't be compacted: {odd}")
+        if not is_compacted(path):
+            all_from_table(table, where)
     except FileNotFoundError:
         return None
-    if not is_compacted(path):
-        all_from_table(table, where)
+    except NewerRecord:
+        raise
+    except UserError as error:
+        leave_out(error)
+        return None
     return table
 
 
@@ -139,7 +146,7 @@ def _write(store: ResultStore, table: pa.Table) -> str:
     path = f"{LAYOUT}/{COMPACTED}{hashlib.sha256(content).hexdigest()[:32]}.parquet"
     with suppress(FileExistsError):  # named by its content: another compaction wrote the same, which is read back like one's own
         store.files.create(path, content)
-    back = read_table(store.files.read(path), path, "the files that it was made of are all there")
+    back = read_table(store.files.read(path, largest(path)), path)
     if not _same(back, table):
         raise RunFailed(f"{store.location}/{path} does not hold what was written to it; the files that it was made of are all there")
     return path

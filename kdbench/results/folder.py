@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from kdbench.bounded import open_regular
-from kdbench.errors import UserError, not_written, printable
+from kdbench.bounded import open_regular, read_file
+from kdbench.errors import UnreadableFile, UserError, not_written, printable
+from kdbench.results.object_store import LARGEST_FILE
+from kdbench.results.record_files import stands_for_records
 
 NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
@@ -86,22 +88,36 @@ class Folder:
         except OSError as error:
             raise self._explained(error, target) from error
 
-    def read(self, path: str) -> bytes:
-        """Raises FileNotFoundError."""
-        return (self.root / path).read_bytes()
+    def read(self, path: str, most: int = LARGEST_FILE) -> bytes:
+        """Raises FileNotFoundError, and UnreadableFile for anything but a regular file of at most `most` bytes. Nothing is waited for."""
+        place = self.root / path
+        try:
+            return read_file(place, most)
+        except FileNotFoundError:
+            if not place.is_symlink():
+                raise
+            reason = "it is a link to nothing"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        raise UnreadableFile(f"{place} can't be read: {reason}")
 
     def exists(self, path: str) -> bool:
         return (self.root / path).exists()
 
     def find(self, prefix: str) -> list[str]:
-        """The paths of all files in the folder `prefix`, in any order. Raises UserError where this is a file itself, or the root is."""
+        """The paths of all files in the folder `prefix`, in any order, and of folders where there should be a file of records.
+
+        Raises UserError where this is a file itself, or the root is.
+        """
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.name} is a file, expected a results folder")
         top = self.root / prefix
         if top.exists() and not top.is_dir():
             raise UserError(f"{top} is a file, expected a folder; restore the folder from a copy, or move the file away")
         start = len(str(self.root)) + 1
-        return [f"{parent}/{name}"[start:] for parent, _, names in os.walk(top) for name in names]
+        return [
+            f"{parent}/{name}"[start:] for parent, folders, names in os.walk(top) for name in (*names, *filter(stands_for_records, folders))
+        ]
 
     def remove(self, path: str, patient: bool = True) -> None:
         """No error where there is no such file."""

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from kdbench.errors import UserError, in_one_line
+from kdbench.errors import UnreadableFile, UserError
+from kdbench.results.parquet import EXPORTED, read_parquet
 from kdbench.results.record import CHECKSUM, RunRecord, from_table, plain_rows, row_checksum
+from kdbench.results.record_files import largest, read_table
 from kdbench.results.store import LISTINGS, ResultStore
-
-_MOST_COLUMNS = 500
 
 
 class CheckedRow(NamedTuple):
@@ -35,9 +34,12 @@ def checked_rows(store: ResultStore) -> Iterator[CheckedRow]:
         gone = False
         for path in paths:
             try:
-                content = store.files.read(path)
+                content = store.files.read(path, largest(path))
             except FileNotFoundError:  # a compaction has put its rows into another file, which is listed next
                 gone = True
+                continue
+            except UnreadableFile as error:
+                yield CheckedRow(path, problem=str(error))
                 continue
             yield from _checked(content, path)
         done.update(paths)
@@ -68,33 +70,13 @@ def checked_records(store: ResultStore) -> Iterator[tuple[str, RunRecord | None,
 
 def stored_rows(content: bytes, path: str) -> list[pa.Table]:
     """The rows of a file of records as they are stored, each a table. Raises UserError where it is no Parquet file."""
-    try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0].rstrip('.')})") from error
+    table = read_table(content, path)
     return [table.slice(number, 1) for number in range(table.num_rows)]
 
 
 def single_row(content: bytes, path: str) -> pa.Table:
-    """The one row of a record that somebody else wrote. Raises UserError where it is no such file.
-
-    All that the file declares is looked at before any of it is read: Parquet packs billions of rows into a few kilobytes.
-    """
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        declared = file.metadata
-        if declared.num_rows != 1:
-            raise UserError(f"{path} has {declared.num_rows} rows, expected one")
-        if declared.num_row_groups != 1 or declared.num_columns > _MOST_COLUMNS:
-            raise UserError(f"{path} has {declared.num_row_groups} row groups and {declared.num_columns} columns; no record has so many")
-        chunks = [declared.row_group(0).column(number) for number in range(declared.num_columns)]
-        if any(chunk.num_values != 1 or chunk.compression != "UNCOMPRESSED" for chunk in chunks):
-            raise UserError(f"{path} holds compressed or nested columns, which no exported record has")
-        if sum(chunk.total_uncompressed_size for chunk in chunks) > len(content):
-            raise UserError(f"{path} declares more bytes than it has")
-        return file.read(use_threads=False)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({in_one_line(error)})") from error
+    """The one row of a record that somebody else wrote. Raises UserError where it is no such file."""
+    return read_parquet(content, path, EXPORTED)
 
 
 def altered(row: pa.Table, path: str) -> str | None:

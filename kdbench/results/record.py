@@ -42,6 +42,10 @@ _PLAIN_TYPES = (
 )
 
 
+class NewerRecord(UserError):
+    """A record of a schema version that only a newer kdbench can read. Nothing is wrong with it."""
+
+
 class RunRecord(BaseModel):
     """One finished training. Metrics are in the unit that people print: accuracy and mIoU in percent, times in seconds, latency in ms."""
 
@@ -189,7 +193,7 @@ def row_checksum(row: Mapping[str, Any]) -> str:
 def from_table(table: pa.Table, source: str) -> RunRecord:
     """The record in a table of one row; a naive `created_at` was taken for UTC. `source` names the file in errors.
 
-    Raises UserError for a table of a newer schema version, and for one that is no record.
+    Raises NewerRecord for a table of a newer schema version, UserError for one that is no record.
     """
     if table.num_rows != 1 or "schema_version" not in table.column_names:
         raise UserError(
@@ -225,6 +229,8 @@ def partly_from_table(table: pa.Table) -> list[RunRecord]:
     """Records that have the columns of the table and no other fields, from rows that were whole records: reading 100,000 takes seconds.
 
     Asking such a record for a field that it was read without is an AttributeError.
+
+    Raises ValueError for a row that can't have been a whole record: a field is missing, or Python has no like of its value.
     """
     names = [name for name in table.column_names if name in RunRecord.model_fields]
     columns = [_values(name, table[name].to_pylist()) for name in names]
@@ -236,7 +242,10 @@ def _values(name: str, column: list[Any]) -> list[Any]:
     """A column as the field has it. Null, as where a file is older than the field, is the field's default."""
     if name in _structured_fields():
         column = [None if text is None else _structure(name, text) for text in column]
-    default = RunRecord.model_fields[name].get_default(call_default_factory=True, validated_data={})
+    field = RunRecord.model_fields[name]
+    if field.is_required() and None in column:
+        raise ValueError(f"a row has no {name}")
+    default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
     return column if default is None else [default if value is None else value for value in column]
 
 
@@ -265,7 +274,7 @@ def _record(row: dict[str, Any], source: str) -> RunRecord:
     if not isinstance(row["schema_version"], int):
         raise UserError(f"{source} is not a kdbench record: its schema version is {row['schema_version']!r}, no number; move it away")
     if row["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
+        raise NewerRecord(
             f"{source} has schema version {row['schema_version']}, this kdbench reads up to {SCHEMA_VERSION}: "
             "update kdbench (pip install -U kdbench)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -12,11 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdbench.errors import UserError
-from kdbench.results.record import SCHEMA_VERSION, RunRecord, all_from_table, from_table, partly_from_table
+from kdbench.errors import UnreadableFile, in_one_line
+from kdbench.results.archive import LARGEST_RECORD
+from kdbench.results.parquet import COMPACTED as MANY
+from kdbench.results.parquet import LARGEST_COMPACTED, SINGLE, read_parquet
+from kdbench.results.record import SCHEMA_VERSION, RunRecord, all_from_table, from_table, partly_from_table, record_schema
 
 _LATER = ("test_hash", "supersedes")
 COMPACTED = "compacted-"  # how the names of files of many records begin
+# What a record file is called, whatever a label is called. A folder of such a name stands where a record belongs.
+_RECORD_NAME = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}\.parquet|compacted-[0-9a-f]{32}\.parquet")
+
+
+_KEEP = "restore it from a copy: it holds many records"
+_AGAIN = "restore it from a copy, or delete it to have that training run again"
 
 
 class Identity(NamedTuple):
@@ -60,9 +70,11 @@ class OneRecord:
 
     def __init__(self, content: bytes, path: str) -> None:
         """Raises UserError where it is no readable record."""
-        self.record = from_table(read_table(content, path, "restore it from a copy, or delete it to have that training run again"), path)
-        moment = self.record.created_at.timestamp()
-        record = self.record
+        record = self.record = from_table(read_table(content, path), path)
+        try:
+            moment = record.created_at.timestamp()
+        except (ValueError, OverflowError) as error:
+            raise UnreadableFile(f"{path} is not a kdbench record: created_at: {in_one_line(error)}; move it away") from error
         self.identities = [
             Identity(
                 round(moment * 1e6),
@@ -87,11 +99,17 @@ class ManyRecords:
     def __init__(self, content: bytes, path: str) -> None:
         """Raises UserError where it is no readable file of records."""
         self._content, self._path = pa.py_buffer(content), path
+        self._check_columns()
         table = self._columns(["created_at", "run_id", "unit_key", "lease", *_LATER])  # without those that the file is older than
-        moments = table["created_at"].cast(pa.int64()).to_pylist()
-        leases = table["lease"].fill_null(0).to_pylist() if "lease" in table.column_names else [0] * len(moments)
-        texts = [table[name].fill_null("").to_pylist() if name in table.column_names else [""] * len(moments) for name in _LATER]
-        self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist(), leases, *texts))
+        try:
+            moments = table["created_at"].cast(pa.int64()).to_pylist()
+            leases = table["lease"].fill_null(0).to_pylist() if "lease" in table.column_names else [0] * len(moments)
+            texts = [table[name].fill_null("").to_pylist() if name in table.column_names else [""] * len(moments) for name in _LATER]
+            self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist(), leases, *texts))
+        except (ValueError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
+        if table["created_at"].null_count or table["run_id"].null_count or table["unit_key"].null_count:
+            raise UnreadableFile(f"{path} holds rows that are no records: {_KEEP}")
 
     def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
         if not equals:
@@ -99,18 +117,26 @@ class ManyRecords:
         table = self._columns(list(equals))
         kept: Any = None
         for name, value in equals.items():
+            if name not in table.column_names:  # the file is older than the field, which is null in all of its rows
+                if value is None:
+                    continue
+                return set()
             fits = pc.is_null(table[name]) if value is None else pc.fill_null(pc.equal(table[name], value), False)
             kept = fits if kept is None else pc.and_(kept, fits)
-        return set(pc.indices_nonzero(kept).to_pylist())
+        return range(len(self.identities)) if kept is None else set(pc.indices_nonzero(kept).to_pylist())
 
     def records(self, rows: Sequence[int], without: Collection[str]) -> list[RunRecord]:
+        """Raises UserError where the rows can't be read."""
         if not rows:
             return []
         whole = not without or pc.min(self._columns(["schema_version"])["schema_version"]).as_py() != SCHEMA_VERSION
         names = [name for name in self._layout.names if whole or name not in without]
         groups = self._layout.groups_of(rows)
         table = self._columns(names, groups).take(pa.array(self._layout.inside(groups, rows)))
-        return all_from_table(table, self._path) if whole else partly_from_table(table)
+        try:
+            return all_from_table(table, self._path) if whole else partly_from_table(table)
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
 
     @cached_property
     def _layout(self) -> _Layout:
@@ -119,7 +145,23 @@ class ManyRecords:
         return _Layout(tuple(file.schema_arrow.names), tuple(accumulate(sizes, initial=0)))
 
     def _columns(self, names: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
-        return read_table(self._content, self._path, "restore it from a copy: it holds many records", names, groups)
+        return read_table(self._content, self._path, names, groups)
+
+    def _check_columns(self) -> None:
+        """Of a file that `compact` wrote, each column that a record has is of the type that a record's has."""
+        try:
+            schema = pq.read_schema(pa.BufferReader(self._content))
+            types = dict(zip(schema.names, schema.types, strict=True))
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
+        for name in ("schema_version", "created_at", "run_id", "unit_key"):
+            if name not in types:
+                raise UnreadableFile(f"{self._path} holds no kdbench records: expected a column {name!r}; {_KEEP}")
+        if odd := odd_column(schema):
+            raise UnreadableFile(f"{self._path} holds no kdbench records: {odd}; {_KEEP}")
+
+    def _unreadable(self, error: Exception) -> UnreadableFile:
+        return UnreadableFile(f"{self._path} is not a readable file of records ({in_one_line(error)}): {_KEEP}")
 
 
 class _Layout(NamedTuple):
@@ -148,19 +190,39 @@ def is_compacted(path: str) -> bool:
     return path.rpartition("/")[2].startswith(COMPACTED)
 
 
+def stands_for_records(name: str) -> bool:
+    """Whether a file of that name would be one of records; a folder of that name is none, and a reader has to say so."""
+    return _RECORD_NAME.fullmatch(name) is not None
+
+
+def largest(path: str) -> int:
+    """The bytes that a file of records may have."""
+    return LARGEST_COMPACTED if is_compacted(path) else LARGEST_RECORD
+
+
 def opened(content: bytes, path: str) -> RecordFile:
-    """Raises UserError, naming the path, where it can't be read."""
+    """Raises NewerRecord for a record of a newer kdbench, another UserError, naming the path, where it can't be read."""
     return ManyRecords(content, path) if is_compacted(path) else OneRecord(content, path)
 
 
+def odd_column(schema: pa.Schema) -> str | None:
+    """The first column that has the name of a record's and another type, in words. Files of records are only merged where there is none."""
+    wanted = record_schema()
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        expected = wanted.field(name).type if name in wanted.names else None
+        if expected is not None and kind != expected:
+            return f"its column {name!r} is of the type {kind}, expected {expected}"
+    return None
+
+
 def read_table(
-    content: bytes | pa.Buffer, path: str, way_out: str, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+    content: bytes | pa.Buffer, path: str, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
 ) -> pa.Table:
-    """The content of a Parquet file, or of some of its groups of rows. Raises UserError with the path, what is wrong, and the way out."""
+    """The content of a file of records, or of some of its columns and groups of rows.
+
+    Raises UnreadableFile, with the path, what is wrong and the way out, where it is no Parquet file or declares more than is plausible.
+    """
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        if groups is None:
-            return file.read(columns=columns, use_threads=False)
-        return file.read_row_groups(groups, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0].rstrip('.')}): {way_out}") from error
+        return read_parquet(content, path, MANY if is_compacted(path) else SINGLE, columns, groups)
+    except UnreadableFile as error:
+        raise UnreadableFile(f"{error}: {_KEEP if is_compacted(path) else _AGAIN}") from error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import cache
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -17,12 +19,12 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from kdbench.catalogue import nearest
-from kdbench.errors import KDBenchError, UserError, not_written
+from kdbench.errors import KDBenchError, UnreadableFile, UserError, not_written
 from kdbench.results.address import folder_at, is_address
 from kdbench.results.folder import Folder
-from kdbench.results.object_store import Files
-from kdbench.results.record import RunRecord, to_table
-from kdbench.results.record_files import Identity, RecordFile, is_compacted, is_record_file, opened
+from kdbench.results.object_store import LARGEST_FILE, Files
+from kdbench.results.record import NewerRecord, RunRecord, to_table
+from kdbench.results.record_files import Identity, RecordFile, is_compacted, is_record_file, largest, opened
 from kdbench.results.working_copy import origin, store_at
 
 LAYOUT = "v1"
@@ -50,6 +52,16 @@ READERS = 8  # threads: an object store answers a small read in tens of millisec
 LISTINGS = 5  # files may be compacted between being listed and being read: then the list is made anew
 LONGEST_NAME = 100  # of a path's part; two of them and a run id stay under the 255 bytes of common file systems
 
+log = logging.getLogger(__name__)
+
+
+class _UnreadableRows(Exception):
+    """A file of records was opened, and some of its rows can't be read. It counts as a file that can't be read."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
 
 class _Row(NamedTuple):
     """Where a record is."""
@@ -62,7 +74,8 @@ class _Row(NamedTuple):
 class ResultStore:
     """Append-only records and the bytes that belong to them, below one location.
 
-    Records are never changed, so a store remembers the files that it has read; `scan` reads only what is new.
+    Records are never changed, so a store remembers the files that it has read; `scan` reads only what is new. A file that is not one of
+    records, a pipe say, or a record that a crash tore, is left out with a warning that names it, and looked at again the next time.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -96,19 +109,48 @@ class ResultStore:
 
         without: fields that the caller does not look at; those of compacted records are not read then.
 
-        Raises UserError for a field that can't be filtered by, and for a file that can't be read.
+        Raises UserError for a field that can't be filtered by, NewerRecord for a record that only a newer kdbench can read.
         """
-        rows = self._matching(equals)
+        unreadable: set[str] = set()
+        while True:
+            try:
+                return self._scanned(unreadable, without, equals)
+            except _UnreadableRows as error:
+                unreadable.add(error.path)
+
+    def _scanned(self, unreadable: Collection[str], without: Collection[str], equals: dict[str, Any]) -> list[RunRecord]:
+        rows, files = self._matching(equals, unreadable)
         found: list[tuple[Identity, RunRecord]] = []
         for path, group in groupby(sorted(rows, key=lambda row: row.path), key=lambda row: row.path):
             here = sorted(group, key=lambda row: row.number)
-            records = self._read[path].records([row.number for row in here], without)
+            records = self._records(files[path], path, [row.number for row in here], without)
             found += zip((row.identity for row in here), records, strict=True)
         return [record for _, record in sorted(found, key=lambda pair: pair[0])]
 
+    def _records(self, file: RecordFile, path: str, numbers: Sequence[int], without: Collection[str] = ()) -> list[RunRecord]:
+        """Raises _UnreadableRows, once a warning names the file. It is read anew the next time."""
+        with self._left_out(path):
+            return file.records(numbers, without)
+
+    @contextmanager
+    def _left_out(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except NewerRecord:
+            raise
+        except UserError as error:
+            leave_out(error)
+            self._read.pop(path, None)
+            raise _UnreadableRows(path) from error
+
     def keys(self, **equals: Any) -> set[str]:
         """The `unit_key` of every record that `scan` gives: the work that need not be done again."""
-        return {row.identity.unit_key for row in self._matching(equals)}
+        unreadable: set[str] = set()
+        while True:
+            try:
+                return {row.identity.unit_key for row in self._matching(equals, unreadable)[0]}
+            except _UnreadableRows as error:
+                unreadable.add(error.path)
 
     def by_unit_key(self, key: str) -> RunRecord | None:
         """The latest record of that unit, None where there is none."""
@@ -117,12 +159,17 @@ class ResultStore:
 
     def by_unit(self) -> Callable[[str], list[RunRecord]]:
         """A function from a `unit_key` to its records as they are now, one for each test part, oldest first."""
-        rows: dict[str, list[_Row]] = {}
-        for row in _latest(self.record_files()).values():
-            rows.setdefault(row.identity.unit_key, []).append(row)
+        files = self.record_files()
+        rows = _by_unit(files)
 
         def records(key: str) -> list[RunRecord]:
-            return [self._read[row.path].records([row.number], ())[0] for row in sorted(rows.get(key, ()))]
+            nonlocal rows
+            while True:
+                try:
+                    return [self._records(files[row.path], row.path, [row.number])[0] for row in sorted(rows.get(key, ()))]
+                except _UnreadableRows as error:
+                    del files[error.path]
+                    rows = _by_unit(files)
 
         return records
 
@@ -161,10 +208,13 @@ class ResultStore:
         """Whether there is a file of that name below the location."""
         return self.files.exists(self._inside(relative))
 
-    def read_bytes(self, relative: str) -> bytes:
-        """The content of a file below the location. Raises UserError where there is none."""
+    def read_bytes(self, relative: str, most: int = LARGEST_FILE) -> bytes:
+        """The content of a file below the location.
+
+        Raises UserError where there is none, UnreadableFile where it is no regular file or has more than `most` bytes.
+        """
         try:
-            return self.files.read(self._inside(relative))
+            return self.files.read(self._inside(relative), most)
         except FileNotFoundError as error:
             raise UserError(f"there is no {relative!r} in the results folder {self.location}") from error
 
@@ -174,7 +224,7 @@ class ResultStore:
         return sum(not is_compacted(path) for path in self._read)
 
     def record_files(self) -> dict[str, RecordFile]:
-        """Every file of records, by path. Raises UserError where one can't be read."""
+        """Every file of records that can be read, by path. Raises NewerRecord for one that only a newer kdbench can read."""
         for _ in range(LISTINGS - 1):
             try:
                 return self._listed()
@@ -186,25 +236,54 @@ class ResultStore:
         paths = self.record_paths()
         new = [path for path in paths if path not in self._read]
         with ThreadPoolExecutor(READERS) as readers:
-            self._read.update(zip(new, readers.map(self._opened, new), strict=True))
-        return {path: self._read[path] for path in paths}
+            read = zip(new, readers.map(self._opened, new), strict=True)
+            self._read.update((path, file) for path, file in read if file is not None)
+        return {path: self._read[path] for path in paths if path in self._read}
 
-    def _opened(self, path: str) -> RecordFile:
-        return opened(self.files.read(path), f"{self.location}/{path}")
+    def _opened(self, path: str) -> RecordFile | None:
+        """None, after a warning, where it can't be read. Raises FileNotFoundError, and what the storage itself raises."""
+        try:
+            content = self.files.read(path, largest(path))
+        except UnreadableFile as error:
+            leave_out(error)
+            return None
+        with suppress(_UnreadableRows), self._left_out(path):
+            return opened(content, f"{self.location}/{path}")
+        return None
 
-    def _matching(self, equals: dict[str, Any]) -> list[_Row]:
-        """Of each unit the record that counts, where it has these values. One that is in two files, while one is made, counts once."""
+    def _matching(self, equals: dict[str, Any], unreadable: Collection[str]) -> tuple[list[_Row], dict[str, RecordFile]]:
+        """Of each unit the record that counts, where it has these values, and the files. One that is in two files counts once."""
         for name in equals.keys() - FILTERS:
             raise UserError(f"results can't be filtered by {name!r}{nearest(name, FILTERS)}")
-        files = self.record_files()
-        matching = {path: file.matching(equals) for path, file in files.items()}
-        return [row for row in _latest(files).values() if row.number in matching[row.path]]
+        files = {path: file for path, file in self.record_files().items() if path not in unreadable}
+        matching: dict[str, Collection[int]] = {}
+        for path, file in files.items():
+            with self._left_out(path):
+                matching[path] = file.matching(equals)
+        return [row for row in _latest(files).values() if row.number in matching[row.path]], files
 
     def _inside(self, relative: str) -> str:
         path = PurePosixPath(relative)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise UserError(f"{relative!r} is not a path inside the results folder {self.location}")
         return str(path)
+
+
+def leave_out(error: UserError) -> None:
+    """Warn that a file of records is left out. Boards are read again and again, by a server say: each line is said once."""
+    _warn(f"left out: {error}")
+
+
+@cache
+def _warn(line: str) -> None:
+    log.warning("%s", line)
+
+
+def _by_unit(files: dict[str, RecordFile]) -> dict[str, list[_Row]]:
+    rows: dict[str, list[_Row]] = {}
+    for row in _latest(files).values():
+        rows.setdefault(row.identity.unit_key, []).append(row)
+    return rows
 
 
 def _latest(files: dict[str, RecordFile]) -> dict[tuple[str, str], _Row]:
