@@ -77,7 +77,8 @@ def in_one_line(error: BaseException) -> str:
 def is_users(filename: str) -> bool:
     """Whether a file of code is the user's own: none of Python's, of kdbench's or of an installed package."""
     libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
-    return not (filename.startswith(("<", *libraries)) or "site-packages" in filename or "dist-packages" in filename)
+    compiled = filename.endswith((".pyx", ".pxi"))  # named without their folder
+    return not (compiled or filename.startswith(("<", *libraries)) or "site-packages" in filename or "dist-packages" in filename)
 
 
 def printable(text: str) -> str:

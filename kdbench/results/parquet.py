@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdbench.errors import UnreadableFile, in_one_line
+from kdbench.errors import UnreadableFile
 from kdbench.results.archive import LARGEST_RECORD
 
 _MOST_COLUMNS = 500
@@ -60,7 +60,11 @@ def read_parquet(
             return file.read(columns=columns, use_threads=False)
         return file.read_row_groups(groups, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UnreadableFile(f"{path} is not a readable Parquet file ({in_one_line(error).rstrip('.')})") from error
+        raise UnreadableFile(f"{path} is not a readable Parquet file ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _implausible(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from kdbench.errors import KDBenchError, UserError
+from kdbench.errors import KDBenchError, UserError, in_one_line
 from kdbench.results.record import RunRecord
 
 LOOPBACK = "127.0.0.1"
@@ -55,12 +55,18 @@ def report_server(source: Source, port: int) -> ThreadingHTTPServer:
         pages = source
 
     try:
-        server = ThreadingHTTPServer((LOOPBACK, port), Handler)
+        server = _Server((LOOPBACK, port), Handler)
     except OSError as error:
         reason = "it is taken" if error.errno == errno.EADDRINUSE else error.strerror
         raise UserError(f"--port {port}: {reason}; name another, or 0 for any that is free") from error
-    server.daemon_threads = True
     return server
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away, or sent what is no request, is nobody's business; the base class prints a traceback."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -75,21 +81,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Host") not in (f"{LOOPBACK}:{port}", f"localhost:{port}"):
             self._send(403, b"this server answers to its own address only\n", "text/plain")
             return
-        try:
-            self._answer()
-        except KDBenchError as error:  # such as a record that can't be read; the next request may find it mended
-            self._send(500, f"kdbench: {error}\n".encode(), "text/plain; charset=utf-8")
-
-    def _answer(self) -> None:
-        if self.path == "/version":
-            self._send(200, json.dumps({"version": self.pages.version()}).encode(), "application/json")
-        elif self.path == "/":
-            version, body = self.pages.page()
-            tag = f'"{version}"'
-            known = self.headers.get("If-None-Match") == tag
-            self._send(304 if known else 200, b"" if known else body, "text/html; charset=utf-8", ETag=tag)
-        else:
+        if self.path not in ("/", "/version"):
             self._send(404, b"there is / and /version\n", "text/plain")
+            return
+        try:
+            version, body = self.pages.page() if self.path == "/" else (self.pages.version(), None)
+        except Exception as error:  # whatever a file that somebody changed meanwhile ends in: the next request may find it mended
+            reason = str(error) if isinstance(error, KDBenchError) else in_one_line(error)
+            self._send(500, f"kdbench: {reason}\n".encode(errors="backslashreplace"), "text/plain; charset=utf-8")
+            return
+        if body is None:
+            self._send(200, json.dumps({"version": version}).encode(), "application/json")
+            return
+        tag = f'"{version}"'
+        known = self.headers.get("If-None-Match") == tag
+        self._send(304 if known else 200, b"" if known else body, "text/html; charset=utf-8", ETag=tag)
 
     def _send(self, status: int, body: bytes, kind: str, **headers: str) -> None:
         self.send_response(status)
