@@ -16,8 +16,8 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
-from kdbench.distributed.study import FIRST_AT_RANDOM, Asha, MethodStudy, derived_seed, drawn_at_random
-from kdbench.errors import RunFailed
+from kdbench.distributed.study import FIRST_AT_RANDOM, Asha, MethodStudy, derived_seed, drawn_at_random, holds
+from kdbench.errors import RunFailed, UserError
 from kdbench.experiment import SAMPLERS, Search
 from kdbench.search_space import Choice, Parameter, Range, When, space_of
 
@@ -75,6 +75,20 @@ def test_over_several_openings_exactly_as_many_trials_run_as_were_asked_for(tmp_
     again = open_study(tmp_path)
     assert again.done
     assert states(again) == [TrialState.COMPLETE] * 6
+
+
+def test_a_study_makes_the_folders_that_its_journal_is_to_lie_in(tmp_path: Path) -> None:
+    assert search(open_study(tmp_path / "results" / "studies"), 1)
+    assert (tmp_path / "results" / "studies" / "study.journal").exists()
+
+
+@pytest.mark.parametrize(("line", "kind"), [("nonsense", "JSONDecodeError"), ("{}", "KeyError"), ("[]", "TypeError")])
+def test_a_line_that_is_no_entry_of_a_journal_is_named_as_damage(tmp_path: Path, line: str, kind: str) -> None:
+    search(open_study(tmp_path), 1)
+    with (tmp_path / "study.journal").open("a") as journal:
+        journal.write(line + "\n")
+    with pytest.raises(UserError, match=rf"the journal of a search, .*study\.journal, is damaged \({kind}"):
+        open_study(tmp_path)
 
 
 def test_what_runs_is_not_missing_and_not_done(tmp_path: Path) -> None:
@@ -246,6 +260,10 @@ def test_a_trial_that_was_given_up_is_asked_for_first_by_the_next_run_and_nothin
     assert (study.missing, study.done, study.given_up()) == (0, True, ["its process died 3 times"])
     again = open_study(tmp_path, trials=3)
     assert again.ask() == given_up
+    assert again.ask().number == 2  # which was never given up
+    assert again.given_up() == ["its process died 3 times"]
+    again = open_study(tmp_path, trials=3)
+    assert again.ask() == given_up
     again.complete(given_up.number, [score(given_up.params)], 1.0, 1.0)
     search(again)
     assert again.given_up() == []
@@ -353,6 +371,20 @@ def test_where_the_best_failed_the_stopped_ones_are_what_is_left(tmp_path: Path)
     assert states(study) == [TrialState.FAIL, *[TrialState.PRUNED] * 3]
     trials = trials_of(study)
     assert study.best(2) == [trials[2].params, trials[3].params]
+
+
+def test_of_the_stopped_those_that_came_farthest_are_first_whatever_they_reached(tmp_path: Path) -> None:
+    study = open_study(tmp_path, trials=4, asha=Asha(grace_epochs=1, reduction=2))
+    curves = {1: [9.0], 3: [1.0, 2.0, 3.0], 2: [2.0, 4.0]}  # by their lengths
+    params = {}
+    for length, curve in curves.items():
+        point = study.ask()
+        params[length] = point.params
+        for epoch, value in enumerate(curve, 1):
+            study.report(point.number, epoch, value, last=False)
+        study.prune(point.number, 1.0, length)
+    study.prune(study.ask().number, 0.0, 0.0)  # before its first epoch ended
+    assert study.best(4) == [params[3], params[2], params[1]]
 
 
 # --- the best --------------------------------------------------------------------------------------------------------
@@ -546,3 +578,9 @@ def test_a_search_that_ends_before_its_sampler_learns_is_said_to_be_random(
 
 def test_random_search_is_what_was_asked_for() -> None:
     assert drawn_at_random("random", SPACES["both"], 3) == ()
+
+
+def test_a_default_lies_in_a_range_with_its_ends_or_among_the_options() -> None:
+    inside, outside = [1, 1.0, 2.5, 3], [0.99, 3.01, "2", None]
+    assert [value for value in inside + outside if holds(Range(1, 3), value)] == inside
+    assert [value for value in ("kl", "mse", None) if holds(Choice(("kl", None)), value)] == ["kl", None]
