@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kdbench.errors import UserError
 from kdbench.results.integrity import CheckedRow
 from kdbench.results.record import CHECKSUM, new_run_id, plain_rows, row_checksum
-from kdbench.results.record_files import read_table
+from kdbench.results.record_files import largest, read_table
 from kdbench.results.store import LISTINGS, READERS, ResultStore, path_name
 
 SEALS = "seals"
@@ -271,7 +271,7 @@ def compared_with_seals(seals: Seals, rows: Sequence[CheckedRow], location: str)
 
 def _rows(store: ResultStore, path: str) -> Iterator[tuple[str, SealedRow]]:
     """The rows of a file by run id, but for those that don't fit their own checksum."""
-    table = read_table(store.files.read(path), path, "restore it from a copy")
+    table = read_table(store.files.read(path, largest(path)), path)
     for row in plain_rows(table, path):
         checksum = row_checksum(row)
         if row.get(CHECKSUM) == checksum:
