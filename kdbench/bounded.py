@@ -106,6 +106,28 @@ def parse_json(content: bytes | str) -> Any:
     return value
 
 
+def check_safetensors(path: Path) -> None:
+    """Look at what a safetensors file declares, before anything is made from it or its content is hashed.
+
+    Raises:
+        ImplausibleFile: it is no regular file, or its header is none, is too long, or tells of more or fewer bytes than the file has.
+        OSError: there is none, or it can't be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(LARGEST_SAFETENSORS_HEADER, size - 8):
+            raise ImplausibleFile(path, "it is not a safetensors file")
+        header = file.read(length)
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in parse_json(header).items() if name != "__metadata__"]
+        complete = max(ends, default=0) == size - 8 - length
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise ImplausibleFile(path, "it is not a safetensors file") from None
+    if not complete:
+        raise ImplausibleFile(path, "it does not have the length that its header declares")
+
+
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(DEEPEST):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.benchmark.ledger import Ledger
+from kdbench.bounded import check_safetensors
 from kdbench.distributed.cluster import device_here
 from kdbench.errors import UserError
 from kdbench.experiment import TeacherRef, Unit
@@ -25,6 +26,15 @@ def weights_of(record: RunRecord, layout: Layout) -> Path:
     """The file of weights that a training left, on this machine where the store has it."""
     assert record.artifacts_uri is not None, "only asked of trainings that leave weights"
     return fetch(layout.root / record.artifacts_uri, sha256=record.teacher_sha if record.role == "teacher" else None)
+
+
+def _has_sha256(weights: Path, sha256: str | None) -> bool:
+    """Whether these are the weights that were kept. What is no file of weights is not waited for, and not read to its end."""
+    try:
+        check_safetensors(weights)
+        return file_sha256(weights) == sha256
+    except OSError:
+        return False
 
 
 TellsOfTeacher = Callable[[RunRecord], Mapping[str, Any]]
@@ -114,8 +124,9 @@ class Recall:
             return self.ledger.keep_measured(record.model_copy(update=of_now(unit, self.splits)))
         self.tell("the test part has other content than before: what is finished is measured again, and not trained", "measured")
         store, layout = self.ledger.store, self.ledger.layout
-        theirs = store.read_bytes(teacher_predictions) if teacher_predictions is not None and store.has(teacher_predictions) else None
         try:
+            has_them = teacher_predictions is not None and store.has(teacher_predictions)
+            theirs = store.read_bytes(teacher_predictions) if teacher_predictions is not None and has_them else None
             session = LocalSession(device=device_here(self.asked.experiment.runtime))
             record = measured_again(record, unit, weights_of(record, layout), session, layout, theirs)
         except UserError as error:
@@ -126,8 +137,7 @@ class Recall:
     def _whole(self, record: RunRecord) -> bool:
         """Whether the weights that others need of a record are there: a teacher's always, a student's where it is measured again."""
         if record.role == "teacher":
-            weights = weights_of(record, self.ledger.layout) if record.artifacts_uri is not None else None
-            return weights is not None and weights.is_file() and file_sha256(weights) == record.teacher_sha
+            return record.artifacts_uri is not None and _has_sha256(weights_of(record, self.ledger.layout), record.teacher_sha)
         if record.test_hash in (None, self.splits.test_hash) or record.status == "failed":
             return True
         return record.artifacts_uri is not None and weights_of(record, self.ledger.layout).is_file()

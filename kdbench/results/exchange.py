@@ -22,12 +22,13 @@ import pyarrow.parquet as pq
 
 from kdbench import __version__
 from kdbench.bounded import LARGEST_SAFETENSORS_HEADER, parse_json
-from kdbench.errors import UserError, not_written
+from kdbench.errors import UnreadableFile, UserError, not_written
 from kdbench.results.archive import FORMAT, LARGEST_RECORD, MANIFEST, Archive
 from kdbench.results.integrity import altered, checked_records, single_row, stored_rows
 from kdbench.results.journals import LONGEST_LINE, whole_journal, whole_lines
 from kdbench.results.layout import Layout
 from kdbench.results.record import CHECKSUM, RunRecord, from_table, plain_rows, to_table
+from kdbench.results.record_files import largest
 from kdbench.results.seals import LARGEST_SEAL, Seal, carried, checked_seal, is_seal, read_seals, seal, take
 from kdbench.results.store import ResultStore, path_name, record_path
 
@@ -111,8 +112,8 @@ def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: boo
     hashes: dict[str, str | None] = {}
     for each in records:
         hashes |= _hashes(each, hashes)
-    for path in store.record_paths():
-        for row in stored_rows(store.read_bytes(path), path):
+    for path in store.record_files():
+        for row in stored_rows(store.read_bytes(path, largest(path)), path):
             record = wanted.pop(row["run_id"][0].as_py(), None)
             if record is None:
                 continue
@@ -129,6 +130,8 @@ def _contents(store: ResultStore, records: Sequence[RunRecord], predictions: boo
             continue
         try:
             content = store.read_bytes(uri)
+        except UnreadableFile:
+            content = b""
         except UserError:
             yield uri, None
             continue

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from kdbench.bounded import open_regular, read_file
+from kdbench.bounded import check_safetensors, open_regular, read_file
 from kdbench.errors import UnreadableFile, UserError, not_written, printable
 from kdbench.results.object_store import LARGEST_FILE
 from kdbench.results.record_files import stands_for_records
@@ -89,9 +89,14 @@ class Folder:
             raise self._explained(error, target) from error
 
     def read(self, path: str, most: int = LARGEST_FILE) -> bytes:
-        """Raises FileNotFoundError, and UnreadableFile for anything but a regular file of at most `most` bytes. Nothing is waited for."""
+        """Raises FileNotFoundError, and UnreadableFile for anything but a regular file of at most `most` bytes. Nothing is waited for.
+
+        A safetensors file has the length that its header declares, or is not read: a hole in a file may be longer than the memory.
+        """
         place = self.root / path
         try:
+            if place.suffix == ".safetensors":
+                check_safetensors(place)
             return read_file(place, most)
         except FileNotFoundError:
             if not place.is_symlink():

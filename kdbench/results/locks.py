@@ -28,7 +28,7 @@ def is_held(path: Path) -> bool:
     try:
         with os.fdopen(regular_descriptor(path, os.O_RDWR), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, ImplausibleFile):
         return False
     except BlockingIOError:
         return True

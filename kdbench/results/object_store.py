@@ -21,7 +21,7 @@ from kdbench.credentials import without_secrets
 from kdbench.errors import NO_SPACE, StorageFailed, UnreadableFile, UserError, not_written
 from kdbench.results.address import EXTRAS, checked_address
 
-LARGEST_FILE = 10_000_000_000  # bytes that are read whole: predictions of 9,000 images of 256 x 256 pixels with eight classes
+LARGEST_FILE = 40_000_000_000  # bytes that are read whole: predictions of 1,800 images of 512 x 512 pixels with forty classes
 PATIENCE = "KDBENCH_STORAGE_PATIENCE"
 PATIENCE_SECONDS = 600.0  # for how long a request that is refused is tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from kdbench.errors import not_written
+from kdbench.errors import UserError, in_one_line, not_written
 from kdbench.models.weights import portable
 from kdbench.results.folder import file_sha256 as file_sha256
 from kdbench.results.working_copy import fetch_later, upload
@@ -77,6 +78,16 @@ def pack_predictions(prediction: Tensor, index: Tensor) -> bytes:
 
 
 def unpack_predictions(data: bytes) -> tuple[Tensor, Tensor]:
-    """What `pack_predictions` packed: prediction [N, ...], float16 or float32, and index int64 [N]."""
-    tensors = load_safetensors(data)
-    return tensors["prediction"], tensors["index"]
+    """What `pack_predictions` packed: prediction [N, ...], float16 or float32, and index int64 [N].
+
+    Raises UserError where these are no such predictions.
+    """
+    try:
+        tensors = load_safetensors(data)
+        prediction, index = tensors["prediction"], tensors["index"]
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # a dtype that this torch does not have is a KeyError
+        raise UserError(f"these are no predictions that kdbench kept ({in_one_line(error)})") from error
+    fits = prediction.dtype in (torch.float16, torch.float32) and index.dtype == torch.int64 and index.dim() == 1 <= prediction.dim()
+    if not fits or len(prediction) != len(index):
+        raise UserError(f"these are no predictions that kdbench kept (tensors of shapes {[*prediction.shape]} and {[*index.shape]})")
+    return prediction, index

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from kdbench.bounded import check_safetensors
 from kdbench.errors import CodeRefused, KDBenchError, UserError
 from kdbench.experiment import Experiment
 from kdbench.models.build import ModelSpec, without_weights
@@ -232,9 +233,19 @@ class _Check:
 
     def _weights(self) -> Iterator[str]:
         """A teacher's weights are named by their hash, where they lie in this folder."""
-        path = self._weights_file()
-        if path is not None and file_sha256(path) != self.record.teacher_sha:
-            yield f"{self.record.artifacts_uri} is not the weights file that its students learned from (its SHA-256 differs)"
+        uri = self.record.artifacts_uri
+        path = self.results / uri if uri else None
+        if path is None:
+            return
+        try:
+            check_safetensors(path)
+            if file_sha256(path) != self.record.teacher_sha:
+                yield f"{uri} is not the weights file that its students learned from (its SHA-256 differs)"
+        except FileNotFoundError:
+            if path.is_symlink():
+                yield f"{uri} is a link to nothing, expected the weights file that its students learned from"
+        except OSError as error:
+            yield f"{uri} is not the weights file that its students learned from: {error.strerror or error}"
 
     def _metrics(self, uri: str, teacher: RunRecord | None) -> Iterator[str]:
         record = self.record
@@ -259,7 +270,12 @@ class _Check:
 
     def _agreement(self, content: bytes, teacher: RunRecord, uri: str) -> Iterator[str]:
         record, task = self.record, build_task(self._experiment.task)
-        ours, theirs = (unpack_predictions(data)[0].float() for data in (content, self.store.read_bytes(uri)))
+        ours = unpack_predictions(content)[0].float()
+        try:
+            theirs = unpack_predictions(self.store.read_bytes(uri))[0].float()
+        except UserError as error:
+            yield f"the teacher's predictions {uri} can't be compared: {error}"
+            return
         if len(theirs) != len(ours):
             yield f"the teacher's predictions are of {len(theirs)} samples, expected {len(ours)}"
             return

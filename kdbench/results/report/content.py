@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from kdbench.errors import UserError
 from kdbench.results.journals import read_journal
 from kdbench.results.layout import Layout
 from kdbench.results.leaderboard import Board, Row, boards
@@ -230,8 +231,8 @@ def _search(records: Sequence[RunRecord], folders: Sequence[Path]) -> Search | s
     for folder in folders:
         try:
             journal = read_journal(Layout(folder).study(path_name(newest.study_id)))
-        except OSError as error:
-            return f"The journal of the search can't be read: {error.strerror or error}."
+        except (OSError, UserError) as error:
+            return f"The journal of the search can't be read: {getattr(error, 'strerror', None) or error}."
         if journal:
             from kdbench.results.report.searches import read_search  # imports Optuna, which a board without a search can do without
 

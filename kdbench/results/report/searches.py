@@ -48,9 +48,13 @@ class Search:
 def read_search(journal: bytes, study_id: str, trials: int | None) -> Search | str:
     """The first `trials` trials of a study, all of them for None, or a sentence that says why there is nothing to see."""
     try:
-        study = optuna.load_study(study_name=study_id, storage=JournalStorage(_Lines(journal)))
-    except (ValueError, KeyError, TypeError) as error:  # what replaying a line that Optuna did not write ends in
+        return _read(journal, study_id, trials)
+    except Exception as error:  # whatever replaying lines that Optuna did not write ends in
         return f"The journal of the search is damaged ({in_one_line(error)})."
+
+
+def _read(journal: bytes, study_id: str, trials: int | None) -> Search | str:
+    study = optuna.load_study(study_name=study_id, storage=JournalStorage(_Lines(journal)))
     asked = [trial for trial in study.get_trials(deepcopy=False)[:trials] if trial.state in _STATES]
     if not asked:
         return "The search has no finished trial."

@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             version, body = self.pages.page() if self.path == "/" else (self.pages.version(), None)
         except Exception as error:  # whatever a file that somebody changed meanwhile ends in: the next request may find it mended
             reason = str(error) if isinstance(error, KDBenchError) else in_one_line(error)
-            self._send(500, f"kdbench: {reason}\n".encode(errors="backslashreplace"), "text/plain; charset=utf-8")
+            self._send(500, f"kdbench: {' '.join(reason.splitlines())}\n".encode(errors="backslashreplace"), "text/plain; charset=utf-8")
             return
         if body is None:
             self._send(200, json.dumps({"version": version}).encode(), "application/json")
