@@ -208,7 +208,7 @@ class _Check:
     def _weights_file(self) -> Path | None:
         """The file of weights that the record names, if it lies in this folder on this machine."""
         uri = self.record.artifacts_uri
-        if uri is None or PurePosixPath(uri).is_absolute() or ".." in PurePosixPath(uri).parts:
+        if uri is None or not _is_inside(uri):
             return None
         path = self.results / uri
         return path if path.is_file() else None
@@ -234,9 +234,9 @@ class _Check:
     def _weights(self) -> Iterator[str]:
         """A teacher's weights are named by their hash, where they lie in this folder."""
         uri = self.record.artifacts_uri
-        path = self.results / uri if uri else None
-        if path is None:
+        if uri is None or not _is_inside(uri):
             return
+        path = self.results / uri
         try:
             check_safetensors(path)
             if file_sha256(path) != self.record.teacher_sha:
@@ -350,3 +350,8 @@ def _equal(stored: float | None, derived: float | None) -> bool:
     if math.isnan(stored) or math.isnan(derived):
         return math.isnan(stored) and math.isnan(derived)
     return math.isclose(stored, derived, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+def _is_inside(uri: str) -> bool:
+    """Whether what a record names lies in its own results folder."""
+    return not PurePosixPath(uri).is_absolute() and ".." not in PurePosixPath(uri).parts

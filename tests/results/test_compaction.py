@@ -183,16 +183,6 @@ def test_nothing_is_deleted_where_what_is_read_back_is_not_what_was_written(tmp_
     assert set(before) < set(files(tmp_path))
 
 
-def test_a_file_that_is_no_record_stops_it_and_is_named(tmp_path, make_record) -> None:
-    filled(tmp_path, make_record)
-    broken = tmp_path / files(tmp_path)[3]
-    broken.write_bytes(broken.read_bytes()[:-7])
-
-    with pytest.raises(UserError, match=f"{broken.name} is not a readable Parquet file.*nothing was compacted with it"):
-        compact(ResultStore(tmp_path))
-    assert len(files(tmp_path)) == 12
-
-
 def test_full_files_are_not_written_again(tmp_path, make_record, monkeypatch) -> None:
     monkeypatch.setattr(compaction, "FULL_ROWS", 5)
     filled(tmp_path, make_record)
@@ -218,14 +208,15 @@ def test_any_rows_are_read_from_whatever_groups_they_are_in(tmp_path, make_recor
     assert len(wanted) == 2
 
 
-def test_a_damaged_compacted_file_is_not_to_be_deleted(tmp_path, make_record) -> None:
+def test_a_damaged_compacted_file_is_not_to_be_deleted(tmp_path, make_record, caplog) -> None:
     filled(tmp_path, make_record)
     compact(ResultStore(tmp_path))
     [path] = files(tmp_path)
     (tmp_path / path).write_bytes(b"PAR1")
 
-    with pytest.raises(UserError, match="restore it from a copy: it holds many records"):
-        ResultStore(tmp_path).scan()
+    assert ResultStore(tmp_path).scan() == []
+    (line,) = caplog.messages
+    assert "restore it from a copy: it holds many records" in line
 
 
 def test_a_field_that_was_not_read_can_not_be_taken_for_empty(tmp_path, make_record) -> None:

@@ -80,15 +80,30 @@ def test_it_listens_on_loopback_alone(folder: Path) -> None:
         assert server.server_address[0] == "127.0.0.1"
 
 
-def test_a_record_that_can_not_be_read_is_an_answer_and_not_the_end(port: int, folder: Path) -> None:
-    broken = folder / "v1" / "broken.parquet"
-    broken.write_bytes(b"no parquet")
-    status, _, text = ask(port)
+def test_a_record_that_can_not_be_read_is_left_out_of_the_report(port: int, folder: Path) -> None:
+    (folder / "v1" / "broken.parquet").write_bytes(b"no parquet")
+    assert ask(port)[0] == 200
+
+
+@pytest.mark.parametrize("error", [UserError("results/v1 is a file,\nexpected a folder"), RuntimeError("no kdbench error\n at all")])
+def test_whatever_reading_ends_in_is_an_answer_of_one_line_and_not_the_end(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Folders, "scan", _raising(error))
+        status, _, text = ask(port)
     assert status == 500
     assert text.startswith("kdbench: ")
-    assert "broken.parquet" in text
-    broken.unlink()
+    assert text.count("\n") == 1
+    assert capfd.readouterr() == ("", "")
     assert ask(port)[0] == 200
+
+
+def _raising(error: Exception) -> Callable[..., Any]:
+    def scan(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return scan
 
 
 def test_a_folder_without_results_is_served_until_they_come(tmp_path: Path) -> None:
