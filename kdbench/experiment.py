@@ -39,7 +39,7 @@ from kdbench.tasks import TASKS
 from kdbench.tasks.build import TaskSpec
 
 PRECISIONS = ("auto", "fp64", "fp32", "bf16", "fp16")
-MOST_EPOCHS = 100_000
+MOST_EPOCHS = 1_000_000
 MOST_WORKERS = 10_000
 MOST_GPUS = 1024  # of one worker
 SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii")
@@ -64,7 +64,7 @@ class Recipe(_Part):
     epochs: int = Field(default=5, ge=1, le=MOST_EPOCHS)
     batch_size: int = Field(default=128, ge=1, le=2**20)
     optimizer: str = "sgd"  # sgd, adamw, or any name that timm.optim knows
-    lr: float = Field(default=0.1, gt=0, le=1e4)
+    lr: float = Field(default=0.1, gt=0, le=1e30)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0, le=1e4)

@@ -247,7 +247,7 @@ def test_weights_are_a_regular_file(kdbench: Kdbench, kind: str, suffix: str) ->
     make, said = ODD[kind]
     name = f"w.{suffix}"
     make(Path(name))
-    told = {"dangling link": "teacher.weights: there is no file", "circular link": "can't be found: "}.get(kind, said)
+    told = {"dangling link": "teacher.weights: there is no file", "circular link": "a circle of symbolic links"}.get(kind, said)
     assert_mistake(run(kdbench, {"teacher.weights": name}), told)
 
 
@@ -339,8 +339,7 @@ def test_a_lock_is_a_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     make(Path("x.lock"))
     with pytest.raises(UserError, match=said), locked(Path("x.lock")):
         pass
-    with pytest.raises(ImplausibleFile, match=said):
-        is_held(Path("x.lock"))
+    assert not is_held(Path("x.lock"))
 
 
 def test_a_lock_names_its_holder_and_is_given_back(tmp_path: Path) -> None:

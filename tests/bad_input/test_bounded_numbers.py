@@ -46,18 +46,18 @@ def assert_refused(ended: Ended, *said: str) -> None:
         ("task.split_seed", BEYOND, "split_seed: expected less than 9223372036854775808"),
         ("task.data", SHAPES | {"seed": -1}, "seed: expected greater than or equal to 0"),
         ("task.data", SHAPES | {"seed": BEYOND}, "seed: expected less than 9223372036854775808"),
-        ("recipe.epochs", 10**400, "recipe.epochs: expected less than or equal to 100000, got 1"),
+        ("recipe.epochs", 10**400, "recipe.epochs: expected less than or equal to 1000000, got 1"),
         ("recipe.batch_size", 10**30, "recipe.batch_size: expected less than or equal to 1048576, got 1"),
         ("recipe.accumulate", 10**9, "recipe.accumulate: expected less than or equal to 1048576"),
-        ("recipe.warmup_epochs", 1e300, "recipe.warmup_epochs: expected less than or equal to 100000"),
-        ("recipe.milestones", [1, 1e9], "recipe.milestones.1: expected less than or equal to 100000"),
+        ("recipe.warmup_epochs", 1e300, "recipe.warmup_epochs: expected less than or equal to 1000000"),
+        ("recipe.milestones", [1, 1e9], "recipe.milestones.1: expected less than or equal to 1000000"),
         ("recipe.views", 10**9, "recipe.views: expected less than or equal to 100000"),
         ("recipe.lr", 1e300, "recipe.lr: expected less than or equal to 10000"),
         ("recipe.lr", 10**400, "recipe.lr: expected a number, got 1"),
         ("recipe.weight_decay", 1e300, "recipe.weight_decay: expected less than or equal to 10000"),
         ("recipe.clip_grad", 1e300, "recipe.clip_grad: expected less than or equal to 1000000000"),
         ("recipe.augment", {"crop": 10**6}, "recipe.augment.crop: expected less than or equal to 256, got 1000000"),
-        ("teacher.recipe.epochs", 10**30, "epochs: expected less than or equal to 100000"),
+        ("teacher.recipe.epochs", 10**30, "epochs: expected less than or equal to 1000000"),
         ("runtime.workers", 10**9, "runtime.workers: expected a whole number from 1 to 10000"),
         ("runtime.workers", {"max": 10**9}, "max: expected less than or equal to 10000"),
         ("runtime.cpus_per_worker", 10**9, "runtime.cpus_per_worker: expected less than or equal to 4096"),
@@ -69,7 +69,7 @@ def assert_refused(ended: Ended, *said: str) -> None:
         ("search", {"trials": 10**30}, "search.trials: expected less than or equal to 100000"),
         ("search", {"trials": 2, "top_k": 10**9}, "search.top_k: expected less than or equal to 100"),
         ("search", {"trials": 2, "confirm_seeds": 10**9}, "search.confirm_seeds: expected less than or equal to 100"),
-        ("search", {"trials": 2, "grace_epochs": 10**9}, "search.grace_epochs: expected less than or equal to 100000"),
+        ("search", {"trials": 2, "grace_epochs": 10**9}, "search.grace_epochs: expected less than or equal to 1000000"),
         ("search", {"trials": 2, "reduction": 10**9}, "search.reduction: expected less than or equal to 1000"),
         ("students", [{"name": "tiny_cnn", "width": 10**6}], "model 'tiny_cnn': width = 1000000, expected a whole number from 1 to 1024"),
         ("students", [{"name": "resnet18", "block_args": 10**30}], "model 'resnet18' can't be built with {'block_args': 1000"),
@@ -176,7 +176,7 @@ def test_a_label_with_half_a_character_is_refused(kdbench: Kdbench, key: str, te
     write({key.partition(".")[0]: None})
     with Path("tiny.yaml").open("a") as file:
         file.write(text)
-    assert_refused(kdbench("run", "tiny.yaml", "--results", "results"), f"{key}: holds '\\ud")
+    assert_refused(kdbench("run", "tiny.yaml", "--results", "results"), "holds half of a character")
 
 
 @pytest.mark.parametrize("label", ["a/b", "../../up", "..", "/etc/passwd", "é" * 100])

@@ -21,6 +21,7 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork, axes_of
 from kdbench.benchmark.run import _pairs, run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.bounded import read_file
 from kdbench.data import image_folder, sources
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
@@ -361,14 +362,12 @@ def test_a_process_with_another_version_of_the_method_refuses_to_train(monkeypat
 def test_files_are_read_once_and_again_where_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     touched()
     read: list[Path] = []
-    open_ = Path.open
 
-    def noted(path: Path, *arguments: Any, **named: Any) -> Any:
-        if path.suffix == ".png":
-            read.append(path)
-        return open_(path, *arguments, **named)
+    def noted(path: Path, most: int) -> bytes:
+        read.append(path)
+        return read_file(path, most)
 
-    monkeypatch.setattr(Path, "open", noted)
+    monkeypatch.setattr(image_folder, "read_file", noted)
 
     def content() -> str:
         read.clear()

@@ -43,7 +43,7 @@ def test_a_launcher_file_passes_rays_schema_and_rays_own_checks(name: str) -> No
 def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     twice = tmp_path / "twice.yaml"
     twice.write_text((CLUSTERS / "aws.yaml").read_text() + "max_workers: 3\n")
-    with pytest.raises(UserError, match="the key 'max_workers' stands twice"):
+    with pytest.raises(UserError, match="the key 'max_workers' is listed twice"):
         documents(twice)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdbench.errors import RunFailed, UserError
+from kdbench.errors import RunFailed
 from kdbench.results import compaction
 from kdbench.results.compaction import Compacted, compact
 from kdbench.results.integrity import checked_records

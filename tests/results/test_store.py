@@ -254,10 +254,10 @@ def test_checking_leaves_no_trace(location) -> None:
 
 def test_bytes_come_back_with_their_hash_and_replace_older_ones(location) -> None:
     store = ResultStore(location)
-    store.write_bytes("predictions/k.safetensors", b"old")
+    store.write_bytes("predictions/k.bytes", b"old")
 
-    assert store.write_bytes("predictions/k.safetensors", b"new") == hashlib.sha256(b"new").hexdigest()
-    assert store.read_bytes("predictions/k.safetensors") == b"new"
+    assert store.write_bytes("predictions/k.bytes", b"new") == hashlib.sha256(b"new").hexdigest()
+    assert store.read_bytes("predictions/k.bytes") == b"new"
 
 
 def test_missing_bytes_are_named(location) -> None:
