@@ -26,19 +26,20 @@ class AlikeSession(LocalSession):
         self.places: list[str] = []
         super().__init__(checkpoint, on_resume=self.places.append, device=torch.device("cpu"), threads=1)
         self.world_size, self.rank, self.others = world_size, rank, others
-        self.clocks = 0  # how often the workers compared their clocks
+        self.clocks: list[float] = []  # what this worker's clock said each time that the workers compared theirs
         self.alone = 0  # how often a backward pass was not to exchange gradients
-        self.kept: list[tuple[int, dict[str, Any]]] = []  # for each checkpoint, how often that was, and the training's progress
+        self.kept: list[tuple[int, dict[str, Any]]] = []  # for each checkpoint, how often that had been, and the training's progress
 
     def without_exchange(self, module: nn.Module) -> AbstractContextManager[None]:
         self.alone += 1
         return super().without_exchange(module)
 
     def gather(self, rows: Tensor) -> Tensor:
-        self.clocks += rows.shape == (1,) and rows.dtype == torch.float64
+        if rows.shape == (1,) and rows.dtype == torch.float64:
+            self.clocks.append(rows.item())
         return torch.cat([rows if rank == self.rank else self.others(rows) for rank in range(self.world_size)])
 
     def report(self, metrics: Mapping[str, float], state: Callable[[], State] | None) -> None:
         if state is not None:
-            self.kept.append((self.clocks, state()["progress"]))
+            self.kept.append((len(self.clocks), state()["progress"]))
         super().report(metrics, state)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdbench.data.batch import Batch
 from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit
 from kdbench.methods.base import ANY_TASK, Method, OwnOptimizer, Paper, Progress
-from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.outputs import Outputs, Shapes, predicted
 from kdbench.tasks.base import TaskInfo
 from kdbench.tasks.build import build_task
 from kdbench.tasks.classification import Classification
@@ -27,6 +28,7 @@ from kdbench.training import loop
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.loop import close_epoch, fit, mean_losses, prepare, share_buffers, train_epoch, train_step
 from kdbench.training.outcome import rederive
+from kdbench.training.precision import images_for
 from kdbench.training.session import LocalSession, State
 from kdbench.training.teacher import LiveTeacher
 from kdbench.training.work import attempt
@@ -264,7 +266,7 @@ def test_a_training_keeps_its_state_when_so_many_seconds_have_passed_and_not_at_
         assert [kept[name] for _, kept in session.kept] == [2, 4, 6, 8, 10], name
     assert [row["seconds"] for row in record.curve] == [6, 12]
     assert record.train_seconds == 12
-    assert session.clocks == 0
+    assert session.clocks == []
 
 
 def test_several_workers_compare_their_clocks_when_a_checkpoint_may_be_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +277,7 @@ def test_several_workers_compare_their_clocks_when_a_checkpoint_may_be_due(tmp_p
     fit(unit(role="trial", number=0, checkpoint_seconds=4, workers=2, recipe=recipe), session, layout(tmp_path))
     # they compare them after steps 1, 4, 8, 16, 24 and 25: each time when it is due if steps go on to take what they took so far
     assert [(kept["step"], clocks) for clocks, kept in session.kept] == [(8, 3), (16, 4), (25, 6)]
-    assert session.clocks == 6
+    assert session.clocks == [1, 2, 4, 4, 3.75, 4.25]  # seconds since the last checkpoint
     for _, kept in session.kept:
         assert kept["device_seconds"] == 2 * kept["seconds"]
 
@@ -415,8 +417,12 @@ def test_a_teacher_learns_from_the_training_part_and_sees_a_new_view_each_epoch_
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_workers_with_unequal_shares_of_a_batch_give_its_loss_as_their_mean(accumulate: int) -> None:
     recipe = {"precision": "fp64", "batch_size": 25, "accumulate": accumulate}
-    alone = prepare(unit(recipe=recipe | {"accumulate": 1}), LocalSession())
-    whole = train_step(alone, next(iter(alone.loader.batches(0))))
+    alone = prepare(unit(recipe=recipe), LocalSession())
+    batch = next(iter(alone.loader.batches(0)))
+    with torch.no_grad():
+        right = F.cross_entropy(predicted(alone.distiller.student, images_for(batch.inputs, "fp64")), batch.target)
+    whole = train_step(alone, batch)
+    torch.testing.assert_close(whole, right.expand(2), rtol=1e-12, atol=1e-12)  # the task's loss, and the sum of all terms
     losses = []
     for rank in range(2):
         session = AlikeSession(2, rank)
