@@ -166,6 +166,11 @@ def test_a_task_may_weigh_each_term_of_its_own(tmp_path: Path, monkeypatch: pyte
     counted = Segmentation.weight
     one = fit(pixels, LocalSession(), layout(tmp_path)).curve[0]
 
+    monkeypatch.setattr(Segmentation, "weight", lambda task, batch: dict.fromkeys(("imitation", "cross_entropy"), counted(task, batch)))
+    alike = fit(pixels, LocalSession(), layout(tmp_path)).curve[0]
+    for name in ("train_kd", "train_cross_entropy"):
+        assert alike[name] == pytest.approx(one[name], rel=1e-10)
+
     def by_name(task: Segmentation, batch: Batch) -> dict[str, torch.Tensor]:
         return {"imitation": torch.tensor(len(batch)), "cross_entropy": counted(task, batch)}
 
