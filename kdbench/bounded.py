@@ -41,7 +41,7 @@ def open_regular(path: Path) -> BufferedReader:
     """A regular file, opened for reading in binary mode. It is not waited for.
 
     Raises:
-        ImplausibleFile: it is a folder, a pipe, a socket or a device.
+        ImplausibleFile: it is a folder, a pipe, a socket, a device, or a link that leads back to itself.
         OSError: there is none, or it can't be opened.
     """
     return os.fdopen(regular_descriptor(path, os.O_RDONLY), "rb")
@@ -54,6 +54,8 @@ def regular_descriptor(path: Path, flags: int) -> int:
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, or a pipe that nobody reads; a folder, asked for writing
             raise ImplausibleFile(path, _kind(os.stat(path).st_mode)) from None
+        if error.errno == errno.ELOOP:
+            raise ImplausibleFile(path, "it is a circle of symbolic links") from None
         raise
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):

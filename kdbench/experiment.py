@@ -64,7 +64,7 @@ class Recipe(_Part):
     epochs: int = Field(default=5, ge=1, le=MOST_EPOCHS)
     batch_size: int = Field(default=128, ge=1, le=2**20)
     optimizer: str = "sgd"  # sgd, adamw, or any name that timm.optim knows
-    lr: float = Field(default=0.1, gt=0, le=1e30)
+    lr: float = Field(default=0.1, gt=0, le=1e4)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0, le=1e4)

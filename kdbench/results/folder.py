@@ -20,6 +20,7 @@ from kdbench.results.record_files import stands_for_records
 NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
 )
+_UNLOOKED = 4_000_000  # bytes of a file that any memory holds: it is read, and whoever reads it sees what it is
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 
@@ -91,11 +92,11 @@ class Folder:
     def read(self, path: str, most: int = LARGEST_FILE) -> bytes:
         """Raises FileNotFoundError, and UnreadableFile for anything but a regular file of at most `most` bytes. Nothing is waited for.
 
-        A safetensors file has the length that its header declares, or is not read: a hole in a file may be longer than the memory.
+        A large safetensors file has the length that its header declares, or is not read: a hole in a file may be longer than the memory.
         """
         place = self.root / path
         try:
-            if place.suffix == ".safetensors":
+            if place.suffix == ".safetensors" and place.stat().st_size > _UNLOOKED:
                 check_safetensors(place)
             return read_file(place, most)
         except FileNotFoundError:

@@ -108,8 +108,6 @@ class ManyRecords:
             self.identities = list(map(Identity, moments, table["run_id"].to_pylist(), table["unit_key"].to_pylist(), leases, *texts))
         except (ValueError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
-        if table["created_at"].null_count or table["run_id"].null_count or table["unit_key"].null_count:
-            raise UnreadableFile(f"{path} holds rows that are no records: {_KEEP}")
 
     def matching(self, equals: Mapping[str, Any]) -> Collection[int]:
         if not equals:
@@ -145,7 +143,16 @@ class ManyRecords:
         return _Layout(tuple(file.schema_arrow.names), tuple(accumulate(sizes, initial=0)))
 
     def _columns(self, names: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
-        return read_table(self._content, self._path, names, groups)
+        """Columns, checked in all of their rows: a file with a damaged row is left out whichever of its rows are asked for."""
+        table = read_table(self._content, self._path, names, groups)
+        try:
+            table.validate(full=True)  # text that is not UTF-8 above all
+        except pa.ArrowException as error:
+            raise self._unreadable(error) from error
+        for name in table.column_names:
+            if table[name].null_count and name in RunRecord.model_fields and RunRecord.model_fields[name].is_required():
+                raise UnreadableFile(f"{self._path} holds rows without {name}: {_KEEP}")
+        return table
 
     def _check_columns(self) -> None:
         """Of a file that `compact` wrote, each column that a record has is of the type that a record's has."""

@@ -52,7 +52,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "socket": (_socket, "it is a socket, expected a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, expected a regular file"),
     "dangling link": (lambda path: path.symlink_to("nowhere"), "No such file"),
-    "circular link": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "circular link": (lambda path: path.symlink_to(path.name), "it is a circle of symbolic links"),
     "sparse file": (_sparse, "it has more than"),
 }
 NO_FILE = {kind: odd for kind, odd in ODD.items() if "link" not in kind}

@@ -10,10 +10,12 @@ from kdbench.benchmark import run as running
 from tests.bad_input.tiny_experiment import assert_one_line, results, run
 from tests.console import Kdbench
 
+WILD = {"lr": 1e4, "weight_decay": 1e4, "batch_size": 20}  # ten steps, each of which makes the weights 10^8 times as large
+
 
 def test_a_teacher_that_diverges_ends_the_run(kdbench: Kdbench) -> None:
-    ended = run(kdbench, {"teacher.recipe.lr": 1e30})
-    assert_one_line(ended, 1, "teacher tiny_cnn: the loss became nan in epoch 1 of 1 (lr 1e+30); lower teacher.recipe.lr")
+    ended = run(kdbench, {f"teacher.recipe.{name}": value for name, value in WILD.items()})
+    assert_one_line(ended, 1, "teacher tiny_cnn: the loss became nan in epoch 1 of 1 (lr 10000); lower teacher.recipe.lr")
     assert results() == []
 
 
@@ -33,7 +35,8 @@ def test_a_final_that_diverges_is_on_record_as_failed_and_the_board_says_so(kdbe
 
 
 def test_a_failed_final_is_not_trained_again_and_the_exit_code_stays(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(kdbench, {"recipe.lr": 1e30})
+    wild = {f"recipe.{name}": value for name, value in WILD.items()} | {"teacher.recipe": {"lr": 0.1, "weight_decay": 0.0}}
+    first = run(kdbench, wild)
     monkeypatch.setattr(running, "run_here", lambda *_: pytest.fail("something was trained again"))
-    again = run(kdbench, {"recipe.lr": 1e30})
+    again = run(kdbench, wild)
     assert (again.code, again.err) == (first.code, first.err)

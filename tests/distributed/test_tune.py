@@ -41,7 +41,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 200, "val_size": 200}
 STUDENT = {"name": "tests.training.units:smooth_net"}
 RECIPE = {"epochs": 4, "batch_size": 50, "lr": 0.1, "precision": "fp32", "memory_format": "contiguous", "compile": False}
-TEACHER = {"model": {"name": "tiny_cnn", "width": 6}, "recipe": {"epochs": 1, "batch_size": 500}}
+TEACHER = {"model": {"name": "tiny_cnn", "width": 6}, "recipe": {"epochs": 1, "batch_size": 500, "weight_decay": 5e-4}}
+WILD = RECIPE | {"weight_decay": 1.0}  # diverges where the learning rate is in the thousands
 
 
 def experiment(**parts: Any) -> Experiment:
@@ -101,8 +102,8 @@ def searched(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     One trial at a time: which of them a rung stops then follows from their numbers, and not from who reports first.
     """
     folder = tmp_path_factory.mktemp("searched")
-    search = {"trials": 8, "sampler": "random", "reduction": 2, "grace_epochs": 1, "also": also_lr(1e-4, 1e9)}
-    of = experiment(teacher=TEACHER, methods=["none", "kd"], search=search, runtime={"concurrent": 1})
+    search = {"trials": 8, "sampler": "random", "reduction": 2, "grace_epochs": 1, "also": also_lr(1e-4, 1e4)}
+    of = experiment(teacher=TEACHER, methods=["none", "kd"], recipe=WILD, search=search, runtime={"concurrent": 1})
     return run_in(folder, of, MlflowTracker(tracking_uri(folder), of.name))
 
 
@@ -192,8 +193,8 @@ def test_mlflow_shows_the_search_as_a_tree_in_which_nothing_runs(searched: Ran) 
 
 
 def test_a_finished_search_is_not_searched_again(searched: Ran) -> None:
-    search = {"trials": 8, "sampler": "random", "reduction": 2, "grace_epochs": 1, "also": also_lr(1e-4, 1e9)}
-    again = run_in(searched.folder, experiment(teacher=TEACHER, methods=["none", "kd"], search=search))
+    search = {"trials": 8, "sampler": "random", "reduction": 2, "grace_epochs": 1, "also": also_lr(1e-4, 1e4)}
+    again = run_in(searched.folder, experiment(teacher=TEACHER, methods=["none", "kd"], recipe=WILD, search=search))
     assert again.summary.trained == 0
     assert again.watch.records == []
 
@@ -202,8 +203,8 @@ def test_a_finished_search_is_not_searched_again(searched: Ran) -> None:
 
 
 def test_a_method_all_of_whose_trials_fail_is_on_the_board_as_failed(tmp_path: Path) -> None:
-    search = {"trials": 2, "sampler": "random", "top_k": 1, "also": also_lr(1e11, 1e12)}
-    ran = run_in(tmp_path, experiment(recipe=RECIPE | {"lr": 1e11}, search=search))
+    search = {"trials": 2, "sampler": "random", "top_k": 1, "also": also_lr(1e3, 1e4)}
+    ran = run_in(tmp_path, experiment(recipe=RECIPE | {"lr": 1e3, "weight_decay": 1e4}, search=search))
     assert [record.status for record in ran.finals] == ["failed", "failed"]
     assert all("all 2 trials failed; the first: none trial 0: the loss became" in (record.failure or "") for record in ran.finals)
     assert len(ran.summary.failures) == 2

@@ -115,7 +115,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "folder": (folder, "it is a folder, expected a regular file"),
     "link to a folder": (linked("/"), "it is a folder, expected a regular file"),
     "dangling link": (linked("nowhere"), "it is a link to nothing"),
-    "circular link": (linked(""), "Too many levels of symbolic links"),
+    "circular link": (linked(""), "it is a circle of symbolic links"),
     "sparse": (sparse, "it has more than 4 MB"),
     "empty": (lambda path: path.write_bytes(b"") and None, "is not a readable Parquet file"),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 9), "is not a readable Parquet file"),
@@ -210,7 +210,7 @@ COMMANDS: dict[str, list[str]] = {
     "recommendation": ["recommend", "--latency", "5ms"],
     "export": ["results", "export", "boards.zip"],
     "compaction": ["results", "compact"],
-    "cache": ["cache", "ls"],
+    "cache": ["cache", "prune", "--dry-run"],
 }
 
 
@@ -235,7 +235,7 @@ def test_every_command_reads_the_rest_and_ends_well(
     only_line(caplog, path)
     if command == "leaderboard, json":
         [board] = json.loads(ended.out)["boards"]
-        assert {row["label"]: len(row["run_ids"]) for row in board["rows"]} == {"kd": 2, "none": 3}
+        assert {row["method"]: row["seeds"] for row in board["rows"]} == {"kd": 2, "none": 3}
     if command == "export":
         assert "5 records" in ended.out
     if command == "compaction":
@@ -405,11 +405,10 @@ def test_predictions_that_are_no_such_file_are_named_by_verify(kind: str, result
     assert kdbench("leaderboard", "--results", results).code == 0
 
 
-@pytest.mark.parametrize("size", [11, 30_000_000_000])
 @pytest.mark.parametrize("declared", [b"", (20).to_bytes(8, "little") + b'{"a": 1}            ', (2).to_bytes(8, "little") + b"{}"])
-def test_tensors_that_do_not_fill_their_file_are_not_read(declared: bytes, size: int, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fill_a_large_file_are_not_read(declared: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(declared)
-    os.truncate(tmp_path / "a.safetensors", size)
+    os.truncate(tmp_path / "a.safetensors", 30_000_000_000)
     with pytest.raises(UnreadableFile, match=r"a\.safetensors can't be read: it (is not a safetensors file|does not have the length)"):
         Folder(tmp_path).read("a.safetensors")
 
