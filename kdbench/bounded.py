@@ -10,13 +10,23 @@ import errno
 import json
 import os
 import stat
+import struct
+import zipfile
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _BLOCK = 1 << 16
 LARGEST_SAFETENSORS_HEADER = 4_000_000  # bytes of a file's description: 30,000 tensors
 DEEPEST = 50  # levels of lists and objects in JSON; what kdbench writes has five
+
+# Of a zip's list of files, the central directory. zipfile makes half a kilobyte of memory from each entry.
+LARGEST_DIRECTORY = 16_000_000  # bytes
+MOST_MEMBERS = 150_000
+LONGEST_FIELD = 1_000  # bytes of a name, a comment, or the extra fields; zipfile's time for the latter grows with the square
+_ENTRY = b"PK\x01\x02"  # before each, PKWARE's APPNOTE 6.3.10, section 4.3.12
+_ENTRY_BYTES = 46  # without the three fields, whose lengths are at 28
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -92,20 +102,88 @@ def read_file(path: Path, most: int) -> bytes:
     return b"".join(pieces)
 
 
-def parse_json(content: bytes | str) -> Any:
+def parse_json(content: bytes | str, most: int | None = None) -> Any:
     """The value that JSON stands for.
 
+    Args:
+        content: the text.
+        most: the values that it may hold, for content so long that its values would take much more memory than the text: an empty list
+            is three bytes of text and sixty of memory. They are counted before it is parsed, and a comma in a text counts as another one.
+
     Raises:
-        ValueError: it is not JSON, not UTF-8, holds a number of thousands of digits, or has more than `DEEPEST` levels.
+        ValueError: it is not JSON, not UTF-8, holds a number of thousands of digits, more than `DEEPEST` levels or more than `most` values.
     """
+    text = isinstance(content, str)
+    brackets = _count(content, ("[", "{") if text else (b"[", b"{"))
+    if most is not None and brackets + _count(content, (",",) if text else (b",",)) >= most:
+        raise ValueError(f"it holds more than {most:,} values")
     try:
         value = json.loads(content)
     except RecursionError:
         raise _too_deep() from None
-    brackets = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
-    if sum(map(content.count, brackets)) > DEEPEST:  # type: ignore[arg-type]
+    if brackets > DEEPEST:
         _check_depth(value)
     return value
+
+
+def _count(content: Any, marks: tuple[object, ...]) -> int:
+    return sum(map(content.count, marks))
+
+
+def open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    """A zip, opened for reading once its list of files is known to be of plausible size.
+
+    Which part of a file is its list of files is a matter of interpretation: a file may have several records that say it, and Python's
+    versions prefer different ones. So what zipfile itself reads is bounded, not what a record says.
+
+    Args:
+        file: a regular file; stays open when the zip is closed.
+
+    Raises:
+        zipfile.BadZipFile, NotImplementedError, ValueError: it is no zip, or its list is longer than the bounds of this module.
+    """
+    source = _ZipSource(file)
+    archive = zipfile.ZipFile(source)
+    source.opened = True
+    return archive
+
+
+class _ZipSource:
+    """A file as zipfile reads it. Until `opened`, nothing is read but the list of files and what tells its place."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self.opened = False
+
+    def read(self, size: int = -1) -> bytes:
+        if self.opened:
+            return self._file.read(size)
+        content = self._file.read(LARGEST_DIRECTORY + 1 if size < 0 else min(size, LARGEST_DIRECTORY + 1))
+        if len(content) > LARGEST_DIRECTORY or size > LARGEST_DIRECTORY:
+            raise zipfile.BadZipFile(f"its list of files is longer than {_bytes(LARGEST_DIRECTORY)}")
+        if content.startswith(_ENTRY) and len(content) >= _ENTRY_BYTES:
+            _check_directory(content)
+        return content
+
+
+def _check_directory(content: bytes) -> None:
+    for number, lengths in enumerate(_field_lengths(content)):
+        if number >= MOST_MEMBERS:
+            raise zipfile.BadZipFile(f"it has more than {MOST_MEMBERS:,} files")
+        if max(lengths) > LONGEST_FIELD:
+            raise zipfile.BadZipFile(
+                f"a name or a field in its list of files has {max(lengths):,} bytes, expected at most {LONGEST_FIELD:,}"
+            )
+
+
+def _field_lengths(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """The bytes of name, extra fields and comment, of entry after entry of a zip's list of files, as zipfile goes through it."""
+    place = 0
+    while len(content) - place >= _ENTRY_BYTES:
+        lengths = struct.unpack_from("<HHH", content, place + 28)
+        yield lengths
+        place += _ENTRY_BYTES + sum(lengths)
 
 
 def check_safetensors(path: Path) -> None:

@@ -7,14 +7,15 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from kdbench.bounded import open_regular, parse_json
-from kdbench.errors import UserError
+from kdbench.bounded import open_regular, open_zip, parse_json
+from kdbench.errors import UserError, shown
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -22,7 +23,6 @@ MANIFEST = "manifest.json"
 # What is read whole is at most so long, in bytes. A record of 1,000 epochs with ten curves is 300 kB, its line in the manifest 200 bytes.
 LARGEST_MANIFEST = 32_000_000
 LARGEST_RECORD = 4_000_000
-LARGEST_DIRECTORY = 16_000_000  # of the zip: 100,000 files and more
 # What is copied piece by piece may be of any size that the disk holds, but a small archive that claims to be a large one is refused.
 PLAUSIBLE_RATIO = 200  # of a file's size to its compressed size; weights and predictions compress to a half, a constant to a thousandth
 PLAUSIBLE_BYTES = 100_000_000  # up to here any ratio is plausible
@@ -44,9 +44,9 @@ class Archive:
         """Read the manifest alone. Raises UserError where `path` is no archive of kdbench's, is damaged, or claims implausible sizes."""
         self.path = path
         with _explained(path):
-            self._file = _opened(path)
+            self._file = open_regular(path)
             try:
-                self._zip = zipfile.ZipFile(self._file)
+                self._zip = open_zip(self._file)
                 self._members = {info.filename: info for info in self._zip.infolist()}
                 self._check_members()
                 self.hashes = self._listed()
@@ -78,35 +78,41 @@ class Archive:
     def pieces(self, name: str) -> Iterator[bytes]:
         """A file piece by piece. Raises UserError after the last one where the file was changed after it was exported."""
         digest = hashlib.sha256()
+        for piece in self._unpacked(name):
+            digest.update(piece)
+            yield piece
+        if digest.hexdigest() != self.hashes[name]:
+            raise UserError(f"{self.path}: {shown(name)} was changed after it was exported (its SHA-256 differs); nothing was imported")
+
+    def _unpacked(self, name: str) -> Iterator[bytes]:
+        """In pieces: in one go, zipfile unpacks all that the compressed bytes hold, whatever size the file is said to have."""
         with _explained(self.path), self._zip.open(self._members[name]) as member:
             while piece := member.read(_PIECE):
-                digest.update(piece)
                 yield piece
-        if digest.hexdigest() != self.hashes[name]:
-            raise UserError(f"{self.path}: {name!r} was changed after it was exported (its SHA-256 differs); nothing was imported")
 
     def _check_size(self, name: str, most: int) -> None:
         if (size := self.size(name)) > most:
-            raise UserError(f"{self.path}: {name!r} is {size / 1e6:.1f} MB, expected at most {most / 1e6:g} MB; nothing was imported")
+            raise UserError(f"{self.path}: {shown(name)} is {size / 1e6:.1f} MB, expected at most {most / 1e6:g} MB; nothing was imported")
 
     def _check_members(self) -> None:
         infos = self._zip.infolist()
         if len(self._members) != len(infos):
-            names = [info.filename for info in infos]
-            odd = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{self.path}: {odd!r} is in it twice; nothing was imported")
+            [(odd, _)] = Counter(info.filename for info in infos).most_common(1)
+            raise UserError(f"{self.path}: {shown(odd)} is in it twice; nothing was imported")
         for info in infos:
             if info.compress_type not in _METHODS or info.flag_bits & 0x1:  # bit 0: encrypted
-                raise UserError(f"{self.path} {_NOT_OURS}: {info.filename!r} is encrypted or compressed in a way that export never uses")
+                raise UserError(
+                    f"{self.path} {_NOT_OURS}: {shown(info.filename)} is encrypted or compressed in a way that export never uses"
+                )
         packed = sum(info.compress_size for info in infos)
         if packed > os.fstat(self._file.fileno()).st_size:
             raise UserError(f"{self.path} {_NOT_OURS}: its files overlap; nothing was imported")
-        for info in infos:
-            if info.file_size > max(PLAUSIBLE_BYTES, PLAUSIBLE_RATIO * info.compress_size):
-                raise UserError(
-                    f"{self.path}: {info.filename!r} claims to be {info.file_size / 1e9:.2f} GB, packed into {info.compress_size} bytes; "
-                    "nothing was imported"
-                )
+        largest = max(infos, key=lambda info: info.file_size, default=None)
+        if largest is not None and self.nbytes > max(PLAUSIBLE_BYTES, PLAUSIBLE_RATIO * packed):
+            raise UserError(
+                f"{self.path} claims to hold {self.nbytes / 1e9:.2f} GB, {shown(largest.filename)} alone {largest.file_size / 1e9:.2f} GB, "
+                f"packed into {packed} bytes; nothing was imported"
+            )
 
     def _listed(self) -> dict[str, str]:
         """The SHA-256 of every file by name, as the manifest has it. Raises UserError where archive and manifest disagree."""
@@ -114,7 +120,7 @@ class Archive:
             raise UserError(f"{self.path} {_NOT_OURS}: it has no {MANIFEST}")
         self._check_size(MANIFEST, LARGEST_MANIFEST)
         try:
-            manifest: Any = parse_json(self._zip.read(MANIFEST))
+            manifest: Any = parse_json(b"".join(self._unpacked(MANIFEST)), most=len(self._members) + 100)
             version, files = manifest["format"], manifest["files"]
             if not isinstance(version, int) or not isinstance(files, dict) or not all(isinstance(sha, str) for sha in files.values()):
                 raise TypeError
@@ -125,46 +131,8 @@ class Archive:
                 f"{self.path} has archive format {version}, this kdbench reads {FORMAT}: update kdbench (pip install -U kdbench)"
             )
         if odd := sorted(self._members.keys() ^ {*files, MANIFEST}):
-            raise UserError(f"{self.path}: {odd[0]!r} is not what its {MANIFEST} lists; nothing was imported")
+            raise UserError(f"{self.path}: {shown(odd[0])} is not what its {MANIFEST} lists; nothing was imported")
         return files
-
-
-def _opened(path: Path) -> BinaryIO:
-    """The file, once it is known to be a regular one with a zip's directory of plausible size at its end."""
-    file = open_regular(path)
-    try:
-        if _directory_size(file) > LARGEST_DIRECTORY:
-            raise UserError(f"{path} {_NOT_OURS}: its list of files is longer than {LARGEST_DIRECTORY // 10**6} MB; nothing was imported")
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _directory_size(file: BinaryIO) -> int:
-    """Bytes of a zip's central directory, as the record at its end says; 0 where there is no such record.
-
-    PKWARE's APPNOTE 6.3.10, sections 4.3.14 to 4.3.16: the record of 22 bytes and a comment; for large archives a 64-bit one before it.
-    """
-    end = file.seek(0, os.SEEK_END)
-    start = file.seek(max(0, end - (1 << 16) - 22 - 20 - 56))
-    tail = file.read()
-    place = tail.rfind(b"PK\x05\x06")
-    if place < 0 or len(tail) - place < 22:
-        return 0
-    (size,) = struct.unpack_from("<I", tail, place + 12)
-    if size != 0xFFFFFFFF:
-        return int(size)
-    locator = tail.rfind(b"PK\x06\x07", 0, place)
-    if locator < 0:
-        return 0
-    (offset,) = struct.unpack_from("<Q", tail, locator + 8)
-    if offset + 48 > end or offset < 0:
-        return 0
-    file.seek(offset)
-    record = file.read(56)
-    return int(struct.unpack_from("<Q", record, 40)[0]) if len(record) == 56 and start >= 0 else 0
 
 
 @contextmanager
@@ -182,6 +150,7 @@ def _explained(path: Path) -> Iterator[None]:
         EOFError,
         RuntimeError,
         ValueError,
+        OverflowError,
         struct.error,
     ) as error:
         raise UserError(f"{path} {_NOT_OURS}, or it is damaged ({error}); nothing was imported") from error

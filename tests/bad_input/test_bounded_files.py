@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +26,7 @@ from kdbench.training.cache_streams import StreamFiles
 from kdbench.training.teacher_cache import read_entry
 from tests.bad_input.tiny_experiment import assert_mistake, assert_one_line, run, write
 from tests.console import Kdbench
+from tests.peak_memory import Measured, measured
 from tests.test_yaml12 import bomb
 
 SPARSE = 50_000_000_000  # bytes
@@ -156,26 +154,10 @@ def test_a_megabyte_of_nodes_takes_little_memory(tmp_path: Path) -> None:
     assert memory < MOST_MEMORY_KB
 
 
-_LOAD = """
-import json, resource, sys
-from pathlib import Path
-from kdbench.errors import UserError
-from kdbench.experiment import load_experiment
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    load_experiment(Path(sys.argv[1]))
-    said = ""
-except UserError as error:
-    said = str(error)
-print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, said]))
-"""
-
-
-def loaded_alone(file: Path) -> tuple[int, str]:
-    """How much memory reading an experiment took, in kB, and what was said: in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", _LOAD, str(file)], capture_output=True, text=True, check=True)
-    memory, said = json.loads(done.stdout)
-    return memory, said
+def loaded_alone(file: Path) -> Measured:
+    """Reading an experiment, in a process of its own."""
+    imports = "from pathlib import Path; from kdbench.experiment import load_experiment"
+    return measured(imports, "load_experiment(Path(sys.argv[1]))", file)
 
 
 @pytest.mark.parametrize("file", sorted(Path("experiments").resolve().glob("*.yaml")), ids=lambda path: path.name)

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from datetime import date
@@ -20,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kdbench import bounded
 from kdbench.errors import UserError
 from kdbench.results import archive as archives
 from kdbench.results.exchange import MANIFEST, import_results
 from kdbench.results.record import CHECKSUM, row_checksum, to_table
 from kdbench.results.store import ResultStore, record_path
+from tests.peak_memory import Measured, measured
 
 MOST_MEMORY_KB = 300_000  # above what a process has that imported the same modules
 
@@ -142,21 +142,86 @@ def test_a_long_manifest_is_refused_unread(store: ResultStore, tmp_path: Path, m
     refused(store, written(tmp_path / "manifest.zip", {}, manifest=b" " * 1_001), "'manifest.json' is 0.0 MB, expected at most")
 
 
-def test_a_list_of_files_that_is_too_long_is_refused_before_zipfile_reads_it(
-    store: ResultStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(archives, "LARGEST_DIRECTORY", 1_000)
+def test_a_list_of_files_that_is_too_long_is_refused_unread(store: ResultStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "LARGEST_DIRECTORY", 1_000)
     archive = written(tmp_path / "many.zip", {f"predictions/{number}": b"" for number in range(30)})
-    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("read"))
-    refused(store, archive, "its list of files is longer than")
+    monkeypatch.setattr(zipfile, "ZipInfo", lambda *_: pytest.fail("read"))
+    refused(store, archive, "its list of files is longer than 1 kB")
 
 
-def test_the_size_of_a_large_zips_list_of_files_is_found(tmp_path: Path) -> None:
-    directory = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, 5_000_000_000, 0)
-    end = b"PK\x06\x07" + struct.pack("<IQI", 0, 10, 1) + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, 0xFFFFFFFF, 0xFFFFFFFF, 0)
-    (tmp_path / "large.zip").write_bytes(b"0" * 10 + directory + end)
-    with (tmp_path / "large.zip").open("rb") as file:
-        assert archives._directory_size(file) == 5_000_000_000
+def _another_end(archive: Path, size: int, *, wide: bool) -> None:
+    """Put a list of `size` bytes at the end of a zip, and the records that say so where zipfile looks and a plain reader does not."""
+    begin = archive.stat().st_size
+    with archive.open("ab") as file:
+        file.truncate(begin + size)
+        file.seek(0, os.SEEK_END)
+        if wide:  # the 64-bit record counts even where the one of 32 bits tells a plausible size
+            file.write(b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, size, begin))
+            file.write(b"PK\x06\x07" + struct.pack("<IQI", 0, begin + size, 1))
+            file.write(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, 100, begin, 0))
+        else:  # the record at the very end counts; its own field looks as if another one began inside of it
+            file.write(b"PK\x05\x06" + struct.pack("<HH4sII", 0, 0, b"PK\x05\x06", size, begin) + b"\0\0")
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_list_of_files_that_zipfile_reads_is_bounded_whatever_its_records_say(
+    store: ResultStore, record: Any, tmp_path: Path, wide: bool
+) -> None:
+    archive = written(tmp_path / "ends.zip", {record_path(record): parquet(to_table(record))})
+    _another_end(archive, 400_000_000, wide=wide)
+    refused(store, archive, "its list of files is longer than 16 MB")
+    memory, said = imported_alone(archive, tmp_path / "theirs")
+    assert "its list of files is longer than 16 MB" in said
+    assert memory < 100_000
+
+
+def test_an_archive_of_60_000_empty_files_takes_little_memory(tmp_path: Path) -> None:
+    archive = written(tmp_path / "many.zip", {f"predictions/{number:0100}": b"" for number in range(60_000)}, zipfile.ZIP_STORED)
+    memory, said = imported_alone(archive, tmp_path / "theirs")
+    assert "belongs to none of its records" in said
+    assert memory < MOST_MEMORY_KB
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_an_archive_has_no_more_files_than_the_bound(store: ResultStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = written(tmp_path / "many.zip", {f"predictions/{number}": b"" for number in range(30)})
+    monkeypatch.setattr(bounded, "MOST_MEMBERS", 31)
+    refused(store, archive, "belongs to none of its records")
+    monkeypatch.setattr(bounded, "MOST_MEMBERS", 30)
+    refused(store, archive, "it has more than 30 files")
+
+
+def test_a_long_name_is_refused(store: ResultStore, tmp_path: Path) -> None:
+    refused(store, written(tmp_path / "name.zip", {"n" * 65_535: b""}), "has 65,535 bytes, expected at most 1,000")
+
+
+def test_a_name_that_is_listed_twice_among_many_is_found_at_once(store: ResultStore, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        for number in range(30_000):
+            archive.writestr(f"predictions/{number}", b"")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("predictions/29999", b"")
+    refused(store, tmp_path / "twice.zip", "'predictions/29999' is in it twice")
+
+
+def test_a_file_that_unpacks_to_more_than_it_says_takes_no_memory(tmp_path: Path) -> None:
+    archive = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped, zipped.open(MANIFEST, "w") as member:
+        for _ in range(400):
+            member.write(bytes(1 << 20))
+    content = bytearray(archive.read_bytes())
+    struct.pack_into("<I", content, content.rfind(b"PK\x01\x02") + 24, 100)
+    archive.write_bytes(content)
+    memory, said = imported_alone(archive, tmp_path / "theirs")
+    assert "Bad CRC-32" in said
+    assert memory < 50_000
+
+
+def test_a_manifest_of_many_values_takes_little_memory(tmp_path: Path) -> None:
+    archive = written(tmp_path / "values.zip", {}, manifest=b"[" + b"[]," * 10_000_000 + b"[]]")
+    memory, said = imported_alone(archive, tmp_path / "theirs")
+    assert "its manifest.json can't be read" in said
+    assert memory < MOST_MEMORY_KB
 
 
 def test_files_that_overlap_are_refused(store: ResultStore, record: Any, tmp_path: Path) -> None:
@@ -202,27 +267,10 @@ def test_a_search_that_is_none_is_refused(store: ResultStore, make_record: Calla
     refused(store, written(tmp_path / "search.zip", files), "is not the journal of a search")
 
 
-_IMPORT = """
-import json, resource, sys
-from pathlib import Path
-from kdbench.errors import UserError
-from kdbench.results.exchange import import_results
-from kdbench.results.store import ResultStore
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    import_results(ResultStore(sys.argv[2]), Path(sys.argv[1]))
-    said = ""
-except UserError as error:
-    said = str(error)
-print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, said]))
-"""
-
-
-def imported_alone(archive: Path, store: Path) -> tuple[int, str]:
-    """How much memory an import took, in kB, and what it said: in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", _IMPORT, str(archive), str(store)], capture_output=True, text=True, check=True)
-    memory, said = json.loads(done.stdout)
-    return memory, said
+def imported_alone(archive: Path, store: Path) -> Measured:
+    """An import in a process of its own."""
+    imports = "from pathlib import Path; from kdbench.results.exchange import import_results; from kdbench.results.store import ResultStore"
+    return measured(imports, "import_results(ResultStore(sys.argv[2]), Path(sys.argv[1]))", archive, store)
 
 
 def test_a_small_archive_that_claims_to_be_large_takes_no_memory(record: Any, tmp_path: Path) -> None:
@@ -233,7 +281,7 @@ def test_a_small_archive_that_claims_to_be_large_takes_no_memory(record: Any, tm
         archive.writestr(MANIFEST, json.dumps({"format": 1, "files": {record_path(record): ""}}))
     assert (tmp_path / "bomb.zip").stat().st_size < 2_000_000
     memory, said = imported_alone(tmp_path / "bomb.zip", tmp_path / "theirs")
-    assert "claims to be 0.42 GB" in said
+    assert "claims to hold 0.42 GB" in said
     assert memory < MOST_MEMORY_KB
     assert not (tmp_path / "theirs").exists()
 
