@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _BLOCK = 1 << 16
+_SMALL = 100_000_000  # bytes of a file whose holes don't matter
+_MOST_EXTENTS = 100_000  # pieces of a file that are looked at in search of holes
 LARGEST_SAFETENSORS_HEADER = 4_000_000  # bytes of a file's description: 30,000 tensors
+LONGEST_NAME = 1_000  # characters of a tensor's name; timm's longest has 60
+MOST_DIMENSIONS = 64  # of a tensor, as PyTorch's own loops have
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+}  # of an element; safetensors itself knows and checks a few types more
 DEEPEST = 50  # levels of lists and objects in JSON; what kdbench writes has five
 
 # Of a zip's list of files, the central directory. zipfile makes half a kilobyte of memory from each entry.
@@ -100,6 +111,35 @@ def read_file(path: Path, most: int) -> bytes:
     if not room:
         raise ImplausibleFile(path, f"it has more than {_bytes(most)}")
     return b"".join(pieces)
+
+
+def check_stored(path: Path) -> None:
+    """A file of a few kilobytes on disk may be 50 GB of nothing, which takes as much time and memory to read as if they were there.
+
+    Raises:
+        ImplausibleFile: most of a large file is a hole.
+        OSError: there is none, or it can't be read.
+    """
+    with open_regular(path) as file:
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+        if size > _SMALL and _stored(descriptor, size // 2) < size // 2:
+            raise ImplausibleFile(path, f"it has {size / 1e9:.2f} GB, most of which is a hole in the file")
+
+
+def _stored(descriptor: int, enough: int) -> int:
+    """Bytes of a file that are no holes, counted until there are enough. File systems without holes say that all are stored."""
+    stored = place = 0
+    for _ in range(_MOST_EXTENTS):
+        try:
+            begin = os.lseek(descriptor, place, os.SEEK_DATA)
+            place = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        except OSError:  # ENXIO: there is only a hole from here on
+            break
+        stored += place - begin
+        if stored >= enough:
+            break
+    return stored
 
 
 def parse_json(content: bytes | str, most: int | None = None) -> Any:
@@ -186,26 +226,66 @@ def _field_lengths(content: bytes) -> Iterator[tuple[int, int, int]]:
         place += _ENTRY_BYTES + sum(lengths)
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
     """Look at what a safetensors file declares, before anything is made from it or its content is hashed.
+
+    Returns:
+        The shapes of its tensors by name.
 
     Raises:
         ImplausibleFile: it is no regular file, or its header is none, is too long, or tells of more or fewer bytes than the file has.
         OSError: there is none, or it can't be read.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(LARGEST_SAFETENSORS_HEADER, size - 8):
-            raise ImplausibleFile(path, "it is not a safetensors file")
-        header = file.read(length)
+        try:
+            return tensor_shapes(file.read, os.fstat(file.fileno()).st_size)
+        except ValueError as error:
+            raise ImplausibleFile(path, str(error)) from None
+
+
+def tensor_shapes(read: Callable[[int], bytes], size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file by name, of which its header alone is read.
+
+    The format (https://github.com/huggingface/safetensors#format): 8 bytes of the header's length; the header, a JSON object with type,
+    shape and place of each tensor; the tensors, one after the other.
+
+    Args:
+        read: gives the next so many bytes from the beginning of the file, or fewer at its end.
+        size: the bytes of the file.
+
+    Raises:
+        ValueError: it is no such file, or the header is too long or tells of more or fewer bytes than the file has. The message says it.
+    """
+    length = int.from_bytes(read(8), "little")
+    if not 2 <= length <= size - 8:
+        raise ValueError("it is not a safetensors file")
+    if length > LARGEST_SAFETENSORS_HEADER:
+        limit = LARGEST_SAFETENSORS_HEADER // 10**6
+        raise ValueError(f"it is not a safetensors file: it declares a header of {length} bytes, expected at most {limit} MB")
     try:
-        ends = [entry["data_offsets"][1] for name, entry in parse_json(header).items() if name != "__metadata__"]
-        complete = max(ends, default=0) == size - 8 - length
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise ImplausibleFile(path, "it is not a safetensors file") from None
-    if not complete:
-        raise ImplausibleFile(path, "it does not have the length that its header declares")
+        header: dict[str, Any] = parse_json(read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        shapes = {name: _shape(entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in entries.items()}
+        places = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError("it is not a safetensors file") from None
+    if long := next((name for name in shapes if len(name) > LONGEST_NAME), None):
+        raise ValueError(f"a tensor's name has {len(long):,} characters, expected at most {LONGEST_NAME:,}")
+    ends = [0, *(end for _, end in places)]
+    if [begin for begin, _ in places] != ends[:-1] or ends[-1] != size - 8 - length:
+        raise ValueError("it does not have the length that its header declares")
+    return shapes
+
+
+def _shape(dtype: str, shape: list[int], begin: int, end: int) -> tuple[int, ...]:
+    """Raises ValueError or TypeError where a tensor is declared in a way that makes no sense."""
+    numbers = (*shape, begin, end)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) > MOST_DIMENSIONS:
+        raise ValueError
+    bits = _BITS.get(dtype)
+    if bits is not None and math.prod(shape) * bits != (end - begin) * 8:
+        raise ValueError
+    return tuple(shape)
 
 
 def _check_depth(value: Any) -> None:

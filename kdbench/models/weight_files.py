@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import zipfile
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from kdbench.bounded import LARGEST_SAFETENSORS_HEADER, open_regular
+from kdbench.bounded import ImplausibleFile, check_safetensors, check_stored
 from kdbench.errors import UserError, cut
+from kdbench.models.torch_files import HOLDS_OBJECT, check_torch_file
 
 # Keys under which checkpoints commonly hold the weights. Where several of them fit the model, the first in this order counts.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")
-_EXPECTED = "a safetensors file, nor a torch file of plain tensors"
 _DEPTH = 3  # mappings inside mappings that are looked into
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module, anywhere in a network
 _COUNTER = "num_batches_tracked"  # of BatchNorm; files written before PyTorch 0.4.1 have none, and only cumulative averages use it
@@ -55,10 +54,10 @@ def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def misfit_hint(stored: Collection[str], wanted: Collection[str]) -> str:
     """What to add to an error on names that don't fit: the prefix without which more of them would, or nothing."""
-    prefixes = {prefix for name in stored for prefix in _prefixes_of(name)}
-    fitting = {prefix: sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in stored) for prefix in prefixes}
+    names = set(wanted)
+    fitting = Counter(prefix for name in stored for prefix in _prefixes_of(name) if name[len(prefix) :] in names)
     best = max(sorted(fitting), key=lambda prefix: fitting[prefix], default="")
-    if not best or fitting[best] <= fitting.get("", 0):
+    if not best or fitting[best] <= fitting[""]:
         return ""
     return (
         f"; {fitting[best]} of the {len(stored)} names in the file fit without the prefix {best!r}. "
@@ -131,39 +130,27 @@ def _content(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load: whatever the instructions of a file that somebody else made end in
         python = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
-        reason = f"it holds a Python object, {python[1]}" if python else cut(str(error).strip().partition("\n")[0], 200)
-        advice = (
-            ". Save the weights alone, with torch.save(model.state_dict(), ...): reading an object would run its code" if python else ""
-        )
-        raise UserError(f"weights {path}: not {_EXPECTED} ({reason or type(error).__name__}){advice}") from error
+        reason = f"{HOLDS_OBJECT}, {python[1]}" if python else cut(str(error).strip().partition("\n")[0], 200)
+        raise _unreadable(path, reason or type(error).__name__) from error
 
 
 def check_declared(path: Path) -> None:
     """Raises UserError where what a file says of itself is more than it can hold, before anything is made from it."""
     try:
-        with open_regular(path) as file:
-            beginning = file.read(8)
-            if path.suffix == ".safetensors":
-                length = int.from_bytes(beginning, "little")
-                if length > LARGEST_SAFETENSORS_HEADER:
-                    limit = LARGEST_SAFETENSORS_HEADER // 10**6
-                    raise UserError(f"weights {path}: not {_EXPECTED} (a header of {length} bytes, expected at most {limit} MB)")
-            elif beginning.startswith(b"PK"):
-                _check_members(path, file)
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+            check_stored(path)
+        else:
+            check_torch_file(path)
     except FileNotFoundError:
         raise UserError(f"weights {path}: there is no such file") from None
+    except ImplausibleFile as error:
+        raise _unreadable(path, str(error)) from error
     except OSError as error:
         raise UserError(f"weights {path}: can't be read: {error.strerror or error}") from error
 
 
-def _check_members(path: Path, file: BinaryIO) -> None:
-    """torch.save compresses nothing, and a few kilobytes of compressed zeros would be gigabytes of memory."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, ValueError) as error:
-        raise UserError(f"weights {path}: not {_EXPECTED} ({error})") from error
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise UserError(f"weights {path}: not {_EXPECTED} (its content is compressed)")
-    if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
-        raise UserError(f"weights {path}: not {_EXPECTED} (its parts overlap)")
+def _unreadable(path: Path, reason: str) -> UserError:
+    advice = ". Save the weights alone, with torch.save(model.state_dict(), ...): reading an object would run its code"
+    expected = "a safetensors file, nor a torch file of plain tensors"
+    return UserError(f"weights {path}: not {expected} ({reason}){advice if reason.startswith(HOLDS_OBJECT) else ''}")

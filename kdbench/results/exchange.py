@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdbench import __version__
-from kdbench.bounded import LARGEST_SAFETENSORS_HEADER, parse_json
+from kdbench.bounded import parse_json, tensor_shapes
 from kdbench.errors import UnreadableFile, UserError, not_written
 from kdbench.results.archive import FORMAT, LARGEST_RECORD, MANIFEST, Archive
 from kdbench.results.integrity import altered, checked_records, single_row, stored_rows
@@ -318,24 +318,24 @@ def _check_attachments(archive: Archive, known: Collection[str], hashes: dict[st
 
 
 def _is_safetensors(pieces: Iterator[bytes], size: int) -> bool:
-    """Eight bytes of the header's length, the header as a JSON object, the tensors: anything else, a pickle say, is refused.
+    """Anything else, a pickle say, is refused. All pieces are read, so that the file's hash is compared."""
+    rest = b""
 
-    All pieces are read, so that the file's hash is compared.
-    """
-    beginning, length = b"", -1
-    for piece in pieces:
-        if length < 0 or len(beginning) < 8 + length:
-            beginning += piece
-            length = int.from_bytes(beginning[:8], "little") if len(beginning) >= 8 else -1
-            if not -1 <= length <= min(LARGEST_SAFETENSORS_HEADER, size - 8):
-                return False
-    if length < 2:
-        return False
+    def read(length: int) -> bytes:
+        nonlocal rest
+        while len(rest) < length and (piece := next(pieces, b"")):
+            rest += piece
+        found, rest = rest[:length], rest[length:]
+        return found
+
     try:
-        header = parse_json(beginning[8 : 8 + length])
+        tensor_shapes(read, size)
+        fits = True
     except ValueError:
-        return False
-    return isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values())
+        fits = False
+    for _ in pieces:
+        pass
+    return fits
 
 
 def _is_journal(pieces: Iterator[bytes], size: int) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from kdbench.errors import UserError, in_one_line, not_written
+from kdbench.models.torch_files import check_torch_file
 from kdbench.models.weights import portable
 from kdbench.results.folder import file_sha256 as file_sha256
 from kdbench.results.working_copy import fetch_later, upload
@@ -55,7 +56,9 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     None where there is none or it can't be read: training then starts anew, which gives the same.
     """
     try:
-        state: dict[str, Any] = torch.load(fetch_later(path), map_location="cpu", weights_only=True)
+        here = fetch_later(path)
+        check_torch_file(here)
+        state: dict[str, Any] = torch.load(here, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return None
     return state

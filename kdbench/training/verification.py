@@ -14,7 +14,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kdbench.bounded import check_safetensors
@@ -314,9 +313,8 @@ def counted_parameters(path: Path, states: Mapping[str, bool]) -> int | None:
         Their number; None where the file is none, or has other names than the network, so that nobody knows which are buffers.
     """
     try:
-        with safe_open(path, "pt") as file:
-            sizes: dict[str, int] = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, OSError):
+        sizes = {name: math.prod(shape) for name, shape in check_safetensors(path).items()}
+    except OSError:
         return None
     if not sizes.keys() <= states.keys():
         return None
