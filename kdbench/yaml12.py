@@ -49,17 +49,26 @@ def load(text: str) -> Any:
     Raises:
         InvalidYAML: it does not parse, or is longer or deeper or holds more than the bounds of this module allow.
     """
+    return _loaded(text, _Loader)
+
+
+def load_as_1_1(text: str) -> Any:
+    """As `load`, with numbers, dates and truth values as PyYAML reads them: what kdbench read and wrote until November 2026."""
+    return _loaded(text, _Loader11)
+
+
+def _loaded(text: str, loader: type[_Bounded]) -> Any:
     if len(text) > LONGEST:
         raise InvalidYAML(f"the text has {len(text):,} characters, expected at most {LONGEST:,}")
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InvalidYAML(f"{place}not valid YAML: {_one_line(error.problem or error.context)}") from error
     except yaml.YAMLError as error:
         raise InvalidYAML(f"not valid YAML: {_one_line(error)}") from error
-    except (ValueError, OverflowError) as error:  # of PyYAML's scanner, which says no place
+    except (ValueError, OverflowError) as error:  # of PyYAML's scanner, which says no place, and of a date such as 2026-13-01
         raise InvalidYAML(r"not valid YAML: the number of an escape such as \UFFFFFFFF or of a directive is out of range") from error
 
 
@@ -80,8 +89,8 @@ class _Extent:
     levels: int
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe subset. A key that is listed twice is an error: YAML itself would keep the last without a word.
+class _Bounded(yaml.SafeLoader):
+    """YAML's safe subset, of bounded size.
 
     A text of a few hundred bytes can stand for billions of nodes, by aliases of lists of aliases. So nodes are counted while they are
     composed, each once, before anything is constructed from them.
@@ -122,6 +131,10 @@ class _Loader(yaml.SafeLoader):
             _refuse(_TOO_DEEP, node)
         return _Extent(nodes, levels)
 
+
+class _Loader(_Bounded):
+    """Of version 1.2. A key that is listed twice is an error: YAML itself would keep the last without a word."""
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
@@ -155,6 +168,15 @@ class _Loader(yaml.SafeLoader):
         if len(text) > MOST_DIGITS:
             _refuse(f"a whole number of {len(text):,} digits, expected at most {MOST_DIGITS:,}", node)
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+class _Loader11(_Bounded):
+    """Of version 1.1, in which the time for a number such as 1:30:30 grows with the square of its length."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag in (_INT[0], _FLOAT[0]) and len(node.value) > MOST_DIGITS:
+            _refuse(f"a number of {len(node.value):,} characters, expected at most {MOST_DIGITS:,}", node)
+        return super().construct_object(node, deep)
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

@@ -233,3 +233,28 @@ def test_aliases_are_counted_as_copies_and_no_more() -> None:
 def test_a_number_beyond_floating_point_is_infinite_and_refused_where_it_is_used(kdbench: Kdbench) -> None:
     assert yaml12.load("1e999") == math.inf
     assert_mistake(run(kdbench, {}, "--set", "recipe.lr=1e999"), "recipe.lr: expected a finite number, got inf")
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "010", "no", "1:30", "1_000", "2026-01-13", "{a: 1, a: 2}", "name: x\nlr: 1.0e-05\nlist: [1, null, 'no']"]
+)
+def test_what_was_written_before_is_read_as_pyyaml_reads_it(text: str) -> None:
+    assert yaml12.load_as_1_1(text) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(10), "counting each alias as a copy"),
+        ("&a [*a]", "is inside of what it stands for"),
+        ("[" * 300 + "]" * 300, "nested more than 50 levels"),
+        ("1" + ":1" * 300_000, "a number of 600,001 characters"),
+        ("!!int " + "1" * 5_000, "a number of 5,000 characters"),
+        ("2026-13-01", "not valid YAML"),
+        ("#" * 1_000_001, "the text has 1,000,001 characters"),
+    ],
+)
+def test_what_was_written_before_is_bounded_too(text: str, said: str) -> None:
+    with pytest.raises(yaml12.InvalidYAML, match=said) as problem:
+        yaml12.load_as_1_1(text)
+    assert "\n" not in str(problem.value)

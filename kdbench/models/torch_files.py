@@ -28,10 +28,12 @@ from kdbench.errors import shown
 
 # A tensor in a state_dict takes 32 instructions and 150 bytes.
 LARGEST_PICKLE = 16_000_000  # bytes of instructions
-MOST_INSTRUCTIONS = 1_000_000  # torch itself takes a second for so many
+MOST_INSTRUCTIONS = 1_000_000  # torch itself takes a second for so many, if they are simple ones
+_CALL = 2  # how many simple instructions a call counts more than one
 MOST_VALUES = 1_000_000  # in lists and mappings, one that lies in several others counted in each
 DEEPEST = 50  # levels of lists and mappings
 LARGEST_EXPANDED = 16_000_000  # bytes that a tensor of fewer stored bytes may stand for
+_LONGEST_KEY = 10  # values in a tuple that is a key: its hash is computed each time
 _LARGEST_KEY = 1 << 62  # of whole numbers as keys: above 2^61 - 2, a file can give any number of them the same hash
 
 HOLDS_OBJECT = "it holds a Python object"  # how a message begins that says so
@@ -223,6 +225,7 @@ class _Outline:
         stack: list[Any] = []
         outer: list[list[Any]] = []  # the stacks around an open mark
         memo: dict[int, Any] = {}
+        argument: Any
         for opcode, argument, _ in pickletools.genops(content):
             self._count(1)
             code = opcode.name
@@ -251,6 +254,7 @@ class _Outline:
             elif code == "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             elif code in ("REDUCE", "NEWOBJ"):
+                self._count(_CALL)
                 arguments = stack.pop()
                 stack[-1] = self._called(stack[-1], arguments, new=code == "NEWOBJ")
             elif code == "BUILD":
@@ -292,6 +296,7 @@ class _Outline:
         elif name == "collections.OrderedDict" and len(arguments) <= 1:
             return self._ordered(*arguments)
         elif name in _OF_PLAIN_VALUES and _is_plain(arguments):
+            self._count(sum(len(value) for value in arguments if isinstance(value, tuple)))
             return _Opaque()
         elif name in _OF_MANY_VALUES and len(arguments) == 1:
             self._count(len(arguments[0]))
@@ -345,7 +350,7 @@ def _check_keys(keys: Iterable[Any]) -> None:
 def _is_key(value: Any) -> bool:
     """Whether it is hashed at once. A tuple of tuples of tuples may take for ever."""
     if isinstance(value, tuple):
-        return len(value) <= MOST_DIMENSIONS and not any(isinstance(part, tuple) for part in value) and all(map(_is_key, value))
+        return len(value) <= _LONGEST_KEY and not any(isinstance(part, tuple) for part in value) and all(map(_is_key, value))
     if isinstance(value, str):
         return len(value) <= LONGEST_NAME
     return value is None or isinstance(value, float | _Named) or (isinstance(value, int) and abs(value) < _LARGEST_KEY)
@@ -353,7 +358,8 @@ def _is_key(value: Any) -> bool:
 
 def _is_plain(arguments: Any) -> bool:
     """Whether these are a few plain values, or one tuple of them: a size."""
-    return _is_key(arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple) else arguments)
+    values = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple) else arguments
+    return isinstance(values, tuple) and len(values) <= MOST_DIMENSIONS and all(_is_key(value) for value in values)
 
 
 def _tensor(function: str, arguments: Sequence[Any]) -> _Tensor:

@@ -17,11 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from kdbench import yaml12
 from kdbench.data.batch import Part
 from kdbench.data.content import newest_change
 from kdbench.data.encoded import EncodedImages
@@ -275,8 +275,8 @@ def _uses_generator(kind: type[Method]) -> bool:
 
 def _config(record: RunRecord) -> Mapping[str, Any] | None:
     try:
-        kept = yaml.safe_load(record.config or "")
-    except yaml.YAMLError:
+        kept = yaml12.load_as_1_1(record.config or "")
+    except yaml12.InvalidYAML:
         return None
     return kept if isinstance(kept, dict) else None
 

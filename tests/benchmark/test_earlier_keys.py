@@ -31,8 +31,9 @@ from kdbench.results.record import CHECKSUM, row_checksum
 from kdbench.results.store import ResultStore
 from kdbench.results.tracking import NoTracker
 from kdbench.tasks import build
-from kdbench.training.earlier_keys import draws_noise, has_dropout
+from kdbench.training.earlier_keys import _config, draws_noise, has_dropout
 from kdbench.training.verification import verify
+from tests.test_yaml12 import bomb
 
 EARLIER = Path(__file__).parent / "earlier"
 LONG_AGO = 1e9  # seconds since 1970
@@ -220,3 +221,13 @@ def test_records_of_before_are_verified_by_the_rule_of_before(make: Any) -> None
     assert checked.problems == ()
     assert checked.derived + len(checked.left_out) == 9
     assert all("earlier_task" in left_out for left_out in checked.left_out)
+
+
+def test_the_experiment_of_a_record_is_read_within_bounds() -> None:
+    [record, *_] = ResultStore(EARLIER / "results").scan()
+
+    def read(config: str | None) -> Any:
+        return _config(record.model_copy(update={"config": config}))
+
+    assert read("lr: 1e-3") == {"lr": "1e-3"}  # as it was read when it was written
+    assert [read(config) for config in (bomb(10), "[" * 300, "lr: 2026-13-01", "text", None)] == [None] * 5
