@@ -332,8 +332,6 @@ def _put(code: str, items: list[Any], stack: list[Any]) -> None:
     if code.startswith("TUPLE"):
         stack.append(tuple(items))
         return
-    if not isinstance(stack[-1], list):
-        raise TypeError
     if code.startswith("SETITEM"):
         _check_keys(items[::2])
         items = items[1::2]

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from kdbench.bounded import read_file
+from kdbench.bounded import open_regular, read_file
 from kdbench.data.options import StrictOptions
 from kdbench.errors import RunFailed, UserError, in_one_line, not_written
 from kdbench.training.checkpoint import write_atomically
@@ -159,7 +159,8 @@ class StreamFiles:
 
     def _mapped(self, stream: Stream) -> np.ndarray:
         try:
-            rows = np.load(self.data, mmap_mode="r")
+            with open_regular(self.data):
+                rows = np.load(self.data, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise damaged(self.folder, in_one_line(error)) from error
         if rows.dtype != stream.dtype or rows.shape != stream.array_shape:

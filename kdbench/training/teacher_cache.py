@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from kdbench.bounded import read_file
+from kdbench.bounded import open_regular, read_file
 from kdbench.data.batch import Batch
 from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.errors import RunFailed, in_one_line
@@ -193,7 +193,8 @@ def _mapped(folder: Path, name: str) -> Mapped | None:
 def row_of(folder: Path, entry: Entry) -> Tensor:
     """Position in the source data set -> row of a view, from index.npy. Raises RunFailed where that is not what was written."""
     try:
-        index = np.load(folder / "index.npy")
+        with open_regular(folder / "index.npy") as file:
+            index = np.load(file)
     except (OSError, ValueError, EOFError) as error:
         raise damaged(folder, in_one_line(error)) from error
     if index_hash(index) != entry.index:

@@ -15,7 +15,7 @@ import pytest
 from kdbench.bounded import DEEPEST, ImplausibleFile, open_regular, parse_json, read_file
 from kdbench.data.content import files_content
 from kdbench.data.image_folder import Files
-from kdbench.errors import LONGEST_LINE, UserError
+from kdbench.errors import LONGEST_LINE, RunFailed, UserError
 from kdbench.experiment import load_experiment, parse_yaml
 from kdbench.results.journals import LONGEST_LINE as LONGEST_JOURNAL_LINE
 from kdbench.results.journals import read_journal_file
@@ -23,7 +23,7 @@ from kdbench.results.layout import Layout
 from kdbench.results.locks import is_held, locked
 from kdbench.training import precision
 from kdbench.training.cache_streams import StreamFiles
-from kdbench.training.teacher_cache import read_entry
+from kdbench.training.teacher_cache import read_entry, row_of
 from tests.bad_input.tiny_experiment import assert_mistake, assert_one_line, run, write
 from tests.console import Kdbench
 from tests.peak_memory import Measured, measured
@@ -312,6 +312,18 @@ def test_a_manifest_of_the_cache_is_a_regular_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(Exception, match=said) as problem:
         StreamFiles(Path(), "logits").read() if name == "logits.json" else read_entry(Path())
     assert "is damaged (" in str(problem.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NO_FILE if kind != "sparse file"])
+def test_an_array_of_the_cache_is_a_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, said = NO_FILE[kind]
+    make(Path("index.npy"))
+    with pytest.raises(RunFailed, match=said):
+        row_of(Path(), None)
+    make(StreamFiles(Path(), "logits").data)
+    with pytest.raises(RunFailed, match=said):
+        StreamFiles(Path(), "logits")._mapped(None)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in NO_FILE if kind != "sparse file"])

@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,24 @@ def _hollow_legacy(path: Path) -> None:
     os.truncate(path, path.stat().st_size + size)
 
 
+def _overlapping(path: Path) -> None:
+    """Twenty names of one megabyte."""
+    zipped(entry(NONE), {"data/0": bytes(1_000_000)})(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for key in range(1, 20):
+            again = copy(archive.getinfo("w/data/0"))
+            again.filename = f"w/data/{key}"
+            archive.filelist.append(again)
+        archive._didModify = True
+
+
+def _nested_calls() -> bytes:
+    arguments = EMPTY_TUPLE
+    for _ in range(5_000):
+        arguments = many(named("torch._tensor", "_rebuild_from_type_v2"), named("torch", "Tensor"), arguments, NONE)
+    return named("torch._tensor", "_rebuild_from_type_v2") + arguments + REDUCE
+
+
 def _without_instructions(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("w/version", b"3")
@@ -186,6 +205,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "one member compressed": (_one_compressed_member, "its content is compressed"),
     "two data.pkl": (_twice("w/data.pkl"), "a part of it is listed twice"),
     "two data.pkl but for case": (_twice("W/DATA.PKL"), "a part of it is listed twice"),
+    "one member under many names": (_overlapping, "its parts overlap"),
     "two ends": (_another_list, "it does not end as torch.save ends a file"),
     "no data.pkl": (_without_instructions, "it has no data.pkl"),
     "a hole": (_hollow, "it has 50.00 GB, most of which is a hole in the file"),
@@ -232,7 +252,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "it holds a Python object, builtins.bytearray",
     ),
+    "calls inside of calls": (zipped(entry(_nested_calls())), "made by torch._tensor._rebuild_from_type_v2"),
     # values
+    "calls again and again": (
+        zipped(EMPTY_LIST + MARK + named("collections", "OrderedDict") + put(0) + (get(0) + EMPTY_TUPLE + REDUCE) * 250_000 + b"e"),
+        "it has more than 1,000,000 instructions",
+    ),
+    "a long tuple as a name": (zipped(EMPTY_DICT + many(*[number(1)] * 11) + NONE + b"s"), "a name in it is neither"),
     "bytes of a number": (zipped(entry(call("builtins", "bytearray", number(4 * 10**9)))), "it holds a Python object, builtins.bytearray"),
     "bytes of Python 2": (zipped(entry(call("__builtin__", "bytearray", number(4 * 10**9)))), "a Python object, builtins.bytearray"),
     "a slow encoding": (zipped(entry(call("_codecs", "encode", text("é" * 10**6), text("punycode")))), "a Python object, _codecs.encode"),
