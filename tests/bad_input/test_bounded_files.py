@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from kdbench.bounded import DEEPEST, ImplausibleFile, open_regular, parse_json, read_file
+from kdbench.bounded import DEEPEST, ImplausibleFile, check_safetensors, open_regular, parse_json, read_file
 from kdbench.data.content import files_content
 from kdbench.data.image_folder import Files
 from kdbench.errors import LONGEST_LINE, RunFailed, UserError
@@ -239,6 +242,16 @@ def _declaring_a_header(path: Path) -> None:
         file.truncate(SPARSE)
 
 
+def _safetensors(header: dict[str, Any], size: int) -> bytes:
+    described = json.dumps(header).encode()
+    return struct.pack("<Q", len(described)) + described + bytes(size)
+
+
+def _hollow(path: Path) -> None:
+    path.write_bytes(_safetensors({"w": {"dtype": "F32", "shape": [SPARSE // 4], "data_offsets": [0, SPARSE]}}, 0))
+    os.truncate(path, path.stat().st_size + SPARSE)
+
+
 def _compressed(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
@@ -250,6 +263,7 @@ def _compressed(path: Path) -> None:
         ("w.pt", _sparse, "nor a torch file of plain tensors"),
         ("w.safetensors", _sparse, "not a safetensors file"),
         ("w.safetensors", _declaring_a_header, "a header of 90000000 bytes, expected at most 4 MB"),
+        ("w.safetensors", _hollow, "it has 50.00 GB, most of which is a hole in the file"),
         ("w.pt", _compressed, "its content is compressed"),
         ("w.pt", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "nor a torch file of plain tensors"),
     ],
@@ -257,6 +271,38 @@ def _compressed(path: Path) -> None:
 def test_weights_that_claim_more_than_they_hold_are_refused(kdbench: Kdbench, name: str, make: Callable[[Path], object], said: str) -> None:
     make(Path(name))
     assert_mistake(run(kdbench, {"teacher.weights": name}), name, said)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"w": {**ENTRY, "shape": [3]}}, "it is not a safetensors file"),
+        ({"w": {**ENTRY, "shape": [-2]}}, "it is not a safetensors file"),
+        ({"w": {**ENTRY, "shape": [1] * 65, "data_offsets": [0, 4]}}, "it is not a safetensors file"),
+        ({"w": {**ENTRY, "data_offsets": [0, 8, 8]}}, "it is not a safetensors file"),
+        ({"w": {"dtype": "F32", "shape": [2]}}, "it is not a safetensors file"),
+        ({"w": 1}, "it is not a safetensors file"),
+        ({"n" * 1_001: ENTRY}, "a tensor's name has 1,001 characters, expected at most 1,000"),
+        ({"w": ENTRY, "again": ENTRY}, "it does not have the length that its header declares"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "it does not have the length that its header declares"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "it does not have the length that its header declares"),
+        ({}, "it does not have the length that its header declares"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path: Path, header: dict[str, Any], said: str) -> None:
+    (tmp_path / "w.safetensors").write_bytes(_safetensors(header, 8))
+    with pytest.raises(ImplausibleFile, match=said):
+        check_safetensors(tmp_path / "w.safetensors")
+
+
+def test_the_shapes_of_every_type_are_read_from_the_header(tmp_path: Path) -> None:
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.uint64, torch.float8_e4m3fn, torch.complex64)
+    tensors = {str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in types} | {"scalar": torch.zeros(()), "empty": torch.zeros(0, 5)}
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"a": "b"})
+    assert check_safetensors(tmp_path / "w.safetensors") == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 # --- what a results folder holds -------------------------------------------------------------------------------------
