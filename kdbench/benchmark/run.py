@@ -113,11 +113,16 @@ def check(experiment: Experiment, ledger: Ledger) -> None:
     check_fits_here(experiment.runtime)
     task = build_task(experiment.task)
     check_plan(experiment, task)
-    if experiment.teacher is not None and isinstance(experiment.teacher.weights, Path):
-        local_path(experiment.teacher.weights, "teacher.weights")
+    models = list(experiment.students)
+    if experiment.teacher is not None:
+        given = experiment.teacher.weights
+        read = {"weights": _existing(given)} if isinstance(given, Path) else {}
+        models.append(experiment.teacher.model.model_copy(update=read))
     with torch.random.fork_rng(devices=[]):
-        for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
+        for model in models:
             task.build_model(model)
+    if not ledger.layout.lock(experiment.name).exists():  # what ran here before is not looked at again where nothing is left to do
+        check_images(task)
     ledger.store.check_writable()  # last: it makes the folder, of which nothing should be left where the experiment is wrong
 
 

@@ -2,12 +2,14 @@
 
 import errno
 import io
+import logging
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,8 @@ app = typer.Typer(
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 # Where the output is a file or a log there is no width to fit: every column is shown.
 _WIDTH_OF_A_FILE = 260
+# The modules that read files. Of a damaged one they warn, and then it is refused in a line of our own, or read all the same.
+_READERS = r"(PIL|pyarrow)\.|torch\.(serialization|storage)$"
 _MANY_FILES = 2_000  # of one record each: reading them takes seconds
 
 
@@ -467,6 +471,7 @@ def main() -> None:
     """The console script. A user's mistake ends in one message and exit code 2, a failed run in one message and exit code 1."""
     _prepare_output()
     keep_out_of_logs()
+    _quieten_readers()
     complete_environment()
     try:
         # A dotted path such as my_methods:Mine may name a file in the working directory, which is not on the console script's path.
@@ -489,6 +494,11 @@ def _prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _quieten_readers() -> None:
+    warnings.filterwarnings("ignore", module=_READERS)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _working_directory() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kdbench.account import home
+from kdbench.bounded import ImplausibleFile, open_regular, read_file
 from kdbench.data.batch import Part
 from kdbench.data.download import NotFetched, allowed, fetch, forbidden
 from kdbench.data.facts import Facts, NotHere
@@ -29,9 +32,14 @@ TRAIN_EACH, TEST_EACH = 500, 100  # images of each class
 # Mean and deviation of the training images' channels, as distillation code for CIFAR-100 has them.
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 _RECORD = 2 + CHANNELS * SIDE * SIDE  # the superclass, the class, then the pixels, channel by channel
+_LARGEST_NAMES = 10_000  # bytes of the list of class names; the true one has a thousand
+# Of the archive, which is read as far as the true one goes: 0.17 GB, unpacked 0.18.
+_LARGEST_ARCHIVE = 200_000_000
+_MOST_MEMBERS = 100
+_PIECE = 1 << 20
 _WAY_OUT = "delete it, or let KDBENCH_DATA name a folder that holds a whole one"
 
-Read = Callable[[str], bytes]
+Read = Callable[[str, int], bytes]
 
 
 def cifar100() -> Source:
@@ -43,9 +51,9 @@ def cifar100() -> Source:
     """
     place = _found() or _download(_cache())
     read = _reader(place)
-    train = _part(read("train.bin"), TRAIN_EACH, place / "train.bin", first=0)
-    test = _part(read("test.bin"), TEST_EACH, place / "test.bin", first=len(train))
-    names = tuple(read("fine_label_names.txt").decode("ascii", errors="replace").split())
+    train = _part(read, "train.bin", TRAIN_EACH, place, first=0)
+    test = _part(read, "test.bin", TEST_EACH, place, first=len(train))
+    names = tuple(read("fine_label_names.txt", _LARGEST_NAMES).decode("ascii", errors="replace").split())
     if len(set(names)) != CLASSES:
         raise UserError(f"data cifar100: {place} names {len(set(names))} classes instead of {CLASSES}; {_WAY_OUT}")
     return Source("cifar100", train, test, CLASSES, names, MEAN, STD)
@@ -56,9 +64,10 @@ def facts() -> Facts:
     return Facts("cifar100", CLASSES, SIDE, MEAN, STD, CLASSES * TRAIN_EACH, CLASSES * TEST_EACH)
 
 
-def _part(content: bytes, each: int, path: Path, first: int) -> Part:
+def _part(read: Read, name: str, each: int, place: Path, first: int) -> Part:
     """The images and their classes, of each class as many as there have to be: half a file, or another one, is noticed."""
-    wanted = CLASSES * each * _RECORD
+    wanted, path = CLASSES * each * _RECORD, place / name
+    content = read(name, wanted)
     if len(content) != wanted:
         raise UserError(f"data cifar100: {path} holds {len(content)} bytes, expected {wanted}; {_WAY_OUT}")
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
@@ -71,24 +80,47 @@ def _part(content: bytes, each: int, path: Path, first: int) -> Part:
 
 
 def _reader(place: Path) -> Read:
-    """How to get at a file of the set by its name: out of a folder, or out of the archive, of which nothing is unpacked."""
+    """How to get at a file of the set by its name, where it has no more bytes than asked for: out of a folder, or out of the archive."""
 
-    def from_folder(name: str) -> bytes:
-        return (place / name).read_bytes()
-
-    def from_archive(name: str) -> bytes:
-        with tarfile.open(place) as archive:
-            file = archive.extractfile(f"{FOLDER}/{name}")
-            assert file is not None, "a member that is no regular file raises KeyError or is one of ours"
-            return file.read()
-
-    def read(name: str) -> bytes:
+    def read(name: str, most: int) -> bytes:
         try:
-            return from_folder(name) if place.is_dir() else from_archive(name)
-        except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+            return read_file(place / name, most) if place.is_dir() else _member(place, f"{FOLDER}/{name}", most)
+        except ImplausibleFile as error:
+            raise UserError(f"data cifar100: {error.filename} can't be read: {error}; {_WAY_OUT}") from error
+        except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
             raise UserError(f"data cifar100: {place} can't be read: {in_one_line(error)}; {_WAY_OUT}") from error
 
     return read
+
+
+def _member(place: Path, wanted: str, most: int) -> bytes:
+    """A regular file in the archive, of which nothing is unpacked to disk. What else is in it is passed over.
+
+    tarfile itself reads whatever a header of an extension says that it has, so it is asked for single headers only.
+    """
+    content = None
+    with open_regular(place) as packed, gzip.GzipFile(fileobj=packed) as archive:
+        if os.fstat(packed.fileno()).st_size > _LARGEST_ARCHIVE:
+            raise ImplausibleFile(place, f"it has more than {_LARGEST_ARCHIVE / 1e6:g} MB")
+        for _ in range(_MOST_MEMBERS):
+            try:
+                member = tarfile.TarInfo.frombuf(archive.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            except tarfile.EOFHeaderError:
+                break
+            begin, end = archive.tell(), archive.tell() + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if not begin <= end <= _LARGEST_ARCHIVE:
+                raise ImplausibleFile(place, f"it unpacks to more than {_LARGEST_ARCHIVE / 1e6:g} MB")
+            if member.name == wanted and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if member.size > most:
+                    raise ImplausibleFile(place / wanted, f"it has {member.size} bytes, expected at most {most}")
+                content = archive.read(member.size)
+            archive.seek(end)
+        while archive.read(_PIECE):  # what was cut off, or damaged, shows at the end
+            if archive.tell() > _LARGEST_ARCHIVE:
+                raise ImplausibleFile(place, f"it unpacks to more than {_LARGEST_ARCHIVE / 1e6:g} MB")
+    if content is None:
+        raise ImplausibleFile(place, f"it holds no {wanted}")
+    return content
 
 
 def _roots() -> list[Path]:
@@ -121,7 +153,9 @@ def _download(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True)) as progress:
-            return fetch(ADDRESSES, folder / ARCHIVE, lambda path: _reader(path)("test.bin"), progress)
+            return fetch(
+                ADDRESSES, folder / ARCHIVE, _LARGEST_ARCHIVE, lambda path: _reader(path)("fine_label_names.txt", _LARGEST_NAMES), progress
+            )
     except NotFetched as error:
         raise _nowhere(f"it can't be downloaded ({error})") from error
     except OSError as error:

@@ -49,18 +49,18 @@ def allowed() -> bool:
     return not os.environ.get("KDBENCH_OFFLINE")
 
 
-def fetch(addresses: Iterable[str], destination: Path, check: Callable[[Path], object], progress: Progress) -> Path:
+def fetch(addresses: Iterable[str], destination: Path, most: int, check: Callable[[Path], object], progress: Progress) -> Path:
     """Download to a temporary name, `check` the content, and only then give it its name. Returns `destination`.
 
-    addresses: of the same file, tried in turn. check: raises UserError for a file that is not whole. Raises NotFetched, and OSError
-    where the file can't be stored.
+    addresses: of the same file, tried in turn. most: the bytes that it may have. check: raises UserError for a file that is not whole.
+    Raises NotFetched, and OSError where the file can't be stored.
     """
     failures = []
     for address in addresses:
         with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
             arrived = Path(scratch) / destination.name
             try:
-                _copy(address, arrived, progress)
+                _copy(address, arrived, most, progress)
                 check(arrived)
             except (URLError, HTTPException, TimeoutError, ConnectionError, UserError) as error:
                 failures.append(f"{address}: {error}")
@@ -69,10 +69,13 @@ def fetch(addresses: Iterable[str], destination: Path, check: Callable[[Path], o
     raise NotFetched("; ".join(failures))
 
 
-def _copy(url: str, destination: Path, progress: Progress) -> None:
+def _copy(url: str, destination: Path, most: int, progress: Progress) -> None:
+    """Raises UserError for more than `most` bytes, of which no more are stored."""
     with urlopen(url, timeout=_SECONDS_WITHOUT_AN_ANSWER) as response, destination.open("wb") as out:
         length = response.headers.get("Content-Length")
         task = progress.add_task(destination.name, total=int(length) if length else None)
         while chunk := response.read(_CHUNK):
+            if out.tell() + len(chunk) > most:
+                raise UserError(f"it sends more than {most} bytes")
             out.write(chunk)
             progress.advance(task, len(chunk))

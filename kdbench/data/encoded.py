@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -31,7 +32,16 @@ _BATCHES_AHEAD = 2  # decoded before they are asked for
 _DECODED_AT_ONCE = 256
 DECODED_FIRST = 2_000  # images of a part that `check_decodable` decodes
 
-_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL raises all of them for damaged files
+# PIL knows forty formats more. Of one of them it hands the file to Ghostscript, and few have readers that many people use.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST_IMAGE = 100_000_000  # bytes of a file, which is read whole
+MOST_PIXELS = 100_000_000  # of one picture; decoding takes seven bytes a pixel
+# A picture of one colour packs hundreds of pixels into a byte, a photograph of the poorest quality twenty.
+PLAUSIBLE_PIXELS = 10_000_000  # up to here any number of pixels in a byte is plausible
+PIXELS_PER_BYTE = 50
+_STRIP = 2_000_000  # pixels
+_STDERR = 2  # the descriptor, to which C libraries write
+
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _EXIF = (b"Exif", b"EXIF", b"eXIf", b"exif", b"Orientation")  # one of them stands before any tag, in each of the formats
 # What turns a picture upright, by the value of its EXIF tag; 1 is upright.
@@ -119,24 +129,57 @@ class EncodedImages:
 
 
 def _decoded(content: bytes, name: str) -> Tensor:
-    """uint8 [3, H, W] of any picture that PIL reads, turned upright where its EXIF tag says how; of an animation the first."""
+    """uint8 [3, H, W] of a picture in one of FORMATS, turned upright where its EXIF tag says how; of an animation the first."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with _opened(content) as picture:
             picture.load()
             turn = _TURNS.get(_orientation(picture))
             upright = picture if turn is None else picture.transpose(turn)
             if upright.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
                 grey = (np.asarray(upright) >> 8).astype(np.uint8)
                 return torch.from_numpy(grey).expand(3, -1, -1)
-            return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
-    except _DAMAGED as error:
+            return torch.from_numpy(_pixels(upright)).permute(2, 0, 1)
+    except Exception as error:  # whatever PIL raises for a damaged file: KeyError, ZeroDivisionError, struct.error, ...
         raise _undecodable(content, name, error) from error
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3]. A large picture is copied strip by strip: as a whole, PIL makes two copies more of it."""
+    width, height = picture.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        strip = picture if rows >= height else picture.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+    return pixels
+
+
+class _Implausible(Exception):
+    """A picture of more pixels than are decoded. The message says how many."""
+
+
+def _opened(content: bytes) -> Image.Image:
+    """A picture whose header is read, and whose pixels are not. Raises _Implausible, and whatever PIL raises for a damaged file."""
+    most = min(MOST_PIXELS, max(PLAUSIBLE_PIXELS, PIXELS_PER_BYTE * len(content)))
+    try:
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:  # from 179 million pixels on
+        raise _Implausible(f"it has more than {most:,} pixels. Make it smaller") from None
+    width, height = picture.size
+    if width * height <= most:
+        return picture
+    picture.close()
+    if width * height <= MOST_PIXELS:
+        raise _Implausible(f"{width} x {height} pixels in {len(content):,} bytes are implausible. Make it smaller")
+    raise _Implausible(f"it has {width} x {height} pixels, expected at most {MOST_PIXELS:,}. Make it smaller")
 
 
 def _undecodable(content: bytes, name: str, error: Exception) -> UserError:
     reason = in_one_line(error)
     if isinstance(error, UnidentifiedImageError):  # whose own message has an address in memory
-        reason = "PIL knows no format that begins so" if content else "the file is empty"
+        reason = f"it is none of {', '.join(FORMATS)}, or its header is damaged" if content else "the file is empty"
+    elif isinstance(error, _Implausible):
+        reason = str(error)
     return UserError(f"{name} can't be decoded as an image: {reason}")
 
 
@@ -148,9 +191,9 @@ def turned(content: bytes) -> bool:
     if content.startswith(_TIFF) or not any(mark in content for mark in _EXIF):  # a search takes a hundredth of what PIL takes
         return False
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with _opened(content) as picture:
             return _orientation(picture) in _TURNS
-    except _DAMAGED:
+    except Exception:  # as in `_decoded`, which says what is wrong with it
         return False
 
 
@@ -184,22 +227,39 @@ def check_decodable(part: Part, what: str) -> None:
         where = int(images.rows[row])
         try:
             content, name = images.store.read(where), images.store.name(where)
-            _decoded(content, name) if row % every == 0 else _opened(content, name)
+            _decoded(content, name) if row % every == 0 else _check_header(content, name)
         except UserError as error:
             return error
         return None
 
-    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
+    with _without_libtiff(), ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
         problems = [found for found in pool.map(problem, range(len(images))) if found is not None]
     if problems:
         more = f"; {len(problems)} of the {len(images)} {what} images have such a problem" if len(problems) > 1 else f" ({what} image)"
         raise UserError(f"{problems[0]}{more}")
 
 
-def _opened(content: bytes, name: str) -> None:
+@contextmanager
+def _without_libtiff() -> Iterator[None]:
+    """Keep what the C library for TIFF says of damaged files off the terminal, where it would stand beside our own line."""
     try:
-        Image.open(io.BytesIO(content)).close()
-    except _DAMAGED as error:
+        kept = os.dup(_STDERR)
+    except OSError:  # the command was started without one
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), _STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)
+
+
+def _check_header(content: bytes, name: str) -> None:
+    try:
+        _opened(content).close()
+    except Exception as error:  # as in `_decoded`
         raise _undecodable(content, name, error) from error
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kdbench.account import home
+from kdbench.bounded import open_regular
 from kdbench.data.batch import Part
 from kdbench.data.download import NotFetched, allowed, fetch, forbidden
 from kdbench.data.facts import Facts, NotHere
@@ -40,6 +41,7 @@ MIRRORS = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
 )
+_GZIP_OVERHEAD = 100_000  # bytes by which a packed file may be longer than its content
 _WAY_OUT = "delete it, or let KDBENCH_DATA name a folder with whole files"
 
 
@@ -139,12 +141,15 @@ def _present(folder: Path, file: _File) -> Path | None:
 def _content(path: Path, file: _File) -> bytes:
     """What the file holds, uncompressed and checked."""
     try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as unpacked:
+            longer = os.fstat(raw.fileno()).st_size > file.size + _GZIP_OVERHEAD
+            content = b"" if longer else unpacked.read(file.size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"data fashion_mnist: {path} is damaged ({len(raw)} bytes: {error}); {_WAY_OUT}") from error
+        raise UserError(f"data fashion_mnist: {path} is damaged ({path.stat().st_size} bytes: {error}); {_WAY_OUT}") from error
     except OSError as error:
         raise UserError(f"data fashion_mnist: can't read {path} ({error}); {_WAY_OUT}") from error
+    if longer or len(content) > file.size:
+        raise UserError(f"data fashion_mnist: {path} is damaged: its content is longer than {file.size} bytes; {_WAY_OUT}")
     found = hashlib.sha256(content).hexdigest()
     if found != file.sha256:
         raise UserError(
@@ -170,7 +175,8 @@ def _download(folder: Path) -> dict[str, Path]:
 
 def _fetch(file: _File, folder: Path, progress: Progress) -> Path:
     name = f"{file.name}.gz"
-    return fetch([f"{mirror}{name}" for mirror in MIRRORS], folder / name, lambda path: _content(path, file), progress)
+    most = file.size + _GZIP_OVERHEAD
+    return fetch([f"{mirror}{name}" for mirror in MIRRORS], folder / name, most, lambda path: _content(path, file), progress)
 
 
 def _nowhere(reason: str) -> NotHere:

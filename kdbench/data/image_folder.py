@@ -14,14 +14,14 @@ import numpy as np
 
 from kdbench.bounded import read_file
 from kdbench.data.content import Advance, Content, files_content
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, encoded_part, turned
 from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, nearest, printable
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_FOLDERS = ("test", "val")
-LARGEST_IMAGE = 1_000_000_000  # bytes of a file
+_DEEPEST = 50  # levels of folders inside a class's folder
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,39 @@ def _classes(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         there = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
         raise UserError(f"data image_folder: there is no folder {folder}" + (nearest(folder.name, there) if there else ""))
-    found = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")))
+    found = tuple(sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith(".")))
     if not found:
         raise UserError(f"data image_folder: {folder} holds no folders; expected one for each class")
     if odd := [name for name in found if printable(name) != name]:
         raise UserError(
-            f"data image_folder: the name of the class folder {printable(str(folder / odd[0]))} is not UTF-8. Rename the folder"
+            f"data image_folder: the name of the class folder {printable(str(folder / odd[0]))} holds control characters "
+            "or bytes that are not UTF-8. Rename the folder"
         )
     return found
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"data image_folder: {printable(str(folder))} can't be read: {error.strerror or error}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one. A link that leads round in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    """Bytes of a file, or of the file that a link leads to; None for whatever else it is."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError:  # a circle of links, or a file that is gone
+        return None
 
 
 @dataclass
@@ -150,8 +175,8 @@ def _left_out(listings: Sequence[_Listing]) -> str:
 def _listing(folder: Path, classes: tuple[str, ...]) -> _Listing:
     """All images below each class's folder. Raises UserError for a class that has none."""
     found = _Listing()
-    for entry in os.scandir(folder):
-        if not entry.is_dir():
+    for entry in _entries(folder):
+        if not _is_folder(entry):
             found.left_out[f"outside the class folders of {folder.name}"] += 1
     for label, name in enumerate(classes):
         left_out: Counter[str] = Counter()
@@ -169,17 +194,21 @@ def _listing(folder: Path, classes: tuple[str, ...]) -> _Listing:
     return found
 
 
-def _below(folder: Path, name: str, left_out: Counter[str]) -> Iterator[tuple[str, int]]:
+def _below(folder: Path, name: str, left_out: Counter[str], level: int = 0) -> Iterator[tuple[str, int]]:
     """Path and size of each image in a class's folder and in the folders inside it; `name` is the path that the first one has."""
-    for entry in os.scandir(folder):
+    if level > _DEEPEST:
+        raise UserError(f"data image_folder: {printable(str(folder))} is nested more than {_DEEPEST} levels deep. Move its images up")
+    for entry in _entries(folder):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             left_out["hidden"] += 1
         elif entry.is_dir(follow_symlinks=False):
-            yield from _below(Path(entry.path), f"{name}/{entry.name}", left_out)
-        elif not entry.is_file():  # a link to a folder, which may lead round in a circle, or to nowhere
-            left_out["links to folders, or to nothing"] += 1
-        elif suffix in SUFFIXES:
-            yield f"{name}/{entry.name}", entry.stat().st_size
-        else:
+            yield from _below(Path(entry.path), f"{name}/{entry.name}", left_out, level + 1)
+        elif (size := _size(entry)) is None:  # what leads to a folder may lead round in a circle, and a pipe may have nobody who writes
+            left_out["links to folders, or to nothing" if entry.is_symlink() else "pipes, sockets or devices"] += 1
+        elif suffix not in SUFFIXES:
             left_out[printable(suffix) or "without a suffix"] += 1
+        elif size > LARGEST_IMAGE:
+            raise UserError(f"{printable(entry.path)} has {size / 1e6:,.0f} MB, expected at most {LARGEST_IMAGE / 1e6:g} MB for an image")
+        else:
+            yield f"{name}/{entry.name}", size

@@ -119,7 +119,7 @@ def test_a_file_name_that_is_not_utf8_is_read_and_named_legibly(folder: Path) ->
 def test_a_class_name_that_is_not_utf8_is_refused(folder: Path) -> None:
     for part in ("train", "val"):
         os.rename(os.fsencode(folder / part / "cat"), os.fsencode(folder / part) + b"/caf\xe9")
-    with pytest.raises(UserError, match=r"the class folder .*train/caf\\xe9 is not UTF-8\. Rename the folder") as caught:
+    with pytest.raises(UserError, match=r"the class folder .*train/caf\\xe9 holds control characters or bytes that are not UTF-8\. Rename") as caught:
         image_folder(folder, SIZE)
     str(caught.value).encode("utf-8")
 
@@ -219,7 +219,10 @@ def test_broken_pictures_are_found_before_they_are_needed(folder: Path, monkeypa
     put(folder / "val/cat", "1.png", b"<html>404 not found</html>")
     with pytest.raises(UserError) as caught:
         check_decodable(image_folder(folder, SIZE).test, "test")
-    assert str(caught.value) == (f"{folder}/val/cat/1.png can't be decoded as an image: PIL knows no format that begins so (test image)")
+    assert str(caught.value) == (
+        f"{folder}/val/cat/1.png can't be decoded as an image: it is none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP, "
+        "or its header is damaged (test image)"
+    )
     put(folder / "val/dog", "0.png", b"")
     put(folder / "val/dog", "1.png", stored(1)[:-100])  # cut off
     with pytest.raises(UserError, match=r"val/cat/1\.png .*; 3 of the 4 test images have such a problem"):
