@@ -103,10 +103,10 @@ def _member(place: Path, wanted: str, most: int) -> bytes:
         if os.fstat(packed.fileno()).st_size > _LARGEST_ARCHIVE:
             raise ImplausibleFile(place, f"it has more than {_LARGEST_ARCHIVE / 1e6:g} MB")
         for _ in range(_MOST_MEMBERS):
-            try:
-                member = tarfile.TarInfo.frombuf(archive.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-            except tarfile.EOFHeaderError:
+            header = archive.read(tarfile.BLOCKSIZE)
+            if not header.strip(b"\0"):  # the end
                 break
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
             begin, end = archive.tell(), archive.tell() + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if not begin <= end <= _LARGEST_ARCHIVE:
                 raise ImplausibleFile(place, f"it unpacks to more than {_LARGEST_ARCHIVE / 1e6:g} MB")

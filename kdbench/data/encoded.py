@@ -223,13 +223,13 @@ def check_decodable(part: Part, what: str) -> None:
         return
     every = -(-len(images) // DECODED_FIRST)
 
-    def problem(row: int) -> UserError | None:
+    def problem(row: int) -> str | None:
         where = int(images.rows[row])
         try:
             content, name = images.store.read(where), images.store.name(where)
             _decoded(content, name) if row % every == 0 else _check_header(content, name)
         except UserError as error:
-            return error
+            return str(error)  # the error itself would keep the image's bytes
         return None
 
     with _without_libtiff(), ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:

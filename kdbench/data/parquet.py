@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kdbench.bounded import ImplausibleFile, open_regular
 from kdbench.data.content import Advance, Content, group_contents, read_plainly
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_part, turned
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, encoded_part, turned
 from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
-from kdbench.errors import UserError, in_one_line, nearest, printable
+from kdbench.errors import UserError, cut, in_one_line, nearest, printable, shown
 
 _ROW_GROUPS_KEPT = 16  # in memory, the last ones that were read
+# What a file may declare. A Parquet of a few kilobytes can hold a billion rows, or gigabytes in one of them.
+_LARGEST_FOOTER = 16_000_000  # bytes: 100,000 row groups, or as many columns
+_PLAUSIBLE_ROWS = 1_000_000  # up to here any number of rows is plausible, beyond it one a byte of the file
+_PLAUSIBLE_BYTES = 8_000_000  # of a column of a row group, unpacked: up to here any ratio to its packed size is plausible
+_PLAUSIBLE_RATIO = 20  # encoded images hardly compress
+_LABEL_BYTES = 64  # of each row's label, unpacked: labels that are sorted compress to almost nothing
+_LONGEST_LABEL = 1_000  # bytes
 # Labels that are numbers of classes leave few numbers out. ImageNet's may be those of a few of its thousand classes.
 _CLASSES_AT_LEAST, _CLASSES_PER_LABEL = 1000, 10
 
@@ -29,11 +41,10 @@ _CLASSES_AT_LEAST, _CLASSES_PER_LABEL = 1000, 10
 class Rows:
     """The images of some Parquet files, one after the other, by row. A row group is read whole, and the last few are kept."""
 
-    def __init__(self, paths: Sequence[Path], column: str) -> None:
-        self.files = [_opened(path) for path in paths]
-        self.paths, self.column = paths, column
-        for path, file in zip(paths, self.files, strict=True):
-            _image_type(file.schema_arrow, column, path)
+    def __init__(self, paths: Sequence[Path], column: str, label: str) -> None:
+        opened = [_opened(path, column, label) for path in paths]
+        self.files, self._leaves = [file for file, _ in opened], [leaf for _, leaf in opened]
+        self.paths, self.column, self.label = paths, column, label
         self._groups = [(number, group) for number, file in enumerate(self.files) for group in range(file.num_row_groups)]
         rows = [self.files[number].metadata.row_group(group).num_rows for number, group in self._groups]
         self._starts = [0, *np.cumsum(rows).tolist()]
@@ -45,6 +56,8 @@ class Rows:
         content = self._image(row)
         if content is None:
             raise UserError(f"{self.name(row)} has no image in column {self.column!r}")
+        if len(content) > LARGEST_IMAGE:
+            raise UserError(f"{self.name(row)} has {len(content) / 1e6:,.0f} MB, expected at most {LARGEST_IMAGE / 1e6:g} MB for an image")
         return content
 
     def _image(self, row: int) -> bytes | None:
@@ -57,7 +70,7 @@ class Rows:
     def name(self, row: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, row) - 1]
         first = self._starts[next(k for k, (number, _) in enumerate(self._groups) if number == file)]
-        return f"{self.paths[file]} row {row - first}"
+        return f"{printable(str(self.paths[file]))} row {row - first}"
 
     @cached_property
     def _content(self) -> Content:
@@ -87,10 +100,12 @@ class Rows:
         if number not in self._kept:
             file, group = self._groups[number]
             try:
-                table = self.files[file].read_row_group(group, columns=[self.column], use_threads=False)
+                table = self.files[file].read_row_group(group, columns=[self._leaves[file]], use_threads=False)
+                column = table.column(0).combine_chunks()
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{self.name(row)} can't be read: {in_one_line(error)}") from error
-            column = table.column(0).combine_chunks()
+            if len(column) != self._starts[number + 1] - self._starts[number]:
+                raise UserError(f"{self.name(row)} can't be read: row group {group} has {len(column)} rows, and declares another number")
             self._kept[number] = column.field("bytes") if pa.types.is_struct(column.type) else column
         self._kept.move_to_end(number)
         while len(self._kept) > _ROW_GROUPS_KEPT:
@@ -119,17 +134,17 @@ def parquet(
     """
     if resize is not None and resize < size:
         raise UserError(f"data parquet: resize is {resize}, smaller than size, {size}; the centre would not fit")
-    stores = [Rows(_files(path), image) for path in (train, test)]
-    labels = [_labels(store, label) for store in stores]
+    stores = [Rows(_files(path), image, label) for path in (train, test)]
+    labels = [_labels(store) for store in stores]
     names = _class_names(labels, train, test)
     first = 0
     sides = []
-    for store, values in zip(stores, labels, strict=True):
-        numbers = np.searchsorted(np.array(names), values) if values.dtype.kind == "U" else values
-        sides.append(encoded_part(store, numbers, first, size, resize, in_memory))
-        first += len(values)
-    read = f"parquet: read {_counted(stores[0])} to train on and {_counted(stores[1])} to test on, {len(names)} classes"
-    return Source("parquet", sides[0], sides[1], len(names), names, IMAGENET_MEAN, IMAGENET_STD, read=read + _gaps(labels, names))
+    for store, found in zip(stores, labels, strict=True):
+        sides.append(encoded_part(store, found.numbers(names), first, size, resize, in_memory))
+        first += store.rows
+    counts = f"parquet: read {_counted(stores[0])} to train on and {_counted(stores[1])} to test on, {len(names)} classes"
+    read = printable(counts) + _gaps(labels[0], names)
+    return Source("parquet", sides[0], sides[1], len(names), names, IMAGENET_MEAN, IMAGENET_STD, read=read)
 
 
 def _counted(store: Rows) -> str:
@@ -139,84 +154,176 @@ def _counted(store: Rows) -> str:
     return f"{store.rows} images of {len(store.paths)} files{left_out}"
 
 
-def _gaps(labels: Sequence[np.ndarray], names: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of some files. codes: int64 [N], the labels themselves, or where they stand in `names`, if they are names."""
+
+    codes: np.ndarray
+    names: tuple[str, ...] | None
+
+    @cached_property
+    def classes(self) -> list[Any]:
+        """Those that occur, sorted."""
+        occurring = np.unique(self.codes).tolist()
+        return occurring if self.names is None else sorted({self.names[code] for code in occurring})
+
+    def numbers(self, classes: Sequence[str]) -> np.ndarray:
+        """The classes' numbers, int64 [N]. classes: names of all."""
+        if self.names is None:
+            return self.codes
+        place = {name: number for number, name in enumerate(classes)}
+        numbers = np.array([place.get(name, -1) for name in self.names], dtype=np.int64)  # -1: a name that does not occur
+        return numbers.take(self.codes)
+
+
+def _gaps(labels: _Labels, names: Sequence[str]) -> str:
     """What to say of numbers between 0 and the highest label that no image has: they are classes all the same."""
-    if labels[0].dtype.kind == "U":
-        return ""
-    missing = sorted(set(range(len(names))) - set(labels[0].tolist()))
+    missing = sorted(set(range(len(names))) - set(labels.classes)) if labels.names is None else []
     if not missing:
         return ""
-    shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
-    return f"; no image has the label {shown}, and each network has an output for it: number the labels from 0, or write them as text"
+    first = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+    return f"; no image has the label {first}, and each network has an output for it: number the labels from 0, or write them as text"
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.parquet"))
         if not found:
-            raise UserError(f"data parquet: {path} holds no files ending in .parquet")
+            raise UserError(f"data parquet: {printable(str(path))} holds no files ending in .parquet")
         return found
-    if not path.is_file():
-        raise UserError(f"data parquet: there is no file or folder {path}")
+    if not path.exists():
+        raise UserError(f"data parquet: there is no file or folder {printable(str(path))}")
     return [path]
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: Path, image: str, label: str) -> tuple[pq.ParquetFile, str]:
+    """A file that declares nothing implausible, and the column of its images' bytes. Values that repeat are in memory once."""
+    where = printable(str(path))
     try:
-        # pyarrow takes names in UTF-8 alone.
-        return pq.ParquetFile(path if printable(str(path)) == str(path) else path.open("rb"))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data parquet: {path} can't be read as Parquet: {in_one_line(error)}") from error
+        size = _checked_size(path)
+        source = path if where == str(path) else open_regular(path)  # pyarrow takes names in UTF-8 alone
+        declared = pq.read_metadata(source)
+        schema = declared.schema.to_arrow_schema()
+        leaf = _image_leaf(schema, image, where)
+        _check_label_type(schema, label, where)
+        if problem := _implausible(declared, size, leaf, label):
+            raise UserError(f"data parquet: {where} {problem}")
+        return pq.ParquetFile(source, metadata=declared, read_dictionary=[leaf, label]), leaf
+    except (OSError, KeyError, pa.ArrowException) as error:
+        reason = error.strerror if isinstance(error, ImplausibleFile) else in_one_line(error)
+        raise UserError(f"data parquet: {where} can't be read as Parquet: {reason}") from error
 
 
-def _column_type(schema: pa.Schema, column: str, path: Path) -> pa.DataType:
+def _checked_size(path: Path) -> int:
+    """Bytes of a file. Raises ImplausibleFile where it is no regular one, or its list of columns and row groups is too long."""
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        footer = int.from_bytes(file.read(4), "little")
+    if footer > _LARGEST_FOOTER and footer < size:
+        raise ImplausibleFile(path, f"its footer has {footer / 1e6:,.0f} MB, expected at most {_LARGEST_FOOTER / 1e6:g} MB")
+    return size
+
+
+def _implausible(declared: pq.FileMetaData, size: int, leaf: str, label: str) -> str | None:
+    """What is wrong with what a file declares; None where its images and labels may be read."""
+    columns = {declared.schema.column(number).path: number for number in range(declared.num_columns)}
+    groups = [declared.row_group(number) for number in range(declared.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != declared.num_rows:
+        return f"declares {declared.num_rows} rows, and other numbers of them in its row groups"
+    if declared.num_rows > max(_PLAUSIBLE_ROWS, size):
+        return f"declares {declared.num_rows:,} rows in {size:,} bytes, which are implausible"
+    images, labels = ([group.column(columns[name]) for group in groups] for name in (leaf, label))
+    for number, chunk in enumerate(images):
+        if problem := _too_large([chunk], 0):
+            return f"declares in row group {number} images of {problem}. Write it with smaller row groups, or without compression"
+    if problem := _too_large(labels, _LABEL_BYTES * declared.num_rows):
+        return f"declares labels of {problem}"
+    return None
+
+
+def _too_large(chunks: Sequence[pq.ColumnChunkMetaData], plausible: int) -> str | None:
+    unpacked, packed = sum(chunk.total_uncompressed_size for chunk in chunks), sum(chunk.total_compressed_size for chunk in chunks)
+    if unpacked <= max(_PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO * packed, plausible):
+        return None
+    return f"{unpacked:,} bytes, packed into {packed:,}, which is implausible"
+
+
+def _column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:
     if column not in schema.names:
-        raise UserError(f"data parquet: {path} has no column {column!r}{nearest(column, schema.names)}")
+        raise UserError(f"data parquet: {where} has no column {shown(column)}{nearest(column, schema.names)}")
     return schema.field(column).type
 
 
-def _image_type(schema: pa.Schema, column: str, path: Path) -> None:
-    found = _column_type(schema, column, path)
-    inner = found.field("bytes").type if pa.types.is_struct(found) and found.get_field_index("bytes") >= 0 else found
+def _image_leaf(schema: pa.Schema, column: str, where: str) -> str:
+    found = _column_type(schema, column, where)
+    structure = pa.types.is_struct(found) and found.get_field_index("bytes") >= 0
+    inner = found.field("bytes").type if structure else found
     if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
-        raise UserError(f"data parquet: column {column!r} of {path} holds {found}; expected the bytes of encoded images")
+        raise UserError(f"data parquet: column {column!r} of {where} holds {cut(str(found))}; expected the bytes of encoded images")
+    return f"{column}.bytes" if structure else column
 
 
-def _labels(store: Rows, column: str) -> np.ndarray:
-    """The labels of all rows: int64 [N], or names, U [N]."""
-    values = []
-    for path, file in zip(store.paths, store.files, strict=True):
-        written = _column_type(file.schema_arrow, column, path)
-        found = written.value_type if pa.types.is_dictionary(written) else written  # a categorical of pandas
-        if not (pa.types.is_integer(found) or pa.types.is_string(found) or pa.types.is_large_string(found)):
-            raise UserError(f"data parquet: column {column!r} of {path} holds {written}; expected whole numbers or class names")
-        read = file.read(columns=[column]).column(0)
+def _check_label_type(schema: pa.Schema, column: str, where: str) -> None:
+    written = _column_type(schema, column, where)
+    found = written.value_type if pa.types.is_dictionary(written) else written  # a categorical of pandas
+    if not (pa.types.is_integer(found) or pa.types.is_string(found) or pa.types.is_large_string(found)):
+        raise UserError(f"data parquet: column {column!r} of {where} holds {cut(str(written))}; expected whole numbers or class names")
+
+
+def _labels(store: Rows) -> _Labels:
+    """The labels of all rows."""
+    parts = [_labels_of(file, store.label, printable(str(path))) for path, file in zip(store.paths, store.files, strict=True)]
+    if len({part.names is None for part in parts}) > 1:
+        folder = printable(str(store.paths[0].parent))
+        raise UserError(f"data parquet: column {store.label!r} holds numbers in some files of {folder} and names in others")
+    if parts[0].names is None:
+        return _Labels(np.concatenate([part.codes for part in parts]), None)
+    classes = sorted({name for part in parts for name in part.classes})
+    return _Labels(np.concatenate([part.numbers(classes) for part in parts]), tuple(classes))
+
+
+def _labels_of(file: pq.ParquetFile, column: str, where: str) -> _Labels:
+    try:
+        read = file.read(columns=[column], use_threads=False).column(0).combine_chunks()
+        if len(read) != file.metadata.num_rows:
+            raise UserError(f"data parquet: {where} declares {file.metadata.num_rows} rows, and has {len(read)} labels")
         if read.null_count:
-            raise UserError(f"data parquet: column {column!r} of {path} has no label in {read.null_count} rows")
-        numbers = pa.types.is_integer(found)
-        values.append(np.array(read.to_pylist(), dtype=np.int64 if numbers else np.str_))
-    if len({part.dtype.kind for part in values}) > 1:
-        raise UserError(f"data parquet: column {column!r} holds numbers in some files of {store.paths[0].parent} and names in others")
-    return np.concatenate(values)
+            raise UserError(f"data parquet: column {column!r} of {where} has no label in {read.null_count} rows")
+        values = read.dictionary if pa.types.is_dictionary(read.type) else read
+        if pa.types.is_integer(values.type):
+            plain = read.dictionary_decode() if values is not read else read
+            codes = plain.cast(pa.int64()).to_numpy(zero_copy_only=False)
+            if len(codes) and codes.min() < 0:
+                raise UserError(f"data parquet: column {column!r} of {where} has the label {codes.min()}; expected numbers from 0")
+            return _Labels(codes, None)
+        if (longest := pc.max(pc.binary_length(values)).as_py() or 0) > _LONGEST_LABEL:
+            raise UserError(
+                f"data parquet: column {column!r} of {where} has a label of {longest:,} bytes, expected at most {_LONGEST_LABEL:,}"
+            )
+        names = tuple(map(str, values.to_pylist()))
+        return _Labels(read.indices.cast(pa.int64()).to_numpy(zero_copy_only=False), names)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"data parquet: column {column!r} of {where} can't be read: {in_one_line(error)}") from error
 
 
-def _class_names(labels: Sequence[np.ndarray], train: Path, test: Path) -> tuple[str, ...]:
+def _class_names(labels: Sequence[_Labels], train: Path, test: Path) -> tuple[str, ...]:
     """Names as they stand, sorted; numbers 0 .. the highest that occurs. Raises UserError where hardly one of them occurs."""
-    kinds = [part.dtype.kind for part in labels]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"data parquet: the labels of {train} and of {test} are not of one kind: one has numbers, the other names")
-    here, there = (set(part.tolist()) for part in labels)
+    trained, tested = printable(str(train)), printable(str(test))
+    if (labels[0].names is None) != (labels[1].names is None):
+        raise UserError(f"data parquet: the labels of {trained} and of {tested} are not of one kind: one has numbers, the other names")
+    here, there = (set(part.classes) for part in labels)
     if here != there:
         other = sorted(here ^ there)[0]
-        raise UserError(
-            f"data parquet: {train} and {test} must have the same classes; {other!r} is only in {(train if other in here else test).name}"
-        )
-    if kinds[0] == "U":
-        return tuple(sorted(here))
+        only = printable((train if other in here else test).name)
+        raise UserError(f"data parquet: {trained} and {tested} must have the same classes; {shown(other)} is only in {only}")
+    if labels[0].names is not None:
+        return tuple(labels[0].classes)
     classes = max(here, default=-1) + 1
     if classes > max(_CLASSES_AT_LEAST, _CLASSES_PER_LABEL * len(here)):
         raise UserError(
-            f"data parquet: the labels of {train} are {len(here)} numbers up to {classes - 1}, which would be {classes} classes. "
+            f"data parquet: the labels of {trained} are {len(here)} numbers up to {classes - 1}, which would be {classes} classes. "
             f"If they are keys of a database, write them as text, or number them 0 .. {len(here) - 1}"
         )
     return tuple(str(number) for number in range(max(here, default=-1) + 1))
