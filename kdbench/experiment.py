@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -30,7 +31,7 @@ from kdbench.bounded import read_file
 from kdbench.catalogue import known, nearest
 from kdbench.data.options import LEFT_OUT_UNSET, LONGEST_NAME, Seed, StrictOptions
 from kdbench.data.views import Augment
-from kdbench.errors import UserError, cut, explain, shown
+from kdbench.errors import UserError, cut, explain, printable, shown
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
 from kdbench.results.address import is_address, problem_with
@@ -255,6 +256,17 @@ class Runtime(_Part):
     address: str | None = None  # a running Ray cluster; `auto` finds one
     checkpoint_seconds: float = Field(default=15.0, ge=0, le=1e9)  # the most that a killed training loses
 
+    @field_validator("address")
+    @classmethod
+    def _without_credentials(cls, address: str | None) -> str | None:
+        """An experiment is kept with every record of it."""
+        if address is not None and re.search(r"[@?]", address):
+            raise ValueError(
+                "expected the address of a Ray cluster alone, got user:password@ or something behind ? in it; "
+                "set RAY_AUTH_TOKEN in the environment"
+            )
+        return address
+
     @property
     def single(self) -> bool:
         """Whether a training is one process."""
@@ -334,19 +346,20 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
     Raises UserError, one line a problem, for a file that is missing, empty or not YAML, and for every wrong key, type or name.
     """
+    where = printable(str(path))
     try:
         text = read_file(path, yaml12.LONGEST).decode()
     except FileNotFoundError:
         here = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-        raise UserError(f"{path}: there is no such file" + (nearest(str(path), here) if here else "")) from None
+        raise UserError(f"{where}: there is no such file" + (nearest(str(path), here) if here else "")) from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+        raise UserError(f"{where}: can't be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: can't be read as text: {error}") from error
-    value = parse_yaml(text, str(path))
+        raise UserError(f"{where}: can't be read as text: {error}") from error
+    value = parse_yaml(text, where)
     for override in overrides:
         _override(value, override)
-    return validated(Experiment, value, str(path))
+    return validated(Experiment, value, where)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

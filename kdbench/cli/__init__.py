@@ -147,7 +147,7 @@ def submit(
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(without_secrets(text), err=True)
 
 
 def _again() -> str:

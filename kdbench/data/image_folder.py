@@ -39,7 +39,7 @@ class Files:
             raise UserError(f"{self.name(row)} can't be read: {error.strerror or error}") from error
 
     def name(self, row: int) -> str:
-        return printable(str(self.folder / self.names[row]))
+        return _named(self.folder / self.names[row])
 
     @cached_property
     def _content(self) -> Content:
@@ -83,7 +83,7 @@ def image_folder(
     if classes != test_classes:
         one_sided = sorted(set(classes) ^ set(test_classes))
         raise UserError(
-            f"data image_folder: {folders[0]} and {folders[1]} must hold folders of the same classes; "
+            f"data image_folder: {_named(folders[0])} and {_named(folders[1])} must hold folders of the same classes; "
             f"{one_sided[0]!r} is only in {folders[one_sided[0] in test_classes].name}"
         )
     listings = [_listing(folder, classes) for folder in folders]
@@ -97,14 +97,19 @@ def image_folder(
     return Source("image_folder", sides[0], sides[1], len(classes), classes, IMAGENET_MEAN, IMAGENET_STD, read=printable(read))
 
 
+def _named(path: Path) -> str:
+    """A path as it is written in a message, on one line."""
+    return printable(str(path))
+
+
 def _test_folder(path: Path, named: str | None) -> str:
     if not path.is_dir():
-        raise UserError(f"data image_folder: there is no folder {path}")
+        raise UserError(f"data image_folder: there is no folder {_named(path)}")
     if named is not None:
         return named
     found = [name for name in _TEST_FOLDERS if (path / name).is_dir()]
     if len(found) > 1:
-        raise UserError(f"data image_folder: {path} has both test and val; say which holds the test images, such as `test: val`")
+        raise UserError(f"data image_folder: {_named(path)} has both test and val; say which holds the test images, such as `test: val`")
     return found[0] if found else _TEST_FOLDERS[0]
 
 
@@ -112,13 +117,13 @@ def _classes(folder: Path) -> tuple[str, ...]:
     """The folders inside, in order of their names."""
     if not folder.is_dir():
         there = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
-        raise UserError(f"data image_folder: there is no folder {folder}" + (nearest(folder.name, there) if there else ""))
+        raise UserError(f"data image_folder: there is no folder {_named(folder)}" + (nearest(folder.name, there) if there else ""))
     found = tuple(sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith(".")))
     if not found:
-        raise UserError(f"data image_folder: {folder} holds no folders; expected one for each class")
+        raise UserError(f"data image_folder: {_named(folder)} holds no folders; expected one for each class")
     if odd := [name for name in found if printable(name) != name]:
         raise UserError(
-            f"data image_folder: the name of the class folder {printable(str(folder / odd[0]))} holds control characters "
+            f"data image_folder: the name of the class folder {_named(folder / odd[0])} holds control characters "
             "or bytes that are not UTF-8. Rename the folder"
         )
     return found
@@ -129,7 +134,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise UserError(f"data image_folder: {printable(str(folder))} can't be read: {error.strerror or error}") from error
+        raise UserError(f"data image_folder: {_named(folder)} can't be read: {error.strerror or error}") from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -185,7 +190,7 @@ def _listing(folder: Path, classes: tuple[str, ...]) -> _Listing:
         if not images:
             there = f" (it holds {_counted(left_out)})" if left_out else ""
             raise UserError(
-                f"data image_folder: {printable(str(folder / name))} holds no images{there}; expected files ending in {', '.join(SUFFIXES)}"
+                f"data image_folder: {_named(folder / name)} holds no images{there}; expected files ending in {', '.join(SUFFIXES)}"
             )
         found.names += [image for image, _ in images]
         found.sizes += [size for _, size in images]
@@ -197,7 +202,7 @@ def _listing(folder: Path, classes: tuple[str, ...]) -> _Listing:
 def _below(folder: Path, name: str, left_out: Counter[str], level: int = 0) -> Iterator[tuple[str, int]]:
     """Path and size of each image in a class's folder and in the folders inside it; `name` is the path that the first one has."""
     if level > _DEEPEST:
-        raise UserError(f"data image_folder: {printable(str(folder))} is nested more than {_DEEPEST} levels deep. Move its images up")
+        raise UserError(f"data image_folder: {_named(folder)} is nested more than {_DEEPEST} levels deep. Move its images up")
     for entry in _entries(folder):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
@@ -209,6 +214,8 @@ def _below(folder: Path, name: str, left_out: Counter[str], level: int = 0) -> I
         elif suffix not in SUFFIXES:
             left_out[printable(suffix) or "without a suffix"] += 1
         elif size > LARGEST_IMAGE:
-            raise UserError(f"{printable(entry.path)} has {size / 1e6:,.0f} MB, expected at most {LARGEST_IMAGE / 1e6:g} MB for an image")
+            raise UserError(
+                f"{_named(Path(entry.path))} has {size / 1e6:,.0f} MB, expected at most {LARGEST_IMAGE / 1e6:g} MB for an image"
+            )
         else:
             yield f"{name}/{entry.name}", size

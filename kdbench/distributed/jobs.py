@@ -225,6 +225,8 @@ def relative_file(path: Path) -> Path:
 
 def _checked(address: str) -> str:
     whole = address if "://" in address else f"http://{address}"
+    if "@" in whole:
+        raise UserError("--address: expected the address of the cluster's dashboard alone, got user:password@ in it; set RAY_AUTH_TOKEN")
     if not re.fullmatch(r"https?://[^/\s]+/?", whole) or whole.rstrip("/").endswith((":6379", ":10001")):
         raise UserError(f"--address {address}: expected the address of the cluster's dashboard, such as {DEFAULT_ADDRESS}")
     return whole.rstrip("/")

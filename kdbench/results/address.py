@@ -33,6 +33,10 @@ def folder_at(location: str) -> Path:
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
             raise UserError(f"results: '{printable(location)}' names no folder of this machine; expected file:///folder, or the path alone")
         path = unquote(parts.path, errors="surrogateescape")
+    elif "://" in location:  # fsspec's chains, such as simplecache::s3://bucket; what they hold may be credentials
+        raise UserError(
+            "results: the path holds '://' and begins with no scheme; expected s3://bucket/folder, gs://bucket/folder or a path"
+        )
     if _UNNAMEABLE.search(path):
         raise UserError(
             f"results: the path '{printable(path)}' holds control characters or bytes that are not UTF-8. Rename the folder, "

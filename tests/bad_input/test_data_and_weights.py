@@ -86,3 +86,4 @@ def test_weights_of_a_teacher_that_do_not_fit_are_refused(kdbench: Kdbench, kind
     name = _weights(kind)
     assert_mistake(run(kdbench, {"teacher.weights": name}), name, said)
     assert not Path("exploded").exists()
+    assert not Path("results").exists()

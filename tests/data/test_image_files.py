@@ -119,7 +119,9 @@ def test_a_file_name_that_is_not_utf8_is_read_and_named_legibly(folder: Path) ->
 def test_a_class_name_that_is_not_utf8_is_refused(folder: Path) -> None:
     for part in ("train", "val"):
         os.rename(os.fsencode(folder / part / "cat"), os.fsencode(folder / part) + b"/caf\xe9")
-    with pytest.raises(UserError, match=r"the class folder .*train/caf\\xe9 holds control characters or bytes that are not UTF-8\. Rename") as caught:
+    with pytest.raises(
+        UserError, match=r"the class folder .*train/caf\\xe9 holds control characters or bytes that are not UTF-8\. Rename"
+    ) as caught:
         image_folder(folder, SIZE)
     str(caught.value).encode("utf-8")
 
