@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdbench.account import home_is_writable
-from kdbench.errors import RunFailed, UserError
+from kdbench.errors import RunFailed, UserError, printable
 from kdbench.experiment import Runtime, worker_bounds
 from kdbench.own_code import trust_environment
 
@@ -105,20 +105,33 @@ def check_fits_here(runtime: Runtime) -> None:
 def scratch_folder() -> Path | None:
     """Where a private Ray keeps its sockets and logs; None where the folder that Ray itself would take will do.
 
-    The path of a Unix socket may have 107 bytes. A TMPDIR of a Slurm job can be longer than that leaves room for: then it is /tmp/ray.
-    Raises UserError where that can't be written either, or where RAY_TMPDIR itself is too long.
+    The path of a Unix socket may have 107 bytes, and Ray takes ASCII alone. A TMPDIR of a Slurm job can be longer than that leaves room for:
+    then it is /tmp/ray. Raises UserError where that can't be written either, or where RAY_TMPDIR itself will not do.
     """
     named = os.environ.get("RAY_TMPDIR")
     wanted = named or os.environ.get("TMPDIR") or "/tmp"
-    too_long = len(os.fsencode(wanted)) - (_SOCKET_BYTES - len(_SOCKET_PATH))
-    if too_long <= 0:
+    problem = _unfit(wanted)
+    if problem is None:
         return None
     if named is None and os.access("/tmp", os.W_OK | os.X_OK):
         return Path("/tmp/ray")
     raise UserError(
-        f"{'RAY_TMPDIR' if named else 'TMPDIR'} is {too_long} bytes too long for Ray's sockets ({wanted}): "
+        f"{'RAY_TMPDIR' if named else 'TMPDIR'} {problem} ({printable(wanted)}): "
         "set RAY_TMPDIR to a shorter folder that you can write, such as one below /tmp"
     )
+
+
+def _unfit(folder: str) -> str | None:
+    """Why Ray can't keep its sockets in a folder, which need not exist yet; None where it can."""
+    too_long = len(os.fsencode(folder)) - (_SOCKET_BYTES - len(_SOCKET_PATH))
+    if too_long > 0:
+        return f"is {too_long} bytes too long for Ray's sockets"
+    if not folder.isascii():
+        return "holds characters that are not ASCII, which Ray does not take"
+    if not os.path.isabs(folder):
+        return "is a relative path, which Ray does not take"
+    there = next(place for place in (Path(folder), *Path(folder).parents) if place.exists())
+    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else "can't be written"
 
 
 def available_cpus() -> int:
@@ -180,7 +193,7 @@ def _init(runtime: Runtime) -> None:
     try:
         with _own_sigterm():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RunFailed(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
 
 

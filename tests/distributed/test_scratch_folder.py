@@ -20,7 +20,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def folder(length: int) -> str:
-    return "/" + "x" * (length - 1)
+    return "/tmp/" + "x" * (length - 5)
 
 
 def test_ray_takes_its_own_folder_where_a_socket_fits_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,13 +32,34 @@ def test_ray_takes_its_own_folder_where_a_socket_fits_below_it(monkeypatch: pyte
 def test_a_tmpdir_that_is_too_long_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", folder(ROOM + 1))
     assert cluster.scratch_folder() == Path("/tmp/ray")
-    monkeypatch.setenv("RAY_TMPDIR", "/scratch")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/scratch")
     assert cluster.scratch_folder() is None
 
 
+@pytest.mark.parametrize(
+    ("unfit", "said"),
+    [
+        ("/tmp/naïve", "holds characters that are not ASCII"),
+        ("scratch", "is a relative path"),
+        ("/etc/passwd", "can't be written"),
+        ("/etc/passwd/below", "can't be written"),
+    ],
+)
+def test_a_tmpdir_that_ray_can_not_use_is_replaced_and_a_ray_tmpdir_is_refused(
+    monkeypatch: pytest.MonkeyPatch, unfit: str, said: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", unfit)
+    assert cluster.scratch_folder() == Path("/tmp/ray")
+    monkeypatch.setenv("RAY_TMPDIR", unfit)
+    with pytest.raises(UserError, match=rf"^RAY_TMPDIR {said}.* \({unfit}\): set RAY_TMPDIR to a shorter folder that you can write"):
+        cluster.scratch_folder()
+
+
 def test_bytes_count_and_not_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", "/" + "ü" * (ROOM // 2))
-    assert cluster.scratch_folder() == (Path("/tmp/ray") if 1 + ROOM // 2 * 2 > ROOM else None)
+    named = "/tmp/" + "ü" * (ROOM // 2)
+    monkeypatch.setenv("RAY_TMPDIR", named)
+    with pytest.raises(UserError, match=f"^RAY_TMPDIR is {len(named.encode()) - ROOM} bytes too long"):
+        cluster.scratch_folder()
 
 
 def test_what_the_user_named_or_what_can_not_be_replaced_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
