@@ -105,7 +105,7 @@ def check_fits_here(runtime: Runtime) -> None:
 def scratch_folder() -> Path | None:
     """Where a private Ray keeps its sockets and logs; None where the folder that Ray itself would take will do.
 
-    The path of a Unix socket may have 107 bytes, and Ray takes ASCII alone. A TMPDIR of a Slurm job can be longer than that leaves room for:
+    The path of a Unix socket may have 107 bytes, and Ray takes ASCII alone. A TMPDIR of a Slurm job can be longer than that:
     then it is /tmp/ray. Raises UserError where that can't be written either, or where RAY_TMPDIR itself will not do.
     """
     named = os.environ.get("RAY_TMPDIR")
