@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 
 from kdbench.bounded import LONGEST_NAME, MOST_DIMENSIONS, ImplausibleFile, check_stored, open_regular, open_zip
-from kdbench.errors import shown
+from kdbench.errors import cut, printable, shown
 
 # A tensor in a state_dict takes 32 instructions and 150 bytes.
 LARGEST_PICKLE = 16_000_000  # bytes of instructions
@@ -250,7 +250,7 @@ class _Outline:
                 items = [stack.pop() for _ in range(taken)][::-1]
                 _put(code, items, stack)
             elif code == "GLOBAL":
-                stack.append(_Named(argument.replace(" ", ".").replace("__builtin__.", "builtins.")))
+                stack.append(_Named(cut(printable(argument.replace(" ", ".").replace("__builtin__.", "builtins.")))))
             elif code == "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             elif code in ("REDUCE", "NEWOBJ"):
