@@ -47,6 +47,17 @@ def test_results_and_their_mlflow_database_lie_where_the_path_says(
     assert "none" in kdbench("leaderboard", "--results", folder).out
 
 
+@pytest.mark.parametrize("name", ["a%2Fb", "q?x=1&y;z#w", "100% naïve", 'it\'s "odd" \\ $HOME'])
+def test_every_command_takes_an_odd_results_path(kdbench: Kdbench, tmp_path: Path, name: str) -> None:
+    assert kdbench("run", write(ALONE), "--results", name, "--no-mlflow").code == 0
+    assert kdbench("results", "export", "board.zip", "--results", name).code == 0
+    assert kdbench("results", "import", "board.zip", "--results", f"{name} again").code == 0
+    for folder in (name, f"{name} again"):
+        assert kdbench("verify", "--results", folder).code == 0
+        assert "none" in kdbench("leaderboard", "--results", folder).out
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "board.zip", name, f"{name} again"}
+
+
 @pytest.mark.parametrize("name", ["two\nlines", "bell\x07", os.fsdecode(b"\xff")])
 def test_a_results_path_that_no_line_of_text_can_hold_is_refused_before_anything_is_made(kdbench: Kdbench, name: str) -> None:
     ended = run(kdbench, ALONE, "--results", name)
@@ -141,3 +152,38 @@ def test_credentials_of_the_tracking_server_are_printed_and_kept_nowhere(
     if arguments == ("run", "tiny.yaml"):
         assert ended.code == 0
         assert "127.0.0.1:9" in ended.out + ended.err + caplog.text  # which server it is about is said
+
+
+ADDRESSES = (f"s3://someone:{PASSWORD}@bucket/x", f"gs://bucket/x?key={TOKEN}", f"simplecache::s3://someone:{PASSWORD}@bucket/x")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("arguments", [("run", "tiny.yaml"), ("leaderboard",), ("verify",), ("results", "export", "x.zip"), ("doctor",)])
+def test_credentials_in_an_address_of_results_are_refused_and_not_repeated(
+    kdbench: Kdbench, tmp_path: Path, address: str, arguments: tuple[str, ...]
+) -> None:
+    write(ALONE)
+    ended = kdbench(*arguments, "--results", address)
+    assert_one_line(ended, 2, "results: the ", "expected" if "::" in address else "set credentials in the environment")
+    assert PASSWORD not in ended.out + ended.err
+    assert TOKEN not in ended.out + ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    "address", [f"ray://someone:{PASSWORD}@head:10001", f"someone:{PASSWORD}@head:6379", f"http://head/?token={TOKEN}"]
+)
+def test_credentials_in_the_address_of_a_cluster_are_refused_and_not_repeated(kdbench: Kdbench, tmp_path: Path, address: str) -> None:
+    for ended in (
+        run(kdbench, {**ALONE, "runtime.address": address}),
+        run(kdbench, ALONE, "--set", f"runtime.address={address}"),
+        run(kdbench, {**ALONE, "runtime.address": address}, "--dry-run"),
+    ):
+        assert_one_line(ended, 2, "runtime.address: expected the address of a Ray cluster alone", "set RAY_AUTH_TOKEN in the environment")
+        assert PASSWORD not in ended.out + ended.err
+        assert TOKEN not in ended.out + ended.err
+    if "@" in address:
+        ended = kdbench("submit", write(ALONE), "--address", address)
+        assert_one_line(ended, 2, "--address: expected the address of the cluster's dashboard alone")
+        assert PASSWORD not in ended.out + ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
