@@ -84,11 +84,11 @@ def run(experiment: Experiment, results: Path, watch: Watch, tracker: Tracker | 
     if search_only and experiment.search is None:
         raise UserError(f"{experiment.name}: there is nothing to tune: the experiment has no `search:`")
     ledger = Ledger(experiment, results, watch, tracker or NoTracker())
-    check(experiment, ledger)
+    built = check(experiment, ledger)
     with exclusive(ledger.layout, experiment.name, watch) as ledger.lease, ledger.held:
         clear_scratch(ledger.layout, experiment.name)
         ledger.mend(experiment.name)
-        return _run(experiment, ledger, search_only)
+        return _run(experiment, ledger, built, search_only)
 
 
 def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
@@ -101,29 +101,29 @@ def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
     if view_count(experiment.recipe) is None:
         raise UserError("recipe.views: null shows a new view every epoch, so nothing can be cached; set a number of views")
     ledger = Ledger(experiment, results, watch, NoTracker())
-    check(experiment, ledger)
+    built = check(experiment, ledger)
     with ledger.held:
-        pairs, _ = _pairs(experiment, ledger, may_train=False)
+        pairs = _pairs(experiment, ledger, built, may_train=False)
         with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
             pass
 
 
-def check(experiment: Experiment, ledger: Ledger) -> None:
-    """Everything that can be known to be wrong before the first step. Raises UserError."""
+def check(experiment: Experiment, ledger: Ledger) -> _Built:
+    """Everything that can be known to be wrong before the first step; the networks, built. Raises UserError."""
     check_fits_here(experiment.runtime)
     task = build_task(experiment.task)
     check_plan(experiment, task)
-    models = list(experiment.students)
-    if experiment.teacher is not None:
-        given = experiment.teacher.weights
-        read = {"weights": _existing(given)} if isinstance(given, Path) else {}
-        models.append(experiment.teacher.model.model_copy(update=read))
+    teacher = experiment.teacher
     with torch.random.fork_rng(devices=[]):
-        for model in models:
-            task.build_model(model)
+        students = [task.build_model(student) for student in experiment.students]
+        network = None
+        if teacher is not None:
+            read = {"weights": _existing(teacher.weights)} if isinstance(teacher.weights, Path) else {}
+            network = task.build_model(teacher.model.model_copy(update=read))
     if not ledger.layout.lock(experiment.name).exists():  # what ran here before is not looked at again where nothing is left to do
         check_images(task)
     ledger.store.check_writable()  # last: it makes the folder, of which nothing should be left where the experiment is wrong
+    return _Built(experiment, task, students, network)
 
 
 def check_plan(experiment: Experiment, task: Task) -> None:
@@ -252,11 +252,11 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
     The teacher is made ready as `run` does, since its outputs are a part of a step. The traces are in the results folder.
     """
     ledger = Ledger(experiment, results, watch, NoTracker())
-    check(experiment, ledger)
+    built = check(experiment, ledger)
     profiles = {}
     with exclusive(ledger.layout, experiment.name, watch), ledger.held:
-        pairs, rehearse = _pairs(experiment, ledger, may_train=True)
-        rehearse()
+        pairs = _pairs(experiment, ledger, built, may_train=True)
+        built.rehearse()
         with _cached_outputs([(pair, experiment.methods) for pair in pairs], experiment, ledger):
             for pair, spec in product(pairs, experiment.methods):
                 session = LocalSession(device=device_here(experiment.runtime), threads=experiment.runtime.cpus_per_worker)
@@ -269,13 +269,13 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
     return profiles
 
 
-def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
-    pairs, rehearse = _pairs(experiment, ledger, may_train=True)
+def _run(experiment: Experiment, ledger: Ledger, built: _Built, search_only: bool) -> Summary:
+    pairs = _pairs(experiment, ledger, built, may_train=True)
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
             check_images(build_task(experiment.task))
-            rehearse()
+            built.rehearse()
             with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
                 _empty(queue, experiment, ledger)
         ledger.catch_up()
@@ -292,39 +292,38 @@ def _run(experiment: Experiment, ledger: Ledger, search_only: bool) -> Summary:
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 
 
-def _pairs(experiment: Experiment, ledger: Ledger, may_train: bool) -> tuple[list[Pair], _Rehearse]:
-    """The experiment's teacher, trained now if need be, with each of its students; and what to call before the first student is trained."""
-    task = build_task(experiment.task)
+def _pairs(experiment: Experiment, ledger: Ledger, built: _Built, may_train: bool) -> list[Pair]:
+    """The experiment's teacher, trained now if need be, with each of its students."""
+    task, students, network = built.task, built.students, built.network
     asked = Asked(experiment, task.version, EarlierData(task.splits()))
     if task.source is not None and task.source.reading:
         ledger.watch.note(task.source.reading)
-    students = [task.build_model(student) for student in experiment.students]
-    network = task.build_model(experiment.teacher.model) if experiment.teacher is not None else None
     for line in random_axes(experiment):
         ledger.watch.note(line)
     for caution in slow_averages(experiment, len(asked.data.splits.train), len(asked.data.splits.transfer)):
         ledger.watch.note(f"warning: {caution}")
-    rehearse = _Rehearse(experiment, task, students, network)
-    taught = _ready_teacher(asked, ledger, task, rehearse, network, may_train) if network is not None else None
+    taught = _ready_teacher(asked, ledger, task, built, network, may_train) if network is not None else None
     teacher, predictions = taught or (None, None)
     theirs = places(network, task.info.image_shape) if network is not None else None
-    pairs = [
-        _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, rehearse)
+    return [
+        _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, built)
         for spec, model in zip(experiment.students, students, strict=True)
     ]
-    return pairs, rehearse
 
 
-class _Rehearse:
-    """Rehearses all that an experiment trains, once, and then lets go of the networks."""
+class _Built:
+    """The networks of an experiment, each built once. They are let go of when all that is trained has been rehearsed."""
 
     def __init__(self, experiment: Experiment, task: Task, students: Sequence[nn.Module], teacher: nn.Module | None) -> None:
         self.experiment, self.task = experiment, task
         self.students, self.network = students, teacher
         self.done = False
 
-    def __call__(self, teacher_too: bool = False) -> None:
-        """teacher_too: whether the teacher is trained here and now. Raises UserError for what can't work."""
+    def rehearse(self, teacher_too: bool = False) -> None:
+        """Rehearse all that the experiment trains, the first time that it is asked for.
+
+        teacher_too: whether the teacher is trained here and now. Raises UserError for what can't work.
+        """
         if self.done:
             return
         rehearsal = Rehearsal(
@@ -345,7 +344,7 @@ class _Rehearse:
         except KDBenchError:
             raise
         except Exception:
-            self(teacher_too=True)
+            self.rehearse(teacher_too=True)
             raise
 
 
@@ -377,7 +376,7 @@ def needs_ray(runtime: Runtime, searching: bool) -> bool:
 
 
 def _ready_teacher(
-    asked: Asked, ledger: Ledger, task: Task, rehearse: _Rehearse, model: nn.Module, may_train: bool
+    asked: Asked, ledger: Ledger, task: Task, built: _Built, model: nn.Module, may_train: bool
 ) -> tuple[TeacherRef, str | None]:
     """The teacher, trained, and where the store has its predictions for the test part. Its metric is made known first of all.
 
@@ -389,12 +388,12 @@ def _ready_teacher(
     ledger.watch.progress("teacher", 0, 1)
     asked_recipe, device = experiment.teacher_recipe(), device_here(experiment.runtime)
     memo = _memo(ledger, experiment, spec.model, asked_recipe)
-    with rehearse.explaining():
+    with built.explaining():
         recipe = settled(asked_recipe, model, task.info.image_shape, len(splits.train), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, task, model)
-    fits = partial(rehearse, teacher_too=spec.weights is None) if may_train else partial(_refuse, experiment, ledger)
+    fits = partial(built.rehearse, teacher_too=spec.weights is None) if may_train else partial(_refuse, experiment, ledger)
     given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
-    check_first: Callable[[], None] = rehearse if may_train else _nothing
+    check_first: Callable[[], None] = built.rehearse if may_train else _nothing
     recall = Recall(asked, ledger)
     record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, model, fits)
     ledger.watch.progress("teacher", 1, 1)
@@ -568,11 +567,11 @@ def _pair(
     teacher_predictions: str | None,
     theirs: Shapes | None,
     task: Task,
-    rehearse: _Rehearse,
+    built: _Built,
 ) -> Pair:
     experiment, splits = asked.experiment, asked.data.splits
     memo = _memo(ledger, experiment, student, experiment.recipe)
-    with rehearse.explaining():
+    with built.explaining():
         recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), device_here(experiment.runtime), memo)
     caching = teacher is not None and view_count(recipe) is not None
     if teacher is not None and caching:

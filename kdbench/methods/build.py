@@ -100,7 +100,8 @@ def fitted(
     Raises UserError where the pair has no places that the method could compare, or the user named one that is not there.
     """
     method = build_method(spec, generator, overrides)
-    return type(method)(method.choose_taps(student, teacher), generator)
+    chosen = method.choose_taps(student, teacher)
+    return method if chosen == method.params else type(method)(chosen, generator)
 
 
 def search_axes(spec: MethodSpec) -> tuple[Parameter, ...]:
