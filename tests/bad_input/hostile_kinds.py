@@ -1,0 +1,13 @@
+"""The kinds of hostile cases, by group: functions that fill a folder with files drawn from a seed, each with the number of its cases."""
+
+from __future__ import annotations
+
+from tests.bad_input.hostile_archives import ARCHIVES
+from tests.bad_input.hostile_case import Case as Case
+from tests.bad_input.hostile_case import Draws as Draws
+from tests.bad_input.hostile_case import Maker as Maker
+from tests.bad_input.hostile_case import Makers as Makers
+from tests.bad_input.hostile_experiments import EXPERIMENTS
+from tests.bad_input.hostile_weights import WEIGHTS
+
+GROUPS: dict[str, Makers] = {"experiment": EXPERIMENTS, "archive": ARCHIVES, "weights": WEIGHTS}
