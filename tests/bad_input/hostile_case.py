@@ -31,6 +31,7 @@ class Case:
         said: a part of what it has to say.
         code: the exit code.
         most_lines: that it may say, where the exit code is 2.
+        progress: how the lines begin in which a run tells what it does, until it finds what is wrong. They are not counted.
         environment: variables beside the usual ones; `{here}` is the working directory.
     """
 
@@ -39,6 +40,7 @@ class Case:
     said: str = ""
     code: int = 2
     most_lines: int = 1
+    progress: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 

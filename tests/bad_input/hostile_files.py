@@ -39,6 +39,7 @@ _TIME_LIMIT = 60.0  # seconds after which a command is ended
 _MEMORY_LIMIT = 2_000.0  # megabytes above which a command is ended, for the machine's sake
 _AT_ONCE = 2
 _MAY_STAY = re.compile(r"home/\.cache(/kdbench(/content.*)?)?$|tmp/torchinductor_[^/]*$")
+_FAULT = re.compile(r"\b(Assertion|Attribute|Index|Memory|Name|Recursion)Error\b")
 _REPOSITORY = Path(__file__).parents[2]
 
 # Imports what the command imports anyway, then is the console script. What it measured goes to a file descriptor.
@@ -121,6 +122,8 @@ def problems(
         yield f"{len(ended.lines)} lines, expected {'one' if case.most_lines == 1 else f'1 to {case.most_lines}'}"
     if case.code == 2 and not text.startswith("kdbench: "):
         yield "it does not begin as errors do"
+    if fault := _FAULT.search(text):
+        yield f"a fault of the program, {fault[0]}, and not of the file"
     if any(len(line) > LONGEST_LINE for line in ended.lines):
         yield f"a line of {max(map(len, ended.lines)):,} characters"
     if case.said not in text:
@@ -154,7 +157,7 @@ def _run(case: Case, folder: Path, time_limit: float) -> Ended:
         stopped = _watched(process, time_limit)
     seconds, megabytes = json.loads(report.read_text() or "[null, null]")
     text = out.read_text(errors="backslashreplace")
-    lines = tuple(line for line in text.splitlines() if line.strip())
+    lines = tuple(line for line in text.splitlines() if line.strip() and not (case.progress and line.startswith(case.progress)))
     left = sorted(_below(folder) - before - {"out", "report"})
     return Ended(None if stopped else process.returncode, lines, seconds, megabytes, tuple(map(printable, left)), stopped)
 
@@ -196,11 +199,14 @@ def _below(folder: Path) -> set[str]:
 
     What is remembered of files' content in the home folder may stay, and so may the folder that torch makes when it is imported.
     """
-    found: set[str] = set()
-    for parent, folders, files in os.walk(folder):
-        inside = os.path.relpath(parent, folder)
-        found.update(os.path.normpath(f"{inside}/{name}") for name in (*folders, *files))
+    # os.walk calls itself for each level, and there may be 1,200.
+    listed = subprocess.run(["find", ".", "-mindepth", "1", "-print0"], cwd=folder, stdout=subprocess.PIPE, check=True).stdout
+    found = {os.fsdecode(path).removeprefix("./") for path in listed.split(b"\0") if path}
     return {path for path in found if not _MAY_STAY.match(path)}
+
+
+def _removed(folder: Path) -> None:
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -215,8 +221,10 @@ def _line(numbered: Numbered, case: Case, ended: Ended, wrong: Sequence[str]) ->
     return f"{numbered.number:3d}  {numbered.kind}  [{command}]  exit {ended.code}, {took}, {grew}  {said}{first}"
 
 
-def _tried_and_told(numbered: Numbered, base: Path, seed: int) -> bool:
+def _tried_and_told(numbered: Numbered, base: Path, seed: int, keep: bool) -> bool:
     case, ended = tried(numbered, base, seed)
+    if not keep:
+        _removed(base / f"{numbered.number:03d}")
     wrong = list(problems(case, ended))
     print(_line(numbered, case, ended, wrong), flush=True)
     return not wrong
@@ -248,7 +256,7 @@ def main() -> int:
             base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-")))
         cases = _chosen(options.only)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            passed = list(pool.map(partial(_tried_and_told, base=base, seed=options.seed), cases))
+            passed = list(pool.map(partial(_tried_and_told, base=base, seed=options.seed, keep=options.keep is not None), cases))
     failed = [str(case.number) for case, well in zip(cases, passed, strict=True) if not well]
     print(f"{len(cases)} cases, seed {options.seed}: {len(cases) - len(failed)} as they should be, {len(failed)} not")
     if failed:

@@ -7,7 +7,9 @@ from tests.bad_input.hostile_case import Case as Case
 from tests.bad_input.hostile_case import Draws as Draws
 from tests.bad_input.hostile_case import Maker as Maker
 from tests.bad_input.hostile_case import Makers as Makers
+from tests.bad_input.hostile_data import DATA
 from tests.bad_input.hostile_experiments import EXPERIMENTS
+from tests.bad_input.hostile_results import LEFT_OUT, RESULTS
 from tests.bad_input.hostile_weights import WEIGHTS
 
-GROUPS: dict[str, Makers] = {"experiment": EXPERIMENTS, "archive": ARCHIVES, "weights": WEIGHTS}
+GROUPS: dict[str, Makers] = {"experiment": EXPERIMENTS, "archive": ARCHIVES, "weights": WEIGHTS, "data": DATA, "results": RESULTS, "left out": LEFT_OUT}
