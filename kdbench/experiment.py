@@ -350,6 +350,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     try:
         text = read_file(path, yaml12.LONGEST).decode()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(f"{path}: can't be read: it is a link to nothing") from None
         here = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
         raise UserError(f"{where}: there is no such file" + (nearest(str(path), here) if here else "")) from None
     except OSError as error:

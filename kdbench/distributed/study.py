@@ -6,6 +6,7 @@ so a search that was asked for N trials holds exactly N, whatever happened on th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -35,6 +36,8 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 FIRST_AT_RANDOM: Mapping[str, int] = {"tpe": 10, "cmaes": 1, "gp": 10, "qmc": 1, "nsgaii": 50, "nsgaiii": 50}
 
 GIVEN_UP = "given_up"  # a trial's attribute: why a run left it to the next
+# What Optuna's reading of a line that it did not write ends in.
+_NO_JOURNAL = (ValueError, KeyError, TypeError, RecursionError, AssertionError, AttributeError, IndexError)
 _CODE = "code"  # a study's attribute: the user's modules when it began, with a hash of each
 
 
@@ -189,11 +192,13 @@ class MethodStudy:
                 directions=list(directions),
                 pruner=pruner,
             )
-        except ImplausibleFile as error:
+        except OSError as error:
+            if not isinstance(error, ImplausibleFile) and error.errno != errno.EIO:
+                raise
             raise UserError(
-                f"the journal of a search, {path}, can't be read: {error}. Move it away to have that search run again"
+                f"the journal of a search, {path}, can't be read: {error.strerror}. Move it away to have that search run again"
             ) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:  # what reading a line that Optuna did not write ends in
+        except _NO_JOURNAL as error:
             raise UserError(
                 f"the journal of a search, {path}, is damaged ({in_one_line(error)}): "
                 "restore it from a copy, or delete it to have that search run again"

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from kdbench import __version__
 from kdbench.bounded import parse_json, tensor_shapes
-from kdbench.errors import UnreadableFile, UserError, not_written
+from kdbench.errors import UnreadableFile, UserError, not_written, printable
 from kdbench.results.archive import FORMAT, LARGEST_RECORD, MANIFEST, Archive
 from kdbench.results.integrity import altered, checked_records, single_row, stored_rows
 from kdbench.results.journals import LONGEST_LINE, whole_journal, whole_lines
@@ -283,7 +283,8 @@ def _record(archive: Archive, name: str) -> tuple[RunRecord, str]:
         problem = altered(row, where)
         record = from_table(row, where)
     except UserError as error:
-        raise UserError(f"{str(error).removesuffix('; move it away')}; nothing was imported") from error
+        reason = str(error).removesuffix("; move it away").removesuffix("; nothing was imported")
+        raise UserError(f"{reason}; nothing was imported") from error
     if problem:
         raise UserError(f"{problem}; nothing was imported")
     if name != record_path(record):
@@ -308,7 +309,8 @@ def _check_attachments(archive: Archive, known: Collection[str], hashes: dict[st
         if name not in hashes:
             raise UserError(f"{where} belongs to none of its records; nothing was imported")
         parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or parts[0] not in _FOLDERS:
+        odd = "\\" in name or printable(name) != name
+        if PurePosixPath(name).is_absolute() or ".." in parts or odd or parts[0] not in _FOLDERS:
             raise UserError(f"{where} is not a place inside a results folder; nothing was imported")
         fits, kind = (_is_journal, "the journal of a search") if _is_search(name) else (_is_safetensors, "a safetensors file")
         if not fits(archive.pieces(name), archive.size(name)):

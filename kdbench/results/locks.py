@@ -60,5 +60,7 @@ def _opened(path: Path) -> TextIO:
         return os.fdopen(regular_descriptor(path, os.O_RDWR | os.O_CREAT), "r+")
     except ImplausibleFile as error:
         raise UserError(f"the lock {path} can't be taken: {error.strerror}; remove it") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"the lock {path} can't be taken: {path.parent} is no folder; move away what is in its place") from None
     except OSError as error:
         raise not_written(error, path) from error

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from kdbench.catalogue import nearest
-from kdbench.errors import KDBenchError, UnreadableFile, UserError, not_written
+from kdbench.errors import KDBenchError, UnreadableFile, UserError, not_written, shown
 from kdbench.results.address import folder_at, is_address
 from kdbench.results.folder import Folder
 from kdbench.results.object_store import LARGEST_FILE, Files
@@ -263,10 +263,15 @@ class ResultStore:
         return [row for row in _latest(files).values() if row.number in matching[row.path]], files
 
     def _inside(self, relative: str) -> str:
-        path = PurePosixPath(relative)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise UserError(f"{relative!r} is not a path inside the results folder {self.location}")
-        return str(path)
+        if not is_inside(relative):
+            raise UserError(f"{shown(relative)} is not a path inside the results folder {self.location}")
+        return str(PurePosixPath(relative))
+
+
+def is_inside(relative: str) -> bool:
+    """Whether what a record names lies in its own results folder."""
+    path = PurePosixPath(relative)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in relative
 
 
 def leave_out(error: UserError) -> None:

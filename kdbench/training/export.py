@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from kdbench import __version__
 from kdbench.data.loader import in_order
-from kdbench.errors import RunFailed, UserError, nearest, printable
+from kdbench.errors import RunFailed, UserError, cut, nearest, printable, shown
 from kdbench.experiment import Experiment, parse_yaml, validated
 from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec
@@ -29,7 +30,7 @@ from kdbench.models.outputs import predicted
 from kdbench.models.weights import matched, portable
 from kdbench.own_code import names_from_records
 from kdbench.results.record import RunRecord
-from kdbench.results.store import path_name
+from kdbench.results.store import is_inside, path_name
 from kdbench.results.working_copy import fetch
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
@@ -133,9 +134,14 @@ def _weights(record: RunRecord, store_root: Path) -> Path:
         reason = {"failed": f"it failed: {record.failure}", "stopped": "it was stopped early"}.get(record.status)
         reason = reason or f"it is a {record.role}, and only the weights of final runs and of teachers trained here are kept"
         raise UserError(f"run {record.run_id} has no weights to export: {reason}")
+    if not is_inside(record.artifacts_uri):
+        raise UserError(
+            f"run {record.run_id}: its weights {shown(record.artifacts_uri)} are not in the results folder, so they are not read"
+        )
     path = fetch(store_root / record.artifacts_uri)
-    if not path.is_file():
-        raise UserError(f"run {record.run_id}: its weights {path} are gone; restore them from a copy of the results folder")
+    if not os.path.isfile(path):  # False, too, for a path that no file can have
+        place = cut(printable(str(path)), 500)
+        raise UserError(f"run {record.run_id}: its weights {place} are gone; restore them from a copy of the results folder")
     return path
 
 

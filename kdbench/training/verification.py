@@ -7,11 +7,12 @@ rows compared with their seals. Predictions and a record that somebody forged to
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from kdbench.results.integrity import checked_rows
 from kdbench.results.leftovers import left_behind
 from kdbench.results.record import RunRecord
 from kdbench.results.seals import compared_with_seals, read_seals
-from kdbench.results.store import ResultStore
+from kdbench.results.store import ResultStore, is_inside
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.checkpoint import file_sha256, unpack_predictions
 from kdbench.training.earlier_keys import EarlierData
@@ -207,10 +208,10 @@ class _Check:
     def _weights_file(self) -> Path | None:
         """The file of weights that the record names, if it lies in this folder on this machine."""
         uri = self.record.artifacts_uri
-        if uri is None or not _is_inside(uri):
+        if uri is None or not is_inside(uri):
             return None
         path = self.results / uri
-        return path if path.is_file() else None
+        return path if os.path.isfile(path) else None  # which is False, too, for a path that no file can have
 
     def _states(self) -> Mapping[str, bool]:
         spec = model_spec(self.record, self._experiment)
@@ -233,7 +234,7 @@ class _Check:
     def _weights(self) -> Iterator[str]:
         """A teacher's weights are named by their hash, where they lie in this folder."""
         uri = self.record.artifacts_uri
-        if uri is None or not _is_inside(uri):
+        if uri is None or not is_inside(uri):
             return
         path = self.results / uri
         try:
@@ -348,8 +349,3 @@ def _equal(stored: float | None, derived: float | None) -> bool:
     if math.isnan(stored) or math.isnan(derived):
         return math.isnan(stored) and math.isnan(derived)
     return math.isclose(stored, derived, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-
-
-def _is_inside(uri: str) -> bool:
-    """Whether what a record names lies in its own results folder."""
-    return not PurePosixPath(uri).is_absolute() and ".." not in PurePosixPath(uri).parts

@@ -193,7 +193,9 @@ def far_lists(folder: Path, draws: Draws) -> Case:
     made = record(draws)
     content = bytearray(written(folder / FILE, {record_path(made): row(made)}).read_bytes())
     end = content.rfind(b"PK\x05\x06")
-    offset, form, value = draws.pick([(10, "<H", 65_535), (12, "<I", 0xFFFFFFFE), (16, "<I", 0xFFFFFFF0), (12, "<I", 20_000_000), (4, "<H", 7)])
+    offset, form, value = draws.pick(
+        [(10, "<H", 65_535), (12, "<I", 0xFFFFFFFE), (16, "<I", 0xFFFFFFF0), (12, "<I", 20_000_000), (4, "<H", 7)]
+    )
     if offset == 10:  # readers that go by the size never look at the number: the size is wrong too
         struct.pack_into("<I", content, end + 12, 3)
     struct.pack_into(form, content, end + offset, value)
@@ -388,7 +390,9 @@ def weights_of_others(folder: Path, draws: Draws) -> Case:
 def searches(folder: Path, draws: Draws) -> Case:
     """The journal of a search that is none."""
     made = record(draws, study_id="abc")
-    journal = draws.pick([b"[" * 200_000 + b"\n", b'{"a": 1}', b" " * 2_000_000 + b"\n", b"", b"9" * 5_000 + b"\n", b"\x80\x05cos\nsystem\n"])
+    journal = draws.pick(
+        [b"[" * 200_000 + b"\n", b'{"a": 1}', b" " * 2_000_000 + b"\n", b"", b"9" * 5_000 + b"\n", b"\x80\x05cos\nsystem\n"]
+    )
     written(folder / FILE, {record_path(made): row(made), "studies/abc.journal": journal})
     return imported("is not the journal of a search")
 

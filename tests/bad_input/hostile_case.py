@@ -1,4 +1,4 @@
-"""What a hostile case is, and what the makers of all groups share: draws from the seed, an experiment around a file, files that are none."""
+"""What a hostile case is, and what all groups share: draws from the seed, an experiment around a file, files that are none."""
 
 from __future__ import annotations
 

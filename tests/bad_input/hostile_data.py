@@ -50,7 +50,11 @@ def fashion(folder: Path, draws: Draws) -> Case:
     elif kind == "nested gzip":
         images.with_name(f"{images.name}.gz").write_bytes(gzip.compress(_packed(20)))
     else:
-        content = {"noise": draws.randbytes(50_000), "cut": gzip.compress(draws.randbytes(9_000))[:-100], "header": b"\x1f\x8b\x08\x04\xff\xff"}
+        content = {
+            "noise": draws.randbytes(50_000),
+            "cut": gzip.compress(draws.randbytes(9_000))[:-100],
+            "header": b"\x1f\x8b\x08\x04\xff\xff",
+        }
         images.with_name(f"{images.name}.gz").write_bytes(content[kind])
     changes = {"task.data": {"name": "fashion_mnist", "size": "full"}}
     return run(experiment(folder, changes), draws, said="data fashion_mnist", environment=DATA_VARIABLE)
@@ -69,10 +73,15 @@ def tars(folder: Path, draws: Draws) -> Case:
     (folder / "data").mkdir()
     path = folder / "data" / ARCHIVE
     train, test = f"{FOLDER}/train.bin", f"{FOLDER}/test.bin"
-    kind = draws.pick(["link", "link to a link", "device", "pipe", "missing", "folder", "bomb", "bomb", "many", "claims", "long name", "noise", "cut"])
+    kind = draws.pick(
+        ["link", "link to a link", "device", "pipe", "missing", "folder", "bomb", "bomb", "many", "claims", "long name", "noise", "cut"]
+    )
     members: dict[str, list[tuple[tarfile.TarInfo, bytes]]] = {
         "link": [_member(train, type=tarfile.SYMTYPE, linkname="/dev/zero"), _member("dev/zero", b"x")],
-        "link to a link": [_member(train, type=tarfile.SYMTYPE, linkname="test.bin"), _member(test, type=tarfile.SYMTYPE, linkname="train.bin")],
+        "link to a link": [
+            _member(train, type=tarfile.SYMTYPE, linkname="test.bin"),
+            _member(test, type=tarfile.SYMTYPE, linkname="train.bin"),
+        ],
         "device": [_member(train, type=tarfile.CHRTYPE, devmajor=1, devminor=5)],
         "pipe": [_member(train, type=tarfile.FIFOTYPE)],
         "missing": [_member(f"../{train}", b"x")],
@@ -211,7 +220,9 @@ def pictures(folder: Path, draws: Draws) -> Case:
 
 def folders(folder: Path, draws: Draws) -> Case:
     """Folders without images or without end, links round in a circle, pipes, names that are no text."""
-    kind = draws.pick(["nested", "round", "pipe", "not UTF-8", "control", "sparse", "file", "other classes", "many classes", "unreadable name", "proc"])
+    kind = draws.pick(
+        ["nested", "round", "pipe", "not UTF-8", "control", "sparse", "file", "other classes", "many classes", "unreadable name", "proc"]
+    )
     if kind == "proc":
         return _of_folder(folder, draws, path=draws.choice(["/proc", "/dev", "/proc/self/task"]))
     images = _folders(folder, draws)
@@ -247,7 +258,9 @@ def folders(folder: Path, draws: Draws) -> Case:
         name = {"not UTF-8": b"\xff\xfe", "control": b"a\nb\x1b[2J", "unreadable name": b"\xed\xa0\xbd" * 80}[kind]
         for part in ("train", "val"):
             os.mkdir(os.fsencode(images / part) + b"/" + name)
-            Path(os.fsdecode(os.fsencode(images / part) + b"/" + name + b"/1.png")).write_bytes(_sound(draws) if kind == "not UTF-8" else b"")
+            Path(os.fsdecode(os.fsencode(images / part) + b"/" + name + b"/1.png")).write_bytes(
+                _sound(draws) if kind == "not UTF-8" else b""
+            )
         (place.parent / "c").mkdir()
     return _of_folder(folder, draws)
 
@@ -354,4 +367,14 @@ def no_tables(folder: Path, draws: Draws) -> Case:
     return case
 
 
-DATA: Makers = ((fashion, 5), (tars, 6), (unpacked_sets, 2), (pictures, 10), (folders, 5), (labels, 4), (columns, 2), (bombs, 3), (no_tables, 3))
+DATA: Makers = (
+    (fashion, 5),
+    (tars, 6),
+    (unpacked_sets, 2),
+    (pictures, 10),
+    (folders, 5),
+    (labels, 4),
+    (columns, 2),
+    (bombs, 3),
+    (no_tables, 3),
+)

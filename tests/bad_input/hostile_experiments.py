@@ -101,7 +101,9 @@ def nests(folder: Path, draws: Draws) -> Case:
     if draws.random() < 0.5:
         (folder / "hostile.yaml").write_text(value)
         return run("hostile.yaml", draws, said="levels deep")
-    return run(experiment(folder, {draws.choice(["name", "recipe.augment", "search"]): "RAW"}, f"\n  {value}"), draws, said="not valid YAML")
+    return run(
+        experiment(folder, {draws.choice(["name", "recipe.augment", "search"]): "RAW"}, f"\n  {value}"), draws, said="not valid YAML"
+    )
 
 
 def long_scalars(folder: Path, draws: Draws) -> Case:
@@ -154,7 +156,10 @@ def _flow(value: dict[str, Any]) -> str:
 # Where an experiment has a number, beside seeds. A value stands for `RAW`.
 NUMBERS: tuple[dict[str, Any], ...] = (
     {"seeds": "RAW"},
-    *({f"recipe.{key}": "RAW"} for key in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "warmup_epochs", "clip_grad", "views")),
+    *(
+        {f"recipe.{key}": "RAW"}
+        for key in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "warmup_epochs", "clip_grad", "views")
+    ),
     *({f"recipe.{key}": "RAW"} for key in ("accumulate", "ema", "milestones")),
     *({f"recipe.augment.{key}": "RAW"} for key in ("crop", "operations", "magnitude", "color", "erase", "mixup", "cutmix", "resized_crop")),
     *({"search": {"trials": 1, key: "RAW"}} for key in ("trials", "top_k", "confirm_seeds", "grace_epochs", "reduction")),
@@ -298,7 +303,9 @@ def paths(folder: Path, draws: Draws) -> Case:
     """Paths that lead nowhere, round in a circle, or to what is no file."""
     ODD["circular link"](folder / "round")
     ODD["pipe"](folder / "pipe")
-    path = draws.pick(["~nosuchuser/x", "x" * 300, "round", "round/x", "pipe", '"a\\0b"', "/dev/zero", "/proc/kmsg", "a/" * 3_000, '"a\\nb"'])
+    path = draws.pick(
+        ["~nosuchuser/x", "x" * 300, "round", "round/x", "pipe", '"a\\0b"', "/dev/zero", "/proc/kmsg", "a/" * 3_000, '"a\\nb"']
+    )
     place = draws.choice(
         [
             {"teacher.weights": "RAW"},
@@ -315,7 +322,18 @@ def places(folder: Path, draws: Draws) -> Case:
     ODD["circular link"](folder / "round")
     ODD["pipe"](folder / "pipe")
     place = draws.pick(
-        ["~nosuchuser", "round/x", "pipe", "/dev/null", "x" * 300, '"a\\0b"', "s3://", "s3://key:secret@bucket/x", "s3://a b/../?c", "gopher://x/y"]
+        [
+            "~nosuchuser",
+            "round/x",
+            "pipe",
+            "/dev/null",
+            "x" * 300,
+            '"a\\0b"',
+            "s3://",
+            "s3://key:secret@bucket/x",
+            "s3://a b/../?c",
+            "gopher://x/y",
+        ]
     )
     return Case(("run", experiment(folder, {"results": "RAW"}, place), "--no-mlflow"))
 

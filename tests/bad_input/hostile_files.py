@@ -27,6 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from kdbench.errors import cut, printable
 from tests.bad_input.hostile_kinds import GROUPS, Case, Draws, Maker
@@ -79,8 +80,7 @@ class Numbered:
         return self.maker(folder, Draws(seed, self.maker.__name__, self.turn))
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """How a command ended. code: None where it had to be ended. seconds, megabytes: None where it did not say."""
 
     code: int | None
@@ -106,9 +106,7 @@ def tried(numbered: Numbered, base: Path, seed: int, time_limit: float = _TIME_L
     return case, _run(case, folder, time_limit)
 
 
-def problems(
-    case: Case, ended: Ended, most_seconds: float = MOST_SECONDS, most_megabytes: float = MOST_MEGABYTES
-) -> Iterator[str]:
+def problems(case: Case, ended: Ended, most_seconds: float = MOST_SECONDS, most_megabytes: float = MOST_MEGABYTES) -> Iterator[str]:
     """What is wrong with how a command ended, a line each."""
     if ended.stopped:
         yield ended.stopped
@@ -242,7 +240,9 @@ def main() -> int:
         "above the start, and the line that kdbench said or what is wrong with it. Exit with 1 if any case failed.",
         epilog="Example: python -m tests.bad_input.hostile_files --seed 20261129 --only 3,61 --keep /tmp/hostile",
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="Make other files of the same kinds from another seed. Default: %(default)s.")
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="Make other files of the same kinds from another seed. Default: %(default)s."
+    )
     parser.add_argument(
         "--only", metavar="N,N", type=lambda text: {int(number) for number in text.split(",")}, default=set(), help="Try only these cases."
     )

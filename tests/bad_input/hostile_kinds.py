@@ -12,4 +12,11 @@ from tests.bad_input.hostile_experiments import EXPERIMENTS
 from tests.bad_input.hostile_results import LEFT_OUT, RESULTS
 from tests.bad_input.hostile_weights import WEIGHTS
 
-GROUPS: dict[str, Makers] = {"experiment": EXPERIMENTS, "archive": ARCHIVES, "weights": WEIGHTS, "data": DATA, "results": RESULTS, "left out": LEFT_OUT}
+GROUPS: dict[str, Makers] = {
+    "experiment": EXPERIMENTS,
+    "archive": ARCHIVES,
+    "weights": WEIGHTS,
+    "data": DATA,
+    "results": RESULTS,
+    "left out": LEFT_OUT,
+}

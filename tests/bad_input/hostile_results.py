@@ -47,7 +47,9 @@ def finished(folder: Path) -> Path:
 def _trained(folder: Path) -> None:
     file = experiment(folder, {"search": {"trials": 1, "top_k": 1}, "methods": ["none", "kd"]}, name="tiny.yaml")
     command = [sys.executable, "-m", "kdbench.cli", "run", file, *FOLDER, "--no-mlflow"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    )
     if done.returncode:
         raise RuntimeError(f"the run whose results are damaged failed:\n{done.stderr}")
 
@@ -55,7 +57,9 @@ def _trained(folder: Path) -> None:
 def _command(draws: Draws, *commands: tuple[str, ...], **facts: Any) -> Case:
     command = draws.choice(commands)
     imports = READING_IMPORTS if command[0] in ("leaderboard", "recommend", "results") else CHECKING_IMPORTS
-    return Case((*command, *FOLDER), **{"imports": imports, **facts})
+    # What a run that goes on says of the teacher, before it looks at what belongs to students.
+    progress = ("teacher ", "warning: the teacher ") if command[0] in ("run", "tune") else ()
+    return Case((*command, *FOLDER), **{"imports": imports, "progress": progress, **facts})
 
 
 READERS = (("leaderboard",), ("recommend",), ("results", "export", "out.zip"), ("results", "compact"), ("verify",))

@@ -154,7 +154,9 @@ def odd_zips(folder: Path, draws: Draws) -> Case:
     torch.save({"weight": torch.zeros(1_000)}, buffer)
     content = bytearray(buffer.getvalue())
     directory = content.find(b"PK\x01\x02")
-    kind = draws.pick(["deflated", "huge", "far", "cut", "noise", "no pickle", "bytes of another order", "many", "wrong version", "own code"])
+    kind = draws.pick(
+        ["deflated", "huge", "far", "cut", "noise", "no pickle", "bytes of another order", "many", "wrong version", "own code"]
+    )
     if kind == "deflated":
         torch_zip(path, bytes(draws.randint(10_000_000, 100_000_000)), method=zipfile.ZIP_DEFLATED)
     elif kind == "no pickle":
@@ -268,7 +270,7 @@ def of_others(folder: Path, draws: Draws) -> Case:
         parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, _Call(os.mkdir, SENTINEL)]
         path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in parts))
     else:
-        content = {
+        written = {
             "numpy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
             "text": b"weights\n" * 100_000,
             "number": pickle.dumps(10**5_000, protocol=2),
@@ -276,8 +278,18 @@ def of_others(folder: Path, draws: Draws) -> Case:
             "mixed": pickle.dumps({1: 2, "weight": b"\x00"}, protocol=2),
             "names": pickle.dumps({"x" * 1_000_000: 1}, protocol=2),
         }
-        path.write_bytes(content[kind])
+        path.write_bytes(written[kind])
     return weighed(folder, "weights.pt", draws)
 
 
-WEIGHTS: Makers = ((calling, 5), (nested, 3), (claiming, 3), (odd_tensors, 4), (odd_zips, 4), (safetensors, 6), (no_weights, 2), (holes, 2), (of_others, 1))
+WEIGHTS: Makers = (
+    (calling, 5),
+    (nested, 3),
+    (claiming, 3),
+    (odd_tensors, 4),
+    (odd_zips, 4),
+    (safetensors, 6),
+    (no_weights, 2),
+    (holes, 2),
+    (of_others, 1),
+)

@@ -15,6 +15,7 @@ from kdbench.benchmark import run as running
 from kdbench.distributed.study import MethodStudy
 from kdbench.experiment import Experiment
 from kdbench.results.layout import Layout
+from kdbench.results.record import CHECKSUM, row_checksum
 from kdbench.results.store import ResultStore
 from kdbench.search_space import Parameter, Range
 from kdbench.training import precision
@@ -122,7 +123,9 @@ def study(path: Path) -> MethodStudy:
     return MethodStudy(path, "s", AXES, trials=3, sampler="random", seed=0)
 
 
-@pytest.mark.parametrize("content", [b"garbage\nmore\n", b'{"a": 1}\n', b"[]\n{}\n", bytes(range(128, 256)) + b"\n" * 2])
+@pytest.mark.parametrize(
+    "content", [b"garbage\nmore\n", b'{"a": 1}\n', b"[]\n{}\n", bytes(range(128, 256)) + b"\n" * 2, b'{"op_code": 999, "worker_id": "x"}\n']
+)
 def test_a_damaged_journal_of_a_search_is_named(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     Path("s.journal").write_bytes(content)
     monkeypatch.setattr(Layout, "study", lambda *_: Path("s.journal"))
@@ -142,6 +145,35 @@ def test_a_journal_whose_last_line_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert second.ask() == point
     second.complete(point.number, [60.0], 1.0, 1.0)
     assert [trial.values for trial in study(journal).study.trials] == [[50.0], [60.0]]
+
+
+def test_a_journal_that_the_disk_does_not_give_is_named(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("s.journal").symlink_to("/proc/self/mem")  # whose first bytes can't be read, as those of a bad disk
+    monkeypatch.setattr(Layout, "study", lambda *_: Path("s.journal"))
+    ended = run(kdbench, {"search": {"trials": 1}})
+    assert_one_line(ended, 2, "the journal of a search, s.journal, can't be read: Input/output error. Move it away")
+
+
+@pytest.mark.parametrize("uri", ["../../etc/passwd", "/dev/zero", "students/\0/x", "x" * 100_000])
+def test_weights_that_a_record_says_are_elsewhere_are_not_read(kdbench: Kdbench, done: Path, uri: str) -> None:
+    path = next((done / "v1").rglob("kd/*.parquet"))
+    table = pq.ParquetFile(path).read()
+    [row] = table.to_pylist()
+    row |= {"artifacts_uri": uri}
+    row[CHECKSUM] = row_checksum(row)
+    pq.write_table(pa.Table.from_pylist([row], schema=table.schema), path)
+    ended = kdbench("export", path.stem, "--results", "results")
+    assert_one_line(ended, 2, "are gone" if len(uri) > 1_000 else "are not in the results folder, so they are not read")
+    assert len(ended.err) < 1_000
+    verified = kdbench("verify", "--results", "results")
+    assert (verified.code, "changed after kdbench run had sealed it" in verified.out) == (1, True)
+
+
+def test_a_file_in_place_of_the_locks_is_named(kdbench: Kdbench, done: Path) -> None:
+    shutil.rmtree(done / "locks", ignore_errors=True)
+    (done / "locks").write_text("")
+    ended = run(kdbench, {"seeds": 2})
+    assert_one_line(ended, 2, "locks/tiny.lock can't be taken: ", "locks is no folder; move away what is in its place")
 
 
 def test_an_unknown_run_is_refused(kdbench: Kdbench, done: Path) -> None:

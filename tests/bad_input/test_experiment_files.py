@@ -49,6 +49,11 @@ def test_a_file_that_is_not_there_is_answered_with_the_nearest(kdbench: Kdbench)
     assert_mistake(kdbench("run", "tyni.yaml"), "tyni.yaml: there is no such file; did you mean 'tiny.yaml'?")
 
 
+def test_a_link_to_nothing_is_no_experiment(kdbench: Kdbench) -> None:
+    Path("link.yaml").symlink_to("nowhere")
+    assert_mistake(kdbench("run", "link.yaml"), "link.yaml: can't be read: it is a link to nothing")
+
+
 def test_a_folder_is_no_experiment(kdbench: Kdbench) -> None:
     Path("folder").mkdir()
     assert_mistake(kdbench("run", "folder"), "folder: can't be read: it is a folder, expected a regular file")

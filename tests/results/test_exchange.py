@@ -312,6 +312,8 @@ def test_a_record_may_not_lead_out_of_the_folder_either(ours, theirs, make_recor
         "/evil.safetensors",
         r"predictions\\..\\evil",
         "locks/x.safetensors",
+        "predictions/a\x1b[2J",
+        "predictions/a\nb",
     )
     for number, name in enumerate(names):
         record = make_record(predictions_uri=name)
