@@ -36,8 +36,9 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 FIRST_AT_RANDOM: Mapping[str, int] = {"tpe": 10, "cmaes": 1, "gp": 10, "qmc": 1, "nsgaii": 50, "nsgaiii": 50}
 
 GIVEN_UP = "given_up"  # a trial's attribute: why a run left it to the next
-# What Optuna's reading of a line that it did not write ends in.
-_NO_JOURNAL = (ValueError, KeyError, TypeError, RecursionError, AssertionError, AttributeError, IndexError)
+# What Optuna's reading of a line that it did not write ends in; the latter say nothing of the line.
+_FAULTS = (RecursionError, AssertionError, AttributeError, IndexError)
+_NO_JOURNAL = (ValueError, KeyError, TypeError, *_FAULTS)
 _CODE = "code"  # a study's attribute: the user's modules when it began, with a hash of each
 
 
@@ -200,7 +201,7 @@ class MethodStudy:
             ) from error
         except _NO_JOURNAL as error:
             raise UserError(
-                f"the journal of a search, {path}, is damaged ({in_one_line(error)}): "
+                f"the journal of a search, {path}, is damaged ({_reason(error)}): "
                 "restore it from a copy, or delete it to have that search run again"
             ) from error
         if not self.study.trials:
@@ -338,6 +339,10 @@ class MethodStudy:
     def failures(self) -> list[str]:
         """Why trials failed, one reason each."""
         return [t.user_attrs.get("reason", "unknown") for t in self._asked() if t.state == TrialState.FAIL]
+
+
+def _reason(error: Exception) -> str:
+    return "it holds a line that no search has written" if isinstance(error, _FAULTS) else in_one_line(error)
 
 
 def _dominates(cost: Sequence[float], other: Sequence[float]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from kdbench.bounded import parse_json
 from kdbench.errors import UserError, in_one_line
 
 SCHEMA_VERSION = 1
@@ -281,7 +282,7 @@ def _record(row: dict[str, Any], source: str) -> RunRecord:
     row = _migrated({name: value for name, value in row.items() if name != CHECKSUM and value is not None}, source)  # null: the default
     try:
         structured = _structured_fields()
-        return RunRecord(**{name: json.loads(value) if name in structured else value for name, value in row.items()})
+        return RunRecord(**{name: parse_json(value) if name in structured else value for name, value in row.items()})
     except (ValidationError, ValueError, TypeError, RecursionError) as error:
         # Of JSON: no JSON, a number of thousands of digits, nested thousands deep, or no text at all.
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("JSON",), "msg": in_one_line(error)}

@@ -104,7 +104,7 @@ ODD: dict[str, Callable[[Path], None]] = {
     "dangling link": _link("nowhere"),
     "circular link": lambda path: path.symlink_to(path.name),
     "sparse file": _sparse,
-    "kernel's memory": _link("/proc/kcore"),
+    "endless file": _link("/proc/self/pagemap"),
     "own memory": _link("/proc/self/mem"),
 }
 

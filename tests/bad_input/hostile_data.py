@@ -39,14 +39,14 @@ def fashion(folder: Path, draws: Draws) -> Case:
     for file in list(_FILES.values())[1:]:
         (data / file.name).write_bytes(b"")
     images = data / _FILES["train images"].name
-    kind = draws.pick(["bomb", "bomb", "sparse", "noise", "cut", "link to a device's gzip", "nested gzip", "header"])
+    kind = draws.pick(["bomb", "bomb", "sparse", "noise", "cut", "link to an endless file", "nested gzip", "header"])
     if kind == "bomb":
         images.with_name(f"{images.name}.gz").write_bytes(_packed(draws.randint(4, 60), draws.randrange(256)))
     elif kind == "sparse":
         with images.open("wb") as sparse:
             sparse.truncate(SPARSE)
-    elif kind == "link to a device's gzip":
-        images.with_name(f"{images.name}.gz").symlink_to("/proc/kcore")
+    elif kind == "link to an endless file":
+        images.with_name(f"{images.name}.gz").symlink_to("/proc/self/pagemap")
     elif kind == "nested gzip":
         images.with_name(f"{images.name}.gz").write_bytes(gzip.compress(_packed(20)))
     else:
@@ -109,7 +109,7 @@ def unpacked_sets(folder: Path, draws: Draws) -> Case:
     """CIFAR-100 as files, of which one is a hole, a link round in a circle, or empty."""
     data = folder / "data" / FOLDER
     data.mkdir(parents=True)
-    kind = draws.pick(["sparse file", "empty", "kernel's memory"])
+    kind = draws.pick(["sparse file", "empty", "endless file"])
     if kind == "empty":
         (data / "train.bin").write_bytes(b"")
     else:
@@ -255,7 +255,7 @@ def folders(folder: Path, draws: Draws) -> Case:
         for number in range(2 if kind == "other classes" else 20_000):
             (images / "train" / f"class {number}").mkdir()
     else:
-        name = {"not UTF-8": b"\xff\xfe", "control": b"a\nb\x1b[2J", "unreadable name": b"\xed\xa0\xbd" * 80}[kind]
+        name = {"not UTF-8": b"\xff\xfe", "control": b"a\nb\x1b[2J", "unreadable name": b"\xed\xa0\xbd" * 50}[kind]
         for part in ("train", "val"):
             os.mkdir(os.fsencode(images / part) + b"/" + name)
             Path(os.fsdecode(os.fsencode(images / part) + b"/" + name + b"/1.png")).write_bytes(

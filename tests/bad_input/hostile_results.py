@@ -88,7 +88,7 @@ def layouts(folder: Path, draws: Draws) -> Case:
     if draws.pick(["file", "odd"]) == "file":
         (results / "v1").write_text("records")
     else:
-        odd_file(results / "v1", draws, but=["folder", "dangling link", "circular link", "kernel's memory", "own memory"])
+        odd_file(results / "v1", draws, but=["folder", "dangling link", "circular link", "endless file", "own memory"])
     return _command(draws, *READERS, ("run", "tiny.yaml", "--no-mlflow"), said="v1 is a file")
 
 
@@ -118,7 +118,7 @@ def locks(folder: Path, draws: Draws) -> Case:
     """A lock is a folder, a pipe, a socket or a device."""
     results = finished(folder)
     (results / "locks" / "tiny.lock").unlink()
-    odd_file(results / "locks" / "tiny.lock", draws, but=["dangling link", "sparse file", "kernel's memory", "own memory", "circular link"])
+    odd_file(results / "locks" / "tiny.lock", draws, but=["dangling link", "sparse file", "endless file", "own memory", "circular link"])
     return _command(draws, ("run", "tiny.yaml", "--no-mlflow"), said="expected a regular file")
 
 
