@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _BLOCK = 1 << 16
+_MOST_UNDECLARED = 16_000_000  # bytes beyond those that a file says it has: a file of /proc says 0, a journal may grow while it is read
 _SMALL = 100_000_000  # bytes of a file whose holes don't matter
 _MOST_EXTENTS = 100_000  # pieces of a file that are looked at in search of holes
 LARGEST_SAFETENSORS_HEADER = 4_000_000  # bytes of a file's description: 30,000 tensors
@@ -98,13 +99,16 @@ def read_file(path: Path, most: int) -> bytes:
         most: the bytes that it may have.
 
     Raises:
-        ImplausibleFile: it is no regular file, or has more than `most` bytes.
+        ImplausibleFile: it is no regular file, has more than `most` bytes, or many more than it says that it has.
         OSError: there is none, or it can't be read.
     """
     pieces: list[bytes] = []
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        room = most + 1 if size <= most else 0
+        room = 0
+        if size <= most:
+            most = min(most, size + _MOST_UNDECLARED)
+            room = most + 1
         while room and (piece := file.read(min(room, max(size + 1, _BLOCK)))):
             pieces.append(piece)
             room -= len(piece)

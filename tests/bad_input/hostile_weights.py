@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def no_weights(folder: Path, draws: Draws) -> Case:
     """A pipe, a device, a link round in a circle or a hole of 50 GB."""
     name = draws.choice(["weights.pt", "weights.pth", "weights.safetensors"])
     odd_file(folder / name, draws)
-    return weighed(folder, name, draws)
+    return replace(weighed(folder, name, draws), said="weights")  # of a link, the message may name what it leads to
 
 
 def holes(folder: Path, draws: Draws) -> Case:

@@ -86,6 +86,13 @@ def test_a_file_that_says_it_is_empty_is_read_by_what_arrives() -> None:
         read_file(Path("/proc/self/status"), 10)
 
 
+def test_a_file_without_an_end_is_read_no_further_than_it_says_and_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_file(Path("/proc/self/status"), 10**12).startswith(b"Name:")
+    monkeypatch.setattr("kdbench.bounded._MOST_UNDECLARED", 100)
+    with pytest.raises(ImplausibleFile, match=r"it has more than 0\.1 kB"):
+        read_file(Path("/proc/self/status"), 10**12)
+
+
 def test_a_regular_file_is_opened_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
