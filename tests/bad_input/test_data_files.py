@@ -402,12 +402,16 @@ def test_files_of_fashion_mnist_that_take_the_machine_are_refused(tmp_path: Path
 
         return made
 
+    def pipe() -> None:
+        Path("sets").mkdir()
+        os.mkfifo(Path("sets", "train-images-idx3-ubyte.gz"))
+
     longer = "train-images-idx3-ubyte.gz is damaged: its content is longer than 47040016 bytes"
     cases: dict[str, tuple[Callable[[], object], str]] = {
         "600 MB of zeros": (files(lambda size: gzip.compress(bytes(600 * 10**6), 1)), longer),
         "a byte more": (files(lambda size: gzip.compress(bytes(size + 1), 1)), longer),
         "zeros behind it": (files(lambda size: gzip.compress(bytes(size), 1), hole=50 * 10**9), longer),
         "something behind it": (files(lambda size: gzip.compress(bytes(size), 1) + b"more"), "Not a gzipped file"),
-        "a pipe": (lambda: (Path("sets").mkdir(), os.mkfifo(Path("sets", "train-images-idx3-ubyte.gz"))), "the full set is in none of"),
+        "a pipe": (pipe, "the full set is in none of"),
     }
     check(cases, {"name": "classification", "data": {"name": "fashion_mnist", "size": "full"}, "val_size": 100}, tmp_path)

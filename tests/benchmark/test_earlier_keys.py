@@ -20,7 +20,7 @@ from torch import nn
 
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork
-from kdbench.benchmark.run import _pairs, run
+from kdbench.benchmark.run import _pairs, check, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.data import sources
 from kdbench.data.image_folder import Files
@@ -148,7 +148,7 @@ def test_a_search_of_a_lower_version_of_the_task_begins_again(make: Any, monkeyp
     monkeypatch.setattr(importlib.import_module("earlier_task").Versioned, "version", 2)
     watch = Notes()
     ledger = Ledger(make.searched(), Path("results"), watch, NoTracker())
-    (pair,), _ = _pairs(make.searched(), ledger, may_train=True)
+    (pair,) = _pairs(make.searched(), ledger, check(make.searched(), ledger), may_train=True)
     assert ledger.trained == 1  # the teacher: nothing says that version 2 would have trained the same one
     work = PairWork(pair, ledger, search_only=False)
     (contender,) = work.contenders
@@ -165,7 +165,8 @@ def test_a_search_of_which_no_record_tells_begins_again(make: Any) -> None:
         path.unlink()
     watch = Notes()
     ledger = Ledger(make.searched(), Path("results"), watch, NoTracker())
-    (contender,) = PairWork(_pairs(make.searched(), ledger, may_train=True)[0][0], ledger, search_only=False).contenders
+    (pair,) = _pairs(make.searched(), ledger, check(make.searched(), ledger), may_train=True)
+    (contender,) = PairWork(pair, ledger, search_only=False).contenders
     assert contender.study is not None
     assert contender.study.missing == 2
     assert len(watch.saying("it begins again")) == 1
@@ -192,7 +193,8 @@ def test_images_that_are_turned_now_are_learned_from_again(make: Any, monkeypatc
 def test_what_several_workers_trained_with_noise_is_not_taken(make: Any) -> None:
     asked = make.experiment("plain")
     ledger = Ledger(asked, Path("results"), Notes(), NoTracker())
-    recall = PairWork(_pairs(asked, ledger, may_train=True)[0][0], ledger, search_only=False)._recall
+    (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
+    recall = PairWork(pair, ledger, search_only=False)._recall
     (record,) = ResultStore("results").scan(experiment="plain", label="none")
     several = record.model_copy(update={"worker_counts": [1, 2]})
     told = {noise: recall.asked.differs(several, asked.students[0], None, [], noise) for noise in (True, False)}

@@ -19,7 +19,7 @@ from kdbench.benchmark import pair as pairs
 from kdbench.benchmark.cache import cache_spec
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork, axes_of
-from kdbench.benchmark.run import _pairs, run
+from kdbench.benchmark.run import _pairs, check, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.bounded import read_file
 from kdbench.data import image_folder, sources
@@ -101,7 +101,7 @@ def keys(changes: dict[str, Any] | None = None) -> dict[str, str]:
     forget_data()
     asked = experiment(changes)
     ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
-    (pair,), _ = _pairs(asked, ledger, may_train=True)
+    (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
     (spec,) = asked.methods
     assert asked.search is not None
     assert pair.teacher is not None
@@ -322,7 +322,8 @@ def test_a_student_whose_weights_are_gone_is_trained_again_on_a_repaired_test_pa
 
 def test_a_process_with_other_data_than_the_units_refuses_to_train() -> None:
     asked = experiment(WITHOUT_SEARCH)
-    (pair,), _ = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
+    (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
     unit = pair.unit(asked.methods[1], "final", {}, 0)
     prepare(unit, LocalSession())
     other_start()
@@ -337,7 +338,8 @@ def test_a_process_with_other_data_than_the_units_refuses_to_train() -> None:
 
 def test_a_process_with_another_version_of_the_task_or_another_teacher_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = experiment(WITHOUT_SEARCH)
-    (pair,), _ = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
+    (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
     unit = pair.unit(asked.methods[1], "final", {}, 0)
     other_teacher()
     with pytest.raises(UserError, match=r"the teacher's weights, .*, are others here than where the run began"):
@@ -349,7 +351,8 @@ def test_a_process_with_another_version_of_the_task_or_another_teacher_refuses_t
 
 def test_a_process_with_another_version_of_the_method_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = experiment(WITHOUT_SEARCH)
-    (pair,), _ = _pairs(asked, Ledger(asked, Path("results"), Unwatched(), NoTracker()), may_train=True)
+    ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
+    (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
     unit = pair.unit(asked.methods[1], "final", {}, 0)
     monkeypatch.setattr(KD, "version", KD.version + 1)
     with pytest.raises(UserError, match=f"method kd has version {KD.version} here and {KD.version - 1} where the run began"):
@@ -411,7 +414,7 @@ def test_finals_are_planned_from_one_unit_and_have_the_keys_of_units_made_one_by
     """A plan of 1000 seeds fits each method to the pair once."""
     asked = experiment(WITHOUT_SEARCH | {"seeds": 1000})
     ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
-    (pair,), _ = _pairs(asked, ledger, may_train=True)
+    (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
     spec = asked.methods[1]
     wanted = {pair.unit(spec, "final", {}, seed).key: seed for seed in (0, 1, 999)}
     fits: list[str] = []
