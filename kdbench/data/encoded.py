@@ -33,7 +33,7 @@ _DECODED_AT_ONCE = 256
 DECODED_FIRST = 2_000  # images of a part that `check_decodable` decodes
 
 # PIL knows forty formats more. Of one of them it hands the file to Ghostscript, and few have readers that many people use.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 LARGEST_IMAGE = 100_000_000  # bytes of a file, which is read whole
 MOST_PIXELS = 100_000_000  # of one picture; decoding takes seven bytes a pixel
 # A picture of one colour packs hundreds of pixels into a byte, a photograph of the poorest quality twenty.

@@ -104,7 +104,7 @@ def torn_tiff() -> bytes:
 
 
 GIF_SCREEN = struct.pack("<6sHHBBB", b"GIF89a", 60_000, 60_000, 0, 0, 0)
-NO_PICTURE = "it is none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP, or its header is damaged"
+NO_PICTURE = "it is none of AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, or its header is damaged"
 
 PICTURES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "900 million pixels": ("x.png", lambda: flat_png(30_000, 30_000, depth=1), "it has more than 10,000,000 pixels. Make it smaller"),

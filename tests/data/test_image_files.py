@@ -222,7 +222,7 @@ def test_broken_pictures_are_found_before_they_are_needed(folder: Path, monkeypa
     with pytest.raises(UserError) as caught:
         check_decodable(image_folder(folder, SIZE).test, "test")
     assert str(caught.value) == (
-        f"{folder}/val/cat/1.png can't be decoded as an image: it is none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP, "
+        f"{folder}/val/cat/1.png can't be decoded as an image: it is none of AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, "
         "or its header is damaged (test image)"
     )
     put(folder / "val/dog", "0.png", b"")
