@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdbench.errors import cut, printable
-from tests.bad_input.hostile_kinds import GROUPS, Case, Draws, Maker
+from tests.bad_input.hostile_case import Case, Draws, Maker
+from tests.bad_input.hostile_kinds import GROUPS
 
 SEED = 20261129
 MOST_SECONDS = 10.0

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from tests.bad_input.hostile_archives import ARCHIVES
-from tests.bad_input.hostile_case import Case as Case
-from tests.bad_input.hostile_case import Draws as Draws
-from tests.bad_input.hostile_case import Maker as Maker
-from tests.bad_input.hostile_case import Makers as Makers
+from tests.bad_input.hostile_case import Makers
 from tests.bad_input.hostile_data import DATA
 from tests.bad_input.hostile_experiments import EXPERIMENTS
 from tests.bad_input.hostile_results import LEFT_OUT, RESULTS
