@@ -38,7 +38,7 @@ def write(changes: dict[str, Any], name: str = "tiny.yaml") -> str:
         if value is None:
             del place[last]
         else:
-            place[last] = value
+            place[last] = deepcopy(value)  # a later key may change a part of it
     Path(name).write_text(yaml.safe_dump(experiment))
     return name
 
