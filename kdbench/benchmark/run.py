@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ from kdbench.training.teacher_cache import view_count
 from kdbench.training.work import Work, run_here
 
 _PROFILED_STEPS = 30
+_OPTIONS_TOGETHER = 6  # of a searched key that are tried with those of another key before a run
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,16 @@ def check_choices(experiment: Experiment, task: str) -> None:
 
 
 def slow_averages(experiment: Experiment, teacher_images: int, student_images: int) -> list[str]:
-    """A warning for each training whose moving average would be mostly the weights of its first step."""
-    trained = [("students", experiment.recipe, student_images)]
+    """A warning for each moving average, searched ones too, that would be mostly the weights of a training's first step."""
+    students = [experiment.recipe, *searched_recipes(experiment), *searched_recipes(experiment, together=2)]
+    trained = [("students", recipe, student_images) for recipe in students]
     if experiment.teacher is not None and experiment.teacher.weights is None:
         trained.append(("the teacher", experiment.teacher_recipe(), teacher_images))
-    found = [ema_caution(recipe.ema, recipe.epochs * max(1, images // recipe.batch_size), whose) for whose, recipe, images in trained]
+    fewest: dict[tuple[str, float | None], int] = {}  # steps of the shortest training with this average
+    for whose, recipe, images in trained:
+        steps = recipe.epochs * max(1, images // recipe.batch_size)
+        fewest[whose, recipe.ema] = min(steps, fewest.get((whose, recipe.ema), steps))
+    found = [ema_caution(decay, steps, whose) for (whose, decay), steps in fewest.items()]
     return [caution for caution in found if caution]
 
 
@@ -217,15 +223,34 @@ def _recipes(experiment: Experiment) -> Iterator[Recipe]:
     yield experiment.recipe
     yield experiment.teacher_recipe()
     yield from searched_recipes(experiment)
+    yield from searched_recipes(experiment, together=2)
 
 
-def searched_recipes(experiment: Experiment) -> Iterator[Recipe]:
-    """The recipe at every option and at both ends of every range that a search may try. Raises UserError where one is no recipe."""
-    for key, dimension in (experiment.search.also if experiment.search else {}).items():
-        name = key.removeprefix("recipe.")
-        ends = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
-        for value in ends:
-            yield validated(Recipe, {**experiment.recipe.model_dump(), name: value}, f"search.also.{key}")
+def searched_recipes(experiment: Experiment, together: int = 1) -> Iterator[Recipe]:
+    """The recipe at every option and at both ends of every range that a search may try.
+
+    Args:
+        experiment: what is searched.
+        together: how many keys differ from the recipe's own at the same time. What one key allows may depend on another.
+
+    Raises:
+        UserError: one of them is no recipe.
+    """
+    also = experiment.search.also if experiment.search else {}
+    ends: dict[str, Sequence[Any]] = {key: d.options if isinstance(d, Choice) else (d.low, d.high) for key, d in also.items()}
+    if together > 1:  # of many options the extreme ones
+        ends = {key: _extremes(options) for key, options in ends.items()}
+    for keys in combinations(ends, together):
+        for values in product(*(ends[key] for key in keys)):
+            changed = {key.removeprefix("recipe."): value for key, value in zip(keys, values, strict=True)}
+            yield validated(Recipe, {**experiment.recipe.model_dump(), **changed}, f"search.also.{keys[0]}")
+
+
+def _extremes(options: Sequence[Any]) -> Sequence[Any]:
+    """The least and the greatest of numbers; of other options the first few."""
+    if all(isinstance(option, int | float) for option in options):
+        return sorted({min(options), max(options)})
+    return options[:_OPTIONS_TOGETHER]
 
 
 @contextmanager

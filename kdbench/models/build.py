@@ -43,6 +43,7 @@ _READING_OPTIONS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay
 
 LARGEST_SIZE = 1024  # of an option of kdbench's own networks: widths and strides
 
+_LEVELS = 3  # of lists in lists that are searched for layers
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
@@ -122,7 +123,31 @@ def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
         raise UserError(f"model {spec.name!r} can't be built with {arguments}: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model {spec.name!r}: expected it to build an nn.Module, it built a {type(model).__name__}")
+    if hidden := next(_unregistered(model), None):
+        raise UserError(
+            f"model {spec.name!r}: {hidden} is no part of the network for PyTorch, so it is neither trained nor saved; "
+            "keep layers in an nn.ModuleList or nn.ModuleDict, and parameters in an nn.ParameterList"
+        )
     return model
+
+
+def _unregistered(model: nn.Module) -> Iterator[str]:
+    """Where layers and parameters lie in plain lists, tuples and dictionaries of a network, without being registered elsewhere in it."""
+    registered = {id(part) for part in (*model.modules(), *model.parameters())}
+    for path, module in model.named_modules():
+        own = {name: value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")}
+        for name, value in own.items():
+            for hidden in _held(value, _LEVELS):
+                if id(hidden) not in registered:
+                    yield f"{'.'.join(filter(None, (path, name)))}, which holds a {type(hidden).__name__},"
+
+
+def _held(value: Any, levels: int) -> Iterator[nn.Module | nn.Parameter]:
+    if isinstance(value, nn.Module | nn.Parameter):
+        yield value
+    elif levels and isinstance(value, list | tuple | set | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _held(inner, levels - 1)
 
 
 def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:

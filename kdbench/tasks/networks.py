@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
-from torch import nn
+from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
+from kdbench.data.loader import in_order
 from kdbench.data.sources import Source
-from kdbench.errors import UserError, in_one_line
+from kdbench.errors import UserError, in_one_line, shown
 from kdbench.models.build import ModelSpec, build_model
+from kdbench.models.outputs import predicted
 from kdbench.models.taps import probe
+from kdbench.tasks.base import Task
+
+
+def rebuilt(task: Task, spec: ModelSpec, weights: Path) -> nn.Module:
+    """A trained network from the file of its weights.
+
+    Args:
+        task: what it was trained for.
+        spec: how it is built.
+        weights: its state_dict.
+
+    Raises:
+        UserError: the weights don't fit, or the network's predictions depend on something that is drawn when it is built and that its
+            state_dict does not hold. Only networks of the user's own code are built twice to find that out.
+    """
+    spec = spec.model_copy(update={"weights": weights})
+    network = task.build_model(spec)
+    if ":" not in spec.name:
+        return network
+    test = task.splits().test
+    images = next(in_order(test.select(torch.arange(min(2, len(test)))), 2)).inputs
+    first, same, other = (_evaluated(one, images) for one in (network, network, task.build_model(spec)))
+    if torch.equal(first, same) and not torch.equal(first, other):  # one that draws in evaluation too can't be told apart
+        raise UserError(
+            f"model {shown(spec.name)}: two networks with the same weights give different predictions, so its state_dict does not hold all "
+            "that decides them; register tensors with register_buffer, and draw nothing else when it is built"
+        )
+    return network
+
+
+@torch.no_grad()
+def _evaluated(network: nn.Module, images: Tensor) -> Tensor:
+    """Of nan, of which none is equal to another, numbers."""
+    training = network.training
+    prediction = predicted(network.eval(), images)
+    network.train(training)
+    return prediction.nan_to_num()
 
 
 def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...]) -> nn.Module:

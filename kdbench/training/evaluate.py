@@ -7,9 +7,16 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Part
 from kdbench.data.loader import in_order
+from kdbench.errors import Diverged
 from kdbench.models.outputs import predicted
 from kdbench.training.precision import autocast, images_for
 from kdbench.training.session import Session
+
+
+def check_numbers(prediction: Tensor, whose: str) -> None:
+    """Raises Diverged, with `whose` in front, where a prediction is nan: metrics would take it for an answer like any other."""
+    if broken := int(prediction.isnan().flatten(1).any(1).sum()):
+        raise Diverged(f"{whose}, {broken} of {len(prediction)} are nan")
 
 
 @torch.no_grad()

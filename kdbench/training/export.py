@@ -34,6 +34,7 @@ from kdbench.results.store import is_inside, path_name
 from kdbench.results.working_copy import fetch
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
+from kdbench.tasks.networks import rebuilt
 from kdbench.training.checkpoint import write_atomically
 
 FORMATS = ("safetensors", "onnx")
@@ -114,7 +115,7 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
     spec = model_spec(record, experiment)
     with names_from_records():
         task = build_task(experiment.task)
-        model = task.build_model(spec.model_copy(update={"weights": _weights(record, store_root)}))
+        model = rebuilt(task, spec, _weights(record, store_root))
     images = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
     return Deployed(model).eval(), images, _metadata(record, spec, task, model)
 

@@ -27,7 +27,7 @@ from kdbench.results.record import RunRecord
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
 from kdbench.training.distiller import TOTAL, Distiller, Weights, check_same_terms
-from kdbench.training.evaluate import predict
+from kdbench.training.evaluate import check_numbers, predict
 from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
 from kdbench.training.outcome import finished_record
 from kdbench.training.precision import autocast, compiled_call, images_for, place
@@ -383,6 +383,7 @@ def close_epoch(run: Training) -> dict[str, float]:
         raise Diverged(f"{unit.title}: the loss became {losses['train_total']} {where}")
     share_buffers(run)
     prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision)
+    check_numbers(prediction, f"{unit.title}: of the validation predictions {where}")
     metrics = task.metrics(prediction, run.splits.val.target)
     value = metrics[task.primary]
     if not math.isfinite(value):

@@ -21,10 +21,11 @@ from kdbench.results.record import RunRecord, new_run_id
 from kdbench.search_space import dotted
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task, task_code
+from kdbench.tasks.networks import rebuilt
 from kdbench.training.cache_copies import bring
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
 from kdbench.training.cost import measure, peak_memory_mb
-from kdbench.training.evaluate import predict
+from kdbench.training.evaluate import check_numbers, predict
 from kdbench.training.precision import place
 from kdbench.training.session import Session
 from kdbench.training.teacher_cache import TEST, cached_test
@@ -59,6 +60,7 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
     predicted = predict(model, splits.test, session, unit.recipe.precision)
     if unit.role == "teacher" and not bool(predicted.isfinite().all()):
         raise Diverged(f"{unit.title}: its predictions of the test set are not finite")
+    check_numbers(predicted, f"{unit.title}: of its predictions of the test set")
     if session.rank != 0:
         return {}
     teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
@@ -166,7 +168,7 @@ def of_now(unit: Unit, splits: Splits) -> dict[str, Any]:
 
 def _finished(unit: Unit, weights: Path, task: Task, session: Session) -> nn.Module:
     """The network of a unit with these weights."""
-    model = task.build_model(unit.student.model_copy(update={"weights": weights}))
+    model = rebuilt(task, unit.student, weights)
     return place(model, unit.recipe.precision, unit.recipe.memory_format, session.device)
 
 

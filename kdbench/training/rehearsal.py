@@ -7,6 +7,7 @@ loads the weights. The networks, their buffers and all random generators stay ex
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -157,10 +158,16 @@ class _Scene:
         for parameter in run.distiller.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda parameter: learns.add(id(parameter)))
+        with _doing("predicting two images"):
+            before = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision)
+        if bool(before.isnan().any()):
+            raise UserError("its predictions are nan before it is trained; check its forward pass in evaluation, and its weights")
         run.wrapped.train()
         with _doing(f"a training step on {images} image{'s'[: images > 1]}"):
-            train_step(run, batch)
+            losses = train_step(run, batch).tolist()
         self._check_gradients(run.distiller, learns)
+        if broken := [f"{name} is {value}" for name, value in zip(run.terms, losses, strict=True) if not math.isfinite(value)]:
+            raise UserError(f"in a first training step, its loss {' and '.join(broken)}; check its forward pass, and its weights")
         with _doing("predicting two images"):
             prediction = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision)
         self._check_objectives(prediction)

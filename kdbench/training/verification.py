@@ -283,7 +283,7 @@ class _Check:
         self.done.add("compared")
         for name, allowed in (("agreement", _undecided(theirs)), ("teacher_kl", _rounding_of_kl(found["teacher_kl"], theirs))):
             stored = getattr(record, name)
-            if stored is not None and not abs(found[name] - stored) <= allowed + TOLERANCE:
+            if stored is not None and not (_equal(stored, found[name]) or abs(found[name] - stored) <= allowed + TOLERANCE):
                 yield f"{name} is {stored!r}, the predictions give {found[name]!r} (allowed are {allowed:.2g} for rounding)"
 
 

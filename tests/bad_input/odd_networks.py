@@ -165,6 +165,53 @@ class Normed(Base):
         parametrizations.weight_norm(self.conv)
 
 
+class HidesALayer(Base):
+    """A layer in a plain list is no part of the network for PyTorch."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(num_classes, in_channels)
+        self.mixers = {"last": [nn.Linear(num_classes, num_classes)]}
+        self.known = [self.head]
+
+    def forward(self, images: Tensor) -> Any:
+        return self.mixers["last"][0](self.logits(images))
+
+
+class HidesATensor(Base):
+    """A tensor that is drawn when the network is built, and not saved."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(num_classes, in_channels)
+        self.shift = torch.randn(num_classes)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.logits(images) + self.shift
+
+
+class NanInEvaluation(Base):
+    def forward(self, images: Tensor) -> Any:
+        return self.logits(images) * (1 if self.training else torch.nan)
+
+
+class NanInTraining(Base):
+    def forward(self, images: Tensor) -> Any:
+        return self.logits(images) * (torch.nan if self.training else 1)
+
+
+class NanLater(Base):
+    """In evaluation, once it was trained for three steps."""
+
+    steps: Tensor
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(num_classes, in_channels)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Any:
+        self.steps.add_(float(self.training))
+        return self.logits(images) * (torch.nan if not self.training and self.steps >= 3 else 1)
+
+
 class Draws(Base):
     """It draws from every generator there is, and counts its steps."""
 

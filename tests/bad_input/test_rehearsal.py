@@ -12,7 +12,7 @@ from safetensors.torch import load_file, load_model
 from kdbench.own_code import TRUST_VARIABLE
 from kdbench.results.store import ResultStore
 from tests.bad_input.odd_networks import Tied
-from tests.bad_input.tiny_experiment import TINIER, WHOLE, assert_mistake, results, run
+from tests.bad_input.tiny_experiment import TINIER, WHOLE, assert_mistake, assert_one_line, results, run
 from tests.console import Kdbench
 
 ODD = "tests.bad_input.odd_networks:"
@@ -30,6 +30,8 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("SinglePositions", {"recipe.batch_size": 10, "recipe.accumulate": 4}, ("a training step on 1 image fails", f"{FEWER} 10")),
     ("Leaves", {}, ("a training step on 20 images fails: SystemExit: config error",)),
     ("Pair", {}, ("the model gives a tuple; expected a tensor, a dictionary with 'logits'",)),
+    ("NanInEvaluation", {}, ("its predictions are nan before it is trained",)),
+    ("NanInTraining", {}, ("in a first training step, its loss cross_entropy is nan and total is nan",)),
 ]
 
 
@@ -46,6 +48,51 @@ def test_a_network_that_can_not_be_trained_is_refused_before_the_teacher_is_trai
 @pytest.mark.parametrize("network", ["Frozen", "Pair"])
 def test_a_dry_run_rehearses_too(kdbench: Kdbench, network: str) -> None:
     assert_mistake(run(kdbench, {**SMALL, "students": [ODD + network]}, "--dry-run"), f"student '{ODD}{network}': ")
+
+
+def test_a_layer_that_pytorch_does_not_know_of_is_refused(kdbench: Kdbench) -> None:
+    said = f"model '{ODD}HidesALayer': mixers, which holds a Linear, is no part of the network for PyTorch"
+    for options in ((), ("--dry-run",)):
+        assert_mistake(run(kdbench, {**SMALL, "students": [ODD + "HidesALayer"]}, *options), said, "nn.ModuleList")
+
+
+@pytest.mark.parametrize("format_", ["safetensors", "onnx"])
+def test_a_network_that_is_another_when_it_is_loaded_is_not_exported(kdbench: Kdbench, format_: str) -> None:
+    ended = run(kdbench, {**SMALL, "students": [ODD + "HidesATensor"], "methods": ["none"], "teacher": None})
+    assert ended.code == 0, ended.err
+    (final,) = ResultStore("results").scan(label="none")
+    kdbench.monkeypatch.setenv(TRUST_VARIABLE, "0")
+    exported = kdbench("export", final.run_id, "--format", format_, "--output", "net", "--results", "results", "--trust-code")
+    assert_one_line(exported, 2, "two networks with the same weights give different predictions", "register_buffer")
+    assert not Path("net").exists()
+
+
+def test_predictions_that_become_nan_are_no_result(kdbench: Kdbench) -> None:
+    ended = run(kdbench, {**SMALL, "students": [ODD + "NanLater"], "methods": ["none"], "teacher": None})
+    assert ended.code == 1
+    assert "none seed 0: of the validation predictions in epoch 1 of 1 (lr 0.1), 20 of 20 are nan" in ended.err
+    assert results() == ["final none failed"]
+
+
+SEARCHED: list[tuple[dict[str, Any], str]] = [
+    ({"recipe.epochs": [4, 2], "recipe.warmup_epochs": [0.0, 3.0]}, "recipe.warmup_epochs: 3 is as long as the training of 2 epochs"),
+    ({"recipe.epochs": [9, 2, 4], "recipe.warmup_epochs": {"low": 0.0, "high": 3.0}}, "recipe.warmup_epochs: 3 is as long as"),
+]
+
+
+@pytest.mark.parametrize(("also", "said"), SEARCHED)
+def test_two_searched_keys_that_void_a_training_together_are_refused(kdbench: Kdbench, also: dict[str, Any], said: str) -> None:
+    search = {"trials": 2, "also": also}
+    for options in ((), ("--dry-run",)):
+        assert_mistake(run(kdbench, {**SMALL, "recipe.epochs": 4, "search": search}, *options), said)
+
+
+def test_each_searched_moving_average_that_is_too_slow_is_said(kdbench: Kdbench) -> None:
+    search = {"trials": 2, "also": {"recipe.ema": [0.5, 0.9999]}}
+    ended = run(kdbench, {**SMALL, "recipe.ema": 0.5, "search": search}, "--dry-run")
+    assert ended.code == 0, ended.err
+    assert "recipe.ema 0.9999 is too slow for students" in ended.out
+    assert "recipe.ema 0.5 is" not in ended.out
 
 
 @pytest.mark.parametrize("network", ["LinearProbe", "OneSize", "Dictionary", "Auxiliary", "Normed", "Draws"])
