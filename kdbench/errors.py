@@ -115,6 +115,12 @@ def _represented(value: object) -> str:
         return f"a {type(value).__name__} that is too large to show"
 
 
+def first_few(values: Iterable[object]) -> str:
+    """The first three of some values in order, such as `1, 2, 3, ...`, each cut."""
+    few = sorted(values)  # type: ignore[type-var]
+    return ", ".join(cut(str(value)) for value in few[:3]) + (", ..." if len(few) > 3 else "")
+
+
 def for_terminal(error: BaseException) -> str:
     """The message of an error that ends a command. A name or a value of a million characters in it is not printed whole."""
     return "\n".join(cut(line, LONGEST_LINE) for line in str(error).split("\n"))

@@ -144,7 +144,8 @@ def dry_run(experiment: Experiment) -> DryRun:
         check_plan(experiment, opened.task)
         notes += [f"warning: {caution}" for caution in slow_averages(experiment, opened.teacher_images, opened.student_images)]
         notes += random_axes(experiment)
-        check_images(opened.task)
+        unseen = check_images(opened.task)
+        notes += [unseen] if unseen else []
         reading = opened.task.source.reading if opened.task.source is not None else ""
         check_fits_here(experiment.runtime)
         students = [Network(opened.task, spec) for spec in experiment.students]

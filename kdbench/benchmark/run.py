@@ -22,7 +22,7 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.recall import Recall, weights_of
 from kdbench.benchmark.watch import Phase, Watch
-from kdbench.data.encoded import DECODED_FIRST, check_decodable
+from kdbench.data.encoded import DECODED_FIRST, check_decodable, not_shown
 from kdbench.data.loader import check_views
 from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
@@ -121,10 +121,11 @@ def check(experiment: Experiment, ledger: Ledger) -> _Built:
         if teacher is not None:
             read = {"weights": _existing(teacher.weights)} if isinstance(teacher.weights, Path) else {}
             network = task.build_model(teacher.model.model_copy(update=read))
+    built = _Built(experiment, task, students, network)
     if not ledger.layout.lock(experiment.name).exists():  # what ran here before is not looked at again where nothing is left to do
-        check_images(task)
+        built.check_images(ledger.watch)
     ledger.store.check_writable()  # last: it makes the folder, of which nothing should be left where the experiment is wrong
-    return _Built(experiment, task, students, network)
+    return built
 
 
 def check_plan(experiment: Experiment, task: Task) -> None:
@@ -139,16 +140,25 @@ def check_plan(experiment: Experiment, task: Task) -> None:
 
 
 @lru_cache(maxsize=1)
-def check_images(task: Task) -> None:
-    """Look at the images once a process, at least at those that only evaluation needs. Raises UserError for one that can't be decoded.
+def check_images(task: Task) -> str:
+    """Look at the images once a process: at those that only evaluation needs, and at a sample of a large training set.
 
-    A broken training image of a large set is found in the first epoch, which needs all of them.
+    A broken training image beyond the sample is found in the first epoch, which needs all of them.
+
+    Returns:
+        The line of `not_shown` on all parts.
+
+    Raises:
+        UserError: an image can't be decoded.
     """
     splits = task.splits()
-    if len(splits.train) <= DECODED_FIRST:
-        check_decodable(splits.train, "training")
-    check_decodable(splits.val, "validation")
-    check_decodable(splits.test, "test")
+    return not_shown(
+        {
+            "training": check_decodable(splits.train, "training", sample=len(splits.train) > DECODED_FIRST),
+            "validation": check_decodable(splits.val, "validation"),
+            "test": check_decodable(splits.test, "test"),
+        }
+    )
 
 
 def check_choices(experiment: Experiment, task: str) -> None:
@@ -299,7 +309,7 @@ def _run(experiment: Experiment, ledger: Ledger, built: _Built, search_only: boo
     queue = InTurn([PairWork(pair, ledger, search_only) for pair in pairs], ledger.watch)
     try:
         if not queue.done:
-            check_images(build_task(experiment.task))
+            built.check_images(ledger.watch)
             built.rehearse()
             with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
                 _empty(queue, experiment, ledger)
@@ -342,7 +352,14 @@ class _Built:
     def __init__(self, experiment: Experiment, task: Task, students: Sequence[nn.Module], teacher: nn.Module | None) -> None:
         self.experiment, self.task = experiment, task
         self.students, self.network = students, teacher
-        self.done = False
+        self.done = self.looked = False
+
+    def check_images(self, watch: Watch) -> None:
+        """Look at the images the first time that it is asked for, and say what of them is not shown. Raises UserError for a broken one."""
+        if not self.looked:
+            self.looked = True
+            if unseen := check_images(self.task):
+                watch.note(unseen)
 
     def rehearse(self, teacher_too: bool = False) -> None:
         """Rehearse all that the experiment trains, the first time that it is asked for.
@@ -416,7 +433,7 @@ def _ready_teacher(
     with built.explaining():
         recipe = settled(asked_recipe, model, task.info.image_shape, len(splits.train), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, task, model)
-    fits = partial(built.rehearse, teacher_too=spec.weights is None) if may_train else partial(_refuse, experiment, ledger)
+    fits = partial(_ready_to_train, built, ledger.watch) if may_train else partial(_refuse, experiment, ledger)
     given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
     check_first: Callable[[], None] = built.rehearse if may_train else _nothing
     recall = Recall(asked, ledger)
@@ -443,6 +460,12 @@ def _loaded_state(unit: Unit, weights: Path, task: Task) -> str:
     """What a file of weights is in the teacher's network. Raises UserError where it does not fit."""
     with torch.random.fork_rng(devices=[]):
         return state_sha256(task.build_model(unit.student.model_copy(update={"weights": weights})))
+
+
+def _ready_to_train(built: _Built, watch: Watch) -> None:
+    """Look at what the teacher's training needs. Raises UserError for what can't work."""
+    built.rehearse(teacher_too=True)
+    built.check_images(watch)
 
 
 def _refuse(experiment: Experiment, ledger: Ledger) -> None:
@@ -485,7 +508,6 @@ def _trained(recall: Recall, unit: Unit, task: Task, model: nn.Module, check_fir
         ledger.found_again(unit, record)
         return record, weights_of(record, ledger.layout)
     check_first()
-    check_images(task)
     work = TeacherWork(unit, task, ledger)
     _empty(work, recall.asked.experiment, ledger, searching=False)
     assert work.record is not None, "a queue that was emptied without an error has its record"

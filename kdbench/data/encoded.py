@@ -9,15 +9,15 @@ import hashlib
 import io
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from kdbench.data.batch import Part
@@ -29,8 +29,8 @@ from kdbench.errors import UserError, in_one_line
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _BATCHES_AHEAD = 2  # decoded before they are asked for
-_DECODED_AT_ONCE = 256
 DECODED_FIRST = 2_000  # images of a part that `check_decodable` decodes
+_SAMPLED_RUNS, _SAMPLED_RUN = 16, 16  # of a sample: images that follow each other lie in the same row groups of Parquet
 
 # PIL knows forty formats more. Of one of them it hands the file to Ghostscript, and few have readers that many people use.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -41,6 +41,8 @@ PLAUSIBLE_PIXELS = 10_000_000  # up to here any number of pixels in a byte is pl
 PIXELS_PER_BYTE = 50
 _STRIP = 2_000_000  # pixels
 _STDERR = 2  # the descriptor, to which C libraries write
+# PIL's modes whose conversion to bytes cuts off at 255, whatever the pixels' range is.
+_RANGELESS = {"I": "32-bit integers", "F": "floating-point numbers"}
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _EXIF = (b"Exif", b"EXIF", b"eXIf", b"exif", b"Orientation")  # one of them stands before any tag, in each of the formats
@@ -124,6 +126,12 @@ class EncodedImages:
             box = parts(height, width, bits[None], smallest)[0].tolist()
             part: Tensor = transforms.resized_crop(image, *box, size=[self.size, self.size], antialias=True)
             return part
+        return self.centre(image)
+
+    def centre(self, image: Tensor) -> Tensor:
+        """What evaluation sees of a decoded image, uint8 [3, H, W]: uint8 [3, size, size]."""
+        from torchvision.transforms.v2 import functional as transforms
+
         centre: Tensor = transforms.center_crop(transforms.resize(image, [self.resize], antialias=True), [self.size, self.size])
         return centre
 
@@ -133,52 +141,75 @@ def _decoded(content: bytes, name: str) -> Tensor:
     try:
         with _opened(content) as picture:
             picture.load()
-            turn = _TURNS.get(_orientation(picture))
-            upright = picture if turn is None else picture.transpose(turn)
-            if upright.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
-                grey = (np.asarray(upright) >> 8).astype(np.uint8)
-                return torch.from_numpy(grey).expand(3, -1, -1)
-            return torch.from_numpy(_pixels(upright)).permute(2, 0, 1)
+            return _upright_pixels(picture)
     except Exception as error:  # whatever PIL raises for a damaged file: KeyError, ZeroDivisionError, struct.error, ...
         raise _undecodable(content, name, error) from error
+
+
+def _upright_pixels(picture: Image.Image) -> Tensor:
+    """uint8 [3, H, W] of a picture that is loaded."""
+    turn = _TURNS.get(_orientation(picture))
+    upright = picture if turn is None else picture.transpose(turn)
+    if upright.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
+        grey = (np.asarray(upright) >> 8).astype(np.uint8)
+        return torch.from_numpy(grey).expand(3, -1, -1)
+    return torch.from_numpy(_pixels(upright)).permute(2, 0, 1)
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3]. A large picture is copied strip by strip: as a whole, PIL makes two copies more of it."""
     width, height = picture.size
     pixels = np.empty((height, width, 3), np.uint8)
-    rows = max(1, _STRIP // width)
-    for top in range(0, height, rows):
-        strip = picture if rows >= height else picture.crop((0, top, width, min(top + rows, height)))
-        pixels[top : top + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+    for top, strip in _strips(picture):
+        pixels[top : top + strip.height] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
     return pixels
 
 
-class _Implausible(Exception):
-    """A picture of more pixels than are decoded. The message says how many."""
+def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Strips of a picture from top to bottom, each with its first row."""
+    width, height = picture.size
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        yield top, picture if rows >= height else picture.crop((0, top, width, min(top + rows, height)))
+
+
+class _Refused(Exception):
+    """A picture that is not decoded, though it may be sound: it has too many pixels, or pixels of no known range. The message says why."""
 
 
 def _opened(content: bytes) -> Image.Image:
-    """A picture whose header is read, and whose pixels are not. Raises _Implausible, and whatever PIL raises for a damaged file."""
+    """A picture whose header is read, and whose pixels are not. Raises _Refused, and whatever PIL raises for a damaged file."""
     most = min(MOST_PIXELS, max(PLAUSIBLE_PIXELS, PIXELS_PER_BYTE * len(content)))
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError:  # from 179 million pixels on
-        raise _Implausible(f"it has more than {most:,} pixels. Make it smaller") from None
+        raise _Refused(f"it has more than {most:,} pixels. Make it smaller") from None
     width, height = picture.size
-    if width * height <= most:
+    rangeless = _rangeless(picture)
+    if width * height <= most and rangeless is None:
         return picture
     picture.close()
+    if rangeless is not None:
+        raise _Refused(f"{rangeless}. Save it as PNG with 8 or 16 bits a channel")
     if width * height <= MOST_PIXELS:
-        raise _Implausible(f"{width} x {height} pixels in {len(content):,} bytes are implausible. Make it smaller")
-    raise _Implausible(f"it has {width} x {height} pixels, expected at most {MOST_PIXELS:,}. Make it smaller")
+        raise _Refused(f"{width} x {height} pixels in {len(content):,} bytes are implausible. Make it smaller")
+    raise _Refused(f"it has {width} x {height} pixels, expected at most {MOST_PIXELS:,}. Make it smaller")
+
+
+def _rangeless(picture: Image.Image) -> str | None:
+    """Why the pixels of a picture can't be scaled to bytes; None if they can."""
+    if kind := _RANGELESS.get(picture.mode):
+        return f"Pillow reads its pixels as {kind}, whose range is unknown"
+    if isinstance(picture, TiffImagePlugin.TiffImageFile) and 12 in picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ()):
+        return "it has 12 bits a channel, which Pillow doesn't scale"  # it reads them into 16 bits, as a picture that is almost black
+    return None
 
 
 def _undecodable(content: bytes, name: str, error: Exception) -> UserError:
     reason = in_one_line(error)
     if isinstance(error, UnidentifiedImageError):  # whose own message has an address in memory
         reason = f"it is none of {', '.join(FORMATS)}, or its header is damaged" if content else "the file is empty"
-    elif isinstance(error, _Implausible):
+    elif isinstance(error, _Refused):
         reason = str(error)
     return UserError(f"{name} can't be decoded as an image: {reason}")
 
@@ -205,7 +236,46 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def check_decodable(part: Part, what: str) -> None:
+@dataclass(frozen=True)
+class _Look:
+    """What a look at one image finds. problem: why it can't be decoded. transparent is known only if it is decoded."""
+
+    problem: str | None = None
+    decoded: bool = False
+    transparent: bool = False
+    several_frames: bool = False
+
+
+@dataclass(frozen=True)
+class Looked:
+    """How many images of a part were looked at and decoded, and how many of them have something that is not shown."""
+
+    images: int = 0  # in the part
+    seen: int = 0
+    decoded: int = 0
+    transparent: int = 0  # of those that were decoded
+    several_frames: int = 0  # of those that were seen
+
+
+def _counted(looks: Sequence[_Look], images: int) -> Looked:
+    transparent = sum(look.transparent for look in looks)
+    return Looked(images, len(looks), sum(look.decoded for look in looks), transparent, sum(look.several_frames for look in looks))
+
+
+def not_shown(found: Mapping[str, Looked]) -> str:
+    """One line that says which images have something that is not shown. Empty if none has. found: by what the line calls the images."""
+
+    def where(counts: Iterable[tuple[str, int, int, int]]) -> str:
+        told = [f"{n:,} of {among:,} {what} images{' looked at' if among < of else ''}" for what, n, among, of in counts if n]
+        return ", ".join(told)
+
+    transparent = where((what, look.transparent, look.decoded, look.images) for what, look in found.items())
+    several = where((what, look.several_frames, look.seen, look.images) for what, look in found.items())
+    said = [f"transparent pixels are shown as if they were opaque, in {transparent}"] if transparent else []
+    return "; ".join([*said, f"only the first of several frames is shown, in {several}"] if several else said)
+
+
+def check_decodable(part: Part, what: str, sample: bool = False) -> Looked:
     """Decode images of a part, to find broken files before hours of training. Images in memory are sound.
 
     Up to 2,000 images are decoded, evenly chosen where there are more. Of the others only the header is read, which finds empty files and
@@ -214,29 +284,43 @@ def check_decodable(part: Part, what: str) -> None:
     Args:
         part: the images.
         what: what an error calls them, such as "test".
+        sample: whether to look only at some images, 256 at most, in runs that are evenly spread.
+
+    Returns:
+        What of the images is not shown.
 
     Raises:
         UserError: names the first image that can't be decoded, and says how many there are.
     """
     images = part.inputs
     if isinstance(images, Tensor):
-        return
-    every = -(-len(images) // DECODED_FIRST)
+        return Looked()
+    rows = _sampled(len(images)) if sample else range(len(images))
+    every = -(-len(rows) // DECODED_FIRST)
 
-    def problem(row: int) -> str | None:
-        where = int(images.rows[row])
+    def look(place: int) -> _Look:
+        where = int(images.rows[rows[place]])
         try:
-            content, name = images.store.read(where), images.store.name(where)
-            _decoded(content, name) if row % every == 0 else _check_header(content, name)
+            return _examined(images.store.read(where), images.store.name(where), decode=place % every == 0)[1]
         except UserError as error:
-            return str(error)  # the error itself would keep the image's bytes
-        return None
+            return _Look(str(error))  # the error itself would keep the image's bytes
 
     with _without_libtiff(), ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
-        problems = [found for found in pool.map(problem, range(len(images))) if found is not None]
+        looks = list(pool.map(look, range(len(rows))))
+    problems = [found.problem for found in looks if found.problem is not None]
     if problems:
-        more = f"; {len(problems)} of the {len(images)} {what} images have such a problem" if len(problems) > 1 else f" ({what} image)"
-        raise UserError(f"{problems[0]}{more}")
+        seen = " looked at" if len(rows) < len(images) else ""
+        many = f"; {len(problems)} of the {len(rows)} {what} images{seen} have such a problem"
+        raise UserError(f"{problems[0]}{many if len(problems) > 1 else f' ({what} image)'}")
+    return _counted(looks, len(images))
+
+
+def _sampled(count: int) -> Sequence[int]:
+    """Rows of a sample: all of a few images, evenly spread runs of many."""
+    if count <= _SAMPLED_RUNS * _SAMPLED_RUN:
+        return range(count)
+    starts = [(count - _SAMPLED_RUN) * run // (_SAMPLED_RUNS - 1) for run in range(_SAMPLED_RUNS)]
+    return [start + step for start in starts for step in range(_SAMPLED_RUN)]
 
 
 @contextmanager
@@ -256,11 +340,39 @@ def _without_libtiff() -> Iterator[None]:
         os.close(kept)
 
 
-def _check_header(content: bytes, name: str) -> None:
+def _examined(content: bytes, name: str, decode: bool) -> tuple[Tensor | None, _Look]:
+    """Read the header of a picture, and its pixels too, uint8 [3, H, W], if `decode` is set. Raises UserError as `_decoded` does."""
     try:
-        _opened(content).close()
+        with _opened(content) as picture:
+            pixels, transparent, several = None, False, False
+            if decode:
+                picture.load()
+                pixels = _upright_pixels(picture)
+            with suppress(Exception):  # what is not shown may be damaged
+                transparent = decode and _is_transparent(picture)
+            with suppress(Exception):
+                # Of several pictures in a camera's file, MPO, the others are previews.
+                several = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
+            return pixels, _Look(None, decode, transparent, several)
     except Exception as error:  # as in `_decoded`
         raise _undecodable(content, name, error) from error
+
+
+def _is_transparent(picture: Image.Image) -> bool:
+    """Whether a pixel of a picture that is loaded is not opaque."""
+    if not picture.has_transparency_data:
+        return False
+    if picture.mode.startswith("I;16"):  # which PIL can't convert: one of its greys is transparent
+        return bool((np.asarray(picture) == picture.info["transparency"]).any())
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        return _least(picture.getchannel(len(picture.getbands()) - 1)) < 255
+    return any(_least(strip.convert("RGBA").getchannel("A")) < 255 for _, strip in _strips(picture))
+
+
+def _least(channel: Image.Image) -> float:
+    lowest, _ = channel.getextrema()
+    assert isinstance(lowest, int | float)  # and no pair, which a picture of several channels has
+    return lowest
 
 
 def decoded_ahead(
@@ -310,12 +422,29 @@ def _collected(chosen: Part, images: list[Future[Tensor]], device: torch.device)
     return Part(inputs, target, index, chosen.classes)
 
 
-def encoded_part(store: Store, labels: np.ndarray, first: int, size: int, resize: int | None, in_memory: bool) -> Part:
-    """All images of a store with their labels, [N]; positions begin at `first`. in_memory: decoded now, as they are seen in evaluation."""
+def encoded_part(store: Store, labels: np.ndarray, first: int, size: int, resize: int | None) -> Part:
+    """All images of a store with their labels, [N]; positions begin at `first`."""
     rows = torch.arange(len(labels))
     images = EncodedImages(store, rows, size, resize or round(size / 0.875))
-    part = Part(images, torch.from_numpy(labels.astype(np.int64)), rows + first)
-    if not in_memory:
-        return part
-    chosen = decoded_ahead(part, rows.split(_DECODED_AT_ONCE), 0, 0, None, torch.device("cpu"))
-    return replace(part, inputs=torch.cat([some.pixels for some in chosen]))
+    return Part(images, torch.from_numpy(labels.astype(np.int64)), rows + first)
+
+
+def decoded_now(train: Part, test: Part) -> tuple[Part, Part, str]:
+    """Both parts with their images in memory, decoded as they are seen in evaluation, and the line of `not_shown` on them."""
+    (train, trained), (test, tested) = map(_decoded_part, (train, test))
+    return train, test, not_shown({"training": trained, "test": tested})
+
+
+def _decoded_part(part: Part) -> tuple[Part, Looked]:
+    images: Any = part.inputs
+    pixels = torch.empty(images.shape, dtype=torch.uint8)
+
+    def decode(row: int) -> _Look:
+        where = int(images.rows[row])
+        image, look = _examined(images.store.read(where), images.store.name(where), decode=True)
+        pixels[row] = images.centre(image)
+        return look
+
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
+        looks = list(pool.map(decode, range(len(part))))
+    return replace(part, inputs=pixels), _counted(looks, len(part))

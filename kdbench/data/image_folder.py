@@ -14,10 +14,10 @@ import numpy as np
 
 from kdbench.bounded import read_file
 from kdbench.data.content import Advance, Content, files_content
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, encoded_part, turned
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, decoded_now, encoded_part, turned
 from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
-from kdbench.errors import UserError, nearest, printable
+from kdbench.errors import UserError, first_few, nearest, printable
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_FOLDERS = ("test", "val")
@@ -70,7 +70,7 @@ def image_folder(
     """Colour images `size` x `size` from the files below `path`: train/<class>/ and test/<class>/, or val/<class>/.
 
     Images in folders inside a class's folder belong to the class. Images are turned upright by their EXIF tag. Files of other kinds and
-    hidden files are left out, which the source says.
+    hidden files are left out, and so are other folders below `path`, which the source says.
 
     resize: pixels of the shorter side before the centre is cut out, size / 0.875 where it is not given. test: name of the folder of test
     images, needed where there is both a `test` and a `val`. in_memory: decode all images once, to tensors, for sets that fit.
@@ -91,10 +91,15 @@ def image_folder(
     sides = []
     for folder, found in zip(folders, listings, strict=True):
         store = Files(folder, tuple(found.names), tuple(found.sizes))
-        sides.append(encoded_part(store, np.array(found.labels), first, size, resize, in_memory))
+        sides.append(encoded_part(store, np.array(found.labels), first, size, resize))
         first += len(found.labels)
-    read = f"{path}: read {listings[0].images} to train on and {listings[1].images} to test on; {_left_out(listings)}"
-    return Source("image_folder", sides[0], sides[1], len(classes), classes, IMAGENET_MEAN, IMAGENET_STD, read=printable(read))
+    left_out = _left_out([*(found.left_out for found in listings), _beside(path, folders)])
+    read = [f"{path}: read {listings[0].images} to train on and {listings[1].images} to test on", left_out]
+    if in_memory:
+        *sides, unseen = decoded_now(*sides)
+        read += [unseen] if unseen else []
+    told = printable("; ".join(read))
+    return Source("image_folder", sides[0], sides[1], len(classes), classes, IMAGENET_MEAN, IMAGENET_STD, read=told)
 
 
 def _named(path: Path) -> str:
@@ -172,9 +177,34 @@ def _counted(kinds: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
-def _left_out(listings: Sequence[_Listing]) -> str:
-    left_out = sum((found.left_out for found in listings), Counter[str]())
+def _left_out(counts: Sequence[Counter[str]]) -> str:
+    left_out = sum(counts, Counter[str]())
     return f"left out: {_counted(left_out)}" if left_out else "nothing is left out"
+
+
+def _beside(path: Path, read: Sequence[Path]) -> Counter[str]:
+    """What lies beside the folders that are read and may hold images: other folders, and files that look like pictures."""
+    where = f"beside {' and '.join(folder.name for folder in read)}"
+    used = [os.path.join(os.path.realpath(folder), "") for folder in read]
+    found: Counter[str] = Counter()
+    folders = []
+    try:
+        entries = _entries(path)
+    except UserError:  # a folder may be open to those alone who know the names in it
+        return Counter({f"folders that can't be listed ({path.name})": 1})
+    for entry in entries:
+        is_folder, is_picture = _is_folder(entry), os.path.splitext(entry.name)[1].lower() in SUFFIXES
+        if is_folder and any(folder.startswith(os.path.join(os.path.realpath(entry.path), "")) for folder in used):
+            continue
+        if entry.name.startswith("."):
+            found["hidden"] += is_folder or is_picture
+        elif is_folder:
+            folders.append(entry.name)
+        elif is_picture:
+            found[f"images {where}"] += 1
+    if folders:
+        found[f"folders {where} ({first_few(folders)})"] = len(folders)
+    return found
 
 
 def _listing(folder: Path, classes: tuple[str, ...]) -> _Listing:
@@ -183,6 +213,8 @@ def _listing(folder: Path, classes: tuple[str, ...]) -> _Listing:
     for entry in _entries(folder):
         if not _is_folder(entry):
             found.left_out[f"outside the class folders of {folder.name}"] += 1
+        elif entry.name.startswith("."):
+            found.left_out["hidden"] += 1
     for label, name in enumerate(classes):
         left_out: Counter[str] = Counter()
         images = sorted(_below(folder / name, name, left_out))

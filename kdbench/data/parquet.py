@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 
 from kdbench.bounded import ImplausibleFile, open_regular
 from kdbench.data.content import Advance, Content, group_contents, read_plainly
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, encoded_part, turned
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, decoded_now, encoded_part, turned
 from kdbench.data.options import ImageSide
 from kdbench.data.sources import Source
-from kdbench.errors import UserError, cut, in_one_line, nearest, printable, shown
+from kdbench.errors import UserError, cut, first_few, in_one_line, nearest, printable, shown
 
 _ROW_GROUPS_KEPT = 16  # in memory, the last ones that were read
 # What a file may declare. A Parquet of a few kilobytes can hold a billion rows, or gigabytes in one of them.
@@ -140,17 +140,24 @@ def parquet(
     first = 0
     sides = []
     for store, found in zip(stores, labels, strict=True):
-        sides.append(encoded_part(store, found.numbers(names), first, size, resize, in_memory))
+        sides.append(encoded_part(store, found.numbers(names), first, size, resize))
         first += store.rows
-    counts = f"parquet: read {_counted(stores[0])} to train on and {_counted(stores[1])} to test on, {len(names)} classes"
+    counts = f"parquet: read {_counted(stores[0], train)} to train on and {_counted(stores[1], test)} to test on, {len(names)} classes"
     read = printable(counts) + _gaps(labels[0], names)
+    if in_memory:
+        *sides, unseen = decoded_now(*sides)
+        read += f"; {unseen}" if unseen else ""
     return Source("parquet", sides[0], sides[1], len(names), names, IMAGENET_MEAN, IMAGENET_STD, read=read)
 
 
-def _counted(store: Rows) -> str:
-    beside = {entry.name for path in store.paths for entry in path.parent.iterdir()} if len(store.paths) > 1 else set()
-    others = len([name for name in beside if not name.endswith(".parquet")])
-    left_out = f" ({others} other files beside them are left out)" if others else ""
+def _counted(store: Rows, path: Path) -> str:
+    """What was read below `path`. Whoever names a file wants none of those beside it."""
+    beside = [entry for entry in path.iterdir() if entry not in store.paths] if path.is_dir() else []
+    folders = [entry.name for entry in beside if entry.is_dir()]
+    others = [f"{count} other files" for count in [len(beside) - len(folders)] if count]
+    if folders:
+        others.append(f"{len(folders)} folders ({first_few(folders)})")
+    left_out = f" ({' and '.join(others)} beside them are left out)" if others else ""
     return f"{store.rows} images of {len(store.paths)} files{left_out}"
 
 
@@ -181,8 +188,8 @@ def _gaps(labels: _Labels, names: Sequence[str]) -> str:
     missing = sorted(set(range(len(names))) - set(labels.classes)) if labels.names is None else []
     if not missing:
         return ""
-    first = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
-    return f"; no image has the label {first}, and each network has an output for it: number the labels from 0, or write them as text"
+    labelled = f"no image has the label {first_few(missing)}, and each network has an output for it"
+    return f"; {labelled}: number the labels from 0, or write them as text"
 
 
 def _files(path: Path) -> list[Path]:
