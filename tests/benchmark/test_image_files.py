@@ -16,6 +16,7 @@ from kdbench.errors import UserError
 from kdbench.experiment import Experiment
 from kdbench.pages import dry_run_page
 from kdbench.results.store import ResultStore
+from tests.console import Kdbench
 
 EVERYTHING = {"resized_crop": 0.3, "crop": 2, "flip": True, "operations": 1, "color": 0.3, "erase": 0.3, "mixup": 0.2, "cutmix": 1.0}
 
@@ -122,3 +123,47 @@ def test_a_run_and_a_dry_run_say_what_was_read_and_what_was_left_out(folder: Pat
     run(experiment(folder, teacher=None, methods=["none"]), tmp_path / "results", heard)
     assert heard.notes.count(said) == 1
     assert said in dry_run_page(dry_run(experiment(folder))).splitlines()
+
+
+UNSEEN = (
+    "transparent pixels are shown as if they were opaque, in 32 of 32 training images, 8 of 8 validation images; "
+    "only the first of several frames is shown, in 1 of 8 test images"
+)
+
+
+@pytest.fixture
+def icons(folder: Path) -> Path:
+    """Training images whose colours are only where they can't be seen, a test image of two frames, and folders that are not read."""
+    for path in sorted(folder.glob("train/*/*.jpg")):
+        transparent = Image.open(path).convert("RGBA")
+        transparent.putalpha(0)
+        transparent.save(path.with_suffix(".png"))
+        path.unlink()
+    frames = [Image.open(folder / f"val/red/{k}.jpg").convert("P") for k in range(2)]
+    frames[0].save(folder / "val/red/0.gif", save_all=True, append_images=frames[1:])
+    (folder / "val/red/0.jpg").unlink()
+    (folder / "more").mkdir()
+    (folder / "train/.old").mkdir()
+    return folder
+
+
+def test_a_run_says_once_what_of_images_is_not_shown(icons: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    run(experiment(icons, methods=["none"]), tmp_path / "results", heard)
+    assert [note for note in heard.notes if " shown" in note] == [UNSEEN]
+    again = Heard()
+    run(experiment(icons, methods=["none"]), tmp_path / "results", again)  # nothing is left to do
+    assert [note for note in again.notes if " shown" in note] == []
+    more = Heard()
+    run(experiment(icons, methods=["none"], seeds=2), tmp_path / "results", more)
+    assert [note for note in more.notes if " shown" in note] == [UNSEEN]
+
+
+def test_a_dry_run_prints_what_of_images_is_not_shown_and_not_read(icons: Path, tmp_path: Path, kdbench: Kdbench) -> None:
+    (tmp_path / "colours.yaml").write_text(experiment(icons).model_dump_json(exclude_unset=True))
+    ended = kdbench("run", tmp_path / "colours.yaml", "--dry-run")
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert UNSEEN in lines
+    read = f"{icons}: read 40 images (40 .png) to train on and 8 images (1 .gif, 7 .jpg) to test on"
+    assert f"{read}; left out: 1 folders beside train and val (more), 1 hidden" in lines

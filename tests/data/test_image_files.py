@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from kdbench.data import encoded
-from kdbench.data.encoded import EncodedImages, check_decodable, turned
+from kdbench.data.encoded import EncodedImages, Looked, check_decodable, not_shown, turned
 from kdbench.data.image_folder import image_folder
 from kdbench.data.parquet import parquet
 from kdbench.errors import UserError
@@ -92,6 +95,30 @@ def test_what_is_left_out_is_counted_by_kind(folder: Path) -> None:
     assert source.reading.partition("; ")[2] == (
         "left out: 2 .heic, 1 .txt, 2 hidden, 1 links to folders, or to nothing, 1 outside the class folders of train, 1 without a suffix"
     )
+
+
+def test_what_lies_beside_the_folders_is_named_and_counted(folder: Path) -> None:
+    before = image_folder(folder, SIZE, test="val")
+    assert before.reading.endswith("; nothing is left out")
+    (folder / "README.md").write_text("no picture")
+    assert image_folder(folder, SIZE, test="val").reading.endswith("; nothing is left out")
+    for name in ("test/cat/0.png", "more/0.png", "train/.extra/0.png", "train/.extra/1.png", ".cache/0.png", ".git/HEAD"):
+        put(folder, name, stored(1))
+    (folder / ".DS_Store").write_bytes(b"x")
+    after = image_folder(folder, SIZE, test="val")
+    assert after.reading.partition("; ")[2] == "left out: 2 folders beside train and val (more, test), 3 hidden"
+    assert after.sha256 == before.sha256
+    for name in ("a\nb/0.png", "b/0.png", "cover.PNG"):
+        put(folder, name, stored(1))
+    assert image_folder(folder, SIZE, test="val").reading.partition("; ")[2] == (
+        "left out: 4 folders beside train and val (a\\nb, b, more, ...), 3 hidden, 1 images beside train and val"
+    )
+
+
+def test_a_link_to_a_folder_that_is_read_is_not_left_out(folder: Path) -> None:
+    (folder / "val").rename(folder / "elsewhere")
+    (folder / "val").symlink_to("elsewhere", target_is_directory=True)
+    assert image_folder(folder, SIZE).reading.endswith("; nothing is left out")
 
 
 def test_the_order_of_a_folder_without_folders_inside_is_that_of_the_names(folder: Path) -> None:
@@ -240,6 +267,244 @@ def test_an_empty_file_is_called_empty(folder: Path) -> None:
         check_decodable(image_folder(folder, SIZE).train, "training")
 
 
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+GREY = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1300 + 7
+Save = Callable[[], bytes]
+
+
+def written(pixels: np.ndarray | Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def tiff(bits: int, width: int, height: int, data: bytes, order: str = "<") -> bytes:
+    """A TIFF of unsigned grey, as PIL does not write it: 12 bits, or the other order of bytes."""
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 0), (277, 1), (278, height), (279, len(data))]
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, start if tag == 273 else value, 0) for tag, value in tags)
+    return struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags)) + entries + bytes(4) + data
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, which PIL does not write but for grey. pixels: uint16 [H, W, channels]."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">2I5B", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+INTEGERS = "Pillow reads its pixels as 32-bit integers, whose range is unknown"
+FLOATS = "Pillow reads its pixels as floating-point numbers, whose range is unknown"
+RANGELESS: dict[str, tuple[Save, str]] = {
+    "integers": (lambda: written(GREY.astype(np.int32), "TIFF"), INTEGERS),
+    "numbers": (lambda: written((GREY / 65535).astype(np.float32), "TIFF"), FLOATS),
+    "a grey map of 16 bits": (lambda: b"P5 8 6 65535\n" + GREY.astype(">u2").tobytes(), INTEGERS),
+    "a float map": (lambda: b"Pf 8 6 -1.0\n" + GREY.astype("<f4").tobytes(), FLOATS),
+    "12 bits": (lambda: tiff(12, 8, 6, bytes(range(72))), "it has 12 bits a channel, which Pillow doesn't scale"),
+}
+
+
+@pytest.mark.parametrize("kind", RANGELESS)
+def test_pixels_of_no_known_range_are_refused_from_the_header(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    save, reason = RANGELESS[kind]
+    put(folder / "val/cat", "1.tif", save())
+    (folder / "val/cat/1.png").unlink()
+    for decoded in (2_000, 1):  # then of row 1 the header alone is read
+        monkeypatch.setattr(encoded, "DECODED_FIRST", decoded)
+        with pytest.raises(UserError) as caught:
+            check_decodable(image_folder(folder, SIZE).test, "test")
+        assert str(caught.value) == (
+            f"{folder}/val/cat/1.tif can't be decoded as an image: {reason}. Save it as PNG with 8 or 16 bits a channel (test image)"
+        )
+    with pytest.raises(UserError, match=r"val/cat/1\.tif can't be decoded as an image: "):
+        image_folder(folder, SIZE, in_memory=True)
+
+
+def test_rows_of_parquet_of_no_known_range_are_refused(tmp_path: Path) -> None:
+    train, test = (write(tmp_path / f"{name}.parquet", [0, 1]) for name in ("train", "test"))
+    pd.DataFrame({"image": [stored(1), RANGELESS["numbers"][0]()], "label": [0, 1]}).to_parquet(test)
+    with pytest.raises(UserError, match=rf"test\.parquet row 1 can't be decoded as an image: {FLOATS}\. Save it as PNG"):
+        check_decodable(parquet(train, test, size=SIZE).test, "test")
+
+
+HIGH = (GREY >> 8).astype(np.uint8)
+COLOURS = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], -1)
+OPAQUE = np.full_like(GREY, 65535)
+SIXTEEN_BITS: dict[str, tuple[Save, np.ndarray]] = {
+    "PNG": (lambda: written(GREY, "PNG"), HIGH),
+    "TIFF": (lambda: written(GREY, "TIFF"), HIGH),
+    "TIFF, big-endian": (lambda: tiff(16, 8, 6, GREY.astype(">u2").tobytes(), ">"), HIGH),
+    "JPEG2000": (lambda: written(GREY, "JPEG2000", irreversible=False, num_resolutions=1), HIGH),
+    "PNG with alpha": (lambda: png16(np.stack([GREY, OPAQUE], -1)), HIGH),
+    "PNG in colours": (lambda: png16(COLOURS), COLOURS >> 8),
+    "PNG in colours with alpha": (lambda: png16(np.dstack([COLOURS, OPAQUE])), COLOURS >> 8),
+}
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_of_16_bits_a_channel_the_upper_8_are_shown(kind: str) -> None:
+    save, high = SIXTEEN_BITS[kind]
+    expected = np.broadcast_to(high[..., None], (6, 8, 3)) if high.ndim == 2 else high
+    shown = encoded._decoded(save(), "x").permute(1, 2, 0).numpy()
+    assert np.array_equal(shown, expected)
+
+
+# --- what is not shown -----------------------------------------------------------------------------------------------
+
+
+def alpha(mode: str, least: int) -> Image.Image:
+    """A picture whose alpha is 255 but for one pixel."""
+    made = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5).convert(mode)
+    mask = np.full((6, 8), 255, np.uint8)
+    mask[4, 3] = least
+    made.putalpha(Image.fromarray(mask))
+    return made
+
+
+def palette(first: int) -> Image.Image:
+    made = Image.fromarray(np.full((6, 8), first, np.uint8), "L").convert("P")
+    made.putpixel((0, 0), 7)
+    return made
+
+
+TRANSPARENT: dict[str, tuple[Save, Save]] = {  # one with a pixel that is not opaque, one that has none
+    "RGBA": (lambda: written(alpha("RGB", 254), "PNG"), lambda: written(alpha("RGB", 255), "PNG")),
+    "LA": (lambda: written(alpha("L", 0), "PNG"), lambda: written(alpha("L", 255), "PNG")),
+    "WebP": (lambda: written(alpha("RGB", 9), "WEBP", lossless=True), lambda: written(alpha("RGB", 255), "WEBP", lossless=True)),
+    "TIFF": (lambda: written(alpha("RGB", 9), "TIFF"), lambda: written(alpha("RGB", 255), "TIFF")),
+    "alphas of a palette": (
+        lambda: written(palette(9), "PNG", transparency=bytes([255] * 7 + [99])),
+        lambda: written(palette(9), "PNG", transparency=bytes([255] * 8 + [99])),
+    ),
+    "a colour of a palette": (lambda: written(palette(9), "GIF", transparency=9), lambda: written(palette(9), "GIF")),
+    "a grey": (lambda: written(HIGH, "PNG", transparency=int(HIGH[2, 3])), lambda: written(HIGH, "PNG", transparency=1)),
+    "a grey of 16 bits": (lambda: written(GREY, "PNG", transparency=int(GREY[2, 3])), lambda: written(GREY, "PNG", transparency=1)),
+    "a colour": (
+        lambda: written((COLOURS >> 8).astype(np.uint8), "PNG", transparency=tuple(map(int, COLOURS[1, 1] >> 8))),
+        lambda: written((COLOURS >> 8).astype(np.uint8), "PNG", transparency=(1, 2, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("strip", [16, 2_000_000])
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_a_transparent_pixel_is_found_and_shown_as_before(kind: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "_STRIP", strip)
+    for content, transparent in zip((save() for save in TRANSPARENT[kind]), (True, False), strict=True):
+        pixels, look = encoded._examined(content, "x", decode=True)
+        assert look == encoded._Look(decoded=True, transparent=transparent)
+        assert pixels is not None
+        if "16" not in kind:
+            assert np.array_equal(pixels.permute(1, 2, 0), Image.open(io.BytesIO(content)).convert("RGB"))
+        assert torch.equal(pixels, encoded._decoded(content, "x"))
+
+
+FRAMES = {
+    "GIF": {},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {},
+    "TIFF, packed": {"compression": "tiff_deflate"},
+    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+}
+
+
+def frames(kind: str, count: int) -> bytes:
+    pictures = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (40, 200, 90)[:count]]
+    return written(pictures[0], kind.partition(",")[0], save_all=True, append_images=pictures[1:], **FRAMES[kind])
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("kind", FRAMES)
+def test_frames_after_the_first_are_found_and_not_shown(kind: str, decode: bool) -> None:
+    for count in (1, 2, 3):
+        pixels, look = encoded._examined(frames(kind, count), "x", decode)
+        assert look == encoded._Look(decoded=decode, several_frames=count > 1)
+        assert (pixels is not None) == decode
+        if pixels is not None:
+            assert (pixels.int() - 40).abs().max() <= 2
+
+
+def test_previews_in_a_cameras_file_are_no_frames() -> None:
+    pictures = [picture(k) for k in range(2)]
+    content = written(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    with Image.open(io.BytesIO(content)) as opened:
+        assert getattr(opened, "n_frames", 1) == 2
+    assert encoded._examined(content, "x", True)[1] == encoded._Look(decoded=True)
+
+
+def test_a_second_frame_that_is_cut_off_is_no_problem() -> None:
+    content = frames("GIF", 2)
+    second = content.rindex(b"\x2c")  # where the second frame's description begins
+    _, look = encoded._examined(content[: second + 3], "x", decode=True)
+    assert (look.problem, look.decoded) == (None, True)
+
+
+def test_what_is_not_shown_is_counted_by_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(folder / "val/cat", "0.png", written(alpha("RGB", 0), "PNG"))
+    put(folder / "val/dog", "1.png", frames("GIF", 2))
+    put(folder / "val/dog", "0.png", written(alpha("RGB", 0), "PNG"))
+    source = image_folder(folder, SIZE)
+    assert check_decodable(source.train, "training") == Looked(6, 6, 6, 0, 0)
+    assert check_decodable(source.test, "test") == Looked(4, 4, 4, 2, 1)
+    monkeypatch.setattr(encoded, "DECODED_FIRST", 2)  # rows 0 and 2
+    assert check_decodable(source.test, "test") == Looked(4, 4, 2, 2, 1)
+    put(folder / "val/dog", "1.png", written(alpha("RGB", 0), "PNG"))  # row 3, of which the header does not say it
+    assert check_decodable(image_folder(folder, SIZE).test, "test") == Looked(4, 4, 2, 2, 0)
+
+
+def test_one_line_says_what_is_not_shown() -> None:
+    assert not_shown({"training": Looked(40, 40, 40, 0, 0), "test": Looked()}) == ""
+    found = {
+        "training": Looked(9_000, 256, 256, 4, 1),
+        "validation": Looked(500, 500, 500, 0, 0),
+        "test": Looked(5_000, 5_000, 1_667, 1_200, 3),
+    }
+    assert not_shown(found) == (
+        "transparent pixels are shown as if they were opaque, in 4 of 256 training images looked at, 1,200 of 1,667 test images looked at; "
+        "only the first of several frames is shown, in 1 of 256 training images looked at, 3 of 5,000 test images"
+    )
+    assert not_shown({"test": Looked(20, 20, 20, 0, 20)}) == "only the first of several frames is shown, in 20 of 20 test images"
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 300, 5_000, 1_281_167])
+def test_a_sample_is_spread_over_all_images_and_no_larger_than_256(count: int) -> None:
+    rows = list(encoded._sampled(count))
+    assert rows == sorted(set(rows))
+    assert (rows[0], rows[-1], len(rows)) == (0, count - 1, min(count, 256))
+    assert max(np.diff(rows), default=0) <= max(1, count / 15)
+
+
+def test_a_sample_of_many_images_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(folder / "train/cat", "1.png", b"no picture")
+    put(folder / "train/dog", "2.png", written(alpha("RGB", 0), "PNG"))
+    monkeypatch.setattr(encoded, "_SAMPLED_RUNS", 2)
+    monkeypatch.setattr(encoded, "_SAMPLED_RUN", 1)  # rows 0 and 5
+    assert check_decodable(image_folder(folder, SIZE).train, "training", sample=True) == Looked(6, 2, 2, 1, 0)
+    put(folder / "train/cat", "0.png", b"no picture")
+    put(folder / "train/dog", "2.png", b"no picture")
+    with pytest.raises(UserError, match=r"train/cat/0\.png .*; 2 of the 2 training images looked at have such a problem"):
+        check_decodable(image_folder(folder, SIZE).train, "training", sample=True)
+
+
+def test_of_images_in_memory_what_was_read_says_it(folder: Path, tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        put(folder / "val/cat", name, written(alpha("RGB", 0), "PNG"))
+    source = image_folder(folder, SIZE, in_memory=True)
+    said = "nothing is left out; transparent pixels are shown as if they were opaque, in 2 of 4 test images"
+    assert source.reading.partition("; ")[2] == said
+    assert check_decodable(source.test, "test") == Looked()
+    train, test = write(tmp_path / "train.parquet", [0, 1]), tmp_path / "test.parquet"
+    pd.DataFrame({"image": [stored(1), frames("GIF", 2)], "label": [0, 1]}).to_parquet(test)
+    told = parquet(train, test, size=SIZE, in_memory=True).reading
+    assert told.endswith(" 2 classes; only the first of several frames is shown, in 1 of 2 test images")
+    assert check_decodable(parquet(train, test, size=SIZE).test, "test") == Looked(2, 2, 2, 0, 1)
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -292,3 +557,9 @@ def test_files_beside_those_of_a_folder_of_parquet_are_counted(tmp_path: Path) -
     (tmp_path / "train/README.md").write_text("x")
     source = parquet(tmp_path / "train", write(tmp_path / "test.parquet", [0, 1]), size=SIZE)
     assert "read 4 images of 2 files (1 other files beside them are left out) to train on" in source.reading
+    for name in ("old", "a", "b", "c"):
+        (tmp_path / "train" / name).mkdir()
+    (tmp_path / "train/b.parquet").unlink()
+    source = parquet(tmp_path / "train", tmp_path / "test.parquet", size=SIZE)
+    said = "read 2 images of 1 files (1 other files and 4 folders (a, b, c, ...) beside them are left out) to train on"
+    assert f"{said} and 2 images of 1 files to test on" in source.reading
