@@ -350,7 +350,6 @@ def _examined(content: bytes, name: str, decode: bool) -> tuple[Tensor | None, _
                 pixels = _upright_pixels(picture)
             with suppress(Exception):  # what is not shown may be damaged
                 transparent = decode and _is_transparent(picture)
-            with suppress(Exception):
                 # Of several pictures in a camera's file, MPO, the others are previews.
                 several = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
             return pixels, _Look(None, decode, transparent, several)
