@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,23 +38,44 @@ def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-# The CPU's fused attention, which torch's counter leaves out; it knows the GPU's.
-_FUSED_ATTENTION = {
+def _recurrent(inputs: torch.Size, weights: Sequence[torch.Size]) -> int:
+    """A recurrent layer multiplies each weight matrix with every step of every sample. inputs: [..., D]; biases have one dimension."""
+    return 2 * math.prod(inputs[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+
+
+def _recurrent_mkldnn(inputs: torch.Size, of_input: torch.Size, of_state: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return _recurrent(inputs, (of_input, of_state))
+
+
+def _recurrent_mkldnn_backward(inputs: torch.Size, of_input: torch.Size, of_state: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """The gradients of the weights, and those of inputs and states."""
+    return 2 * _recurrent(inputs, (of_input, of_state))
+
+
+def _recurrent_cudnn(inputs: torch.Size, weights: list[torch.Size], *args: Any, **kwargs: Any) -> int:
+    return _recurrent(inputs, weights)
+
+
+# Fused kernels that torch's counter leaves out: the CPU's attention (it knows the GPU's), and recurrent layers on either.
+_FUSED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_mkldnn,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _recurrent_mkldnn_backward,
+    torch.ops.aten._cudnn_rnn: _recurrent_cudnn,
 }
 
 
 @contextmanager
 def counted_flops() -> Iterator[FlopCounterMode]:
-    """Count the FLOPs of what runs inside, a multiply-add as two, attention included: the same number on every device.
+    """Count the FLOPs of what runs inside, a multiply-add as two, attention and recurrent layers included: the same number on every device.
 
     torch's fast path of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` is off inside, since no counter sees into it.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=_FUSED_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter:
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -73,6 +73,59 @@ def test_multihead_attention_is_counted_with_and_without_its_weights(need_weight
     assert measure(Attention(need_weights), (1, 28, 28), CPU, repeats=1).flops == layer(28, 28, 0)
 
 
+STEPS, WIDTH = 28, 16  # the rows of an image, each of 28 numbers
+
+
+class Recurrent(nn.Module):
+    """A recurrent network over the rows of an image; mkldnn has a fused kernel for the LSTM, and cuDNN for all three."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.layers = kind(28, WIDTH, batch_first=True, **options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images.squeeze(1))[0].mean(1)
+
+
+def recurrent(gates: int, inputs: int) -> int:
+    """One layer and direction: each step multiplies its input and the last state with the weights of every gate."""
+    return 2 * STEPS * gates * WIDTH * (inputs + WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "flops"),
+    [
+        (nn.LSTM, {}, recurrent(4, 28)),
+        (nn.LSTM, {"bidirectional": True, "num_layers": 2}, 2 * recurrent(4, 28) + 2 * recurrent(4, 2 * WIDTH)),
+        (nn.GRU, {}, recurrent(3, 28)),
+        (nn.RNN, {"bidirectional": True}, 2 * recurrent(1, 28)),
+    ],
+)
+def test_recurrent_layers_are_counted_in_a_record_and_in_a_dry_run(kind: type[nn.RNNBase], options: dict[str, Any], flops: int) -> None:
+    model = Recurrent(kind, **options)
+    assert measure(model, (1, 28, 28), CPU, repeats=1).flops == flops
+    assert [forward_cost(model.to(device), (1, 28, 28))[0] for device in ("cpu", "meta")] == [flops, flops]
+
+
+def test_the_backward_pass_of_a_recurrent_layer_is_counted() -> None:
+    """Twice the forward pass: the gradients of the weights, and those of inputs and states."""
+    layer = nn.LSTM(28, WIDTH)
+    states = layer(torch.rand(STEPS, 1, 28, requires_grad=True))[0].sum()
+    with counted_flops() as counter:
+        states.backward()
+    assert counter.get_total_flops() == 2 * recurrent(4, 28)
+
+
+def test_a_gpus_recurrent_layers_are_counted_with_their_projections() -> None:
+    """cuDNN takes all layers and directions at once, [T, B, D]; on the meta device its operator needs no GPU."""
+    layer, images, lstm = nn.LSTM(28, WIDTH, proj_size=5, device="meta"), torch.rand(STEPS, 1, 28, device="meta"), 2
+    states, cells = torch.zeros(1, 1, 5, device="meta"), torch.zeros(1, 1, WIDTH, device="meta")
+    weights, shape = layer._flat_weights, (WIDTH, 5, 1, False, 0.0, False, False, [])
+    with counted_flops() as counter:
+        torch.ops.aten._cudnn_rnn(images, weights, 5, None, states, cells, lstm, *shape, None)
+    assert counter.get_total_flops() == 2 * STEPS * (4 * WIDTH * (28 + 5) + 5 * WIDTH)
+
+
 def test_the_backward_pass_of_attention_is_counted() -> None:
     """The kernel computes Q K^T anew, and then four products: the gradients of V, of the attention, of Q and of K."""
     query, key, value = (torch.rand(1, 2, 7, 8, requires_grad=True) for _ in range(3))
