@@ -116,6 +116,7 @@ class _Desk:
         self._deaths: Counter[tuple[str, int | None]] = Counter()  # by unit: of processes that trained it, since its furthest epoch
         self._furthest: dict[tuple[str, int | None], float] = {}
         self._never_begun = 0  # processes one after the other that died before they took a unit up
+        self._unbegun_deaths: Counter[tuple[str, int | None]] = Counter()  # those that count, by unit, since a process last took it up
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune pickles its searcher and scheduler for a restore that we never do; what is behind the desk stays in this process."""
@@ -168,6 +169,8 @@ class _Desk:
         """A process is up and takes the trial's unit."""
         self._begun.add(trial_id)
         self._never_begun = 0
+        if trial_id in self.running:
+            del self._unbegun_deaths[_who(self.running[trial_id])]
 
     def finish(self, trial_id: str, crashed: bool) -> None:
         unit, ending, begun = self.running.pop(trial_id, None), self._endings.pop(trial_id, None), trial_id in self._begun
@@ -193,12 +196,8 @@ class _Desk:
 
     def _after_death(self, unit: Unit, begun: bool) -> Ending | None:
         """How a unit ends whose process died; None where another process takes it up."""
-        self._never_begun += not begun
-        # A process that waited for its next unit may die: that is no fault of the unit. There are `concurrent` of those at most. Where more
-        # die one after the other, processes die as they start.
-        if not begun and self._never_begun <= self.concurrent:
-            log.warning("%s: its process died before it began; another one takes it up", unit.title)
-            return None
+        if not begun:
+            return self._after_death_unbegun(unit)
         who = _who(unit)
         self._deaths[who] += 1
         if self._deaths[who] < DEATHS:
@@ -206,6 +205,21 @@ class _Desk:
             return None
         del self._deaths[who]
         return given_up(unit.title, "its process")
+
+    def _after_death_unbegun(self, unit: Unit) -> Ending | None:
+        """The same, of a process that had not taken the unit up: it waited for its next unit, or it was starting.
+
+        The death of a process that waited is no fault of the unit, and there are `concurrent` of those at most. More deaths one after the
+        other are of processes that were starting. These count by themselves, apart from the deaths of processes that trained the unit.
+        """
+        who = _who(unit)
+        self._never_begun += 1
+        self._unbegun_deaths[who] += self._never_begun > self.concurrent
+        if self._unbegun_deaths[who] < DEATHS:
+            log.warning("%s: its process died before it began; another one takes it up", unit.title)
+            return None
+        del self._unbegun_deaths[who]
+        return given_up(unit.title, "its process", "before the training began")
 
 
 def _who(unit: Unit) -> tuple[str, int | None]:

@@ -73,15 +73,15 @@ class Ending:
     died: bool = False
 
 
-# So many deaths of processes that train a unit, without an epoch in between, and it is given up in this run.
+# So many deaths of processes that train a unit, without an epoch in between, or that start for it, and it is given up in this run.
 DEATHS = 3
 # What a report carries, by its key: an Ending, an epoch's row of the curve, the place from which a training goes on, or that a worker died.
 ENDING, EPOCH, RESUMED, DEATH = "ending", "row", "resumed", "death"
 
 
-def given_up(title: str, what: str) -> Ending:
-    """The ending of a unit that DEATHS processes died over. what: the subject of the sentence that says so."""
-    reason = f"{title}: {what} died {DEATHS} times without an epoch in between; is there enough memory?"
+def given_up(title: str, what: str, when: str = "without an epoch in between") -> Ending:
+    """The ending of a unit that DEATHS processes died over. what, when: the subject and the end of the sentence that says so."""
+    reason = f"{title}: {what} died {DEATHS} times {when}; is there enough memory?"
     return Ending(crash=f"{reason} The same command tries again", died=True)
 
 

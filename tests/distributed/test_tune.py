@@ -527,6 +527,33 @@ def test_processes_that_die_as_they_start_are_given_up_all_the_same() -> None:
     while trials.dies(begun=False):
         died += 1
     assert died == 4 + 3
+    [(reason, gave_up)] = trials.work.crashes
+    assert "its process died 3 times before the training began; is there enough memory?" in reason
+    assert gave_up
+
+
+def test_deaths_before_a_training_began_and_deaths_under_way_count_apart() -> None:
+    trials = Trials()
+    for _ in range(2):
+        for _ in range(3):
+            assert trials.dies(begun=False)  # the first one waited perhaps
+        assert trials.dies()
+    for _ in range(3):
+        assert trials.dies(begun=False)
+    assert not trials.dies()  # the third under way, after nine others
+    assert "its process died 3 times without an epoch in between" in trials.work.crashes[0][0]
+
+
+def test_only_deaths_in_a_row_before_a_training_began_give_it_up() -> None:
+    trials = Trials()
+    for epoch in range(1, 9):
+        for _ in range(3):
+            assert trials.dies(begun=False)
+        assert trials.dies(pack_epoch({"epoch": float(epoch)}))
+    for _ in range(3):
+        assert trials.dies(begun=False)
+    assert not trials.dies(begun=False)
+    assert "its process died 3 times before the training began" in trials.work.crashes[0][0]
 
 
 def test_a_process_that_dies_after_it_said_how_its_training_ended_costs_nothing() -> None:

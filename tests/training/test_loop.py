@@ -75,6 +75,39 @@ def test_a_killed_training_continues_to_the_same_bits(tmp_path: Path, recipe: di
     assert [row["epoch"] for row in record.curve] == [1, 2]
 
 
+def test_the_moving_average_is_that_of_the_weights_and_buffers_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step's are copied; the decay is the recipe's. Batch norms have buffers, which two micro-batches change twice a step."""
+    decay = 0.75
+    recipe = {"ema": decay, "accumulate": 2, "batch_size": 50, "lr": 0.1}
+    run = prepare(unit(student={"name": "tiny_cnn", "width": 4}, recipe=recipe), LocalSession())
+    assert run.average is not None
+    average, step = run.average.module, loop.train_step
+    by_hand: dict[str, Tensor] = {}  # in float64
+    largest: dict[str, float] = {}
+    compared = 0
+
+    def numbers(of: nn.Module) -> dict[str, Tensor]:
+        return {name: tensor.double() for name, tensor in of.state_dict().items() if tensor.is_floating_point()}
+
+    def noted(run: loop.Training, batch: Batch) -> Tensor:
+        nonlocal compared
+        losses = step(run, batch)
+        for name, now in numbers(run.distiller.student).items():
+            by_hand[name] = decay * by_hand[name] + (1 - decay) * now if name in by_hand else now
+            largest[name] = max(largest.get(name, 0.0), now.abs().max().item())
+        assert any(name.endswith("running_mean") for name in by_hand)
+        for name, found in numbers(average).items():
+            # a step rounds thrice, and is forgotten with the decay
+            rounding = 3 * torch.finfo(torch.float32).eps / (1 - decay)
+            torch.testing.assert_close(found, by_hand[name], rtol=0, atol=rounding * largest[name], msg=f"step {compared + 1}: {name}")
+        compared += 1
+        return losses
+
+    monkeypatch.setattr(loop, "train_step", noted)
+    train_epoch(run, 0)
+    assert compared == run.loader.steps_per_epoch == 6
+
+
 def test_a_checkpoint_of_another_unit_is_not_continued(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     fit(unit(seed=1, recipe={"epochs": 2}, checkpoint_seconds=0), LocalSession(checkpoint), layout(tmp_path / "a"))
