@@ -247,9 +247,11 @@ class Killer(Watch):
     def progress(self, phase: Phase, done: int, total: int) -> None:
         if phase != "search" or done == self.ended:
             return
-        self.ended = done
-        for note in list(self.marks.iterdir()):
-            if not note.read_text():
+        ended, self.ended = done - self.ended, done
+        notes = list(self.marks.iterdir())
+        evaluated = [note for note in notes if note.read_text()]
+        for note in notes:
+            if note not in evaluated or len(evaluated) > ended:  # which of those that were evaluated have ended too is not known then
                 if self.interrupted == 2:
                     continue
                 self.interrupted += 1
@@ -293,7 +295,7 @@ def test_processes_killed_between_trials_of_several_slots_lose_no_trial(tmp_path
     """The one that ended waits for its next trial; the other one is in the middle of its own."""
     killer, of = Killer(tmp_path / "notes"), between_trials(tmp_path / "notes", trials=6, sampler="random", concurrent=2)
     assert run(of, tmp_path / "killed", killer).failures == ()
-    assert killer.killed >= 5
+    assert killer.killed >= 2
     (trials,) = studies(tmp_path / "killed").values()
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 6
     assert sorted(unit.number or 0 for unit, _ in killer.records if unit.role == "trial") == [*range(6)]
