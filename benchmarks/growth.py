@@ -17,8 +17,8 @@ from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.distributed.cluster import available_cpus, started
 from kdbench.experiment import Experiment, Runtime, Unit
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
 from kdbench.training.loop import close_epoch, train_epoch
 
 LINEAR = at_most(1.05)  # linear, and 5% for noise

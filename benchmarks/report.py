@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import Sample
-from kdbench.results.environment import describe_environment
+from kdbench.records.environment import describe_environment
 
 
 @dataclass(frozen=True)

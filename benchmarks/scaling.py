@@ -24,11 +24,11 @@ from benchmarks.timing import Sample, Spent, timed
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.distributed.cluster import quiet
-from kdbench.distributed.study import MethodStudy, distribution
 from kdbench.experiment import Experiment, Unit
-from kdbench.results.record import RunRecord
-from kdbench.results.tracking import MlflowTracker, tracking_uri
-from kdbench.search_space import Parameter, Range
+from kdbench.records.record import RunRecord
+from kdbench.search.space import Parameter, Range
+from kdbench.search.study import MethodStudy, distribution
+from kdbench.tracking import MlflowTracker, tracking_uri
 
 AT_ONCE = (1, 2, 4, 8)
 _EPOCHS = 20  # of a long trial; a short one has a single epoch

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from benchmarks.part import ROOT, Bench, child_environment, kdbench_command
 from benchmarks.report import Row, at_most
 from benchmarks.timing import Sample, Spent, timed
-from kdbench.results.compaction import FULL_ROWS, compact
-from kdbench.results.record import RunRecord, new_run_id, record_schema, to_table
-from kdbench.results.store import ResultStore
+from kdbench.records.compaction import FULL_ROWS, compact
+from kdbench.records.record import RunRecord, new_run_id, record_schema, to_table
+from kdbench.records.store import ResultStore
 
 SECONDS = at_most(15)  # of a board over 100,000 records
 _METHODS, _SEEDS, _EPOCHS = 25, 5, 30

@@ -28,9 +28,9 @@ from kdbench.benchmark.watch import Unwatched
 from kdbench.data.fashion_mnist import full_set_folder
 from kdbench.distributed.cluster import started
 from kdbench.experiment import Experiment, Runtime, TeacherRef, Unit
-from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
+from kdbench.storage.layout import Layout
 
 EPOCHS, BATCH, TRIALS = 3, 128, 16
 SPACE = {"temperature": [1.0, 20.0, True], "kd_weight": [0.1, 1.0, False]}  # low, high, logarithmic: as kd's own ranges

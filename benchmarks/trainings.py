@@ -14,12 +14,12 @@ from kdbench.experiment import Recipe, TeacherRef, Unit
 from kdbench.methods.build import build_method
 from kdbench.models.build import ModelSpec
 from kdbench.tasks.build import TaskSpec, build_task
-from kdbench.training.cache_build import Builder, build_here
+from kdbench.training.cache.build import Builder, build_here
+from kdbench.training.cache.outputs import CacheSpec
 from kdbench.training.checkpoint import save_weights
 from kdbench.training.loop import Training, prepare, train_epoch
 from kdbench.training.precision import Memo, settled
 from kdbench.training.session import LocalSession
-from kdbench.training.teacher_cache import CacheSpec
 
 CPU = torch.device("cpu")
 # So many epochs that the schedule never ends, and a low learning rate: a network that diverged would be measured on infinities.

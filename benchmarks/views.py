@@ -14,9 +14,9 @@ from benchmarks.timing import Sample
 from benchmarks.trainings import QUICKSTART
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.boards.stats import t_interval
 from kdbench.experiment import Experiment, Recipe
-from kdbench.results.stats import t_interval
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 
 KEPT_VIEWS = (1, 2, 4, 8)
 WORTH = 0.3  # points of accuracy below fresh views that are taken for none

@@ -9,7 +9,7 @@ Results go to an absolute folder that all nodes see; one inside the job's copy o
 import os
 import sys
 
-from kdbench.cli import main
+from kdbench.cli.app import main
 
 if __name__ == "__main__":
     # Ray sets the variable inside a job; an address among the arguments comes later, and wins.

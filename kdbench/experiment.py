@@ -34,8 +34,8 @@ from kdbench.data.views import Augment
 from kdbench.errors import UserError, cut, explain, printable, shown
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
-from kdbench.results.address import is_address, problem_with
-from kdbench.search_space import Choice, Dimension, Range
+from kdbench.search.space import Choice, Dimension, Range
+from kdbench.storage.address import is_address, problem_with
 from kdbench.tasks import TASKS
 from kdbench.tasks.build import TaskSpec
 

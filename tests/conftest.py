@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kdbench.distributed.cluster import quiet
-from kdbench.results.layout import Layout, results_folder
+from kdbench.storage.layout import Layout, results_folder
 from tests import private_ray
 from tests.console import Kdbench
 from tests.object_storage import ObjectStorage

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from kdbench import cli
+from kdbench.cli import app as cli
 
 
 class Ended(NamedTuple):

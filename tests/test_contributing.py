@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdbench import cli
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.cli import app as cli
 from kdbench.data.sources import DataSpec, open_source
 from kdbench.errors import UserError
 from kdbench.experiment import load_experiment
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from tests.pages import fenced
 
 EXAMPLES = {name: block for block in fenced("CONTRIBUTING.md") if (name := block.file_name)}

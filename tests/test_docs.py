@@ -15,15 +15,15 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kdbench.cli import app
+from kdbench.boards.leaderboard import Board, Row
+from kdbench.boards.summary import Summary, SummaryRow
+from kdbench.cli.app import app
+from kdbench.cli.pages import KINDS, show_page
 from kdbench.data.views import Augment
 from kdbench.experiment import CacheOptions, Experiment, Recipe, Runtime, Search, TeacherSpec, load_experiment
 from kdbench.methods.build import MethodSpec
 from kdbench.models.build import ModelSpec
-from kdbench.pages import KINDS, show_page
-from kdbench.results.leaderboard import Board, Row
-from kdbench.results.rendering import board_data, row_data, summary_data
-from kdbench.results.summary import Summary, SummaryRow
+from kdbench.report.rendering import board_data, row_data, summary_data
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec
 from kdbench.tasks.classification import Classification

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kdbench import yaml12
 from kdbench.experiment import Experiment, load_experiment, parse_yaml, to_yaml, validated
-from kdbench.search_space import Choice, Range
+from kdbench.search.space import Choice, Range
 from tests.bad_input.tiny_experiment import TINIER, TINY, assert_mistake, run, write
 from tests.console import Kdbench
 

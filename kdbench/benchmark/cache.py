@@ -13,14 +13,14 @@ from kdbench.benchmark.watch import Watch
 from kdbench.distributed.cache import worth_ray, write_with_ray
 from kdbench.distributed.cluster import started
 from kdbench.experiment import Recipe, Runtime, TeacherRef, content_hash
-from kdbench.results.layout import Layout
-from kdbench.results.locks import Held, locked
-from kdbench.training.cache_build import Builder, Plan, build_here, cached_already, mend
-from kdbench.training.cache_copies import bring, send
-from kdbench.training.cache_streams import ENTRY, Stream
+from kdbench.storage.layout import Layout
+from kdbench.storage.locks import Held, locked
+from kdbench.training.cache.build import Builder, Plan, build_here, cached_already, mend
+from kdbench.training.cache.copies import bring, send
+from kdbench.training.cache.outputs import LOGITS, TEST, CacheSpec, tap_stream
+from kdbench.training.cache.streams import ENTRY, Stream
+from kdbench.training.cache.top_k import BOUND, TEMPERATURES
 from kdbench.training.earlier_keys import Asked
-from kdbench.training.teacher_cache import LOGITS, TEST, CacheSpec, tap_stream
-from kdbench.training.top_k import BOUND, TEMPERATURES
 
 # Writes a plan's pieces somewhere else than in this process, yielding how many images after each; None where this process should.
 Elsewhere = Callable[[Builder, Plan, float], Iterator[int] | None]

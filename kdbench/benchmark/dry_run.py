@@ -37,16 +37,16 @@ from kdbench.models.outputs import Outputs, Shapes, predicted
 from kdbench.models.taps import Taps, places, probe
 from kdbench.models.trace import generators_kept
 from kdbench.models.weights import check_weights
-from kdbench.results.folder import local_path
+from kdbench.storage.folder import local_path
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.splits import SplitOptions, validation_size
+from kdbench.training.cache.outputs import view_count
 from kdbench.training.cost import counted_flops
 from kdbench.training.distiller import Distiller
 from kdbench.training.optimization import make_optimizer, make_optimizers
 from kdbench.training.precision import DTYPES, autocast, images_for, place
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
-from kdbench.training.teacher_cache import view_count
 
 META = torch.device("meta")
 TIMED_FLOPS = 100e6  # of student and teacher together, an image: up to there every method is timed, which takes under a second each

@@ -14,13 +14,13 @@ from typing import Any
 
 from kdbench.benchmark.watch import Watch
 from kdbench.experiment import Experiment, Unit, to_yaml
-from kdbench.results.environment import describe_environment
-from kdbench.results.layout import Layout
-from kdbench.results.lease import Lease
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
-from kdbench.results.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, NoTracker, Status, Tracker
-from kdbench.results.working_copy import fetch
+from kdbench.records.environment import describe_environment
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
+from kdbench.storage.layout import Layout
+from kdbench.storage.lease import Lease
+from kdbench.storage.working_copy import fetch
+from kdbench.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, NoTracker, Status, Tracker
 from kdbench.training.outcome import code_of
 
 # A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.

@@ -13,18 +13,18 @@ from typing import Any, Literal
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
-from kdbench.distributed.study import Asha, Direction, MethodStudy, defaults, holds
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, board_hash, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
-from kdbench.results.journals import fetch_journal
-from kdbench.results.record import RunRecord
-from kdbench.results.tracking import PROTOCOL_TAG
-from kdbench.search_space import Parameter, Range, describe, is_whole
+from kdbench.records.record import RunRecord
+from kdbench.search.space import Parameter, Range, describe, is_whole
+from kdbench.search.study import Asha, Direction, MethodStudy, defaults, holds
+from kdbench.storage.journals import fetch_journal
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import task_facts
+from kdbench.tracking import PROTOCOL_TAG
 from kdbench.training.earlier_keys import Asked, draws_noise
 from kdbench.training.keys import student_protocol
 from kdbench.training.outcome import code_of, failed_record

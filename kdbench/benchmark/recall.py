@@ -13,10 +13,10 @@ from kdbench.distributed.cluster import device_here
 from kdbench.errors import UserError
 from kdbench.experiment import TeacherRef, Unit
 from kdbench.models.build import ModelSpec
-from kdbench.results.folder import file_sha256
-from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord
-from kdbench.results.working_copy import fetch
+from kdbench.records.record import RunRecord
+from kdbench.storage.folder import file_sha256
+from kdbench.storage.layout import Layout
+from kdbench.storage.working_copy import fetch
 from kdbench.training.earlier_keys import Asked
 from kdbench.training.outcome import measured_again, of_now
 from kdbench.training.session import LocalSession

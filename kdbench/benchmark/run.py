@@ -19,14 +19,15 @@ from torch import nn
 
 from kdbench.benchmark.cache import cache_spec, fill_cache, on_ray
 from kdbench.benchmark.ledger import Ledger
+from kdbench.benchmark.leftovers import clear_scratch
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.recall import Recall, weights_of
 from kdbench.benchmark.watch import Phase, Watch
+from kdbench.boards.cautions import chance_caution, ema_caution
 from kdbench.data.encoded import DECODED_FIRST, check_decodable, not_shown
 from kdbench.data.loader import check_views
 from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
-from kdbench.distributed.study import FIRST_AT_RANDOM, drawn_at_random
 from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
 from kdbench.methods.build import MethodSpec, method_class, params_of
@@ -35,19 +36,19 @@ from kdbench.models.outputs import Shapes
 from kdbench.models.taps import places
 from kdbench.models.weight_files import check_declared
 from kdbench.models.weights import state_sha256
-from kdbench.results.cautions import chance_caution, ema_caution
-from kdbench.results.folder import local_path
-from kdbench.results.layout import Layout
-from kdbench.results.lease import Lease, leased
-from kdbench.results.leftovers import clear_scratch
-from kdbench.results.locks import Held, locked
-from kdbench.results.record import RunRecord
-from kdbench.results.seals import seal
-from kdbench.results.tracking import NoTracker, Tracker
-from kdbench.results.working_copy import fetch, forget_folder, holder, origin, store_at
-from kdbench.search_space import Choice
+from kdbench.records.record import RunRecord
+from kdbench.records.seals import seal
+from kdbench.search.space import Choice
+from kdbench.search.study import FIRST_AT_RANDOM, drawn_at_random
+from kdbench.storage.folder import local_path
+from kdbench.storage.layout import Layout
+from kdbench.storage.lease import Lease, leased
+from kdbench.storage.locks import Held, locked
+from kdbench.storage.working_copy import fetch, forget_folder, holder, origin, store_at
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task, task_facts
+from kdbench.tracking import NoTracker, Tracker
+from kdbench.training.cache.outputs import view_count
 from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
 from kdbench.training.earlier_keys import Asked, EarlierData, draws_noise, has_dropout
 from kdbench.training.keys import given_teacher_key, teacher_protocol
@@ -58,7 +59,6 @@ from kdbench.training.precision import Memo, question, settled
 from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.rehearsal import Rehearsal
 from kdbench.training.session import LocalSession
-from kdbench.training.teacher_cache import view_count
 from kdbench.training.work import Work, run_here
 
 _PROFILED_STEPS = 30

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from kdbench.experiment import Unit
-from kdbench.results.record import RunRecord
+from kdbench.records.record import RunRecord
 
 Phase = Literal["teacher", "cache", "profile", "search", "check", "final"]
 

@@ -1,6 +1,6 @@
 """`python -m kdbench.cli`."""
 
-from kdbench.cli import main
+from kdbench.cli.app import main
 
 if __name__ == "__main__":
     main()

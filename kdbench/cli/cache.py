@@ -14,9 +14,9 @@ cache_app = typer.Typer(
 @cache_app.command("ls", epilog=example("cache ls"))
 def cache_ls(results: Results = None) -> None:
     """Every entry: whose outputs, of which data, which streams, how large, when it was last used."""
-    from kdbench.pages import cache_page
-    from kdbench.results.layout import Layout, results_folder
-    from kdbench.training.cache_entries import entries
+    from kdbench.cli.pages import cache_page
+    from kdbench.storage.layout import Layout, results_folder
+    from kdbench.training.cache.entries import entries
 
     typer.echo(cache_page(entries(Layout(results_folder(results)))))
 
@@ -24,7 +24,7 @@ def cache_ls(results: Results = None) -> None:
 @cache_app.command("build", epilog=example("cache build experiments/quickstart.yaml"))
 def cache_build(experiment: ExperimentFile, set_: Overrides = None, results: Results = None, trust_code: TrustCode = False) -> None:
     """Write what the experiment's methods need of its teacher, which must be there already. Trains nothing; `run` does this by itself."""
-    from kdbench.cli import watched
+    from kdbench.cli.app import watched
 
     with watched(experiment, set_, results) as (read, folder, display):
         from kdbench.benchmark.run import build_cache
@@ -38,8 +38,8 @@ def cache_verify(
     results: Results = None,
 ) -> None:
     """Make all checksums anew. Exit code 1 where something is damaged; it is taken out, and the next run writes it again."""
-    from kdbench.results.layout import Layout, results_folder
-    from kdbench.training.cache_entries import chosen, verify
+    from kdbench.storage.layout import Layout, results_folder
+    from kdbench.training.cache.entries import chosen, verify
 
     layout = Layout(results_folder(results))
     damage = 0
@@ -65,9 +65,9 @@ def cache_prune(
     results: Results = None,
 ) -> None:
     """Delete entries that no run can read or whose teacher is in no record. None that a run is using; what goes can be built again."""
-    from kdbench.results.layout import Layout, results_folder
-    from kdbench.results.store import ResultStore
-    from kdbench.training.cache_entries import disposable, entries, remove
+    from kdbench.records.store import ResultStore
+    from kdbench.storage.layout import Layout, results_folder
+    from kdbench.training.cache.entries import disposable, entries, remove
 
     layout = Layout(results_folder(results))
     records = ResultStore(layout.root).scan(role="teacher")

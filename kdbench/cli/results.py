@@ -52,14 +52,14 @@ def recommend(
     """Rank all students, undistilled ones too, by their metric within limits. Exit code 1 where nothing qualifies."""
     import json
 
-    from kdbench.pages import check_table_or_json, recommendation_page
-    from kdbench.results.filters import filtered
-    from kdbench.results.layout import results_folder
-    from kdbench.results.leaderboard import boards
-    from kdbench.results.recommendation import Budget, answer_data, milliseconds, parameter_count
-    from kdbench.results.recommendation import recommend as answer
-    from kdbench.results.rendering import nothing_to_rank
-    from kdbench.results.store import ResultStore
+    from kdbench.boards.filters import filtered
+    from kdbench.boards.leaderboard import boards
+    from kdbench.boards.recommendation import Budget, answer_data, milliseconds, parameter_count
+    from kdbench.boards.recommendation import recommend as answer
+    from kdbench.cli.pages import check_table_or_json, recommendation_page
+    from kdbench.records.store import ResultStore
+    from kdbench.report.rendering import nothing_to_rank
+    from kdbench.storage.layout import results_folder
 
     check_table_or_json(format_)
     budget = Budget(min_gain, milliseconds(latency) if latency else None, parameter_count(params) if params else None, hours)
@@ -85,8 +85,8 @@ def verify(results: Results = None, trust_code: TrustCode = False) -> None:
 
     Files can't show whether predictions, record and seal were forged together. Only training again shows it.
     """
-    from kdbench.results.layout import results_folder
-    from kdbench.training.verification import verify as verify_results
+    from kdbench.deploy.verification import verify as verify_results
+    from kdbench.storage.layout import results_folder
 
     folder = results_folder(results)
     with typer.progressbar(length=1, label="verify", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
@@ -126,10 +126,10 @@ def results_export(
     results: Results = None,
 ) -> None:
     """Write records, and what belongs to them, to one file. Of a training that was done twice, the later record."""
-    from kdbench.results.exchange import export_results
-    from kdbench.results.filters import filtered
-    from kdbench.results.layout import results_folder
-    from kdbench.results.store import ResultStore
+    from kdbench.boards.filters import filtered
+    from kdbench.records.exchange import export_results
+    from kdbench.records.store import ResultStore
+    from kdbench.storage.layout import results_folder
 
     store = ResultStore(results_folder(results))
     records = filtered(store, chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment))
@@ -149,9 +149,9 @@ def results_import(
     results: Results = None,
 ) -> None:
     """Take in what an archive holds. All of it is checked first; a second import changes nothing; conflicts are listed and refused."""
-    from kdbench.results.exchange import import_results
-    from kdbench.results.layout import results_folder
-    from kdbench.results.store import ResultStore
+    from kdbench.records.exchange import import_results
+    from kdbench.records.store import ResultStore
+    from kdbench.storage.layout import results_folder
 
     done = import_results(ResultStore(results_folder(results)), file, keep_ours=keep_ours)
     typer.echo(f"{done.records} records and {done.files} files taken in, {done.known} records were here already")
@@ -162,9 +162,9 @@ def results_import(
 @results_app.command("compact", epilog=example("results compact --results s3://bucket/results"))
 def results_compact(results: Results = None) -> None:
     """Merge the files of one record into a few large ones, which are read much faster. Every row is kept; a run may go on meanwhile."""
-    from kdbench.results.compaction import compact
-    from kdbench.results.layout import results_folder
-    from kdbench.results.store import ResultStore
+    from kdbench.records.compaction import compact
+    from kdbench.records.store import ResultStore
+    from kdbench.storage.layout import results_folder
 
     store = ResultStore(results_folder(results))
     done = compact(store, lambda files, total: typer.echo(f"{files} of {total} files", err=True))

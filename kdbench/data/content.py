@@ -24,7 +24,7 @@ from rich.progress import Progress
 from kdbench.account import cache_home
 from kdbench.bounded import open_regular, parse_json, read_file
 from kdbench.errors import UserError, printable
-from kdbench.results.folder import local_path
+from kdbench.storage.folder import local_path
 
 READERS = 8  # threads: reading many small files is waiting for the disk
 BIG = 2_000_000_000  # bytes from which on a progress bar says what takes so long

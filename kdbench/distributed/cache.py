@@ -12,13 +12,13 @@ import torch
 from kdbench.distributed.cluster import decided, nodes_of, resources_of, workers_on
 from kdbench.errors import KDBenchError, RunFailed
 from kdbench.experiment import Runtime
-from kdbench.results.address import is_address
-from kdbench.results.layout import Layout
-from kdbench.training.cache_build import Builder, Piece, Plan
-from kdbench.training.cache_streams import Stream
+from kdbench.storage.address import is_address
+from kdbench.storage.layout import Layout
+from kdbench.training.cache.build import Builder, Piece, Plan
+from kdbench.training.cache.outputs import CacheSpec
+from kdbench.training.cache.streams import Stream
 from kdbench.training.session import device_for
 from kdbench.training.teacher import teacher_here
-from kdbench.training.teacher_cache import CacheSpec
 
 # Starting Ray's processes takes about ten seconds, so that a build must be long before several of them end sooner than one.
 LONG_SECONDS = 60.0

@@ -22,8 +22,8 @@ from kdbench.distributed.cluster import quiet
 from kdbench.distributed.package import Package, pack
 from kdbench.errors import RunFailed, UserError
 from kdbench.own_code import trust_environment
-from kdbench.results.environment import COMMIT_VARIABLE, commit_of
-from kdbench.results.folder import local_path
+from kdbench.records.environment import COMMIT_VARIABLE, commit_of
+from kdbench.storage.folder import local_path
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

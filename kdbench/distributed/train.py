@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdbench.distributed.cluster import quiet, resources_of, share_of, talk_on_rays_network
 from kdbench.distributed.storage import ray_storage
 from kdbench.experiment import Runtime, Unit, WorkerRange
-from kdbench.results.layout import Layout
+from kdbench.storage.layout import Layout
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.session import State
 from kdbench.training.work import (

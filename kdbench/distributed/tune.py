@@ -26,7 +26,7 @@ from kdbench.distributed.storage import files_in, ray_storage, scratch
 from kdbench.distributed.train import train_with_workers
 from kdbench.errors import RunFailed
 from kdbench.experiment import Runtime, Unit
-from kdbench.results.layout import Layout
+from kdbench.storage.layout import Layout
 from kdbench.training.session import LocalSession, device_for
 from kdbench.training.work import (
     DEATH,

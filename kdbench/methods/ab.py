@@ -14,7 +14,7 @@ from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
 from kdbench.models.adapters import to_size_of
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 SCALE = 3 / 1000  # of the authors' code

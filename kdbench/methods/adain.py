@@ -16,7 +16,7 @@ from kdbench.methods.kd import softened_divergence
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.tail import Tail
 from kdbench.models.taps import locate, places
-from kdbench.search_space import Choice, Range, When
+from kdbench.search.space import Choice, Range, When
 from kdbench.tasks.base import TaskInfo
 
 Judgement = Literal["logit_mse", "logit_kl", "feature_mse"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdbench.data.batch import Batch, Part
 from kdbench.data.options import StrictOptions
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 ANY_TASK = frozenset({"any"})

@@ -16,7 +16,7 @@ from kdbench.methods import METHODS
 from kdbench.methods.base import Method
 from kdbench.methods.combination import combined
 from kdbench.models.outputs import Shapes
-from kdbench.search_space import Parameter, dotted, space_of
+from kdbench.search.space import Parameter, dotted, space_of
 
 PLUS = "+"  # between the names of methods that are used together
 NO_OVERRIDES: Mapping[str, Any] = MappingProxyType({})

@@ -16,7 +16,7 @@ from kdbench.methods.base import Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, embeddings
 from kdbench.models.adapters import as_vector
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _EPSILON = 1e-7

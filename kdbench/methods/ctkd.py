@@ -14,7 +14,7 @@ from kdbench.methods.base import Method, Paper, Progress
 from kdbench.methods.kd import softened_divergence
 from kdbench.methods.logits import require_same_classes
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _INITIAL = 1.0  # of the learned number, the authors': with their bounds the temperature starts at 15.6

@@ -14,7 +14,7 @@ from kdbench.methods.features import FeatureMethod, Names, paired_spatial_stages
 from kdbench.methods.kd import softened_divergence
 from kdbench.models.adapters import to_smaller, to_width
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 

@@ -13,7 +13,7 @@ from kdbench.data.batch import Batch
 from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.logits import labelled_pixels, mean_over, require_same_classes
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _EPSILON = 1e-8  # the authors', added to the product of the two lengths

@@ -13,7 +13,7 @@ from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.kd import softened_divergence
 from kdbench.methods.logits import hard_labels, label_logits, other_logits, require_same_classes
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 

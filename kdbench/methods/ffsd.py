@@ -22,7 +22,7 @@ from kdbench.methods.features import stages
 from kdbench.methods.kd import softened_divergence
 from kdbench.models.adapters import as_map, map_shape, shape_of
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _STAGES = 3  # the authors' networks have as many

@@ -16,7 +16,7 @@ from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages, stages
 from kdbench.models.adapters import map_shape
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _SPARE = 3  # of the student, so many vectors more than of the teacher, for each of these to find its like

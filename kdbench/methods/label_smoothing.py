@@ -12,7 +12,7 @@ from kdbench.data.batch import Batch
 from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.logits import labelled_pixels, mean_over
 from kdbench.models.outputs import Outputs
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:

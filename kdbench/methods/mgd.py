@@ -15,7 +15,7 @@ from kdbench.methods.cwd import channel_divergence, dense_logits
 from kdbench.methods.features import FeatureMethod
 from kdbench.models.adapters import to_smaller, to_width
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Choice, Range
+from kdbench.search.space import Choice, Range
 from kdbench.tasks.base import TaskInfo
 
 Mask = Literal["channel", "pixel"]

@@ -19,7 +19,7 @@ from kdbench.methods.logits import require_same_classes
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.tail import Tail
 from kdbench.models.taps import ImageShape, Tap, locate, places
-from kdbench.search_space import Choice, Range
+from kdbench.search.space import Choice, Range
 from kdbench.tasks.base import TaskInfo
 
 Schedule = Literal["cifar", "imagenet", "constant"]

@@ -19,7 +19,7 @@ from kdbench.methods.features import positions, stages
 from kdbench.methods.logits import hard_labels, require_same_classes
 from kdbench.models.adapters import class_tokens, map_shape
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _MERGED_GRID = 7  # tokens are merged, two by two a side, while at least twice as many as this stand on a side

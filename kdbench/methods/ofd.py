@@ -15,7 +15,7 @@ from kdbench.methods.features import FeatureMethod, Names, before_activation, pa
 from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import locate
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 # Where so little of a channel is negative, its mean says nothing: the margin is then this many deviations below zero.

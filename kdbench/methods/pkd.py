@@ -13,7 +13,7 @@ from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
 from kdbench.models.adapters import to_size_of, to_width
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _STEADY = 1e-6  # added to a deviation, so that a constant channel stays finite

@@ -15,7 +15,7 @@ from kdbench.methods.base import Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, before_activation, paired_stages
 from kdbench.models.adapters import as_map, map_shape
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _PYRAMID = (4, 2, 1)  # pixels a side of the coarser maps that are compared, too

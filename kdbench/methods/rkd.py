@@ -13,7 +13,7 @@ from kdbench.data.batch import Batch
 from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, embeddings
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _LEAST_SQUARE = 1e-12  # of a distance: two equal samples are 1e-6 apart, which counts in the mean, and give no gradient

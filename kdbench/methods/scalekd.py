@@ -19,7 +19,7 @@ from kdbench.methods.logits import require_same_classes
 from kdbench.models.adapters import as_map, as_tokens, class_tokens
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.tail import Tail
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 MapShape = tuple[int, int, int]

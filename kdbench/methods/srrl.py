@@ -15,7 +15,7 @@ from kdbench.methods.features import FeatureMethod, Names
 from kdbench.models.adapters import as_map, as_vector, map_shape
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.tail import Tail
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 

@@ -12,7 +12,7 @@ from kdbench.data.batch import Batch
 from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.logits import label_logits
 from kdbench.models.outputs import Outputs
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 
 
 def self_target_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:

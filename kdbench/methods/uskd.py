@@ -17,7 +17,7 @@ from kdbench.methods.features import stages
 from kdbench.methods.logits import other_logits
 from kdbench.models.adapters import as_vector, class_tokens
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _WEAK_SMOOTHING = 0.1  # of the weak head's labels

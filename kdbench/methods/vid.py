@@ -15,7 +15,7 @@ from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
 from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 

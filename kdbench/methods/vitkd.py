@@ -14,7 +14,7 @@ from kdbench.methods.base import Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, output_place
 from kdbench.models.adapters import as_tokens
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.search_space import Range
+from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
 _LOW_BLOCKS = ("block:0", "block:1")

@@ -20,7 +20,7 @@ from kdbench.models import MODELS
 from kdbench.models.inputs import InputSpec
 from kdbench.models.weights import load_weights
 from kdbench.own_code import check_maker
-from kdbench.results.folder import local_path
+from kdbench.storage.folder import local_path
 
 
 class ModelSpec(LabelledSpec):

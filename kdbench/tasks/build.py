@@ -15,7 +15,7 @@ from kdbench.data import DATA
 from kdbench.data.options import NamedSpec
 from kdbench.data.sources import DataSpec, source_maker
 from kdbench.errors import UserError, explain
-from kdbench.results.folder import file_sha256, local_path
+from kdbench.storage.folder import file_sha256, local_path
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
 

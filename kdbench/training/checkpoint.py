@@ -19,8 +19,8 @@ from torch import Tensor
 from kdbench.errors import UserError, in_one_line, not_written
 from kdbench.models.torch_files import check_torch_file
 from kdbench.models.weights import portable
-from kdbench.results.folder import file_sha256 as file_sha256
-from kdbench.results.working_copy import fetch_later, upload
+from kdbench.storage.folder import file_sha256 as file_sha256
+from kdbench.storage.working_copy import fetch_later, upload
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

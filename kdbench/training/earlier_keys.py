@@ -31,8 +31,8 @@ from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, con
 from kdbench.methods.base import Method
 from kdbench.methods.build import MethodSpec, method_class, method_code
 from kdbench.models.build import ModelSpec
-from kdbench.results.record import RunRecord
-from kdbench.search_space import Parameter, describe
+from kdbench.records.record import RunRecord
+from kdbench.search.space import Parameter, describe
 from kdbench.tasks.base import Splits
 from kdbench.tasks.build import TaskSpec
 

@@ -22,10 +22,11 @@ from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.taps import places, probe
 from kdbench.models.weights import state_sha256
-from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord
+from kdbench.records.record import RunRecord
+from kdbench.storage.layout import Layout
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
+from kdbench.training.cache.outputs import TeacherCache
 from kdbench.training.distiller import TOTAL, Distiller, Weights, check_same_terms
 from kdbench.training.evaluate import check_numbers, predict
 from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
@@ -34,7 +35,6 @@ from kdbench.training.precision import autocast, compiled_call, images_for, plac
 from kdbench.training.randomness import begin_step, begin_streams, restore_streams, streams
 from kdbench.training.session import Session
 from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher, teacher_here
-from kdbench.training.teacher_cache import TeacherCache
 
 
 @dataclass

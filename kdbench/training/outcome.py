@@ -15,20 +15,20 @@ from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit, board_hash, worker_bounds
 from kdbench.methods.build import method_code
 from kdbench.models.build import model_code
-from kdbench.results.environment import own_code
-from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord, new_run_id
-from kdbench.search_space import dotted
+from kdbench.records.environment import own_code
+from kdbench.records.record import RunRecord, new_run_id
+from kdbench.search.space import dotted
+from kdbench.storage.layout import Layout
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task, task_code
 from kdbench.tasks.networks import rebuilt
-from kdbench.training.cache_copies import bring
+from kdbench.training.cache.copies import bring
+from kdbench.training.cache.outputs import TEST, cached_test
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
 from kdbench.training.cost import measure, peak_memory_mb
 from kdbench.training.evaluate import check_numbers, predict
 from kdbench.training.precision import place
 from kdbench.training.session import Session
-from kdbench.training.teacher_cache import TEST, cached_test
 
 if TYPE_CHECKING:
     from kdbench.training.loop import Training

@@ -19,7 +19,7 @@ from kdbench.errors import RunFailed
 from kdbench.experiment import Recipe
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import main_output
-from kdbench.results.working_copy import fetch
+from kdbench.storage.working_copy import fetch
 from kdbench.training.checkpoint import write_atomically
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,12 +14,12 @@ from kdbench.models.batch_norm import guard_batch_norms
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
 from kdbench.models.weights import state_sha256
-from kdbench.results.layout import Layout
-from kdbench.results.working_copy import fetch
+from kdbench.storage.layout import Layout
+from kdbench.storage.working_copy import fetch
 from kdbench.tasks.base import Task
-from kdbench.training.cache_copies import bring
+from kdbench.training.cache.copies import bring
+from kdbench.training.cache.outputs import TeacherCache, open_cache, read_entry, streams_of
 from kdbench.training.precision import autocast, images_for, place
-from kdbench.training.teacher_cache import TeacherCache, open_cache, read_entry, streams_of
 
 
 def teacher_here(ref: TeacherRef, layout: Layout) -> TeacherRef:

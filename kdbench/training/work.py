@@ -18,9 +18,9 @@ import torch
 from kdbench.credentials import without_secrets
 from kdbench.errors import Diverged, KDBenchError, StorageFailed, in_one_line
 from kdbench.experiment import Unit
-from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord
-from kdbench.results.working_copy import forget
+from kdbench.records.record import RunRecord
+from kdbench.storage.layout import Layout
+from kdbench.storage.working_copy import forget
 from kdbench.training.checkpoint import write_atomically
 from kdbench.training.loop import fit
 from kdbench.training.outcome import failed_record

@@ -18,12 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdbench.results.archive import MANIFEST
-from kdbench.results.record import CHECKSUM, CROCKFORD, RunRecord, row_checksum, to_table
-from kdbench.results.seals import Seal, SealedRow
-from kdbench.results.store import record_path
+from kdbench.records.archive import MANIFEST
+from kdbench.records.record import CHECKSUM, CROCKFORD, RunRecord, row_checksum, to_table
+from kdbench.records.seals import Seal, SealedRow
+from kdbench.records.store import record_path
 from tests.bad_input.hostile_case import FILES_IMPORTS, Case, Draws, Makers, odd_file
-from tests.results.test_hostile_archives import COLUMNS, HEADERS, parquet, written
+from tests.records.test_hostile_archives import COLUMNS, HEADERS, parquet, written
 
 FILE = "hostile.zip"
 STAMP = "01KAMZ3Q0000000000000000AB"  # of a seal

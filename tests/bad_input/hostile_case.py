@@ -17,8 +17,8 @@ SPARSE = 50_000_000_000  # bytes
 SENTINEL = "called"  # what hostile code would make in the working directory; any file that a command leaves fails its case
 
 # What `kdbench run` imports before it looks at an experiment's parts.
-RUN_IMPORTS = ("torch", "kdbench.benchmark.run", "kdbench.benchmark.dry_run", "kdbench.display", "kdbench.results.tracking")
-FILES_IMPORTS = ("kdbench.results.exchange",)  # what reads records and archives needs no torch
+RUN_IMPORTS = ("torch", "kdbench.benchmark.run", "kdbench.benchmark.dry_run", "kdbench.cli.display", "kdbench.tracking")
+FILES_IMPORTS = ("kdbench.records.exchange",)  # what reads records and archives needs no torch
 
 
 @dataclass(frozen=True)

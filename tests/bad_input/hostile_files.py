@@ -54,7 +54,7 @@ report, modules, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = "kdbench"
 for module in modules.split(","):
     importlib.import_module(module)
-from kdbench.cli import main
+from kdbench.cli.app import main
 before, began = highest(), time.perf_counter()
 try:
     main()

@@ -16,16 +16,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdbench.results.record import CHECKSUM, row_checksum, to_table
-from kdbench.results.store import record_path
+from kdbench.records.record import CHECKSUM, row_checksum, to_table
+from kdbench.records.store import record_path
 from tests.bad_input.hostile_archives import record
 from tests.bad_input.hostile_case import FILES_IMPORTS, RUN_IMPORTS, SENTINEL, Case, Draws, Makers, experiment, odd_file
-from tests.results.test_hostile_archives import COLUMNS, HEADERS, parquet, written
+from tests.records.test_hostile_archives import COLUMNS, HEADERS, parquet, written
 from tests.test_yaml12 import bomb
 
 FOLDER = ("--results", "results")
-READING_IMPORTS = (*FILES_IMPORTS, "kdbench.results.leaderboard", "kdbench.results.rendering", "kdbench.results.summary", "rich.console")
-CHECKING_IMPORTS = (*RUN_IMPORTS, "kdbench.training.verification", "kdbench.training.export")
+READING_IMPORTS = (*FILES_IMPORTS, "kdbench.boards.leaderboard", "kdbench.report.rendering", "kdbench.boards.summary", "rich.console")
+CHECKING_IMPORTS = (*RUN_IMPORTS, "kdbench.deploy.verification", "kdbench.deploy.export")
 
 _making = Lock()
 

@@ -43,8 +43,8 @@ def measured(folders: Sequence[Path], commands: Sequence[Sequence[str]]) -> list
 
 
 def main(folders: Sequence[str], commands: Sequence[Sequence[str]]) -> None:
-    from kdbench import cli
     from kdbench.benchmark import dry_run, run
+    from kdbench.cli import app as cli
     from kdbench.data import sources
     from kdbench.tasks import build
 

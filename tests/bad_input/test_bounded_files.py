@@ -20,13 +20,13 @@ from kdbench.data.content import files_content
 from kdbench.data.image_folder import Files
 from kdbench.errors import LONGEST_LINE, RunFailed, UserError
 from kdbench.experiment import load_experiment, parse_yaml
-from kdbench.results.journals import LONGEST_LINE as LONGEST_JOURNAL_LINE
-from kdbench.results.journals import read_journal_file
-from kdbench.results.layout import Layout
-from kdbench.results.locks import is_held, locked
+from kdbench.storage.journals import LONGEST_LINE as LONGEST_JOURNAL_LINE
+from kdbench.storage.journals import read_journal_file
+from kdbench.storage.layout import Layout
+from kdbench.storage.locks import is_held, locked
 from kdbench.training import precision
-from kdbench.training.cache_streams import StreamFiles
-from kdbench.training.teacher_cache import read_entry, row_of
+from kdbench.training.cache.outputs import read_entry, row_of
+from kdbench.training.cache.streams import StreamFiles
 from tests.bad_input.tiny_experiment import assert_mistake, assert_one_line, run, write
 from tests.console import Kdbench
 from tests.peak_memory import Measured, measured

@@ -11,8 +11,8 @@ import yaml
 
 from kdbench.benchmark import run as running
 from kdbench.experiment import Experiment, load_experiment
-from kdbench.results.folder import local_path
-from kdbench.results.store import path_name
+from kdbench.records.store import path_name
+from kdbench.storage.folder import local_path
 from tests.bad_input.tiny_experiment import assert_one_line, run, write
 from tests.console import Ended, Kdbench
 

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdbench.benchmark import run as running
-from kdbench.distributed.study import MethodStudy
 from kdbench.experiment import Experiment
-from kdbench.results.layout import Layout
-from kdbench.results.record import CHECKSUM, row_checksum
-from kdbench.results.store import ResultStore
-from kdbench.search_space import Parameter, Range
+from kdbench.records.record import CHECKSUM, row_checksum
+from kdbench.records.store import ResultStore
+from kdbench.search.space import Parameter, Range
+from kdbench.search.study import MethodStudy
+from kdbench.storage.layout import Layout
 from kdbench.training import precision
 from tests.bad_input.tiny_experiment import TINY, assert_one_line, results, run, write
 from tests.console import Kdbench

@@ -16,7 +16,7 @@ import torch
 
 from kdbench.errors import DiskFull, UserError
 from kdbench.experiment import Unit
-from kdbench.results.layout import Layout
+from kdbench.storage.layout import Layout
 from kdbench.training.checkpoint import save_checkpoint
 from kdbench.training.session import LocalSession
 from kdbench.training.work import Ending, attempt, pack_ending, unpack_ending
@@ -160,7 +160,7 @@ def test_an_interrupt_at_any_step_leaves_whole_results_only(kdbench: Kdbench, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"kdbench.display.Display.{moment}", interrupted)
+        patch.setattr(f"kdbench.cli.display.Display.{moment}", interrupted)
         ended = run(kdbench)
     assert ended.code == 130
     assert "Stopped. What is finished is kept; to go on: kdbench run tiny.yaml" in ended.err
@@ -176,7 +176,7 @@ def test_an_interrupt_while_the_teachers_outputs_are_kept_leaves_what_the_next_r
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdbench.training.cache_streams.StreamFiles.mark", interrupted)
+        patch.setattr("kdbench.training.cache.streams.StreamFiles.mark", interrupted)
         assert run(kdbench).code == 130
     assert results() == ["teacher teacher ok"]
     assert run(kdbench).code == 0

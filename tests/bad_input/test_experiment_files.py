@@ -11,7 +11,7 @@ import yaml
 
 from kdbench.benchmark import run as running
 from kdbench.experiment import load_experiment
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from tests.bad_input.tiny_experiment import TINY, assert_mistake, run, write
 from tests.console import Kdbench
 

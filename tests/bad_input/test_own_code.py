@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench import cli
 from kdbench.benchmark import run as running
+from kdbench.cli import app as cli
 from kdbench.data.sources import _opened
 from kdbench.errors import in_one_line
 from kdbench.own_code import TRUST_VARIABLE
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from kdbench.tasks.build import _built
 from tests.bad_input.tiny_experiment import assert_mistake, assert_one_line, results, run
 from tests.console import Kdbench
@@ -132,7 +132,7 @@ def test_a_fault_that_nobody_foresaw_is_one_line_and_its_traceback_is_in_a_file(
 
 def test_the_installed_script_finds_a_module_in_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "kdbench").write_text("from kdbench.cli import main\nmain()\n")
+    (tmp_path / "bin" / "kdbench").write_text("from kdbench.cli.app import main\nmain()\n")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "own_net.py").write_text(OWN_CODE)
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, load_model
 
 from kdbench.own_code import TRUST_VARIABLE
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from tests.bad_input.odd_networks import Tied
 from tests.bad_input.tiny_experiment import TINIER, WHOLE, assert_mistake, assert_one_line, results, run
 from tests.console import Kdbench

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdbench.results.store import ResultStore
-from kdbench.results.tracking import tracking_uri
+from kdbench.records.store import ResultStore
+from kdbench.tracking import tracking_uri
 from tests.bad_input.tiny_experiment import TINIER, assert_one_line, run, write
 from tests.console import Kdbench
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from tests.console import Ended, Kdbench
 
 TINY: dict[str, Any] = {

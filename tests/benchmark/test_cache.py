@@ -18,9 +18,9 @@ from kdbench.data.batch import Batch
 from kdbench.experiment import Experiment
 from kdbench.methods.base import Method, Paper, Progress
 from kdbench.models.outputs import Outputs
-from kdbench.results.layout import Layout
-from kdbench.results.locks import Held, locked
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
+from kdbench.storage.layout import Layout
+from kdbench.storage.locks import Held, locked
 from kdbench.training import teacher
 from tests.console import Kdbench
 

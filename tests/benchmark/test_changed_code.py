@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from tests.bad_input.tiny_experiment import TINIER, run
 from tests.console import Kdbench
 

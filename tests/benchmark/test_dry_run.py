@@ -10,10 +10,10 @@ import torch
 
 from kdbench.benchmark import dry_run as module
 from kdbench.benchmark.dry_run import DryRun, MethodEstimate, dry_run
+from kdbench.cli.pages import dry_run_page
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
 from kdbench.models.build import ModelSpec, build_model, without_weights
-from kdbench.pages import dry_run_page
 from kdbench.training.checkpoint import save_weights
 
 CIFAR: dict[str, Any] = {

@@ -22,17 +22,17 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork
 from kdbench.benchmark.run import _pairs, check, run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.boards.leaderboard import boards
 from kdbench.data import sources
 from kdbench.data.image_folder import Files
+from kdbench.deploy.verification import verify
 from kdbench.experiment import Experiment
 from kdbench.methods.build import MethodSpec
-from kdbench.results.leaderboard import boards
-from kdbench.results.record import CHECKSUM, row_checksum
-from kdbench.results.store import ResultStore
-from kdbench.results.tracking import NoTracker
+from kdbench.records.record import CHECKSUM, row_checksum
+from kdbench.records.store import ResultStore
 from kdbench.tasks import build
+from kdbench.tracking import NoTracker
 from kdbench.training.earlier_keys import _config, draws_noise, has_dropout
-from kdbench.training.verification import verify
 from tests.test_yaml12 import bomb
 
 EARLIER = Path(__file__).parent / "earlier"

@@ -10,9 +10,9 @@ import yaml
 
 from kdbench.benchmark import dry_run as module
 from kdbench.benchmark.dry_run import dry_run
+from kdbench.boards.published import load_published
 from kdbench.experiment import load_experiment
 from kdbench.methods import METHODS
-from kdbench.results.published import load_published
 from tests.pages import ROOT
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))

@@ -13,8 +13,8 @@ from kdbench.benchmark import run as running
 from kdbench.benchmark.run import Summary, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment, Unit
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
 from kdbench.training import work
 
 EXPERIMENT = Experiment.model_validate(

@@ -12,10 +12,10 @@ from PIL import Image
 from kdbench.benchmark.dry_run import dry_run
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.cli.pages import dry_run_page
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
-from kdbench.pages import dry_run_page
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from tests.console import Kdbench
 
 EVERYTHING = {"resized_crop": 0.3, "crop": 2, "flip": True, "operations": 1, "color": 0.3, "erase": 0.3, "mixup": 0.2, "cutmix": 1.0}

@@ -21,25 +21,25 @@ from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork, axes_of
 from kdbench.benchmark.run import _pairs, check, run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.boards.leaderboard import boards
+from kdbench.boards.summary import summaries
 from kdbench.bounded import read_file
 from kdbench.data import image_folder, sources
+from kdbench.deploy.verification import verify
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
 from kdbench.methods.base import Method
 from kdbench.methods.build import MethodSpec, fitted
 from kdbench.methods.kd import KD
 from kdbench.models.build import ModelSpec
-from kdbench.results.leaderboard import boards
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
-from kdbench.results.summary import summaries
-from kdbench.results.tracking import NoTracker
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
 from kdbench.tasks import build
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.tasks.classification import Classification
+from kdbench.tracking import NoTracker
 from kdbench.training.loop import prepare
 from kdbench.training.session import LocalSession
-from kdbench.training.verification import verify
 
 ASKED: dict[str, Any] = {
     "name": "keys",

@@ -22,9 +22,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 
-from kdbench.results.journals import fetch_journal
-from kdbench.results.layout import results_folder
-from kdbench.results.record import from_table
+from kdbench.records.record import from_table
+from kdbench.storage.journals import fetch_journal
+from kdbench.storage.layout import results_folder
 from tests.object_storage import KEY, SECRET, ObjectStorage
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "kill.yaml"

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from kdbench import tracking
+from kdbench.benchmark.leftovers import left_behind
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment
-from kdbench.results import tracking
-from kdbench.results.leftovers import left_behind
-from kdbench.results.store import ResultStore
-from kdbench.results.tracking import MlflowTracker, tracking_uri
+from kdbench.records.store import ResultStore
+from kdbench.tracking import MlflowTracker, tracking_uri
 
 REPOSITORY = Path(__file__).parents[2]
 PARTS: dict[str, Any] = {
@@ -37,8 +37,8 @@ from pathlib import Path
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment
-from kdbench.results.store import ResultStore
-from kdbench.results.tracking import MlflowTracker
+from kdbench.records.store import ResultStore
+from kdbench.tracking import MlflowTracker
 
 append = ResultStore.append
 

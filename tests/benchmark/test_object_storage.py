@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from tests.console import Kdbench
 from tests.object_storage import SECRET, ObjectStorage
 

@@ -10,7 +10,7 @@ import pytest
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 
 EXPERIMENT: dict[str, Any] = {
     "name": "given",

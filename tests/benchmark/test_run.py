@@ -11,13 +11,13 @@ import pytest
 from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import profile, run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.boards.leaderboard import boards
+from kdbench.cli.pages import profile_page
 from kdbench.distributed.cluster import Slots
 from kdbench.experiment import Experiment, Runtime, Unit, content_hash, load_experiment
-from kdbench.pages import profile_page
-from kdbench.results.layout import Layout
-from kdbench.results.leaderboard import boards
-from kdbench.results.rendering import render
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
+from kdbench.report.rendering import render
+from kdbench.storage.layout import Layout
 from kdbench.tasks.build import build_task
 from kdbench.training.outcome import rederive
 from kdbench.training.work import Work, run_here

@@ -12,7 +12,7 @@ from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from kdbench.tasks.base import Splits
 from kdbench.tasks.segmentation import Segmentation
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from kdbench import tracking
 from kdbench.benchmark import run as running
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment, Unit
-from kdbench.results import tracking
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
-from kdbench.results.tracking import MlflowTracker
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
+from kdbench.tracking import MlflowTracker
 from tests.training.gloo import free_port
 
 EXPERIMENT = Experiment.model_validate(

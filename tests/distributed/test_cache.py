@@ -12,9 +12,9 @@ from kdbench.distributed import cache, cluster
 from kdbench.distributed.cache import worth_ray, write_with_ray
 from kdbench.errors import DiskFull
 from kdbench.experiment import Runtime
-from kdbench.training.cache_build import Builder, Plan, build_here
-from kdbench.training.cache_streams import Stream
-from kdbench.training.teacher_cache import CacheSpec, open_cache
+from kdbench.training.cache.build import Builder, Plan, build_here
+from kdbench.training.cache.outputs import CacheSpec, open_cache
+from kdbench.training.cache.streams import Stream
 from tests.training.units import saved_teacher, unit
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def begun(spec: CacheSpec, folder: Path) -> tuple[Builder, Plan]:
 
 @pytest.mark.usefixtures("ray")
 def test_shards_written_by_rays_processes_are_the_bytes_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdbench.training.cache_streams.SHARD_ROWS", 128)
+    monkeypatch.setattr("kdbench.training.cache.streams.SHARD_ROWS", 128)
     augmented = unit("kd", saved_teacher(tmp_path), recipe={"augment": {"crop": 2, "flip": True}, "views": 2})
     assert augmented.teacher is not None
     spec = CacheSpec(teacher=augmented.teacher, task=augmented.task, recipe=augmented.recipe, data_seed=0)

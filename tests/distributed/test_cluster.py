@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from kdbench.benchmark import run as running
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Phase, Unwatched
+from kdbench.deploy.verification import verify
 from kdbench.experiment import Experiment, Unit
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
-from kdbench.training.verification import verify
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
 from tests import private_ray
 from tests.listening import descendants
 from tests.training.units import TEACHER, saved_teacher

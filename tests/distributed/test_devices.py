@@ -15,11 +15,11 @@ from kdbench.distributed import cache
 from kdbench.distributed.cluster import check_fits_here, decided, device_here, slots_of, unusable_gpus, workers_on
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Runtime
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 from kdbench.training import session
-from kdbench.training.cache_build import Builder
+from kdbench.training.cache.build import Builder
+from kdbench.training.cache.outputs import CacheSpec
 from kdbench.training.session import LocalSession, device_for
-from kdbench.training.teacher_cache import CacheSpec
 from tests import private_ray
 from tests.training.units import saved_teacher, unit
 

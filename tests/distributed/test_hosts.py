@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdbench.results.store import ResultStore
+from kdbench.records.store import ResultStore
 
 REPOSITORY = Path(__file__).parents[2]
 HOSTS = {"kdbench-a": "10.213.7.1", "kdbench-b": "10.213.7.2"}

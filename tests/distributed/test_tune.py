@@ -22,17 +22,17 @@ from kdbench.benchmark import run as running
 from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
 from kdbench.benchmark.run import Summary, run
 from kdbench.benchmark.watch import Phase, Unwatched
+from kdbench.boards.leaderboard import boards
 from kdbench.data.shapes import shapes
 from kdbench.data.sources import Source
 from kdbench.distributed.cluster import slots_of
 from kdbench.distributed.train import WorkerFailed, _to_tune, lost_peer
 from kdbench.distributed.tune import _Desk
 from kdbench.experiment import Experiment, Runtime, Unit
-from kdbench.results.layout import Layout
-from kdbench.results.leaderboard import boards
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
-from kdbench.results.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
+from kdbench.storage.layout import Layout
+from kdbench.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
 from kdbench.training.work import Ending, pack_death, pack_ending, pack_epoch, pack_resumed
 from tests.training.units import unit as training
 

@@ -10,7 +10,7 @@ from kdbench.errors import UserError, explain
 from kdbench.methods import METHODS
 from kdbench.methods.build import MethodSpec, build_method, method_class, params_of, search_axes
 from kdbench.methods.dkd import DKD
-from kdbench.search_space import Choice, Range
+from kdbench.search.space import Choice, Range
 
 
 def spec(value: Any) -> MethodSpec:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdbench.cli.pages import show_page
 from kdbench.data.batch import Batch, Part
-from kdbench.distributed.study import MethodStudy
 from kdbench.errors import UserError
 from kdbench.experiment import Unit, load_experiment, to_yaml
 from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
@@ -22,8 +22,8 @@ from kdbench.methods.kd import KD
 from kdbench.methods.nkd import NKD
 from kdbench.methods.tf_nkd import TeacherFreeNKD
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.pages import show_page
-from kdbench.search_space import Choice, Range, When, dotted
+from kdbench.search.space import Choice, Range, When, dotted
+from kdbench.search.study import MethodStudy
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.loop import fit, prepare
 from kdbench.training.session import LocalSession

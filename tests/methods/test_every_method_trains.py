@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdbench.experiment import TeacherRef, Unit
 from kdbench.methods import METHODS
 from kdbench.methods.base import Progress
-from kdbench.results.record import RunRecord
+from kdbench.records.record import RunRecord
 from kdbench.training import loop
 from kdbench.training.loop import Training, fit, prepare
 from kdbench.training.precision import autocast

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdbench.results.record import RunRecord, new_run_id
+from kdbench.records.record import RunRecord, new_run_id
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -12,10 +12,10 @@ from kdbench.data.loader import Loader
 from kdbench.errors import UserError
 from kdbench.methods import METHODS
 from kdbench.tasks.build import build_task
+from kdbench.training.cache.outputs import open_cache
 from kdbench.training.loop import close_epoch, mean_losses, prepare, train_epoch
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher, load_teacher
-from kdbench.training.teacher_cache import open_cache
 from tests.tolerances import rounding
 from tests.training.units import TEACHER, saved_teacher, unit, with_cache
 

@@ -10,20 +10,20 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from kdbench.deploy.export import experiment_of
+from kdbench.deploy.verification import verify
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, TeacherRef, to_yaml
 from kdbench.models.build import ModelSpec
-from kdbench.results.record import RunRecord
-from kdbench.results.store import ResultStore
+from kdbench.records.record import RunRecord
+from kdbench.records.store import ResultStore
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.checkpoint import save_weights
 from kdbench.training.evaluate import predict
-from kdbench.training.export import experiment_of
 from kdbench.training.keys import derived
 from kdbench.training.loop import fit
 from kdbench.training.outcome import measured_teacher, rederive
 from kdbench.training.session import LocalSession
-from kdbench.training.verification import verify
 from tests.training import units
 from tests.training.units import SmoothNet, layout, smooth_net, unit, with_cache
 

@@ -10,7 +10,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 
 from kdbench.experiment import Unit
-from kdbench.results.record import RunRecord
+from kdbench.records.record import RunRecord
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
 from tests.training.gloo import Stopped, free_port, joined

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from kdbench.experiment import CacheOptions, TeacherRef, Unit
 from kdbench.models.build import ModelSpec
-from kdbench.results.layout import Layout
-from kdbench.results.record import RunRecord
+from kdbench.records.record import RunRecord
+from kdbench.storage.layout import Layout
 from kdbench.tasks.build import TaskSpec, build_task
-from kdbench.training.cache_build import Builder, build_here
+from kdbench.training.cache.build import Builder, build_here
+from kdbench.training.cache.outputs import CacheSpec
 from kdbench.training.checkpoint import save_weights
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession, State
-from kdbench.training.teacher_cache import CacheSpec
 
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 300}
 STUDENT = {"name": "tests.training.units:smooth_net"}

@@ -1,0 +1,233 @@
+"""Where every figure of a board's row comes from: the runs, their values by seed, and how the figure follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from kdbench.boards.filters import check_method
+from kdbench.boards.formatting import digits, interval, pair_title, short
+from kdbench.boards.leaderboard import CONTROLS, Board, Row
+from kdbench.boards.stats import paired_difference, paired_p_value
+from kdbench.errors import UserError
+from kdbench.records.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of the row. `value` is what counts: of `counted`, which is another run where this one failed; None where nothing does.
+
+    undistilled, control: the runs of the same seed that gain and vs_kd are over, with their values.
+    """
+
+    seed: int
+    run_id: str
+    status: str
+    failure: str | None
+    value: float | None
+    counted: str | None
+    undistilled: tuple[str, float] | None
+    control: tuple[str, float] | None
+    predictions: str | None
+    predictions_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the row: its name as in JSON, what it is, how it follows, and the runs that it follows from."""
+
+    name: str
+    value: str
+    how: str
+    run_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row of one board, traced. findings: those of the whole board."""
+
+    title: str
+    protocol_hash: str
+    method: str
+    runs: tuple[Run, ...]
+    figures: tuple[Figure, ...]
+    findings: tuple[str, ...] = ()
+
+
+def explain(boards: Sequence[Board], records: Iterable[RunRecord], method: str) -> list[Explanation]:
+    """The rows with that label or method, one explanation each. Raises UserError where no board has one.
+
+    records: all that the boards were made from, and the teachers'.
+    """
+    by_id = {record.run_id: record for record in records}
+    found = [_explanation(board, row, by_id) for board in boards for row in board.rows if method in (row.label, row.method)]
+    if not found:
+        check_method(boards, method, "--explain")
+        raise UserError(f"--explain {method}: no board has this method")
+    return found
+
+
+def explanation_data(explanation: Explanation) -> dict[str, Any]:
+    """As plain data for JSON."""
+    return asdict(explanation)
+
+
+def _explanation(board: Board, row: Row, by_id: Mapping[str, RunRecord]) -> Explanation:
+    runs = tuple(_run(by_id[run_id], row, board, by_id) for run_id in row.run_ids)
+    figures = tuple(_Trace(board, row, runs, by_id).figures())
+    return Explanation(pair_title(board), board.protocol_hash, row.label, runs, figures, board.findings)
+
+
+def _run(record: RunRecord, row: Row, board: Board, by_id: Mapping[str, RunRecord]) -> Run:
+    seed = record.seed
+    undistilled, control = (_of_seed(board, label, seed, by_id) for label in (board.undistilled, board.control))
+    value = row.values.get(seed)
+    failed = value is None or record.status == "failed" or record.test_metric is None or not math.isfinite(record.test_metric)
+    counted = None if value is None else (undistilled[0] if undistilled else None) if failed else record.run_id
+    return Run(
+        seed,
+        record.run_id,
+        record.status,
+        record.failure,
+        value,
+        counted,
+        undistilled if row.label != board.undistilled else None,
+        control if row.label != board.control else None,
+        record.predictions_uri,
+        record.predictions_sha256,
+    )
+
+
+def _of_seed(board: Board, label: str | None, seed: int, by_id: Mapping[str, RunRecord]) -> tuple[str, float] | None:
+    row = board.row(label)
+    if row is None or seed not in row.values:
+        return None
+    return next((run_id, row.values[seed]) for run_id in row.run_ids if by_id[run_id].seed == seed)
+
+
+class _Trace:
+    """The figures of one row, in the order of the board's columns."""
+
+    def __init__(self, board: Board, row: Row, runs: Sequence[Run], by_id: Mapping[str, RunRecord]) -> None:
+        self.board, self.row, self.runs, self.by_id = board, row, runs, by_id
+        self.decimals = digits(board)
+        self.sign = 1.0 if board.higher_is_better else -1.0
+        self.counted = tuple(run.counted for run in runs if run.counted is not None)
+
+    def figures(self) -> list[Figure]:
+        found = [self._rank(), self._mean(), self._paired("gain", "undistilled"), self._gap(), self._paired("vs_kd", "control"), self._p()]
+        found += [self._cost(name) for name in ("latency_ms_p50", "params_count", "flops")]
+        return [figure for figure in [*found, self._device_hours(), self._params()] if figure is not None]
+
+    def _rank(self) -> Figure:
+        row = self.row
+        if row.rank is None:
+            why = "every seed failed" if row.mean is None and row.failed else f"{row.seeds} seeds that count, fewer than others have"
+            return Figure("rank", "none", why, row.run_ids)
+        leader = next(other for other in self.board.rows if other.rank == row.rank)
+        place = self.board.rows.index(row) + 1
+        above = [other for other in self.board.rows[: place - 1] if other.rank is not None and other.rank < row.rank]
+        if leader is not row:
+            open_ = "has no interval, as one seed gives none" if row.seeds == 1 else "holds 0"
+            against, how = leader, f"shared with {leader.label}: the difference {self._difference(row, leader)} {open_}"
+        elif above:
+            against = next(other for other in above if other.rank == above[-1].rank)
+            how = f"place {place}: the difference to {against.label}, {self._difference(row, against)}, leaves out 0"
+        else:
+            against, how = None, "the best mean"
+        return Figure("rank", str(row.rank), how, (*row.run_ids, *(against.run_ids if against else ())))
+
+    def _mean(self) -> Figure | None:
+        row, values = self.row, [*self.row.values.values()]
+        if row.mean is None:
+            return None
+        sum_ = " + ".join(self._number(value) for value in values)
+        shown = interval(row.mean, row.low, row.high, f".{self.decimals}f")
+        return Figure("mean", shown, f"({sum_}) / {len(values)}{self._t(values)}", self.counted)
+
+    def _paired(self, name: str, other: str) -> Figure | None:
+        row = self.row
+        middle, low, high = (getattr(row, name + end) for end in ("", "_low", "_high"))
+        if middle is None:
+            return None
+        couples = [(run, getattr(run, other)) for run in self.runs if run.value is not None and getattr(run, other) is not None]
+        differences = [self.sign * (run.value - against[1]) for run, against in couples if run.value is not None]
+        listed = ", ".join(f"{difference:+.{self.decimals}f}" for difference in differences)
+        label = self.board.undistilled if other == "undistilled" else self.board.control
+        turned = "" if self.sign > 0 else ", turned so that positive is better"
+        return Figure(
+            name,
+            interval(middle, low, high, f"+.{self.decimals}f"),
+            f"mean of the differences to {label} by seed{turned}: {listed}{self._t(differences)}",
+            (*self.counted, *(against[0] for _, against in couples)),
+        )
+
+    def _gap(self) -> Figure | None:
+        row, undistilled, metric = self.row, self.board.row(self.board.undistilled), self.board.teacher_metric
+        if row.gap_recovered is None or row.mean is None or undistilled is None or undistilled.mean is None or metric is None:
+            return None
+        base, teacher = self._number(undistilled.mean), self._number(metric)
+        teachers = [r.run_id for r in self.by_id.values() if r.role == "teacher" and r.teacher_sha == self.board.teacher_sha is not None]
+        how = f"({self._number(row.mean)} - {base}) / ({teacher} - {base}); {teacher} is the teacher, {base} is {undistilled.label}"
+        return Figure("gap_recovered", f"{row.gap_recovered:z.1%}", how, (*self.counted, *undistilled.run_ids, *teachers))
+
+    def _p(self) -> Figure | None:
+        row, control = self.row, self.board.row(self.board.control)
+        if row.vs_kd_p is None or control is None:
+            return None
+        family = [other for other in self.board.rows if other.vs_kd_p is not None and other.method not in CONTROLS]
+        plain = paired_p_value(row.values, control.values)
+        how = f"paired t-test: {short(plain)}; adjusted by Holm for {len(family)} methods: {', '.join(other.label for other in family)}"
+        return Figure("vs_kd_p", short(row.vs_kd_p), how, (*row.run_ids, *control.run_ids))
+
+    def _cost(self, name: str) -> Figure | None:
+        records = self._records() if name != "latency_ms_p50" else self._of_one_network()
+        known = [(r.run_id, getattr(r, name)) for r in records if getattr(r, name) is not None]
+        if not known:
+            return None
+        how = "of the deployed student"
+        if name == "latency_ms_p50":
+            how = f"median of {', '.join(short(value) for _, value in known)}, over all runs of the board that deploy the same network"
+        return Figure(name, short(getattr(self.row, name)), how, tuple(run_id for run_id, _ in known))
+
+    def _of_one_network(self) -> list[RunRecord]:
+        network = (self.row.params_count, self.row.flops)
+        alike = [self.row] if None in network else [row for row in self.board.rows if (row.params_count, row.flops) == network]
+        return [self.by_id[run_id] for row in alike for run_id in row.run_ids]
+
+    def _device_hours(self) -> Figure | None:
+        if self.row.device_hours is None:
+            return None
+        trainings = [r.device_hours for r in self._records() if r.device_hours is not None]
+        search = max((r.search_device_hours for r in self._records() if r.search_device_hours is not None), default=0.0)
+        how = f"mean of the finals' {', '.join(map(short, trainings))}, plus {short(search)} of the search"
+        return Figure("device_hours", short(self.row.device_hours), how, self.row.run_ids)
+
+    def _params(self) -> Figure:
+        newest = max(self._records(), key=lambda r: (r.created_at, r.run_id))
+        by = f"chosen by {self.row.trials} trials, study {newest.study_id}" if self.row.trials else "as configured"
+        shown = ", ".join(f"{name}={short(value)}" for name, value in self.row.params.items()) or "none"
+        return Figure("params", shown, f"of the newest final; {by}", (newest.run_id,))
+
+    def _records(self) -> list[RunRecord]:
+        return [self.by_id[run_id] for run_id in self.row.run_ids]
+
+    def _difference(self, a: Row, b: Row) -> str:
+        ours, theirs = ({seed: self.sign * value for seed, value in row.values.items()} for row in (a, b))
+        middle, low, high = paired_difference(ours, theirs) or (None, None, None)
+        return interval(middle, low, high, f"+.{self.decimals}f")
+
+    def _number(self, value: float) -> str:
+        return f"{value:.{self.decimals}f}"
+
+    def _t(self, values: Sequence[float]) -> str:
+        """How the interval follows from the values."""
+        if len(values) < 2:
+            return "; one seed has no interval"
+        from scipy.special import stdtrit
+
+        quantile, sd = float(stdtrit(len(values) - 1, 0.975)), stdev(values)
+        return f"; {fmean(values):.{self.decimals}f} ± {quantile:.3f} · {sd:.{self.decimals + 1}f} / √{len(values)}"

@@ -1,0 +1,55 @@
+"""How the figures of a board read, the same in the terminal, in Markdown, in LaTeX and in explanations. Rounded here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # `kdbench list` imports this file; it should not wait for numpy and pyarrow
+    from kdbench.boards.leaderboard import Board
+
+UNKNOWN = "-"
+
+
+def digits(board: Board) -> int:
+    """Decimals of its metric: percent and points have two; one that lives below 2, such as an error or a loss, needs four."""
+    return 2 if any(abs(row.mean) >= 2 for row in board.rows if row.mean is not None) else 4
+
+
+def interval(middle: float | None, low: float | None, high: float | None, spec: str) -> str:
+    """`91.05 [90.41, 91.69]`, the numbers written as `spec` says; without ends where there are none."""
+    if middle is None:
+        return UNKNOWN
+    return f"{middle:{spec}}" if low is None or high is None else f"{middle:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+
+def short(value: Any) -> str:
+    """A number to three figures, anything else as it is."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def scaled(count: int | None) -> str:
+    """1234567 as 1.23M."""
+    if count is None:
+        return UNKNOWN
+    power = min((len(str(abs(count))) - 1) // 3, 4)
+    return f"{count / 1000**power:.3g}{['', 'k', 'M', 'G', 'T'][power]}"
+
+
+def pair_title(board: Board) -> str:
+    """`classification on fashion_mnist: cifar_resnet56 -> cifar_resnet8`."""
+    return f"{board.task} on {board.data}: {board.teacher or 'no teacher'} -> {board.student}"
+
+
+def finite(value: Any) -> Any:
+    """The value as strict JSON can hold it: null for nan and for infinity, inside of lists and mappings too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value

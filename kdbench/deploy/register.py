@@ -1,0 +1,132 @@
+"""A student in MLflow's model registry: as a graph with its tensors (torch.export), so that loading it unpickles and runs no code."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdbench.deploy.export import Deployed, deployed, difference_allowed, silent
+from kdbench.errors import KDBenchError, RunFailed, UserError, in_one_line
+from kdbench.records.record import RunRecord
+from kdbench.tracking import RUN_TAG, MlflowTracker
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ARTIFACT = "model"
+_TRACED_IMAGES = 2  # one would be taken for a constant
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model. uri: what `mlflow.pytorch.load_model` takes. new: False where the run was registered before.
+
+    difference: the largest of all predictions of `images` test images, at most `tolerance`.
+    """
+
+    uri: str
+    tracking_uri: str
+    new: bool
+    images: int
+    difference: float
+    tolerance: float
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTracker) -> Registered:
+    """Put the network of `record` into the registry as a version of the model `name`, once: the same run gives the same version.
+
+    It takes float32 images [N, C, H, W] in [0, 1] and gives what its head gives; resizing and normalisation are part of it. It is
+    registered only once what was loaded gave what the original gives. Raises UserError where the record has no weights or the registry
+    refuses the name, RunFailed where the network can't be written as a graph or MLflow can't be reached.
+    """
+    network, images, facts = deployed(record, store_root)
+    with torch.no_grad():
+        expected = network(images)
+    try:
+        client = tracker.client()
+        run_id = record.mlflow_run_id or tracker.log_run(None, f"{record.label} · seed {record.seed}", f"registered/{record.unit_key}")
+        if run_id is None:
+            raise RunFailed(f"MLflow at {tracker.name} can't be written, so nothing was registered")
+        with tempfile.TemporaryDirectory() as scratch, silent():
+            folder = Path(scratch) / ARTIFACT
+            _save(network, images, expected, folder, facts)
+            difference, tolerance = difference_allowed(_loaded(folder, images), expected, f"model {name}")
+            version, new = _version(client, name, run_id, folder, facts)
+    except KDBenchError:
+        raise
+    except Exception as error:  # MLflow passes on whatever its database driver, its object store or torch.export raises
+        raise _explained(error, name) from error
+    return Registered(
+        uri=f"models:/{name}/{version}",
+        tracking_uri=tracker.name,
+        new=new,
+        images=len(images),
+        difference=difference,
+        tolerance=tolerance,
+        input_shape=tuple(images.shape[1:]),
+        output_shape=tuple(expected.shape[1:]),
+    )
+
+
+def _save(network: Deployed, images: Tensor, expected: Tensor, folder: Path, facts: dict[str, str]) -> None:
+    import mlflow.pytorch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    single = np.dtype(np.float32)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(single, (-1, *images.shape[1:]))]), outputs=Schema([TensorSpec(single, (-1, *expected.shape[1:]))])
+    )
+    needed = [f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}", f"numpy=={np.__version__}"]
+    mlflow.pytorch.save_model(
+        network,
+        str(folder),
+        serialization_format="pt2",  # the other one is a pickle
+        signature=signature,
+        input_example=images[:_TRACED_IMAGES].numpy(),
+        pip_requirements=needed,
+        metadata={f"kdbench.{name}": value for name, value in facts.items()},
+    )
+
+
+def _loaded(folder: Path, images: Tensor) -> Tensor:
+    """The predictions of what was written, read as a user of the registry reads it."""
+    import mlflow.pytorch
+
+    with torch.no_grad():
+        prediction: Tensor = mlflow.pytorch.load_model(str(folder))(images)
+    return prediction
+
+
+def _version(client: MlflowClient, name: str, run_id: str, folder: Path, facts: dict[str, str]) -> tuple[str, bool]:
+    """The version of the model that comes from this run, made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    for known in client.search_model_versions(f"run_id = '{run_id}'"):
+        if known.name == name:
+            return str(known.version), False
+    client.log_artifacts(run_id, str(folder), ARTIFACT)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+    described = f"{facts['model']} by {facts['method']}, seed {facts['seed']}, on {facts['data']}; kdbench run {facts['run_id']}"
+    made = client.create_model_version(name, source, run_id, tags={RUN_TAG: facts["run_id"]}, description=described)
+    return str(made.version), True
+
+
+def _explained(error: Exception, name: str) -> KDBenchError:
+    code = getattr(error, "error_code", None)
+    if code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+        return UserError(f"--register {name}: MLflow refuses it ({in_one_line(error)})")
+    return RunFailed(f"model {name} was not registered ({in_one_line(error)})")

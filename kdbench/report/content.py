@@ -1,0 +1,258 @@
+"""What a report says of each board: the board itself, and of each method its runs, its curve, its search, from records and studies."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from kdbench.boards.leaderboard import Board, Row, boards
+from kdbench.boards.published import PublishedFigure
+from kdbench.errors import UserError
+from kdbench.records.record import RunRecord
+from kdbench.records.store import path_name
+from kdbench.report.charts import VERDICTS, Curve, Difference, Point, verdict
+from kdbench.storage.journals import read_journal
+from kdbench.storage.layout import Layout
+from kdbench.tracking import Interface
+
+if TYPE_CHECKING:
+    from kdbench.report.searches import Search
+
+
+@dataclass(frozen=True)
+class Run:
+    """One final training. value: its test metric, None where it failed. mlflow: the address of its page, None where it has none."""
+
+    run_id: str
+    seed: int
+    value: float | None
+    val: float | None
+    failure: str | None
+    mlflow: str | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the board with what stands behind it. number: its place on the board, by which charts name it.
+
+    anchor: a name that no other row of the board has, the same when more rows come.
+    search: None where the parameters were not searched; a sentence where the search can't be shown.
+    """
+
+    number: int
+    anchor: str
+    row: Row
+    runs: tuple[Run, ...]
+    curve: Curve | None
+    search: Search | str | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a part of the runs was made with."""
+
+    runs: int
+    versions: Mapping[str, str]
+    commit: str | None
+    dirty: bool | None
+    devices: tuple[str, ...]
+    host: str | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment that runs of a board belong to, as the newest of them recorded it. earlier: how many other versions there were."""
+
+    name: str
+    config: str | None
+    earlier: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """One board of a report. anchor: a name that no other board has, for links and file names."""
+
+    anchor: str
+    board: Board
+    entries: tuple[Entry, ...]
+    experiments: tuple[Recipe, ...]
+    environments: tuple[Environment, ...]
+    newest: datetime  # when the last of its runs ended
+
+    @property
+    def gains(self) -> list[Difference]:
+        """Over the undistilled student, best first; each judged by its own interval."""
+        found = [
+            Difference(e.row.label, e.number, e.row.gain, e.row.gain_low, e.row.gain_high, verdict(e.row.gain_low, e.row.gain_high))
+            for e in self.entries
+            if e.row.gain is not None
+        ]
+        return sorted(found, key=lambda difference: -difference.middle)
+
+    @property
+    def over_control(self) -> list[Difference]:
+        """Over kd, best first; methods are judged after Holm's correction."""
+        found = [
+            Difference(
+                e.row.label,
+                e.number,
+                e.row.vs_kd,
+                e.row.vs_kd_low,
+                e.row.vs_kd_high,
+                VERDICTS[e.row.verdict],
+                "" if e.row.vs_kd_p is None else f"p = {e.row.vs_kd_p:.3g} after Holm",
+            )
+            for e in self.entries
+            if e.row.vs_kd is not None
+        ]
+        return sorted(found, key=lambda difference: -difference.middle)
+
+    @property
+    def curves(self) -> list[Curve]:
+        return [entry.curve for entry in self.entries if entry.curve is not None]
+
+    @property
+    def tiles(self) -> list[tuple[str, float | None]]:
+        """The figures above the table: what each is of, and its value."""
+        undistilled, best = self.board.row(self.board.undistilled), self.board.best_distilled
+        return [
+            ("teacher", self.board.teacher_metric),
+            ("undistilled student", undistilled.mean if undistilled else None),
+            (f"best distilled: {best.label}" if best else "best distilled", best.mean if best else None),
+        ]
+
+
+def pages(
+    records: Sequence[RunRecord],
+    published: Sequence[PublishedFigure],
+    folders: Sequence[Path],
+    interface: Interface,
+    method: str | None = None,
+) -> list[Page]:
+    """One page a board of `records`. Studies are looked for in the results `folders`, MLflow's pages at `interface`.
+
+    method: leave out all other rows; what is left keeps its gains and its rank.
+    """
+    by_id = {record.run_id: record for record in records}
+    names: Counter[str] = Counter()
+    made = []
+    for board in boards(records, published):
+        pair = (board.data, board.teacher or "no-teacher", board.student, board.protocol_hash[:8])
+        anchor = _unused("-".join(map(path_name, pair)), names)  # used already: the same names with other weights of the teacher
+        labels: Counter[str] = Counter()
+        entries = tuple(
+            _entry(number, _unused(path_name(row.label), labels), row, [by_id[run] for run in row.run_ids], board, folders, interface)
+            for number, row in enumerate(board.rows, start=1)
+            if method in (None, row.label, row.method)
+        )
+        runs = [by_id[run.run_id] for entry in entries for run in entry.runs]
+        if entries:
+            newest = max(run.created_at for run in runs)
+            made.append(Page(anchor, board, entries, tuple(_experiments(runs)), tuple(_environments(runs)), newest))
+    return made
+
+
+def _unused(name: str, used: Counter[str]) -> str:
+    used[name] += 1
+    return f"{name}-{used[name]}" if used[name] > 1 else name
+
+
+def trade_offs(pages: Sequence[Page], cost: str) -> list[Point]:
+    """The ranked methods of boards of one protocol, with what a field of `Row` says that they cost; a student's place is its group."""
+    return [
+        Point(
+            method=entry.row.label,
+            name=entry.row.label if len(pages) == 1 else f"{entry.row.label} · {page.board.student}",
+            number=entry.number,
+            cost=value,
+            quality=entry.row.mean,
+            low=entry.row.low,
+            high=entry.row.high,
+            group=group,
+        )
+        for group, page in enumerate(pages)
+        for entry in page.entries
+        if entry.row.rank is not None and entry.row.mean is not None and (value := getattr(entry.row, cost)) is not None
+    ]
+
+
+def by_protocol(pages: Iterable[Page]) -> list[list[Page]]:
+    """Pages of one protocol and one teacher, that differ in the student: what may be compared with each other."""
+    groups: dict[tuple[str | None, ...], list[Page]] = defaultdict(list)
+    for page in pages:
+        board = page.board
+        groups[board.protocol_hash, board.task, board.data, board.teacher, board.teacher_sha].append(page)
+    return list(groups.values())
+
+
+def _entry(
+    number: int, anchor: str, row: Row, records: Sequence[RunRecord], board: Board, folders: Sequence[Path], interface: Interface
+) -> Entry:
+    runs = tuple(
+        Run(
+            run_id=record.run_id,
+            seed=record.seed,
+            value=record.test_metric,
+            val=record.val_metric,
+            failure=record.failure if record.status == "failed" else None,
+            mlflow=interface.page(record.mlflow_run_id),
+        )
+        for record in records
+    )
+    return Entry(number, anchor, row, runs, _curve(number, row.label, records, f"val_{board.primary}"), _search(records, folders))
+
+
+def _curve(number: int, label: str, records: Sequence[RunRecord], name: str) -> Curve | None:
+    """The mean over the seeds that reached an epoch."""
+    by_epoch: dict[float, list[float]] = defaultdict(list)
+    for record in records:
+        for point in record.curve:
+            value = point.get(name)
+            if value is not None and abs(value) < float("inf"):
+                by_epoch[point["epoch"]].append(value)
+    if not by_epoch:
+        return None
+    epochs = tuple(sorted(by_epoch))
+    return Curve(label, number, epochs, tuple(fmean(by_epoch[epoch]) for epoch in epochs))
+
+
+def _search(records: Sequence[RunRecord], folders: Sequence[Path]) -> Search | str | None:
+    """The study of the newest run that has one."""
+    searched = [record for record in records if record.study_id is not None]
+    if not searched:
+        return None
+    newest = max(searched, key=lambda record: (record.created_at, record.run_id))
+    assert newest.study_id is not None
+    for folder in folders:
+        try:
+            journal = read_journal(Layout(folder).study(path_name(newest.study_id)))
+        except (OSError, UserError) as error:
+            return f"The journal of the search can't be read: {getattr(error, 'strerror', None) or error}."
+        if journal:
+            from kdbench.report.searches import read_search  # imports Optuna, which a board without a search can do without
+
+            return read_search(journal, newest.study_id, newest.trials)
+    return "The study of its search is not in this results folder, so its trials can't be shown."
+
+
+def _experiments(records: Sequence[RunRecord]) -> list[Recipe]:
+    newest_first = sorted(records, key=lambda record: (record.created_at, record.run_id), reverse=True)
+    configs: dict[str, dict[str | None, None]] = defaultdict(dict)  # ordered sets
+    for record in newest_first:
+        configs[record.experiment][record.config] = None
+    return [Recipe(name, next(iter(found)), len(found) - 1) for name, found in sorted(configs.items())]
+
+
+def _environments(records: Sequence[RunRecord]) -> list[Environment]:
+    counts: Counter[tuple[Any, ...]] = Counter(
+        (tuple(sorted(r.versions.items())), r.git_commit, r.git_dirty, tuple(r.devices), r.host_hash) for r in records
+    )
+    return [
+        Environment(count, dict(versions), commit, dirty, devices, host)
+        for (versions, commit, dirty, devices, host), count in counts.most_common()
+    ]

@@ -1,0 +1,94 @@
+"""Boards as LaTeX tables in the style of booktabs, to paste into a paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from kdbench import __version__
+from kdbench.boards.formatting import digits
+from kdbench.boards.leaderboard import Board, Row
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+_NONE = "--"
+
+
+def latex(boards: Sequence[Board]) -> str:
+    r"""One `table` a board: means, gains and differences to kd with their intervals. It needs \usepackage{booktabs} and nothing else."""
+    return "\n\n".join([f"% made by kdbench {__version__}; needs \\usepackage{{booktabs}}", *map(_table, boards)]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """`text` for LaTeX to print as it is, in one paragraph."""
+    return "".join(_SPECIAL.get(character, character) for character in " ".join(text.split()))
+
+
+def _table(board: Board) -> str:
+    decimals = digits(board)
+    rows = [[_name(row, board), *_figures(row, board, decimals)] for row in board.rows]
+    heads = ["Method", escaped(board.primary), "Gain", "vs.\\ kd", "Gap", "Seeds"]
+    used = [place for place in range(len(heads)) if place < 2 or any(row[place] != _NONE for row in rows)]
+    lines = [" & ".join(row[place] for place in used) + r" \\" for row in [heads, *rows]]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering\small\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{_caption(board, decimals)}}}",
+            rf"\label{{tab:{re.sub(r'[^A-Za-z0-9-]+', '-', f'kdbench-{board.protocol_hash}-{board.student}')}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(used) - 1)}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _name(row: Row, board: Board) -> str:
+    return escaped(row.label) + ("$^{*}$" if row.vs_kd_p is not None and row.verdict > 0 else "")
+
+
+def _figures(row: Row, board: Board, decimals: int) -> list[str]:
+    best = row.rank == 1
+    return [
+        _interval(row.mean, row.low, row.high, f".{decimals}f", best),
+        _interval(row.gain, row.gain_low, row.gain_high, f"+.{decimals}f"),
+        _interval(row.vs_kd, row.vs_kd_low, row.vs_kd_high, f"+.{decimals}f"),
+        _NONE if row.gap_recovered is None else f"${100 * row.gap_recovered:.0f}$\\,\\%",
+        f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else ""),
+    ]
+
+
+def _interval(middle: float | None, low: float | None, high: float | None, spec: str, bold: bool = False) -> str:
+    """In mathematics, where a minus is no hyphen."""
+    if middle is None:
+        return _NONE
+    shown = f"\\mathbf{{{middle:{spec}}}}" if bold else f"{middle:{spec}}"
+    return f"${shown}$" if low is None or high is None else f"${shown}\\;{{\\scriptstyle[{low:{spec}},\\,{high:{spec}}]}}$"
+
+
+def _caption(board: Board, decimals: int) -> str:
+    teacher = "no teacher" if board.teacher is None else f"teacher {escaped(board.teacher)}"
+    if board.teacher_metric is not None:
+        teacher += f" (${board.teacher_metric:.{decimals}f}$)"
+    seeds = max((row.seeds for row in board.rows), default=0)
+    told = [
+        f"{escaped(board.task)} on {escaped(board.data)}, {teacher}, student {escaped(board.student)}:",
+        f"{escaped(board.primary)} ({'higher' if board.higher_is_better else 'lower'} is better),",
+        f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; gain over the undistilled student and difference to kd are paired by seed.",
+        "Bold: rank 1, the best mean and the methods after it whose paired interval to it holds 0.",
+    ]
+    if any(row.vs_kd_p is not None for row in board.rows):
+        told.append(r"$^{*}$: better than kd at the 5\,\% level after Holm's correction.")
+    return " ".join([*told, f"Protocol {escaped(board.protocol_hash)}."])

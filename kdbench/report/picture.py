@@ -1,0 +1,71 @@
+"""A board as a picture: what each method gains over the undistilled student, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdbench.boards.formatting import digits
+from kdbench.boards.leaderboard import Board, Row
+from kdbench.errors import RunFailed, UserError
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_BETTER, _WORSE, _UNCLEAR = "#1b7837", "#b2182b", "#5a5a5a"
+
+
+def draw(boards: Sequence[Board], path: Path) -> None:
+    """One panel a board, best method on top; green is surely better than `none`, red surely worse, grey can't be told.
+
+    Raises UserError for a suffix that is none of SUFFIXES and where there is nothing to draw, RunFailed where `path` can't be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--picture {path}: the name must end in one of {', '.join(SUFFIXES)}")
+    drawable = [board for board in boards if worth_drawing(board)]
+    if not drawable:
+        raise UserError("there is nothing to draw: no board has a method beside `none`")
+    from matplotlib.figure import Figure
+
+    heights = [1.2 + 0.34 * len(board.rows) for board in drawable]
+    figure = Figure(figsize=(7.2, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(drawable), 1, squeeze=False, height_ratios=heights)
+    for axes, board in zip(panels[:, 0], drawable, strict=True):
+        _panel(axes, board)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise RunFailed(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def worth_drawing(board: Board) -> bool:
+    """Whether any method's gain is known."""
+    return any(row.gain is not None for row in board.rows)
+
+
+def _panel(axes: object, board: Board) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axes, Axes)
+    rows, figures = [row for row in board.rows if row.gain is not None][::-1], f".{digits(board)}f"
+    for height, row in enumerate(rows):
+        colour = _colour(row)
+        if row.gain_low is not None and row.gain_high is not None:
+            axes.plot([row.gain_low, row.gain_high], [height, height], color=colour, linewidth=2.5, solid_capstyle="round")
+        axes.plot(row.gain or 0.0, height, "o", color=colour, markersize=6)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row.label}  {row.mean:{figures}}" for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"gain in {board.primary} over the undistilled student, points, 95% interval paired by seed", fontsize=9)
+    teacher = f"{board.teacher} ({board.teacher_metric:{figures}})" if board.teacher_metric is not None else board.teacher or "no teacher"
+    student = board.row(board.undistilled)
+    undistilled = f", undistilled {student.mean:{figures}}" if student is not None and student.mean is not None else ""
+    axes.set_title(f"{board.data}: {teacher} → {board.student}{undistilled}", loc="left", fontsize=10)
+
+
+def _colour(row: Row) -> str:
+    if row.gain_low is None or row.gain_high is None or row.gain_low <= 0 <= row.gain_high:
+        return _UNCLEAR
+    return _BETTER if row.gain_low > 0 else _WORSE

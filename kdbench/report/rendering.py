@@ -1,0 +1,338 @@
+"""Boards as text: a table for the terminal, Markdown, CSV, JSON and LaTeX, and what several pairs say together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kdbench.boards.formatting import UNKNOWN, digits, finite, interval, pair_title, scaled, short
+from kdbench.boards.leaderboard import UNDISTILLED, Board, Row
+from kdbench.boards.published import PublishedFigure
+from kdbench.boards.summary import THRESHOLDS, Summary, SummaryRow
+from kdbench.catalogue import nearest
+from kdbench.errors import UserError
+from kdbench.records.record import RunRecord
+from kdbench.report.latex import latex
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+FORMATS = ("table", "markdown", "latex", "csv", "json")
+_COST_TITLES = {"latency_ms_p50": "ms", "params_count": "params", "device_hours": "device-h"}
+_WORDS = ("method", "tuned", "Pareto")  # columns of text, on the left
+NUMBERS = ("gain", "gain_low", "gain_high", "gap_recovered", "vs_kd", "vs_kd_low", "vs_kd_high", "vs_kd_p")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a printed board or summary; where space is short, the highest `expendable` goes first."""
+
+    title: str
+    cell: Callable[[Any], str]
+    expendable: int = 0
+    style: Callable[[Any], str] = lambda _: ""
+
+
+def render(
+    boards: Sequence[Board],
+    format: str = "table",
+    *,
+    across: Sequence[Summary] = (),
+    with_published: bool = False,
+    console: Console | None = None,
+) -> str:
+    """The boards as text in one of FORMATS. A table fits `console` (default: this terminal) and has its colours.
+
+    `across`: summaries over several boards, which stand below these, in tables, Markdown and JSON. `with_published` adds the papers'
+    own figures in a section of their own, in tables and Markdown. JSON and CSV keep full precision. Raises UserError for an unknown format.
+    """
+    if format == "table":
+        return _terminal(boards, across, with_published, console)
+    if format == "markdown":
+        return "\n\n".join([*(_markdown(board, with_published) for board in boards), *map(_summary_markdown, across)]) + "\n"
+    if format == "latex":
+        return latex(boards)
+    if format == "csv":
+        return _csv(boards)
+    if format == "json":
+        content = {"boards": [board_data(board) for board in boards], "across_pairs": [summary_data(summary) for summary in across]}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    check_format(format)
+    raise AssertionError(f"{format} is in FORMATS and not rendered")
+
+
+def check_format(format: str) -> None:
+    """Raise UserError for a format that is none of FORMATS."""
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}{nearest(format, FORMATS)}")
+
+
+def nothing_to_rank(location: str, records: Sequence[RunRecord]) -> str:
+    """What to tell a person whose results folder gives no board."""
+    if not records:
+        return f"no results in {location}: start with `kdbench run experiments/quickstart.yaml`, or name another folder with --results DIR"
+    counts = Counter(record.role for record in records)
+    held = ", ".join(f"{count} {role}" for role, count in sorted(counts.items()))
+    return f"no final run to rank in {location} (it holds {held}): `kdbench run EXPERIMENT.yaml` continues where it stopped"
+
+
+def board_data(board: Board) -> dict[str, Any]:
+    """One board as plain data for JSON: null where a number is unknown, never nan."""
+    return {
+        "protocol_hash": board.protocol_hash,
+        "family": board.family,
+        "task": board.task,
+        "data": board.data,
+        "teacher": {"name": board.teacher, "metric": finite(board.teacher_metric), "sha": board.teacher_sha},
+        "student": board.student,
+        "primary": board.primary,
+        "higher_is_better": board.higher_is_better,
+        "undistilled": board.undistilled,
+        "control": board.control,
+        "detectable": finite(board.detectable),
+        "rows": [row_data(row) for row in board.rows],
+        "findings": list(board.findings),
+        "notes": list(board.notes),
+    }
+
+
+def row_data(row: Row) -> dict[str, Any]:
+    """One row as plain data; `method` is its label on the board, `method_name` its name in the catalogue."""
+    return {
+        "rank": row.rank,
+        "method": row.label,
+        "method_name": row.method,
+        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", *NUMBERS)},
+        "values": {str(seed): finite(value) for seed, value in row.values.items()},
+        "seeds": row.seeds,
+        "failed": row.failed,
+        "params": finite(dict(row.params)),
+        "trials": row.trials,
+        "params_count": row.params_count,
+        "flops": row.flops,
+        "latency_ms_p50": finite(row.latency_ms_p50),
+        "device_hours": finite(row.device_hours),
+        "pareto": list(row.pareto),
+        "run_ids": list(row.run_ids),
+    }
+
+
+def summary_data(summary: Summary) -> dict[str, Any]:
+    """What several pairs say together, as plain data; `profile` maps thresholds to shares."""
+    return {
+        "family": summary.family,
+        "task": summary.task,
+        "primary": summary.primary,
+        "pairs": [asdict(pair) for pair in summary.pairs],
+        "rows": [
+            {
+                "method": row.label,
+                "method_name": row.method,
+                "gap_recovered": finite(row.gap_recovered),
+                "gap_low": finite(row.gap_low),
+                "gap_high": finite(row.gap_high),
+                "probability_of_improvement": finite(row.probability_of_improvement),
+                "profile": None if row.profile is None else {str(t): share for t, share in zip(THRESHOLDS, row.profile, strict=True)},
+                "average_rank": finite(row.average_rank),
+            }
+            for row in summary.rows
+        ],
+        "p_value": finite(summary.p_value),
+        "critical_difference": finite(summary.critical_difference),
+        "notes": list(summary.notes),
+    }
+
+
+def _columns(board: Board) -> list[Column]:
+    decimals = digits(board)
+    seeds = max(row.seeds for row in board.rows)
+    shown = [
+        Column("rank", lambda r: UNKNOWN if r.rank is None else str(r.rank), style=lambda r: "bold" if r.rank == 1 else ""),
+        Column("method", lambda r: r.label, style=lambda r: "bold" if r.rank == 1 else "dim" if r.rank is None else ""),
+        Column(f"{board.primary} [95%]", lambda r: interval(r.mean, r.low, r.high, f".{decimals}f")),
+        Column(
+            "gain [95%]",
+            lambda r: interval(r.gain, r.gain_low, r.gain_high, f"+.{decimals}f"),
+            2,
+            lambda r: _verdict(r.gain_low, r.gain_high),
+        ),
+        Column(
+            "vs kd [95%]",
+            lambda r: interval(r.vs_kd, r.vs_kd_low, r.vs_kd_high, f"+.{decimals}f"),
+            3,
+            lambda r: {1: "green", -1: "red", 0: ""}[r.verdict],
+        ),
+        Column("gap", lambda r: UNKNOWN if r.gap_recovered is None else f"{r.gap_recovered:z.0%}", 5),
+        Column("seeds", lambda r: _seeds(r, seeds), 4, lambda r: "yellow" if r.failed or r.seeds < seeds else ""),
+        Column("device-h", lambda r: short(r.device_hours), 6),
+        Column("ms", lambda r: short(r.latency_ms_p50), 7),
+        Column("params", lambda r: scaled(r.params_count), 8),
+        Column("FLOPs", lambda r: scaled(r.flops), 9),
+        Column("tuned", _tuned, 10),
+        Column("Pareto", lambda r: ", ".join(_COST_TITLES[cost] for cost in r.pareto) or UNKNOWN, 11),
+    ]
+    return [column for column in shown if column.expendable < 4 or any(column.cell(row) != UNKNOWN for row in board.rows)]
+
+
+def _summary_columns(summary: Summary) -> list[Column]:
+    shown = [
+        Column("method", lambda r: r.label),
+        Column("gap, IQM [95%]", lambda r: interval(r.gap_recovered, r.gap_low, r.gap_high, "z.0%"), style=_gap_verdict),
+        Column("P(better than kd)", lambda r: short(r.probability_of_improvement), 1),
+        Column("average rank", lambda r: UNKNOWN if r.average_rank is None else f"{r.average_rank:.2f}", 2),
+        *(Column(f"gap > {threshold:.0%}", partial(_share_above, place), 3) for place, threshold in enumerate(THRESHOLDS)),
+    ]
+    return [column for column in shown if column.expendable == 0 or any(column.cell(row) != UNKNOWN for row in summary.rows)]
+
+
+def _share_above(place: int, row: SummaryRow) -> str:
+    return UNKNOWN if row.profile is None else f"{row.profile[place]:.0%}"
+
+
+def _gap_verdict(row: SummaryRow) -> str:
+    return _verdict(row.gap_low, row.gap_high)
+
+
+def _verdict(low: float | None, high: float | None) -> str:
+    """Green: surely better. Red: surely worse. No colour: can't be told."""
+    if low is None or high is None:
+        return ""
+    return "green" if low > 0 else "red" if high < 0 else ""
+
+
+def _seeds(row: Row, wanted: int) -> str:
+    counted = str(row.seeds) if row.seeds == wanted else f"{row.seeds} of {wanted}"
+    return f"{counted} ({row.failed} failed)" if row.failed else counted
+
+
+def _tuned(row: Row) -> str:
+    return ", ".join(f"{name}={short(value)}" for name, value in row.params.items() if name in row.searched) or UNKNOWN
+
+
+def _summary_title(summary: Summary) -> str:
+    pairs = ", ".join(f"{pair.teacher or 'no teacher'} -> {pair.student} on {pair.data}" for pair in summary.pairs)
+    return f"{summary.task} across {len(summary.pairs)} pairs: {pairs}"
+
+
+def _below(board: Board) -> list[str]:
+    """What stands under a board: the protocol and the teacher, then what was found."""
+    decimals = digits(board)
+    teacher = (
+        "no teacher"
+        if board.teacher is None
+        else f"teacher {board.teacher} {UNKNOWN if board.teacher_metric is None else f'{board.teacher_metric:.{decimals}f}'}"
+    )
+    direction = "higher" if board.higher_is_better else "lower"
+    protocol = (
+        f"protocol {board.protocol_hash} | {teacher} | student {board.student} | {board.data} | {board.primary}, {direction} is better"
+    )
+    return [protocol, *board.notes, *(f"finding: {finding}" for finding in board.findings)]
+
+
+def _warns(line: str) -> bool:
+    """Whether a line below the board says that something is not as one would wish it."""
+    return "DIFFER" in line or (line.startswith("finding: ") and not line.startswith("finding: beats"))
+
+
+def _published_lines(board: Board) -> list[str]:
+    return [_published_line(figure) for figure in board.published]
+
+
+def _published_line(figure: PublishedFigure) -> str:
+    change = "" if figure.points is None else f" ({figure.points:+.2f})"
+    before, after = (UNKNOWN if value is None else f"{value:.2f}" for value in (figure.before, figure.distilled))
+    protocol = f" ({figure.protocol})" if figure.protocol else ""
+    pair = f"{figure.teacher or 'no teacher'} -> {figure.student}"
+    return f"{figure.method}: {pair}, {figure.data} {figure.metric} {before} -> {after}{change}, {figure.citation}{protocol}"
+
+
+def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published: bool, console: Console | None) -> str:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = console or Console()
+    with console.capture() as captured:
+        for board in boards:
+            console.print(f"[bold]{escape(pair_title(board))}[/bold]", highlight=False)
+            console.print(_fitting_table(_columns(board), board.rows, console))
+            for line in _below(board):
+                console.print(escape(line), style="yellow" if _warns(line) else "dim", highlight=False)
+            if with_published and board.published:
+                console.print("published (other protocols, not ranked)", style="bold", highlight=False)
+                for line in _published_lines(board):
+                    console.print(f"  {escape(line)}", style="dim", highlight=False)
+            console.print()
+        for summary in across:
+            console.print(f"[bold]{escape(_summary_title(summary))}[/bold]", highlight=False)
+            console.print(_fitting_table(_summary_columns(summary), summary.rows, console))
+            for line in summary.notes:
+                console.print(escape(line), style="dim", highlight=False)
+            console.print()
+    return captured.get()
+
+
+def _fitting_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], console: Console) -> Table:
+    """The table with as many columns as the terminal has room for."""
+    while (table := _table(columns, rows)).__rich_measure__(console, console.options.update(max_width=10_000)).maximum > console.width:
+        expendable = max(column.expendable for column in columns)
+        if expendable == 0:
+            break
+        columns = [column for column in columns if column.expendable < expendable]
+    return table
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.title in _WORDS else "right", overflow="fold")
+    for row in rows:
+        cells = (Text(column.cell(row), style=column.style(row)) for column in columns)
+        table.add_row(*cells, style="dim" if row.method == UNDISTILLED else "")
+    return table
+
+
+def _markdown(board: Board, with_published: bool) -> str:
+    lines = [f"### {pair_title(board)}", "", *_markdown_table(_columns(board), board.rows), ""]
+    lines += [f"- {line}" for line in _below(board)]
+    if with_published and board.published:
+        lines += ["", "Published (other protocols, not ranked):", "", *(f"- {line}" for line in _published_lines(board))]
+    return "\n".join(lines)
+
+
+def _summary_markdown(summary: Summary) -> str:
+    table = _markdown_table(_summary_columns(summary), summary.rows)
+    return "\n".join([f"### {_summary_title(summary)}", "", *table, "", *(f"- {line}" for line in summary.notes)])
+
+
+def _markdown_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> list[str]:
+    cells = [[column.title for column in columns], ["---"] * len(columns), *([column.cell(row) for column in columns] for row in rows)]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
+
+
+def _csv(boards: Sequence[Board]) -> str:
+    """One line a row, the board's own facts repeated on each; dictionaries as JSON, run ids separated by spaces."""
+    out = io.StringIO()
+    writer = None
+    for board in boards:
+        facts = board_data(board)
+        own = {name: facts[name] for name in ("protocol_hash", "task", "data", "student", "primary", "higher_is_better", "family")}
+        own |= {f"teacher_{name}" if name != "name" else "teacher": value for name, value in facts["teacher"].items()}
+        for row in facts["rows"]:
+            as_text = {name: json.dumps(row[name]) for name in ("params", "values")}
+            line = {**own, **row, **as_text, **{name: " ".join(row[name]) for name in ("pareto", "run_ids")}}
+            if writer is None:
+                writer = csv.DictWriter(out, list(line), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(line)
+    return out.getvalue()
