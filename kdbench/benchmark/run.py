@@ -19,7 +19,6 @@ from torch import nn
 
 from kdbench.benchmark.cache import cache_spec, fill_cache, on_ray
 from kdbench.benchmark.ledger import Ledger
-from kdbench.benchmark.leftovers import clear_scratch
 from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.recall import Recall, weights_of
 from kdbench.benchmark.watch import Phase, Watch
@@ -44,6 +43,7 @@ from kdbench.storage.folder import local_path
 from kdbench.storage.layout import Layout
 from kdbench.storage.lease import Lease, leased
 from kdbench.storage.locks import Held, locked
+from kdbench.storage.scratch import clear_scratch
 from kdbench.storage.working_copy import fetch, forget_folder, holder, origin, store_at
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task, task_facts

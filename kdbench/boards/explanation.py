@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from kdbench.boards.filters import check_method
-from kdbench.boards.formatting import digits, interval, pair_title, short
+from kdbench.boards.formatting import interval, short
 from kdbench.boards.leaderboard import CONTROLS, Board, Row
 from kdbench.boards.stats import paired_difference, paired_p_value
 from kdbench.errors import UserError
@@ -78,7 +78,7 @@ def explanation_data(explanation: Explanation) -> dict[str, Any]:
 def _explanation(board: Board, row: Row, by_id: Mapping[str, RunRecord]) -> Explanation:
     runs = tuple(_run(by_id[run_id], row, board, by_id) for run_id in row.run_ids)
     figures = tuple(_Trace(board, row, runs, by_id).figures())
-    return Explanation(pair_title(board), board.protocol_hash, row.label, runs, figures, board.findings)
+    return Explanation(board.title, board.protocol_hash, row.label, runs, figures, board.findings)
 
 
 def _run(record: RunRecord, row: Row, board: Board, by_id: Mapping[str, RunRecord]) -> Run:
@@ -113,7 +113,7 @@ class _Trace:
 
     def __init__(self, board: Board, row: Row, runs: Sequence[Run], by_id: Mapping[str, RunRecord]) -> None:
         self.board, self.row, self.runs, self.by_id = board, row, runs, by_id
-        self.decimals = digits(board)
+        self.decimals = board.decimals
         self.sign = 1.0 if board.higher_is_better else -1.0
         self.counted = tuple(run.counted for run in runs if run.counted is not None)
 

@@ -1,20 +1,15 @@
-"""How the figures of a board read, the same in the terminal, in Markdown, in LaTeX and in explanations. Rounded here and nowhere else."""
+"""How figures read, the same in the terminal, in Markdown, in LaTeX and in explanations.
+
+`kdbench list` imports this file, which waits for neither numpy nor pyarrow.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # `kdbench list` imports this file; it should not wait for numpy and pyarrow
-    from kdbench.boards.leaderboard import Board
+from typing import Any
 
 UNKNOWN = "-"
-
-
-def digits(board: Board) -> int:
-    """Decimals of its metric: percent and points have two; one that lives below 2, such as an error or a loss, needs four."""
-    return 2 if any(abs(row.mean) >= 2 for row in board.rows if row.mean is not None) else 4
 
 
 def interval(middle: float | None, low: float | None, high: float | None, spec: str) -> str:
@@ -37,11 +32,6 @@ def scaled(count: int | None) -> str:
         return UNKNOWN
     power = min((len(str(abs(count))) - 1) // 3, 4)
     return f"{count / 1000**power:.3g}{['', 'k', 'M', 'G', 'T'][power]}"
-
-
-def pair_title(board: Board) -> str:
-    """`classification on fashion_mnist: cifar_resnet56 -> cifar_resnet8`."""
-    return f"{board.task} on {board.data}: {board.teacher or 'no teacher'} -> {board.student}"
 
 
 def finite(value: Any) -> Any:

@@ -13,7 +13,6 @@ from statistics import fmean, median, variance
 from typing import Any
 
 from kdbench.boards.cautions import board_cautions
-from kdbench.boards.formatting import digits
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.stats import (
     LEVEL,
@@ -101,6 +100,16 @@ class Board:
     published: tuple[PublishedFigure, ...] = ()
     data_hash: str = ""  # of the content of the data set; metrics on other content do not compare
     trainings: frozenset[str] = frozenset()  # the unit keys of all finals
+
+    @property
+    def title(self) -> str:
+        """`classification on fashion_mnist: cifar_resnet56 -> cifar_resnet8`."""
+        return f"{self.task} on {self.data}: {self.teacher or 'no teacher'} -> {self.student}"
+
+    @property
+    def decimals(self) -> int:
+        """Of its metric: percent and points have two; one that lives below 2, such as an error or a loss, needs four."""
+        return 2 if any(abs(row.mean) >= 2 for row in self.rows if row.mean is not None) else 4
 
     @property
     def best_distilled(self) -> Row | None:
@@ -419,7 +428,7 @@ def _findings(board: Board) -> tuple[str, ...]:
     elif undistilled.mean is None:
         found.append(f"no seed of the undistilled student ({undistilled.label}) finished: gains can't be given")
     elif board.teacher_metric is not None and _lead(board, undistilled.mean) <= 0:
-        teacher, student = (f"{value:.{digits(board)}f}" for value in (board.teacher_metric, undistilled.mean))
+        teacher, student = (f"{value:.{board.decimals}f}" for value in (board.teacher_metric, undistilled.mean))
         found.append(f"the teacher ({teacher}) is no better than the undistilled student ({student})")
     if harm := _harm(board, control):
         found.append(harm)

@@ -4,16 +4,13 @@ import errno
 import io
 import logging
 import os
-import shlex
 import signal
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,14 +34,13 @@ from kdbench.cli.options import (
     within,
 )
 from kdbench.cli.results import chosen, recommend, results_app, verify
+from kdbench.cli.watching import again, interrupt, say, watched
 from kdbench.credentials import keep_out_of_logs, without_secrets
 from kdbench.errors import NO_SPACE, KDBenchError, UserError, for_terminal, in_one_line, not_written, printable
 
 if TYPE_CHECKING:
     from kdbench.boards.leaderboard import Board
     from kdbench.boards.summary import Summary
-    from kdbench.cli.display import Display
-    from kdbench.experiment import Experiment
     from kdbench.records.folders import Folders
     from kdbench.records.record import RunRecord
 
@@ -136,48 +132,14 @@ def submit(
     check_choices(read, check_task(read.task).name)
     place = Layout(results_folder(results, read.results)).location
     request = Request(read.name, relative_file(experiment), place, tuple(set_ or ()), ("--no-mlflow",) if no_mlflow else ())
-    job = submit_job(address, request, _say)
-    _say(f"job {job.id}; results: {place}, on every node of the cluster")
+    job = submit_job(address, request, say)
+    say(f"job {job.id}; results: {place}, on every node of the cluster")
     if no_wait:
-        _say(job.commands)
+        say(job.commands)
         typer.echo(job.id)
         return
-    signal.signal(signal.SIGTERM, _interrupt)
-    raise typer.Exit(followed(job, lambda text: typer.echo(text, nl=False), _say, _again()))
-
-
-def _say(text: str) -> None:
-    typer.echo(without_secrets(text), err=True)
-
-
-def _again() -> str:
-    """The command to repeat, without credentials that were typed into it."""
-    return printable(without_secrets(shlex.join(["kdbench", *sys.argv[1:]])))
-
-
-@contextmanager
-def watched(path: Path, overrides: list[str] | None, results: str | None) -> "Iterator[tuple[Experiment, Path, Display]]":
-    """The experiment, its results folder and a display, for work that can be interrupted and gone on with."""
-    from kdbench.distributed.cluster import quiet
-
-    quiet()
-    signal.signal(signal.SIGTERM, _interrupt)
-    from rich.console import Console
-
-    from kdbench.cli.display import Display
-    from kdbench.distributed.jobs import check_kept
-    from kdbench.experiment import load_experiment
-    from kdbench.storage.layout import results_folder
-
-    experiment = load_experiment(path, overrides or ())
-    folder = results_folder(results, experiment.results)
-    check_kept(folder)
-    try:
-        with Display(Console(stderr=False)) as display:
-            yield experiment, folder, display
-    except KeyboardInterrupt:
-        _say(f"\nStopped. What is finished is kept; to go on: {_again()}")
-        raise typer.Exit(130) from None
+    signal.signal(signal.SIGTERM, interrupt)
+    raise typer.Exit(followed(job, lambda text: typer.echo(text, nl=False), say, again()))
 
 
 def _run_experiment(path: Path, overrides: list[str] | None, results: str | None, no_mlflow: bool, search_only: bool) -> Any:
@@ -224,10 +186,6 @@ def _profile(path: Path, overrides: list[str] | None, results: str | None) -> No
         profiles = profile(experiment, folder, display)
     typer.echo(profile_page(profiles, experiment.recipe.batch_size))
     typer.echo(f"traces for chrome://tracing or ui.perfetto.dev: {folder / 'profiles' / experiment.name}")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _end_with(failures: tuple[str, ...]) -> None:
@@ -314,8 +272,8 @@ def _report(
         try:
             report.check()
         except UserError as error:  # what it names may come while the report is served
-            _say(f"kdbench: {error}")
-        signal.signal(signal.SIGTERM, _interrupt)
+            say(f"kdbench: {error}")
+        signal.signal(signal.SIGTERM, interrupt)
         report.serve(port, lambda address: typer.echo(f"{address} (Ctrl-C ends it)"))
         typer.echo("stopped")
 
@@ -479,13 +437,13 @@ def main() -> None:
         sys.path.append(_working_directory())
         app()
     except KDBenchError as error:
-        _say(f"kdbench: {_safe_lines(for_terminal(error))}")
+        say(f"kdbench: {_safe_lines(for_terminal(error))}")
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `kdbench leaderboard | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        _say(f"kdbench: {_safe_lines(_unforeseen(error))}")
+        say(f"kdbench: {_safe_lines(_unforeseen(error))}")
         sys.exit(1)
 
 

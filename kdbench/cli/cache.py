@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from kdbench.cli.options import ExperimentFile, Overrides, Results, TrustCode, example, within
+from kdbench.cli.watching import watched
 
 cache_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="The teacher's outputs, kept for all trainings: see, build, verify, prune."
@@ -24,8 +25,6 @@ def cache_ls(results: Results = None) -> None:
 @cache_app.command("build", epilog=example("cache build experiments/quickstart.yaml"))
 def cache_build(experiment: ExperimentFile, set_: Overrides = None, results: Results = None, trust_code: TrustCode = False) -> None:
     """Write what the experiment's methods need of its teacher, which must be there already. Trains nothing; `run` does this by itself."""
-    from kdbench.cli.app import watched
-
     with watched(experiment, set_, results) as (read, folder, display):
         from kdbench.benchmark.run import build_cache
 

@@ -14,7 +14,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from kdbench.benchmark.watch import Phase
-from kdbench.boards.formatting import digits
 from kdbench.boards.leaderboard import Board, Row, boards
 from kdbench.experiment import Unit
 from kdbench.records.record import RunRecord
@@ -180,7 +179,7 @@ def _mean(row: Row, board: Board) -> str:
     """`83.05`, or `83.05 +-0.41` with half the width of the 95% interval."""
     if row.mean is None:
         return "-"
-    figures = digits(board)
+    figures = board.decimals
     return f"{row.mean:.{figures}f}" + ("" if row.high is None else f" ±{row.high - row.mean:.{figures}f}")
 
 
@@ -189,7 +188,7 @@ def _gain(row: Row, board: Board) -> Text:
     if row.gain is None:
         return Text("-")
     surely = row.gain_low is not None and row.gain_high is not None and not row.gain_low <= 0 <= row.gain_high
-    return Text(f"{row.gain:+.{digits(board)}f}", style=("green" if row.gain > 0 else "red") if surely else "")
+    return Text(f"{row.gain:+.{board.decimals}f}", style=("green" if row.gain > 0 else "red") if surely else "")
 
 
 def _small_board(board: Board, lines: int, width: int) -> Group:

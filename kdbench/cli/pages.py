@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from kdbench.boards.formatting import digits, interval, scaled, short
+from kdbench.boards.formatting import interval, scaled, short
 from kdbench.catalogue import Entry, entry_point_group, known, load, nearest, resolve
 from kdbench.data import DATA
 from kdbench.errors import UserError
@@ -459,7 +459,7 @@ def _answer_lines(answer: Answer, budget: Budget, several_contents: bool) -> Ite
 
 
 def _option_lines(option: Option, answer: Answer, budget: Budget) -> Iterator[str]:
-    row, decimals = option.row, digits(option.board)
+    row, decimals = option.row, option.board.decimals
     yield f"  {row.label} for {option.board.student}: {_sureness(option, budget)}"
     mean = interval(row.mean, row.low, row.high, f".{decimals}f")
     gain = "" if row.gain is None else f", gain {_gain(option)} over {option.board.undistilled}"
@@ -477,7 +477,7 @@ def _option_table(options: Sequence[Option], primary: str) -> list[tuple[str, ..
     rows: list[tuple[str, ...]] = [("student", "method", f"{primary} [95%]", "gain [95%]", "seeds", "ms", "params", "device-h")]
     for option in options:
         row = option.row
-        mean = interval(row.mean, row.low, row.high, f".{digits(option.board)}f")
+        mean = interval(row.mean, row.low, row.high, f".{option.board.decimals}f")
         costs = (short(row.latency_ms_p50), scaled(row.params_count), short(row.device_hours))
         rows.append((option.board.student, row.label, mean, _gain(option), str(row.seeds), *costs))
     return rows
@@ -485,7 +485,7 @@ def _option_table(options: Sequence[Option], primary: str) -> list[tuple[str, ..
 
 def _gain(option: Option) -> str:
     row = option.row
-    return interval(row.gain, row.gain_low, row.gain_high, f"+.{digits(option.board)}f")
+    return interval(row.gain, row.gain_low, row.gain_high, f"+.{option.board.decimals}f")
 
 
 def _sureness(option: Option, budget: Budget) -> str:

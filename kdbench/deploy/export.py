@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from kdbench import __version__
 from kdbench.data.loader import in_order
 from kdbench.errors import RunFailed, UserError, cut, nearest, printable, shown
-from kdbench.experiment import Experiment, parse_yaml, validated
 from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import predicted
@@ -36,6 +35,7 @@ from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
 from kdbench.tasks.networks import rebuilt
 from kdbench.training.checkpoint import write_atomically
+from kdbench.training.recorded import experiment_of, model_spec
 
 FORMATS = ("safetensors", "onnx")
 CHECKED_IMAGES = 64
@@ -120,15 +120,6 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
     return Deployed(model).eval(), images, _metadata(record, spec, task, model)
 
 
-def experiment_of(record: RunRecord) -> Experiment:
-    """The experiment that a record holds. Raises UserError where it holds none, or one that this kdbench can't read."""
-    if record.config is None:
-        raise UserError(f"run {record.run_id}: its record doesn't hold the experiment, so its model can't be built again")
-    where = f"the experiment of run {record.run_id}"
-    experiment: Experiment = validated(Experiment, parse_yaml(record.config, where), where)
-    return experiment
-
-
 def _weights(record: RunRecord, store_root: Path) -> Path:
     """The weights file of a record. Raises UserError, with the reason, where there is none."""
     if record.artifacts_uri is None:
@@ -144,15 +135,6 @@ def _weights(record: RunRecord, store_root: Path) -> Path:
         place = cut(printable(str(path)), 500)
         raise UserError(f"run {record.run_id}: its weights {place} are gone; restore them from a copy of the results folder")
     return path
-
-
-def model_spec(record: RunRecord, experiment: Experiment) -> ModelSpec:
-    """How the experiment describes the network that the record names."""
-    teacher = [experiment.teacher.model] if experiment.teacher else []
-    specs = teacher if record.role == "teacher" else [spec for spec in experiment.students if spec.label == record.student]
-    if len(specs) != 1:
-        raise UserError(f"run {record.run_id}: its experiment describes {len(specs)} models called {record.student!r}, expected one")
-    return specs[0]
 
 
 # --- writing and checking --------------------------------------------------------------------------------------------

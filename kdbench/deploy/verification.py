@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdbench.benchmark.leftovers import left_behind
 from kdbench.bounded import check_safetensors
-from kdbench.deploy.export import experiment_of, model_spec
+from kdbench.deploy.leftovers import left_behind
 from kdbench.errors import CodeRefused, KDBenchError, UserError
 from kdbench.experiment import Experiment
 from kdbench.models.build import ModelSpec, without_weights
@@ -33,6 +32,7 @@ from kdbench.training.checkpoint import file_sha256, unpack_predictions
 from kdbench.training.earlier_keys import EarlierData
 from kdbench.training.keys import NotDerivable, derived
 from kdbench.training.outcome import rederive
+from kdbench.training.recorded import experiment_of, model_spec
 
 # A record's metrics are those of the predictions as they are kept. So both numbers contain the same rounding, and only the order of sums in
 # double precision differs.

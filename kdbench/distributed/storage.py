@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdbench.benchmark.leftovers import SCRATCH
 from kdbench.experiment import Runtime
 from kdbench.storage.address import is_address
 from kdbench.storage.folder import Folder
 from kdbench.storage.layout import Layout
 from kdbench.storage.object_store import Files, ObjectStore
+from kdbench.storage.scratch import SCRATCH
 
 
 @contextmanager

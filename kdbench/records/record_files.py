@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -21,8 +20,6 @@ from kdbench.records.record import SCHEMA_VERSION, RunRecord, all_from_table, fr
 
 _LATER = ("test_hash", "supersedes")
 COMPACTED = "compacted-"  # how the names of files of many records begin
-# What a record file is called, whatever a label is called. A folder of such a name stands where a record belongs.
-_RECORD_NAME = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}\.parquet|compacted-[0-9a-f]{32}\.parquet")
 
 
 _KEEP = "restore it from a copy: it holds many records"
@@ -195,11 +192,6 @@ def is_record_file(path: str) -> bool:
 
 def is_compacted(path: str) -> bool:
     return path.rpartition("/")[2].startswith(COMPACTED)
-
-
-def stands_for_records(name: str) -> bool:
-    """Whether a file of that name would be one of records; a folder of that name is none, and a reader has to say so."""
-    return _RECORD_NAME.fullmatch(name) is not None
 
 
 def largest(path: str) -> int:

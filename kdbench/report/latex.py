@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 from kdbench import __version__
-from kdbench.boards.formatting import digits
 from kdbench.boards.leaderboard import Board, Row
 
 _SPECIAL = {
@@ -32,7 +31,7 @@ def escaped(text: str) -> str:
 
 
 def _table(board: Board) -> str:
-    decimals = digits(board)
+    decimals = board.decimals
     rows = [[_name(row, board), *_figures(row, board, decimals)] for row in board.rows]
     heads = ["Method", escaped(board.primary), "Gain", "vs.\\ kd", "Gap", "Seeds"]
     used = [place for place in range(len(heads)) if place < 2 or any(row[place] != _NONE for row in rows)]

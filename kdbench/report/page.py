@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from kdbench import __version__
 from kdbench.boards.across_pairs import SMALLEST_NUMBER_OF_PAIRS
-from kdbench.boards.formatting import digits, interval, scaled, short
+from kdbench.boards.formatting import interval, scaled, short
 from kdbench.boards.leaderboard import Row
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, summaries
@@ -96,7 +96,6 @@ def _environment() -> Environment:
     made.globals |= {
         "charts": charts,
         "costs": COSTS,
-        "digits": digits,
         "interval": interval,
         "signed": _signed,
         "headline": headline,
@@ -137,7 +136,7 @@ def _embedded(data: Any) -> Markup:
 
 def headline(page: Page) -> str:
     """What a reader should take away, in a sentence or two. Of the whole board, also where the page shows some of its rows."""
-    board, leaders, figures = page.board, page.board.leaders, f".{digits(page.board)}f"
+    board, leaders, figures = page.board, page.board.leaders, f".{page.board.decimals}f"
     if not leaders or leaders[0].mean is None:
         return "No method has all its seeds yet."
     first, best = leaders[0], board.best_distilled

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdbench.boards.formatting import digits
 from kdbench.boards.leaderboard import Board, Row
 from kdbench.errors import RunFailed, UserError
 
@@ -46,7 +45,7 @@ def _panel(axes: object, board: Board) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    rows, figures = [row for row in board.rows if row.gain is not None][::-1], f".{digits(board)}f"
+    rows, figures = [row for row in board.rows if row.gain is not None][::-1], f".{board.decimals}f"
     for height, row in enumerate(rows):
         colour = _colour(row)
         if row.gain_low is not None and row.gain_high is not None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kdbench.boards.formatting import UNKNOWN, digits, finite, interval, pair_title, scaled, short
+from kdbench.boards.formatting import UNKNOWN, finite, interval, scaled, short
 from kdbench.boards.leaderboard import UNDISTILLED, Board, Row
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, SummaryRow
@@ -151,7 +151,7 @@ def summary_data(summary: Summary) -> dict[str, Any]:
 
 
 def _columns(board: Board) -> list[Column]:
-    decimals = digits(board)
+    decimals = board.decimals
     seeds = max(row.seeds for row in board.rows)
     shown = [
         Column("rank", lambda r: UNKNOWN if r.rank is None else str(r.rank), style=lambda r: "bold" if r.rank == 1 else ""),
@@ -223,7 +223,7 @@ def _summary_title(summary: Summary) -> str:
 
 def _below(board: Board) -> list[str]:
     """What stands under a board: the protocol and the teacher, then what was found."""
-    decimals = digits(board)
+    decimals = board.decimals
     teacher = (
         "no teacher"
         if board.teacher is None
@@ -260,7 +260,7 @@ def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published
     console = console or Console()
     with console.capture() as captured:
         for board in boards:
-            console.print(f"[bold]{escape(pair_title(board))}[/bold]", highlight=False)
+            console.print(f"[bold]{escape(board.title)}[/bold]", highlight=False)
             console.print(_fitting_table(_columns(board), board.rows, console))
             for line in _below(board):
                 console.print(escape(line), style="yellow" if _warns(line) else "dim", highlight=False)
@@ -303,7 +303,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> Table
 
 
 def _markdown(board: Board, with_published: bool) -> str:
-    lines = [f"### {pair_title(board)}", "", *_markdown_table(_columns(board), board.rows), ""]
+    lines = [f"### {board.title}", "", *_markdown_table(_columns(board), board.rows), ""]
     lines += [f"- {line}" for line in _below(board)]
     if with_published and board.published:
         lines += ["", "Published (other protocols, not ranked):", "", *(f"- {line}" for line in _published_lines(board))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,14 +15,20 @@ from typing import BinaryIO
 
 from kdbench.bounded import check_safetensors, open_regular, read_file
 from kdbench.errors import UnreadableFile, UserError, not_written, printable
-from kdbench.records.record_files import stands_for_records
 from kdbench.storage.object_store import LARGEST_FILE
 
 NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
 )
 _UNLOOKED = 4_000_000  # bytes of a file that any memory holds: it is read, and whoever reads it sees what it is
+# What a record file is called, whatever a label is called. A folder of such a name stands where a record belongs.
+_RECORD_NAME = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}\.parquet|compacted-[0-9a-f]{32}\.parquet")
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
+
+
+def stands_for_records(name: str) -> bool:
+    """Whether a file of that name would be one of records; a folder of that name is none, and a reader has to say so."""
+    return _RECORD_NAME.fullmatch(name) is not None
 
 
 def file_sha256(path: Path) -> str:

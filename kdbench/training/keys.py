@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdbench.deploy.export import model_spec
 from kdbench.errors import CodeRefused, KDBenchError, UserError
 from kdbench.experiment import Experiment, Recipe, TeacherRef, Unit, board_hash, content_hash, validated
 from kdbench.methods.build import PLUS, MethodSpec
@@ -16,6 +15,7 @@ from kdbench.records.record import RunRecord
 from kdbench.tasks.build import TaskSpec, depends_on_files, task_facts
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.earlier_keys import EarlierRule
+from kdbench.training.recorded import model_spec
 
 _VARIED = "recipe."  # how the names of parameters begin that a search varies in the recipe
 

@@ -15,9 +15,9 @@ import pytest
 from mlflow import MlflowClient
 
 from kdbench import tracking
-from kdbench.benchmark.leftovers import left_behind
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.deploy.leftovers import left_behind
 from kdbench.experiment import Experiment
 from kdbench.records.store import ResultStore
 from kdbench.tracking import MlflowTracker, tracking_uri

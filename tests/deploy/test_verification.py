@@ -16,7 +16,6 @@ from torch import nn
 from kdbench.benchmark import run as running
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
-from kdbench.deploy.export import experiment_of
 from kdbench.deploy.verification import Verification, counted_parameters, states_of, verify
 from kdbench.experiment import Experiment
 from kdbench.records.record import CHECKSUM, from_table, row_checksum, to_table
@@ -24,6 +23,7 @@ from kdbench.records.store import ResultStore
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions
 from kdbench.training.keys import _readings
+from kdbench.training.recorded import experiment_of
 
 ASKED: dict[str, Any] = {
     "name": "verified",

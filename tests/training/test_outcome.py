@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from kdbench.deploy.export import experiment_of
 from kdbench.deploy.verification import verify
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, TeacherRef, to_yaml
@@ -23,6 +22,7 @@ from kdbench.training.evaluate import predict
 from kdbench.training.keys import derived
 from kdbench.training.loop import fit
 from kdbench.training.outcome import measured_teacher, rederive
+from kdbench.training.recorded import experiment_of
 from kdbench.training.session import LocalSession
 from tests.training import units
 from tests.training.units import SmoothNet, layout, smooth_net, unit, with_cache

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from kdbench.benchmark.leftovers import clear_scratch, left_behind
+from kdbench.deploy.leftovers import left_behind
 from kdbench.distributed.storage import scratch
 from kdbench.experiment import Runtime
 from kdbench.storage.layout import Layout
 from kdbench.storage.lease import leased
 from kdbench.storage.locks import locked
+from kdbench.storage.scratch import clear_scratch
 from kdbench.storage.working_copy import origin, store_at
 
 REPOSITORY = Path(__file__).parents[2]
