@@ -24,7 +24,8 @@ from benchmarks.trainings import (
 )
 from kdbench.data.batch import Batch
 from kdbench.models.outputs import Outputs
-from kdbench.training.loop import Training, train_step
+from kdbench.training.assembly import Training
+from kdbench.training.loop import train_step
 from kdbench.training.precision import images_for
 
 ALONE_GOAL, READING_GOAL, FEATURE_GOAL, CEILING_GOAL = at_most(1.05), at_most(0.01), at_most(1.25), at_least(0.95)

@@ -18,7 +18,7 @@ from benchmarks.trainings import QUICKSTART, begun, epochs, fastest_precision, i
 from kdbench.data.batch import Batch
 from kdbench.models.inputs import InputSpec, model_inputs
 from kdbench.models.outputs import Outputs
-from kdbench.training.loop import Training
+from kdbench.training.assembly import Training
 from kdbench.training.precision import DTYPES, FORMATS
 
 STAGE = "stage:-1"

@@ -15,7 +15,7 @@ from benchmarks.trainings import QUICKSTART, ModelPair, begun, epochs, image_tas
 from kdbench.errors import UserError
 from kdbench.experiment import TeacherRef
 from kdbench.methods import METHODS
-from kdbench.training.loop import Training
+from kdbench.training.assembly import Training
 
 WHAT = "{}: a step / a step of none"
 _STEPS = 8  # an epoch of it is one measurement

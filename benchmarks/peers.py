@@ -35,7 +35,7 @@ from benchmarks.trainings import (
     with_cache,
 )
 from kdbench.models.inputs import InputSpec
-from kdbench.training.loop import Training
+from kdbench.training.assembly import Training
 from kdbench.training.teacher import load_teacher
 
 _VIT = {"name": "vit_tiny_patch16_224", "patch_size": 4}

@@ -14,10 +14,11 @@ from kdbench.experiment import Recipe, TeacherRef, Unit
 from kdbench.methods.build import build_method
 from kdbench.models.build import ModelSpec
 from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.training.assembly import Training, assemble
 from kdbench.training.cache.build import Builder, build_here
 from kdbench.training.cache.outputs import CacheSpec
 from kdbench.training.checkpoint import save_weights
-from kdbench.training.loop import Training, prepare, train_epoch
+from kdbench.training.loop import train_epoch
 from kdbench.training.precision import Memo, settled
 from kdbench.training.session import LocalSession
 
@@ -100,7 +101,7 @@ def with_cache(ref: TeacherRef, of: Unit, folder: Path) -> TeacherRef:
 
 def begun(of: Unit) -> Training:
     """The training at its beginning, on one thread."""
-    return prepare(of, LocalSession(device=CPU, threads=1))
+    return assemble(of, LocalSession(device=CPU, threads=1))
 
 
 def epochs(run: Training) -> Arm:

@@ -41,11 +41,11 @@ from kdbench.storage.folder import local_path
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.splits import SplitOptions, validation_size
+from kdbench.training.assembly import fit_method, make_distiller
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.cost import counted_flops
-from kdbench.training.distiller import Distiller
 from kdbench.training.optimization import make_optimizer, make_optimizers
-from kdbench.training.precision import DTYPES, autocast, images_for, place
+from kdbench.training.precision import DTYPES, autocast, images_for, place, unmeasured
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
 
 META = torch.device("meta")
@@ -440,15 +440,13 @@ def _assembled(
     spec: MethodSpec, opened: _Opened, student: Network, base: nn.Module, teacher: Network | None, network: nn.Module | None
 ) -> tuple[Method, nn.Module]:
     """The method, built for the pair, and the student as it is trained. base, network: the two networks' modules to use."""
-    theirs, info = teacher.places if teacher is not None else None, opened.task.info
+    theirs = teacher.places if teacher is not None else None
     outlined = torch.get_default_device() == META  # where random numbers have no values, and no generator
     method = fitted(spec, student.places, theirs, None if outlined else torch.Generator().manual_seed(0))
-    method.build(student.places, theirs if method.needs_teacher else None, info)
-    method.use_samples(opened.samples)
-    if method.needs_teacher_network and network is not None:
-        method.use_teacher(network.eval().requires_grad_(False), info.image_shape)
-    changes = type(method).adapt_student is not Method.adapt_student
-    return method, method.adapt_student(copy.deepcopy(base)) if changes else base
+    if type(method).adapt_student is not Method.adapt_student:
+        base = copy.deepcopy(base)
+    frozen = network.eval().requires_grad_(False) if method.needs_teacher_network and network is not None else None
+    return method, fit_method(method, base, student.places, theirs, opened.task, opened.samples, frozen)
 
 
 def _parameters(*modules: nn.Module) -> int:
@@ -597,9 +595,11 @@ def _timed_images(recipe: Recipe, flops: float) -> int:
 
 def _image_seconds(network: Network, recipe: Recipe, trained: bool, device: torch.device) -> float:
     """Seconds an image; a small batch is taken as long, for its size, as a large one."""
-    precision = "fp32" if recipe.precision == "auto" else recipe.precision
-    model = place(copy.deepcopy(network.real), precision, "contiguous", device).train(trained)
-    images = images_for(torch.rand(_timed_images(recipe, network.flops), *network.task.info.image_shape, device=device), precision)
+    recipe = unmeasured(recipe)
+    precision, memory_format = recipe.precision, recipe.memory_format
+    model = place(copy.deepcopy(network.real), precision, memory_format, device).train(trained)
+    images = torch.rand(_timed_images(recipe, network.flops), *network.task.info.image_shape, device=device)
+    images = images_for(images, precision, memory_format)
     times = []
     with torch.set_grad_enabled(trained):
         for _ in range(1 + _TIMED_STEPS):
@@ -623,17 +623,17 @@ def _step_seconds(
 ) -> float:
     """Seconds an image: the shortest of a few whole steps on noise."""
     recipe, task = experiment.recipe, opened.task
-    precision = "fp32" if recipe.precision == "auto" else recipe.precision
-    network = place(copy.deepcopy(teacher.real), precision, "contiguous", device) if teacher is not None else None
-    base = place(copy.deepcopy(student.real), precision, "contiguous", device)
+    recipe = unmeasured(recipe)
+    precision = recipe.precision
+    network = place(copy.deepcopy(teacher.real), precision, recipe.memory_format, device) if teacher is not None else None
+    base = place(copy.deepcopy(student.real), precision, recipe.memory_format, device)
     method, trained = _assembled(spec, opened, student, base, teacher, network)
     peers = [copy.deepcopy(base) for _ in range(method.peer_count)]
-    method = method.to(device, dtype=torch.float64 if precision == "fp64" else torch.float32)
-    distiller = Distiller(place(trained, precision, "contiguous", device), method, task, peers=peers).train()
+    distiller = make_distiller(trained, method, task, recipe, device, peers, spec.name).train()
     optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
     flops = student.flops + (teacher.flops if teacher is not None else 0)
     batch = _random_batch(opened, _timed_images(recipe, flops)).to(device)
-    batch = replace(batch, inputs=images_for(batch.inputs, precision))
+    batch = replace(batch, inputs=images_for(batch.inputs, precision, recipe.memory_format))
     theirs = _teacher_outputs(network, method, batch, precision)
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     times = []

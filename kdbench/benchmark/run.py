@@ -48,11 +48,11 @@ from kdbench.storage.working_copy import fetch, forget_folder, holder, origin, s
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task, task_facts
 from kdbench.tracking import NoTracker, Tracker
+from kdbench.training.assembly import assemble
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
 from kdbench.training.earlier_keys import Asked, EarlierData, draws_noise, has_dropout
 from kdbench.training.keys import given_teacher_key, teacher_protocol
-from kdbench.training.loop import prepare
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
 from kdbench.training.precision import Memo, question, settled
@@ -296,7 +296,7 @@ def profile(experiment: Experiment, results: Path, watch: Watch) -> dict[str, St
             for pair, spec in product(pairs, experiment.methods):
                 session = LocalSession(device=device_here(experiment.runtime), threads=experiment.runtime.cpus_per_worker)
                 torch.set_num_threads(session.threads)
-                training = prepare(pair.sample(spec), session)
+                training = assemble(pair.sample(spec), session)
                 name = spec.label if len(experiment.students) == 1 else f"{spec.label} · {pair.student.label}"
                 profiles[name] = profile_steps(training, _PROFILED_STEPS, ledger.layout.profile(experiment.name, name))
                 watch.progress("profile", len(profiles), len(experiment.methods) * len(experiment.students))

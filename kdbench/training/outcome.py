@@ -6,7 +6,7 @@ import hashlib
 import math
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from kdbench.storage.layout import Layout
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task, task_code
 from kdbench.tasks.networks import rebuilt
+from kdbench.training.assembly import Training
 from kdbench.training.cache.copies import bring
 from kdbench.training.cache.outputs import TEST, cached_test
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
@@ -29,9 +30,6 @@ from kdbench.training.cost import measure, peak_memory_mb
 from kdbench.training.evaluate import check_numbers, predict
 from kdbench.training.precision import place
 from kdbench.training.session import Session
-
-if TYPE_CHECKING:
-    from kdbench.training.loop import Training
 
 
 def finished_record(run: Training, layout: Layout) -> RunRecord:

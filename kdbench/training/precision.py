@@ -67,6 +67,12 @@ def question(recipe: Recipe) -> dict[str, Any]:
     return {"precision": recipe.precision, "memory_format": recipe.memory_format, "batch_size": recipe.batch_size}
 
 
+def unmeasured(recipe: Recipe) -> Recipe:
+    """The recipe for a few steps that only have to work: plain choices for `auto`, and no compilation."""
+    plain = {name: value for name, value in (("precision", "fp32"), ("memory_format", "contiguous")) if getattr(recipe, name) == "auto"}
+    return recipe.model_copy(update={**plain, "compile": False})
+
+
 def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], images: int, device: torch.device, memo: Memo) -> Recipe:
     """The recipe with every `auto` replaced by the choice that was measured to be fastest. Explicit values stay as they are.
 

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from kdbench.data.batch import Batch
 from kdbench.models.outputs import Outputs
-from kdbench.training.loop import Training, train_step
+from kdbench.training.assembly import Training
+from kdbench.training.loop import train_step
 
 PARTS = ("data", "teacher", "student forward", "method", "backward", "optimizer", "other")
 _WARM_UP = 3  # steps that are not counted: the first ones allocate memory and choose kernels

@@ -31,11 +31,11 @@ from kdbench.models.taps import places
 from kdbench.models.trace import generators_kept, trace
 from kdbench.models.weights import matched, portable
 from kdbench.tasks.base import Task
+from kdbench.training.assembly import Training, check_uncut, fit_method, make_distiller, make_training
 from kdbench.training.distiller import Distiller
 from kdbench.training.evaluate import predict
-from kdbench.training.loop import Training, check_uncut, train_step
-from kdbench.training.optimization import make_average, make_optimizers, make_schedule
-from kdbench.training.precision import place
+from kdbench.training.loop import train_step
+from kdbench.training.precision import place, unmeasured
 from kdbench.training.session import LocalSession
 
 MOST_IMAGES = 8  # of a rehearsed step: it stays cheap, and what fails with so few is tried again with as many as training has
@@ -104,7 +104,7 @@ class _Scene:
     def method(self, spec: MethodSpec) -> bool:
         """One method; False where it needs the teacher's network and there is none."""
         with generators_kept(self.device):  # adapters draw their first weights
-            method = self._method(spec)
+            method = self._chosen(spec)
         if method.needs_teacher_network and self._given_network is None:
             return False
         for recipe in self.recipes:
@@ -209,56 +209,47 @@ class _Scene:
     def training(self, spec: MethodSpec, images: int) -> Training:
         """The training of a copy of the network with a method, at its very beginning, `images` images a step, on made teacher outputs."""
         asked = self.recipes[0]
-        recipe = asked.model_copy(
+        recipe = unmeasured(asked).model_copy(
             update={
                 "batch_size": images,
                 "accumulate": 1,
-                "precision": "fp32" if asked.precision == "auto" else asked.precision,
-                "memory_format": "contiguous" if asked.memory_format == "auto" else asked.memory_format,
-                "compile": False,
             }
         )
         torch.manual_seed(0)
-        method = self._method(spec)
-        method.use_samples(self.samples)
-        if method.needs_teacher_network and self._given_network is not None:
-            self._frozen = self._frozen or self._placed(self._given_network, recipe).eval().requires_grad_(False)
-            method.use_teacher(self._frozen, self.task.info.image_shape)
-        student = place(method.adapt_student(self._placed(self.model, recipe)), recipe.precision, recipe.memory_format, self.device)
-        method = method.to(self.device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
-        distiller = Distiller(student, method, self.task, peers=[self._placed(self.model, recipe) for _ in range(method.peer_count)])
-        optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
-        loader = self._loader(recipe, images)
-        return Training(
-            unit=Unit(
-                role="trial",
-                experiment=self.experiment.name,
-                protocol_hash="",
-                task=self.experiment.task,
-                student=self.spec,
-                method=spec,
-                recipe=recipe,
-                seed=0,
-            ),
-            session=LocalSession(device=self.device),
-            task=self.task,
-            splits=self.task.splits(),
-            distiller=distiller,
-            wrapped=distiller,
-            teacher=self._made_teacher(method, recipe),  # type: ignore[arg-type]
-            optimizers=optimizers,
-            schedule=make_schedule(recipe, loader.steps_per_epoch, optimizers[0]),
-            scaler=torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16"),
-            average=make_average(student, recipe),
-            loader=loader,
-            generator=torch.Generator(),
+        method = self._chosen(spec)
+        network = self._frozen_network(recipe) if method.needs_teacher_network else None
+        student = fit_method(method, self._placed(self.model, recipe), self.ours, self.teacher, self.task, self.samples, network)
+        peers = [self._placed(self.model, recipe) for _ in range(method.peer_count)]
+        unit = Unit(
+            role="trial",
+            experiment=self.experiment.name,
+            protocol_hash="",
+            task=self.experiment.task,
+            student=self.spec,
+            method=spec,
+            recipe=recipe,
+            seed=0,
+        )
+        return make_training(
+            unit,
+            LocalSession(device=self.device),
+            self.task,
+            self.task.splits(),
+            make_distiller(student, method, self.task, recipe, self.device, peers, spec.name),
+            self._made_teacher(method, recipe),  # type: ignore[arg-type]
+            self._loader(recipe, images),
+            torch.Generator(),
         )
 
-    def _method(self, spec: MethodSpec) -> Method:
-        """The method, built for the pair. Raises UserError where it does not fit."""
-        method = fitted(spec, self.ours, self.teacher, torch.Generator().manual_seed(0))
-        method.build(self.ours, self.teacher if method.needs_teacher else None, self.task.info)
-        return method
+    def _chosen(self, spec: MethodSpec) -> Method:
+        """The method, its taps chosen for the pair. Raises UserError where it does not fit."""
+        return fitted(spec, self.ours, self.teacher, torch.Generator().manual_seed(0))
+
+    def _frozen_network(self, recipe: Recipe) -> nn.Module | None:
+        """A copy of the teacher, the same for all methods; None where it is not here."""
+        if self._given_network is not None and self._frozen is None:
+            self._frozen = self._placed(self._given_network, recipe).eval().requires_grad_(False)
+        return self._frozen
 
     def _placed(self, network: nn.Module, recipe: Recipe) -> nn.Module:
         return place(copy.deepcopy(network), recipe.precision, recipe.memory_format, self.device)

@@ -38,7 +38,7 @@ from kdbench.tasks import build
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.tasks.classification import Classification
 from kdbench.tracking import NoTracker
-from kdbench.training.loop import prepare
+from kdbench.training.assembly import assemble
 from kdbench.training.session import LocalSession
 
 ASKED: dict[str, Any] = {
@@ -325,15 +325,15 @@ def test_a_process_with_other_data_than_the_units_refuses_to_train() -> None:
     ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
     (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
     unit = pair.unit(asked.methods[1], "final", {}, 0)
-    prepare(unit, LocalSession())
+    assemble(unit, LocalSession())
     other_start()
     with pytest.raises(UserError, match=r"the weights that tiny_cnn begins with, student\.pt, are others here"):
-        prepare(unit, LocalSession())
+        assemble(unit, LocalSession())
     torch.manual_seed(1)
     paint("pictures/train/red/0.png")
     forget_data()
     with pytest.raises(UserError, match="the training data of image_folder have other content here than where the run began"):
-        prepare(unit, LocalSession())
+        assemble(unit, LocalSession())
 
 
 def test_a_process_with_another_version_of_the_task_or_another_teacher_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,10 +343,10 @@ def test_a_process_with_another_version_of_the_task_or_another_teacher_refuses_t
     unit = pair.unit(asked.methods[1], "final", {}, 0)
     other_teacher()
     with pytest.raises(UserError, match=r"the teacher's weights, .*, are others here than where the run began"):
-        prepare(unit, LocalSession())
+        assemble(unit, LocalSession())
     monkeypatch.setattr(Classification, "version", Classification.version + 1)
     with pytest.raises(UserError, match="task classification has version 2 here and 1 where the run began"):
-        prepare(unit, LocalSession())
+        assemble(unit, LocalSession())
 
 
 def test_a_process_with_another_version_of_the_method_refuses_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +356,7 @@ def test_a_process_with_another_version_of_the_method_refuses_to_train(monkeypat
     unit = pair.unit(asked.methods[1], "final", {}, 0)
     monkeypatch.setattr(KD, "version", KD.version + 1)
     with pytest.raises(UserError, match=f"method kd has version {KD.version} here and {KD.version - 1} where the run began"):
-        prepare(unit, LocalSession())
+        assemble(unit, LocalSession())
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

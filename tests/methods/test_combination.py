@@ -25,7 +25,8 @@ from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.search.space import Choice, Range, When, dotted
 from kdbench.search.study import MethodStudy
 from kdbench.tasks.base import TaskInfo
-from kdbench.training.loop import fit, prepare
+from kdbench.training.assembly import assemble
+from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
 from tests.training.units import layout, saved_teacher, unit
 
@@ -365,9 +366,9 @@ def test_its_page_shows_the_parameters_of_all_parts():
 
 def test_it_trains_and_its_record_names_parameters_by_part(tmp_path: Path):
     teacher = saved_teacher(tmp_path, model=VIT)
-    alone = prepare(unit("vitkd", teacher, student=SMALL_VIT), LocalSession())
+    alone = assemble(unit("vitkd", teacher, student=SMALL_VIT), LocalSession())
     made = unit({"name": "vitkd+nkd", "nkd": {"temperature": 1.0}}, teacher, student=SMALL_VIT, recipe={"epochs": 1})
-    run = prepare(made, LocalSession())
+    run = assemble(made, LocalSession())
     assert run.distiller.method.student_taps == alone.distiller.method.student_taps
     record = fit(made, LocalSession(), layout(tmp_path))
     row = record.curve[-1]

@@ -29,7 +29,8 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import TaskInfo
-from kdbench.training.loop import prepare, train_epoch
+from kdbench.training.assembly import assemble
+from kdbench.training.loop import train_epoch
 from kdbench.training.session import LocalSession
 from tests.training.units import saved_teacher, unit
 
@@ -480,7 +481,7 @@ def test_a_network_without_two_stages_is_refused():
 
 def test_scalekd_trains_in_float64_too(tmp_path: Path):
     ref = saved_teacher(tmp_path, "fp64", {**VIT, "img_size": 28})
-    run = prepare(unit("scalekd", ref, student=NETWORKS["cnn"], recipe={"epochs": 1, "precision": "fp64"}), LocalSession())
+    run = assemble(unit("scalekd", ref, student=NETWORKS["cnn"], recipe={"epochs": 1, "precision": "fp64"}), LocalSession())
     train_epoch(run, 0)
     assert run.sums is not None
     assert run.sums.dtype == torch.float64

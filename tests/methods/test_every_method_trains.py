@@ -19,7 +19,8 @@ from kdbench.methods import METHODS
 from kdbench.methods.base import Progress
 from kdbench.records.record import RunRecord
 from kdbench.training import loop
-from kdbench.training.loop import Training, fit, prepare
+from kdbench.training.assembly import Training, assemble
+from kdbench.training.loop import fit
 from kdbench.training.precision import autocast
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher
@@ -70,7 +71,7 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     begun: list[tuple[Training, dict[str, Tensor], float]] = []
 
     def watching(*args: Any) -> Training:
-        run = prepare(*args)
+        run = assemble(*args)
         begun.append((run, copied(run.distiller), late_loss(run)))
         return run
 

@@ -21,7 +21,8 @@ from kdbench.methods.ffsd import FFSD, Mixing, Upsampler, direction_loss, divers
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places
 from kdbench.tasks.base import TaskInfo
-from kdbench.training.loop import fit, prepare, train_epoch
+from kdbench.training.assembly import assemble
+from kdbench.training.loop import fit, train_epoch
 from kdbench.training.session import LocalSession
 from tests.tolerances import rounding
 from tests.training.units import killed_and_continued, layout, unit
@@ -282,7 +283,7 @@ def a_training(method: str | dict[str, Any] = "ffsd", **changes: Any) -> Any:
 
 
 def test_students_begin_differently_and_the_leader_as_without_a_method() -> None:
-    alone, run = (prepare(a_training(method), LocalSession()) for method in ("none", {"name": "ffsd", "students": 3}))
+    alone, run = (assemble(a_training(method), LocalSession()) for method in ("none", {"name": "ffsd", "students": 3}))
     leader, *peers = (network.state_dict()["layer1.0.weight"] for network in (run.distiller.student, *run.distiller.peers))
     assert torch.equal(leader, alone.distiller.student.state_dict()["layer1.0.weight"])
     assert len(peers) == 3
@@ -290,7 +291,7 @@ def test_students_begin_differently_and_the_leader_as_without_a_method() -> None
 
 
 def test_each_part_learns_with_its_own_optimizer_at_the_schedules_share_of_its_rate() -> None:
-    run = prepare(a_training({"name": "ffsd", "upsampler_lr": 0.004}, recipe={"epochs": 1, "schedule": "linear"}), LocalSession())
+    run = assemble(a_training({"name": "ffsd", "upsampler_lr": 0.004}, recipe={"epochs": 1, "schedule": "linear"}), LocalSession())
     train_epoch(run, 0)
     rest, fusion, upsamplers = run.optimizers
     factor = 1 / run.loader.steps_per_epoch  # of the last step
@@ -324,7 +325,7 @@ def test_a_killed_training_with_an_average_and_micro_batches_continues_to_the_sa
 
 
 def test_what_is_kept_of_a_training_holds_every_network_and_optimizer() -> None:
-    run, fresh = (prepare(a_training(recipe={"epochs": 1}, seed=seed), LocalSession()) for seed in (0, 1))
+    run, fresh = (assemble(a_training(recipe={"epochs": 1}, seed=seed), LocalSession()) for seed in (0, 1))
     train_epoch(run, 0)
     fresh.restore(run.state())
     assert all(torch.equal(value, fresh.distiller.state_dict()[name]) for name, value in run.distiller.state_dict().items())
@@ -335,7 +336,7 @@ def test_what_is_kept_of_a_training_holds_every_network_and_optimizer() -> None:
 
 
 def test_in_a_combination_every_part_has_its_own_students(tmp_path: Path) -> None:
-    run = prepare(a_training({"name": "ffsd+label_smoothing", "ffsd": {"students": 3}}, recipe={"epochs": 1}), LocalSession())
+    run = assemble(a_training({"name": "ffsd+label_smoothing", "ffsd": {"students": 3}}, recipe={"epochs": 1}), LocalSession())
     assert len(run.distiller.peers) == 3
     assert len(run.optimizers) == 3
     train_epoch(run, 0)

@@ -29,8 +29,9 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import TaskInfo
+from kdbench.training.assembly import Training, assemble
 from kdbench.training.evaluate import predict
-from kdbench.training.loop import Training, close_epoch, fit, prepare, train_epoch
+from kdbench.training.loop import close_epoch, fit, train_epoch
 from kdbench.training.outcome import finished_record
 from kdbench.training.session import LocalSession
 from tests.tolerances import rounding
@@ -423,7 +424,7 @@ def a_training(tmp_path: Path, method: Any, **recipe: Any) -> Any:
 
 @pytest.mark.parametrize("recipe", [{}, {"epochs": 2, "ema": 0.5, "weights": "best"}], ids=["plain", "average-and-best"])
 def test_the_saved_file_is_a_plain_student_with_the_trained_ones_predictions(tmp_path: Path, recipe: Mapping[str, Any]):
-    run: Training = prepare(a_training(tmp_path, "norm", precision="fp64", **recipe), LocalSession())
+    run: Training = assemble(a_training(tmp_path, "norm", precision="fp64", **recipe), LocalSession())
     for epoch in range(run.unit.recipe.epochs):
         train_epoch(run, epoch)
         close_epoch(run)

@@ -32,7 +32,7 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import Taps, places, probe
 from kdbench.tasks.base import TaskInfo
-from kdbench.training.loop import prepare
+from kdbench.training.assembly import assemble
 from kdbench.training.session import LocalSession
 from tests.tolerances import rounding
 from tests.training.units import saved_teacher, unit
@@ -336,7 +336,7 @@ def test_crd_needs_samples_of_two_classes() -> None:
 
 
 def test_crd_remembers_the_samples_that_students_learn_from_and_no_others(tmp_path: Path) -> None:
-    run = prepare(unit({"name": "crd", "negatives": 32}, saved_teacher(tmp_path)), LocalSession())
+    run = assemble(unit({"name": "crd", "negatives": 32}, saved_teacher(tmp_path)), LocalSession())
     method = run.distiller.method
     assert isinstance(method, CRD)
     assert len(method.contrasts[0].memory_student) == 300  # of the source's 60,000

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.models.batch_norm import guard_batch_norms
-from kdbench.training.loop import prepare
+from kdbench.training.assembly import assemble
 from kdbench.training.session import LocalSession
 from tests.training.units import saved_teacher, unit
 
@@ -135,7 +135,7 @@ def test_a_guarded_network_compiles_and_exports_to_the_same_numbers() -> None:
 def test_a_training_guards_student_adapters_peers_and_teacher(tmp_path: Path) -> None:
     teacher = saved_teacher(tmp_path)
     for method in ("fitnet", "ffsd", "norm"):
-        run = prepare(unit(method, teacher, student={"name": "tiny_cnn", "width": 4}), LocalSession())
+        run = assemble(unit(method, teacher, student={"name": "tiny_cnn", "width": 4}), LocalSession())
         networks = [run.distiller] + ([run.teacher.model] if run.teacher is not None else [])  # type: ignore[union-attr, list-item]
         layers = [layer for each in networks for layer in each.modules() if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)]
         assert layers

@@ -25,8 +25,9 @@ from kdbench.tasks.build import build_task
 from kdbench.tasks.classification import Classification
 from kdbench.tasks.segmentation import Segmentation
 from kdbench.training import loop
+from kdbench.training.assembly import assemble
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
-from kdbench.training.loop import close_epoch, fit, mean_losses, prepare, share_buffers, train_epoch, train_step
+from kdbench.training.loop import close_epoch, fit, mean_losses, share_buffers, train_epoch, train_step
 from kdbench.training.outcome import rederive
 from kdbench.training.precision import images_for
 from kdbench.training.session import LocalSession, State
@@ -79,7 +80,7 @@ def test_the_moving_average_is_that_of_the_weights_and_buffers_after_each_step(m
     """The first step's are copied; the decay is the recipe's. Batch norms have buffers, which two micro-batches change twice a step."""
     decay = 0.75
     recipe = {"ema": decay, "accumulate": 2, "batch_size": 50, "lr": 0.1}
-    run = prepare(unit(student={"name": "tiny_cnn", "width": 4}, recipe=recipe), LocalSession())
+    run = assemble(unit(student={"name": "tiny_cnn", "width": 4}, recipe=recipe), LocalSession())
     assert run.average is not None
     average, step = run.average.module, loop.train_step
     by_hand: dict[str, Tensor] = {}  # in float64
@@ -126,7 +127,7 @@ def test_a_truncated_checkpoint_means_a_fresh_start(tmp_path: Path) -> None:
 
 
 def test_the_teacher_is_bit_equal_after_training(tmp_path: Path) -> None:
-    run = prepare(unit("kd", saved_teacher(tmp_path)), LocalSession())
+    run = assemble(unit("kd", saved_teacher(tmp_path)), LocalSession())
     assert isinstance(run.teacher, LiveTeacher)
     before = {name: tensor.clone() for name, tensor in run.teacher.model.state_dict().items()}
     train_epoch(run, 0)
@@ -217,7 +218,7 @@ def test_a_task_may_weigh_each_term_of_its_own(tmp_path: Path, monkeypatch: pyte
 
 def test_a_batch_coupled_loss_refuses_micro_batches(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="accumulate: 1"):
-        prepare(unit("tf_nkd", recipe={"accumulate": 2}), LocalSession())
+        assemble(unit("tf_nkd", recipe={"accumulate": 2}), LocalSession())
 
 
 def test_best_weights_are_those_of_the_best_epoch(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def half(monkeypatch: pytest.MonkeyPatch) -> Unit:
 
 
 def test_a_checkpoint_brings_back_the_gradient_scaler(tmp_path: Path, half: Unit) -> None:
-    one, two = (prepare(half, LocalSession()) for _ in range(2))
+    one, two = (assemble(half, LocalSession()) for _ in range(2))
     batches = list(one.loader.batches(0))
     for batch in batches[:3]:
         train_step(one, batch)
@@ -277,7 +278,7 @@ def test_a_checkpoint_brings_back_the_gradient_scaler(tmp_path: Path, half: Unit
 
 
 def test_gradients_are_clipped_at_their_own_size_and_not_at_that_of_the_scaled_loss(half: Unit) -> None:
-    run = prepare(half, LocalSession())
+    run = assemble(half, LocalSession())
     before = [weight.detach().double() for weight in run.distiller.parameters()]
     train_step(run, next(iter(run.loader.batches(0))))
     steps = [weight.detach().double() - old for weight, old in zip(run.distiller.parameters(), before, strict=True)]
@@ -332,7 +333,7 @@ def test_the_losses_of_a_checkpoint_and_of_an_epoch_are_the_mean_over_the_worker
 
 
 def test_an_epochs_loss_is_the_mean_of_its_steps_losses() -> None:
-    run = prepare(unit(), LocalSession())
+    run = assemble(unit(), LocalSession())
     total = 0.0
     for batch in run.loader.batches(0):
         losses = train_step(run, batch)
@@ -346,7 +347,7 @@ def test_an_epochs_loss_is_the_mean_of_its_steps_losses() -> None:
 @pytest.mark.parametrize(("rank", "added"), [(0, 0), (1, 1)])
 def test_all_workers_measure_with_the_batch_statistics_of_the_first(rank: int, added: int) -> None:
     session = AlikeSession(2, rank, others=lambda rows: rows + 1)
-    run = prepare(unit(student={"name": "tiny_cnn", "width": 4}, workers=2), session)
+    run = assemble(unit(student={"name": "tiny_cnn", "width": 4}, workers=2), session)
     before = {name: buffer.clone() for name, buffer in run.distiller.student.named_buffers()}
     share_buffers(run)
     after = dict(run.distiller.student.named_buffers())
@@ -388,7 +389,7 @@ def test_where_less_is_better_the_best_weights_are_those_of_the_lowest_value(tmp
     """And of two equal epochs the first one's."""
     costs = iter([3.0, 2.0, 2.0, 2.5])
     monkeypatch.setattr(Classification, "higher_is_better", False)
-    run = prepare(unit(recipe={"epochs": 4, "weights": "best"}), LocalSession())
+    run = assemble(unit(recipe={"epochs": 4, "weights": "best"}), LocalSession())
     monkeypatch.setattr(Classification, "metrics", lambda task, prediction, target: {task.primary: next(costs)})
     found = []
     for epoch in range(4):
@@ -421,7 +422,7 @@ class Apart(Method):
 
 
 def test_a_method_is_told_how_far_the_training_is_and_its_own_optimizer_follows_the_schedule() -> None:
-    run = prepare(unit("tests.training.test_loop:Apart", recipe={"epochs": 3, "schedule": "step"}), LocalSession())
+    run = assemble(unit("tests.training.test_loop:Apart", recipe={"epochs": 3, "schedule": "step"}), LocalSession())
     rates = []
     for epoch in range(3):
         for batch in run.loader.batches(epoch):
@@ -438,13 +439,13 @@ def test_a_method_is_told_how_far_the_training_is_and_its_own_optimizer_follows_
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32)])
 def test_the_weights_of_a_method_are_float32_or_wider(precision: str, dtype: torch.dtype) -> None:
-    run = prepare(unit("tests.training.test_loop:Apart", recipe={"precision": precision}), LocalSession())
+    run = assemble(unit("tests.training.test_loop:Apart", recipe={"precision": precision}), LocalSession())
     assert {weight.dtype for weight in run.distiller.parameters()} == {dtype}
 
 
 def test_a_teacher_learns_from_the_training_part_and_sees_a_new_view_each_epoch_a_student_as_many_as_are_cached() -> None:
     recipe = {"augment": {"crop": 2}, "views": 2}
-    teacher, student = (prepare(unit(role=role, recipe=recipe), LocalSession()).loader for role in ("teacher", "final"))
+    teacher, student = (assemble(unit(role=role, recipe=recipe), LocalSession()).loader for role in ("teacher", "final"))
     splits = build_task(unit().task).splits()
     assert (len(teacher.part), len(student.part)) == (len(splits.train), len(splits.transfer))
     assert len(splits.train) != len(splits.transfer) == 300
@@ -455,7 +456,7 @@ def test_a_teacher_learns_from_the_training_part_and_sees_a_new_view_each_epoch_
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_workers_with_unequal_shares_of_a_batch_give_its_loss_as_their_mean(accumulate: int) -> None:
     recipe = {"precision": "fp64", "batch_size": 25, "accumulate": accumulate}
-    alone = prepare(unit(recipe=recipe), LocalSession())
+    alone = assemble(unit(recipe=recipe), LocalSession())
     batch = next(iter(alone.loader.batches(0)))
     with torch.no_grad():
         right = F.cross_entropy(predicted(alone.distiller.student, images_for(batch.inputs, "fp64")), batch.target)
@@ -464,7 +465,7 @@ def test_workers_with_unequal_shares_of_a_batch_give_its_loss_as_their_mean(accu
     losses = []
     for rank in range(2):
         session = AlikeSession(2, rank)
-        run = prepare(unit(recipe=recipe, workers={"max": 2}), session)
+        run = assemble(unit(recipe=recipe, workers={"max": 2}), session)
         assert run.loader.shares == (12, 13)
         losses.append(train_step(run, next(iter(run.loader.batches(0)))))
         assert session.alone == accumulate - 1  # gradients are exchanged in the last backward pass of a step
@@ -475,7 +476,7 @@ def test_workers_with_unequal_shares_of_a_batch_give_its_loss_as_their_mean(accu
 def test_micro_batches_of_few_labelled_pixels_or_none_count_as_in_the_whole_batch(tmp_path: Path, counted: list[tuple[int, ...]]) -> None:
     found = []
     for pieces in (1, 3):
-        run = prepare(pixel_unit("none", tmp_path, accumulate=pieces), LocalSession())
+        run = assemble(pixel_unit("none", tmp_path, accumulate=pieces), LocalSession())
         batch = next(iter(run.loader.batches(0)))
         target = torch.full_like(batch.target, 255)
         for place in counted:
@@ -487,4 +488,4 @@ def test_micro_batches_of_few_labelled_pixels_or_none_count_as_in_the_whole_batc
 
 
 def test_a_batch_coupled_loss_takes_whole_batches() -> None:
-    assert prepare(unit("tf_nkd"), LocalSession()).distiller.method.batch_coupled
+    assert assemble(unit("tf_nkd"), LocalSession()).distiller.method.batch_coupled

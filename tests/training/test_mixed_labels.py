@@ -12,8 +12,9 @@ from kdbench.data.loader import Loader
 from kdbench.errors import UserError
 from kdbench.methods import METHODS
 from kdbench.tasks.build import build_task
+from kdbench.training.assembly import assemble
 from kdbench.training.cache.outputs import open_cache
-from kdbench.training.loop import close_epoch, mean_losses, prepare, train_epoch
+from kdbench.training.loop import close_epoch, mean_losses, train_epoch
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher, load_teacher
 from tests.tolerances import rounding
@@ -28,12 +29,12 @@ REFUSED = {"vitkd": "it imitates the first two blocks of a transformer"}
 @pytest.mark.parametrize(("method", "reason"), REFUSED.items())
 def test_a_method_that_has_no_place_in_a_pair_of_convolutional_networks_refuses_it(tmp_path: Path, method: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        prepare(unit(method, saved_teacher(tmp_path), student=CONVOLUTIONAL, recipe=MIXED), LocalSession(device=CPU))
+        assemble(unit(method, saved_teacher(tmp_path), student=CONVOLUTIONAL, recipe=MIXED), LocalSession(device=CPU))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in REFUSED])
 def test_every_method_takes_mixed_labels(tmp_path: Path, method: str) -> None:
-    run = prepare(unit(method, saved_teacher(tmp_path), student=CONVOLUTIONAL, recipe=MIXED), LocalSession(device=CPU))
+    run = assemble(unit(method, saved_teacher(tmp_path), student=CONVOLUTIONAL, recipe=MIXED), LocalSession(device=CPU))
     first = next(run.loader.batches(0))
     assert first.target.shape == (60, 10)
     assert (first.target.amax(1) < 1).sum() > 30
@@ -45,7 +46,7 @@ def test_every_method_takes_mixed_labels(tmp_path: Path, method: str) -> None:
 
 def test_a_loss_on_mixed_labels_falls(tmp_path: Path) -> None:
     repeated = MIXED | {"epochs": 4, "views": 1}
-    run = prepare(unit("none", student=CONVOLUTIONAL, recipe=repeated), LocalSession(device=CPU))
+    run = assemble(unit("none", student=CONVOLUTIONAL, recipe=repeated), LocalSession(device=CPU))
     for epoch in range(4):
         train_epoch(run, epoch)
         close_epoch(run)

@@ -12,7 +12,7 @@ import torch
 from kdbench.data.batch import Batch
 from kdbench.models.outputs import Outputs
 from kdbench.training import profiling
-from kdbench.training.loop import prepare
+from kdbench.training.assembly import assemble
 from kdbench.training.profiling import PARTS, profile_steps
 from kdbench.training.session import LocalSession
 from tests.training.units import saved_teacher, unit, with_cache
@@ -24,7 +24,7 @@ def test_every_part_of_a_step_is_charged_and_the_loop_is_left_as_it_was(tmp_path
     if cached:
         assert of.teacher is not None
         of = of.model_copy(update={"teacher": with_cache(of.teacher, of, tmp_path / "cache")})
-    run = prepare(of, LocalSession(device=torch.device("cpu")))
+    run = assemble(of, LocalSession(device=torch.device("cpu")))
     teacher = run.teacher
     found = profile_steps(run, 4, tmp_path / "traces" / "kd.json")
     assert tuple(found.milliseconds) == PARTS
@@ -38,7 +38,7 @@ def test_every_part_of_a_step_is_charged_and_the_loop_is_left_as_it_was(tmp_path
 
 
 def test_what_a_part_takes_is_charged_to_it_and_to_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = prepare(unit("kd", saved_teacher(tmp_path)), LocalSession(device=torch.device("cpu")))
+    run = assemble(unit("kd", saved_teacher(tmp_path)), LocalSession(device=torch.device("cpu")))
     now = 0.0
     monkeypatch.setattr(profiling.time, "perf_counter", lambda: now)
     teacher, method_forward = run.teacher, run.distiller.method.forward

@@ -1,0 +1,291 @@
+"""The one place that puts task, networks, method, taps, teacher and samples together: for the loop, its rehearsal and the dry run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from kdbench.data.batch import Part
+from kdbench.data.loader import Loader
+from kdbench.errors import UserError
+from kdbench.experiment import Recipe, Unit
+from kdbench.methods.base import Method
+from kdbench.methods.build import build_method, fitted, method_class
+from kdbench.models.outputs import Shapes
+from kdbench.models.taps import places, probe
+from kdbench.models.weights import state_sha256
+from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.build import build_task
+from kdbench.training.cache.outputs import TeacherCache
+from kdbench.training.distiller import Distiller
+from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
+from kdbench.training.precision import compiled_call, place
+from kdbench.training.randomness import begin_streams, restore_streams, streams
+from kdbench.training.session import Session
+from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
+
+
+@dataclass
+class Training:
+    """All that a training consists of while it runs; what `state` returns is all that is needed to go on."""
+
+    unit: Unit
+    session: Session
+    task: Task
+    splits: Splits
+    distiller: Distiller
+    wrapped: nn.Module  # the distiller, with gradient exchange where there are several workers
+    teacher: Teacher | None
+    optimizers: tuple[torch.optim.Optimizer, ...]  # the recipe's, then those of the method's parts
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+    loader: Loader
+    generator: torch.Generator
+    epoch: int = 0
+    step: int = 0  # inside the epoch
+    sums: Tensor | None = None  # of each loss term since the epoch began, on the device, in the order of `terms`
+    terms: tuple[str, ...] = ()
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    best_value: float = -math.inf
+    seconds: float = 0.0  # spent on this training, by all processes that worked on it one after the other
+    device_seconds: float = 0.0  # the same, times the workers there were
+    worker_counts: list[int] = field(default_factory=list)  # how many workers took part, one number after the other
+    kept_at: float = 0.0  # `seconds` when the last checkpoint was asked for
+    kept_step: int = 0  # and `total_steps`
+    ask_at: int = 0  # `total_steps` at which the workers compare their clocks next
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is measured and kept: the moving average where there is one."""
+        return self.average.module if self.average is not None else self.distiller.student
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps since the training began."""
+        return self.epoch * self.loader.steps_per_epoch + self.step
+
+    def passed(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.device_seconds += seconds * self.session.world_size
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values: the whole of a training at this moment, to be gone on with by any number of workers."""
+        return {
+            "unit": self.unit.key,
+            "distiller": self.distiller.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            **streams(self.session.device, self.generator),
+            "progress": {name: getattr(self, name) for name in _PROGRESS},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.distiller.load_state_dict(state["distiller"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        restore_streams(state, self.session.device, self.generator)
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        self.kept_step = self.ask_at = self.total_steps
+
+
+_PROGRESS = (
+    "epoch",
+    "step",
+    "sums",
+    "terms",
+    "curve",
+    "best",
+    "best_value",
+    "seconds",
+    "device_seconds",
+    "worker_counts",
+    "kept_at",
+)
+
+
+def assemble(unit: Unit, session: Session) -> Training:
+    """Build everything that a training needs, at its very beginning. The unit's files are where it says.
+
+    Raises UserError where the pair can't work, or where data, code or weights are others here than where the unit was made.
+    """
+    recipe = unit.recipe
+    task = build_task(unit.task)
+    splits = task.splits()
+    check_content(unit, task, splits)
+    generator = begin_streams(unit.seed)
+
+    def fresh() -> nn.Module:
+        model = task.build_model(unit.student)
+        if unit.student_init is not None and state_sha256(model) != unit.student_init:
+            weights = unit.student.weights
+            raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
+        return place(model, recipe.precision, recipe.memory_format, session.device)
+
+    student = fresh()
+    method = _fitting_method(unit, student, task, session, generator)
+    peers = [fresh() for _ in range(method.peer_count)]
+    check_uncut(unit.method.name, method, recipe)
+    teacher = _teacher_of(unit, method, task, session)
+    samples = splits.train if unit.role == "teacher" else splits.transfer
+    adapted = fit_method(
+        method,
+        student,
+        probe(student, task.info.image_shape, method.student_taps),
+        _shapes_of(teacher, method, task),
+        task,
+        samples,
+        _network_of(teacher, unit, task, session) if method.needs_teacher_network else None,
+    )
+    distiller = make_distiller(adapted, method, task, recipe, session.device, peers, unit.method.name)
+    loader = Loader(
+        samples,
+        recipe.batch_size,
+        augment=recipe.augment,
+        views=None if unit.role == "teacher" else recipe.views,
+        data_seed=unit.data_seed,
+        order_seed=unit.seed,
+        rank=session.rank,
+        world_size=session.world_size,
+        even=isinstance(unit.workers, int),
+        device=session.device,
+    )
+    return make_training(unit, session, task, splits, distiller, teacher, loader, generator)
+
+
+def fit_method(
+    method: Method,
+    student: nn.Module,
+    ours: Shapes,
+    theirs: Shapes | None,
+    task: Task,
+    samples: Part,
+    teacher: nn.Module | None,
+) -> nn.Module:
+    """Make a method ready for a pair, and the student ready for the method.
+
+    Args:
+        method: its taps are chosen.
+        student: the network; it may be changed.
+        ours: what the student gives at these taps, and as its prediction.
+        theirs: what the teacher gives; None where there is none.
+        task: what both are trained for.
+        samples: what the student learns from.
+        teacher: its network, frozen, for a method that works with the network itself; None where that is not here.
+
+    Returns:
+        The student as it is trained.
+    """
+    method.build(ours, theirs if method.needs_teacher else None, task.info)
+    if method.needs_teacher_network and teacher is not None:
+        method.use_teacher(teacher, task.info.image_shape)
+    method.use_samples(samples)
+    return method.adapt_student(student)
+
+
+def make_distiller(
+    student: nn.Module, method: Method, task: Task, recipe: Recipe, device: torch.device, peers: Sequence[nn.Module], name: str
+) -> Distiller:
+    """Student, method and peers as one module on the device, in the recipe's precision; `name` is the method's, for errors."""
+    student = place(student, recipe.precision, recipe.memory_format, device)
+    method = method.to(device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
+    compiled = compiled_call(student, device) if recipe.compile is True else None
+    return Distiller(student, method, task, compiled, peers, name)
+
+
+def make_training(
+    unit: Unit,
+    session: Session,
+    task: Task,
+    splits: Splits,
+    distiller: Distiller,
+    teacher: Teacher | None,
+    loader: Loader,
+    generator: torch.Generator,
+) -> Training:
+    """A training before its first step: optimizers, schedule, scaler and moving average are the recipe's."""
+    recipe = unit.recipe
+    optimizers = make_optimizers(distiller, distiller.method.own_optimizers(), recipe)
+    return Training(
+        unit=unit,
+        session=session,
+        task=task,
+        splits=splits,
+        distiller=distiller,
+        wrapped=session.prepare(distiller),
+        teacher=teacher,
+        optimizers=optimizers,
+        schedule=make_schedule(recipe, loader.steps_per_epoch, optimizers[0]),
+        scaler=torch.amp.GradScaler(session.device.type, enabled=recipe.precision == "fp16"),
+        average=make_average(distiller.student, recipe),
+        loader=loader,
+        generator=generator,
+    )
+
+
+def check_uncut(name: str, method: Method, recipe: Recipe) -> None:
+    """Raise UserError where micro-batches would keep the method called `name` from its whole batch."""
+    if method.batch_coupled and recipe.accumulate > 1:
+        raise UserError(f"method {name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1")
+
+
+def check_content(unit: Unit, task: Task, splits: Splits) -> None:
+    """Raise UserError where this process has other data or other code than the one that described the unit: its key would lie."""
+    version = method_class(unit.method).version
+    if unit.task_version is not None and task.version != unit.task_version:
+        raise UserError(f"task {task.name} has version {task.version} here and {unit.task_version} where the run began: update its code")
+    if unit.task_version is not None and version != unit.method_version:
+        raise UserError(
+            f"method {unit.method.name} has version {version} here and {unit.method_version} where the run began: update its code"
+        )
+    if unit.data_hash is not None and splits.learned_hash != unit.data_hash:
+        raise UserError(
+            f"the training data of {task.data_name} have other content here than where the run began ({splits.learned_hash[:12]}..., "
+            f"expected {unit.data_hash[:12]}...): give all machines the same files, and change none while a run is under way"
+        )
+
+
+def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session, generator: torch.Generator) -> Method:
+    """The method, its taps chosen: a benchmark's units name them; for one that does not, both networks are asked here."""
+    method = build_method(unit.method, generator)
+    if method.taps_chosen:
+        return method
+    image_shape = task.info.image_shape
+    theirs = places(load_teacher(unit.teacher, task, session.device), image_shape) if unit.teacher is not None else None
+    return fitted(unit.method, places(student, image_shape), theirs, generator)
+
+
+def _network_of(teacher: Teacher | None, unit: Unit, task: Task, session: Session) -> nn.Module:
+    """The frozen network that a live teacher runs anyway, or that is loaded beside cached outputs."""
+    if isinstance(teacher, LiveTeacher):
+        return teacher.model
+    assert unit.teacher is not None, "a method that needs the network needs a teacher"
+    return load_teacher(unit.teacher, task, session.device)
+
+
+def _teacher_of(unit: Unit, method: Method, task: Task, session: Session) -> Teacher | None:
+    if not method.needs_teacher:
+        return None
+    if unit.teacher is None:
+        raise UserError(f"method {unit.method.name} learns from a teacher, and the experiment names none; add `teacher: {{model: ...}}`")
+    return open_teacher(unit.teacher, task, method.teacher_taps, session.device, unit.recipe, unit.data_seed)
+
+
+def _shapes_of(teacher: Teacher | None, method: Method, task: Task) -> Shapes | None:
+    if teacher is None:
+        return None
+    if isinstance(teacher, TeacherCache):
+        return teacher.shapes
+    return probe(teacher.model, task.info.image_shape, method.teacher_taps)
