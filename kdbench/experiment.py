@@ -143,8 +143,8 @@ class Search(_Part):
     @classmethod
     def _known_objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in COSTS:
-                raise ValueError(f"unknown objective {shown(name)}{nearest(name, COSTS)}")
+            if name not in OBJECTIVES:
+                raise ValueError(f"unknown objective {shown(name)}{nearest(name, OBJECTIVES)}")
         return value
 
     @model_validator(mode="after")
@@ -169,7 +169,7 @@ def check_label(label: str, where: str) -> None:
         raise ValueError(f"{where}: holds {odd!a}, which is no printable character; got {label!a:.80}")
 
 
-COSTS = ("train_seconds", "nll", "ece")
+OBJECTIVES = ("train_seconds", "nll", "ece")
 
 
 class TeacherSpec(_Part):

@@ -34,7 +34,7 @@ from kdbench.methods.build import MethodSpec, fitted
 from kdbench.models.build import ModelSpec, without_weights
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs, Shapes, predicted
-from kdbench.models.taps import Taps, places, probe
+from kdbench.models.taps import Taps, probe, tap_shapes
 from kdbench.models.trace import generators_kept
 from kdbench.models.weights import check_weights
 from kdbench.storage.folder import local_path
@@ -45,7 +45,7 @@ from kdbench.training.assembly import fit_method, make_distiller
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.cost import counted_flops
 from kdbench.training.optimization import make_optimizer, make_optimizers
-from kdbench.training.precision import DTYPES, autocast, images_for, place, unmeasured
+from kdbench.training.precision import DTYPES, autocast, images_for, to_device, unmeasured
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
 
 META = torch.device("meta")
@@ -299,8 +299,8 @@ class Network:
         return self.params <= _REAL_PARAMETERS
 
     @cached_property
-    def places(self) -> Shapes:
-        return places(self.outline, self.task.info.image_shape)
+    def tap_shapes(self) -> Shapes:
+        return tap_shapes(self.outline, self.task.info.image_shape)
 
     @cached_property
     def forward_cost(self) -> tuple[float, float]:
@@ -326,7 +326,7 @@ def _rehearse(experiment: Experiment, opened: _Opened, students: Sequence[Networ
         rehearsal.teacher(teacher.real)
     for student in students:
         if not outlined("student", student):
-            theirs, network = (teacher.places, teacher.real if teacher.small else None) if teacher is not None else (None, None)
+            theirs, network = (teacher.tap_shapes, teacher.real if teacher.small else None) if teacher is not None else (None, None)
             without = rehearsal.student(student.spec, student.real, theirs, network)
             left += [f"method {label!r} with student {student.spec.label!r} (it needs the teacher's network)" for label in without]
     return tuple(left)
@@ -340,13 +340,13 @@ def forward_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[f
     """FLOPs of a training-mode forward pass, and bytes that are kept for its backward pass, both an image."""
     model = copy.deepcopy(model).train()
     images = torch.zeros(_COUNTED_BATCH, *image_shape, device=_device(model))
-    with counted_flops() as counter, _kept() as kept:
+    with counted_flops() as counter, _saved_for_backward() as kept:
         model(model_inputs(model, images))
     return counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH
 
 
 @contextmanager
-def _kept() -> Iterator[dict[int, int]]:
+def _saved_for_backward() -> Iterator[dict[int, int]]:
     """Storages that autograd keeps for the backward pass, and their bytes. Weights, which are there anyway, are left out."""
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no storage's number is given to another one
@@ -440,13 +440,13 @@ def _assembled(
     spec: MethodSpec, opened: _Opened, student: Network, base: nn.Module, teacher: Network | None, network: nn.Module | None
 ) -> tuple[Method, nn.Module]:
     """The method, built for the pair, and the student as it is trained. base, network: the two networks' modules to use."""
-    theirs = teacher.places if teacher is not None else None
+    theirs = teacher.tap_shapes if teacher is not None else None
     outlined = torch.get_default_device() == META  # where random numbers have no values, and no generator
-    method = fitted(spec, student.places, theirs, None if outlined else torch.Generator().manual_seed(0))
+    method = fitted(spec, student.tap_shapes, theirs, None if outlined else torch.Generator().manual_seed(0))
     if type(method).adapt_student is not Method.adapt_student:
         base = copy.deepcopy(base)
     frozen = network.eval().requires_grad_(False) if method.needs_teacher_network and network is not None else None
-    return method, fit_method(method, base, student.places, theirs, opened.task, opened.samples, frozen)
+    return method, fit_method(method, base, student.tap_shapes, theirs, opened.task, opened.samples, frozen)
 
 
 def _parameters(*modules: nn.Module) -> int:
@@ -457,13 +457,15 @@ def _parameters(*modules: nn.Module) -> int:
 def _own_cost(method: Method, trained: nn.Module, student: Network, teacher: Network | None, opened: _Opened) -> _Own:
     """The method's loss and its gradients on random outputs of the two networks, where torch makes tensors at the moment."""
     image_shape, home = opened.task.info.image_shape, torch.get_default_device()
-    same = all(name in student.places.taps for name in method.student_taps)
-    shapes = student.places if same else probe(copy.deepcopy(trained), image_shape, method.student_taps)
+    same = all(name in student.tap_shapes.taps for name in method.student_taps)
+    shapes = student.tap_shapes if same else probe(copy.deepcopy(trained), image_shape, method.student_taps)
     ours, *peers = (_random_outputs(shapes, method.student_taps, trained=True) for _ in range(1 + method.peer_count))
     ours.peers = tuple(peers)
-    theirs = _random_outputs(teacher.places, method.teacher_taps, trained=False) if teacher is not None and method.needs_teacher else None
+    theirs = (
+        _random_outputs(teacher.tap_shapes, method.teacher_taps, trained=False) if teacher is not None and method.needs_teacher else None
+    )
     batch = _random_batch(opened, _COUNTED_BATCH).to(home)
-    with counted_flops() as counter, _kept() as kept:
+    with counted_flops() as counter, _saved_for_backward() as kept:
         terms = method.train()(ours, theirs, batch, Progress(epoch=1.0, step=1, total_steps=2))
         total = sum((term.sum() for term in terms.values()), torch.zeros(()))
         if total.requires_grad:
@@ -490,7 +492,7 @@ def _cacheable(method: Method, teacher: Network, experiment: Experiment, images:
     views = view_count(experiment.recipe)
     if views is None:
         return False
-    shapes = [teacher.places.prediction, *(teacher.places.taps[name].shape for name in method.teacher_taps)]
+    shapes = [teacher.tap_shapes.prediction, *(teacher.tap_shapes.taps[name].shape for name in method.teacher_taps)]
     numbers = sum(map(math.prod, shapes))
     width = 4 if experiment.cache.precision == "fp32" else 2
     return width * numbers * images * views <= 1e9 * experiment.cache.budget_gb
@@ -597,7 +599,7 @@ def _image_seconds(network: Network, recipe: Recipe, trained: bool, device: torc
     """Seconds an image; a small batch is taken as long, for its size, as a large one."""
     recipe = unmeasured(recipe)
     precision, memory_format = recipe.precision, recipe.memory_format
-    model = place(copy.deepcopy(network.real), precision, memory_format, device).train(trained)
+    model = to_device(copy.deepcopy(network.real), precision, memory_format, device).train(trained)
     images = torch.rand(_timed_images(recipe, network.flops), *network.task.info.image_shape, device=device)
     images = images_for(images, precision, memory_format)
     times = []
@@ -625,8 +627,8 @@ def _step_seconds(
     recipe, task = experiment.recipe, opened.task
     recipe = unmeasured(recipe)
     precision = recipe.precision
-    network = place(copy.deepcopy(teacher.real), precision, recipe.memory_format, device) if teacher is not None else None
-    base = place(copy.deepcopy(student.real), precision, recipe.memory_format, device)
+    network = to_device(copy.deepcopy(teacher.real), precision, recipe.memory_format, device) if teacher is not None else None
+    base = to_device(copy.deepcopy(student.real), precision, recipe.memory_format, device)
     method, trained = _assembled(spec, opened, student, base, teacher, network)
     peers = [copy.deepcopy(base) for _ in range(method.peer_count)]
     distiller = make_distiller(trained, method, task, recipe, device, peers, spec.name).train()

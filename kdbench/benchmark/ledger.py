@@ -155,7 +155,7 @@ class Ledger:
                 "the same command sends those that are on record"
             )
 
-    def keep(self, unit: Unit, record: RunRecord, parent: Parent = no_parent, **facts: Any) -> RunRecord:
+    def append(self, unit: Unit, record: RunRecord, parent: Parent = no_parent, **facts: Any) -> RunRecord:
         """Put a finished unit on record. Raises RunFailed where another machine took this run over."""
         self.check_lease()  # whoever took over shows its trainings in MLflow itself
         live, shown = self._opened(unit, parent)

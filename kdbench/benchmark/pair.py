@@ -30,7 +30,7 @@ from kdbench.training.keys import student_protocol
 from kdbench.training.outcome import code_of, failed_record
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
-TRIAL_SEED, FIRST_CHECK_SEED = 1_000_000, 2_000_000
+TRIAL_SEED, FIRST_CANDIDATE_SEED = 1_000_000, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Pair:
     recipe: Recipe  # nothing in it is `auto` any more
     student_init: str | None  # content of the weights that the student begins with; None where they are drawn
     dropout: bool  # whether the student has any
-    student_places: Shapes  # every place of the two networks that a method can look at
-    teacher_places: Shapes | None
+    student_shapes: Shapes  # every place of the two networks that a method can look at
+    teacher_shapes: Shapes | None
 
     @property
     def experiment(self) -> Experiment:
@@ -85,7 +85,7 @@ class Pair:
         changes = {name.removeprefix("recipe."): value for name, value in params.items() if name.startswith("recipe.")}
         own = {name: value for name, value in params.items() if not name.startswith("recipe.")}
         experiment = self.experiment
-        params_here = fitted(spec, self.student_places, self.teacher_places, overrides=own).params
+        params_here = fitted(spec, self.student_shapes, self.teacher_shapes, overrides=own).params
         return Unit(
             role=role,
             experiment=experiment.name,
@@ -200,7 +200,7 @@ class Contender:
     open_parent: Callable[[], str | None]
     study: MethodStudy | None = None
     study_id: str | None = None
-    checks: dict[str, tuple[int, Unit]] = field(default_factory=dict)  # by unit key: which of the best points, and the training
+    candidates: dict[str, tuple[int, Unit]] = field(default_factory=dict)  # by unit key: which of the best points, and the training
     finals: dict[str, Unit] | None = None  # by unit key; None until the tuned parameters are known
     started: set[str] = field(default_factory=set)
     ended: dict[str, RunRecord | None] = field(default_factory=dict)
@@ -218,7 +218,7 @@ class Contender:
         """Whether nothing of it is left to this run."""
         if (self.finals is None and not self.held) or (self.study is not None and not self.study.done):
             return False
-        return all(key in self.ended for key in [*self.checks, *(self.finals or {})])
+        return all(key in self.ended for key in [*self.candidates, *(self.finals or {})])
 
 
 class PairWork:
@@ -263,8 +263,8 @@ class PairWork:
                 planned = search.top_k * search.confirm_seeds if search.top_k > 1 and search.trials > 1 else 0
                 _add(
                     rounds["check"],
-                    len(contender.checks.keys() & contender.ended),
-                    planned if contender.finals is None else len(contender.checks),
+                    len(contender.candidates.keys() & contender.ended),
+                    planned if contender.finals is None else len(contender.candidates),
                 )
             if not self.search_only:
                 _add(rounds["final"], len((contender.finals or {}).keys() & contender.ended), self.pair.experiment.seeds)
@@ -293,7 +293,7 @@ class PairWork:
         if contender.study is not None and contender.study.missing:
             point = contender.study.ask()
             return self.pair.unit(contender.spec, "trial", point.params, TRIAL_SEED, point.number)
-        checks = ((key, unit) for key, (_, unit) in contender.checks.items())
+        checks = ((key, unit) for key, (_, unit) in contender.candidates.items())
         for key, unit in chain(checks, (contender.finals or {}).items()):
             if key not in contender.started and key not in contender.ended:
                 contender.started.add(key)
@@ -320,7 +320,7 @@ class PairWork:
         if unit.number is not None:
             self._finish_trial(contender, unit, unit.number, record)
         else:
-            contender.ended[unit.key] = self._keep(contender, unit, record)
+            contender.ended[unit.key] = self._append(contender, unit, record)
         self._move_on(contender)
 
     def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
@@ -340,7 +340,7 @@ class PairWork:
         else:
             self.ledger.failures.append(reason)
             contender.ended[unit.key] = None
-            contender.held |= died and unit.key in contender.checks
+            contender.held |= died and unit.key in contender.candidates
         self._move_on(contender)
 
     def owner(self, unit: Unit) -> Contender:
@@ -369,17 +369,17 @@ class PairWork:
         else:
             study.fail(number, f"{unit.title}: of its objectives, {values}, not all are numbers", seconds, epochs)
 
-    def _keep(self, contender: Contender, unit: Unit, record: RunRecord) -> RunRecord:
+    def _append(self, contender: Contender, unit: Unit, record: RunRecord) -> RunRecord:
         if record.status == "failed":
             self.ledger.failures.append(record.failure or unit.title)
         params = _searched_params(contender, record)
-        return self.ledger.keep(unit, record, contender.parent, params=params, **self._search_facts(contender))
+        return self.ledger.append(unit, record, contender.parent, params=params, **self._search_facts(contender))
 
     def _search_facts(self, contender: Contender) -> dict[str, Any]:
         """What finding the parameters cost: trials and the winners' checks."""
         if contender.study is None or self.search is None:
             return {}
-        spent, checks = contender.study.spent(), [contender.ended[key] for key in contender.checks if key in contender.ended]
+        spent, checks = contender.study.spent(), [contender.ended[key] for key in contender.candidates if key in contender.ended]
         _, workers = worker_bounds(self.pair.experiment.runtime.workers)  # of a range, the most: a trial that is stopped says not how many
         return {
             "study_id": contender.study_id,
@@ -407,21 +407,21 @@ class PairWork:
         if not best:
             self._give_up(contender)
             return
-        if len(best) > 1 and not contender.checks:
+        if len(best) > 1 and not contender.candidates:
             for place, params in enumerate(best):
                 for seed in range(self.search.confirm_seeds):
-                    unit = self.pair.unit(contender.spec, "candidate", params, FIRST_CHECK_SEED + seed)
-                    contender.checks[unit.key] = place, unit
-            self._look_up(contender, {key: unit for key, (_, unit) in contender.checks.items()})
-        if all(key in contender.ended for key in contender.checks) and not contender.held:
-            self._plan_finals(contender, best[self._winning_place(contender)] if contender.checks else best[0])
+                    unit = self.pair.unit(contender.spec, "candidate", params, FIRST_CANDIDATE_SEED + seed)
+                    contender.candidates[unit.key] = place, unit
+            self._look_up(contender, {key: unit for key, (_, unit) in contender.candidates.items()})
+        if all(key in contender.ended for key in contender.candidates) and not contender.held:
+            self._plan_finals(contender, best[self._winning_place(contender)] if contender.candidates else best[0])
 
     def _winning_place(self, contender: Contender) -> int:
         """The place (in the search's order) with the best mean validation metric over the fresh seeds; a failed check loses."""
         higher = self.pair.task.higher_is_better
         worst = -math.inf if higher else math.inf
         values: dict[int, list[float]] = {}
-        for key, (place, _) in contender.checks.items():
+        for key, (place, _) in contender.candidates.items():
             record = contender.ended[key]
             value = record.val_metric if record is not None and record.status == "ok" else None
             values.setdefault(place, []).append(worst if value is None else value)
@@ -459,7 +459,7 @@ class PairWork:
         self._plan_finals(contender, {})
         for key, unit in (contender.finals or {}).items():
             if key not in contender.ended:
-                contender.ended[key] = self._keep(contender, unit, failed_record(unit, reason))
+                contender.ended[key] = self._append(contender, unit, failed_record(unit, reason))
 
 
 def _epochs(curve: Sequence[Mapping[str, float]]) -> float:

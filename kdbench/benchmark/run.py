@@ -32,7 +32,7 @@ from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherS
 from kdbench.methods.build import MethodSpec, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
-from kdbench.models.taps import places
+from kdbench.models.taps import tap_shapes
 from kdbench.models.weight_files import check_declared
 from kdbench.models.weights import state_sha256
 from kdbench.records.record import RunRecord
@@ -339,7 +339,7 @@ def _pairs(experiment: Experiment, ledger: Ledger, built: _Built, may_train: boo
         ledger.watch.note(f"warning: {caution}")
     taught = _ready_teacher(asked, ledger, task, built, network, may_train) if network is not None else None
     teacher, predictions = taught or (None, None)
-    theirs = places(network, task.info.image_shape) if network is not None else None
+    theirs = tap_shapes(network, task.info.image_shape) if network is not None else None
     return [
         _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, built)
         for spec, model in zip(experiment.students, students, strict=True)
@@ -373,7 +373,7 @@ class _Built:
         )
         if self.network is not None and teacher_too:
             rehearsal.teacher(self.network)
-        theirs = places(self.network, self.task.info.image_shape) if self.network is not None else None
+        theirs = tap_shapes(self.network, self.task.info.image_shape) if self.network is not None else None
         for spec, model in zip(self.experiment.students, self.students, strict=True):
             rehearsal.student(spec, model, theirs, self.network)
         self.done, self.students, self.network = True, (), None
@@ -434,7 +434,7 @@ def _ready_teacher(
         recipe = settled(asked_recipe, model, task.info.image_shape, len(splits.train), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, task, model)
     fits = partial(_ready_to_train, built, ledger.watch) if may_train else partial(_refuse, experiment, ledger)
-    given = _kept(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
+    given = _saved(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
     check_first: Callable[[], None] = built.rehearse if may_train else _nothing
     recall = Recall(asked, ledger)
     record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, model, fits)
@@ -514,7 +514,7 @@ def _trained(recall: Recall, unit: Unit, task: Task, model: nn.Module, check_fir
     return work.record, weights_of(work.record, ledger.layout)
 
 
-def _kept(pretrained: nn.Module, path: Path) -> Path:
+def _saved(pretrained: nn.Module, path: Path) -> Path:
     """timm's weights as they are, in a file like any teacher's, so that they stay what they are."""
     if not fetch(path).exists():
         save_weights(pretrained.state_dict(), path)
@@ -547,7 +547,7 @@ def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Call
         check_first()
         session = LocalSession(device=device_here(recall.asked.experiment.runtime))
         measured = measured_teacher(unit, weights, session, ledger.layout, key)
-        record = ledger.keep(unit, measured.model_copy(update=told))
+        record = ledger.append(unit, measured.model_copy(update=told))
     return record.model_copy(update={"teacher_sha": sha}), weights  # the same tensors may have come in another file
 
 
@@ -596,7 +596,7 @@ class TeacherWork:
     def finish(self, unit: Unit, record: RunRecord) -> None:
         if record.status != "ok":
             raise RunFailed(f"{record.failure}; lower teacher.recipe.lr, or set teacher.recipe.clip_grad")
-        self.record = self.ledger.keep(unit, record, **_reloaded(unit, self.task, self.ledger.layout, record))
+        self.record = self.ledger.append(unit, record, **_reloaded(unit, self.task, self.ledger.layout, record))
 
     def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
         raise RunFailed(reason)
@@ -624,7 +624,7 @@ def _pair(
     if teacher is not None and caching:
         spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
-    ours = places(model, task.info.image_shape)
+    ours = tap_shapes(model, task.info.image_shape)
     return Pair(
         asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), has_dropout(model), ours, theirs
     )

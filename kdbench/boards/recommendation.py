@@ -17,7 +17,7 @@ from kdbench.records.record import RunRecord
 
 LARGEST = 1e15  # of a limit; no network has more parameters, and none takes as many milliseconds
 SURE = 0.975  # what a 95% interval's lower end stands for
-COSTS: Mapping[str, str] = {"latency_ms_p50": "ms", "params_count": "parameters", "device_hours": "device-hours"}
+COST_UNITS: Mapping[str, str] = {"latency_ms_p50": "ms", "params_count": "parameters", "device_hours": "device-hours"}
 _MILLISECONDS = {"": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
 
@@ -159,7 +159,7 @@ def _misses(board: Board, row: Row, budget: Budget) -> Iterable[tuple[str, float
         elif gain < budget.min_gain:
             short = budget.min_gain - gain
             yield f"its gain of {gain:+.2f} is {short:.2f} short", short / (budget.min_gain or 1.0)
-    for name, unit in COSTS.items():
+    for name, unit in COST_UNITS.items():
         limit, cost = getattr(budget, name), getattr(row, name)
         if limit is None:
             continue

@@ -44,13 +44,13 @@ def watched(path: Path, overrides: list[str] | None, results: str | None) -> "It
     from rich.console import Console
 
     from kdbench.cli.display import Display
-    from kdbench.distributed.jobs import check_kept
+    from kdbench.distributed.jobs import check_lasting
     from kdbench.experiment import load_experiment
     from kdbench.storage.layout import results_folder
 
     experiment = load_experiment(path, overrides or ())
     folder = results_folder(results, experiment.results)
-    check_kept(folder)
+    check_lasting(folder)
     try:
         with Display(Console(stderr=False)) as display:
             yield experiment, folder, display

@@ -203,7 +203,7 @@ class _Patience:
         self._pause = min(2 * self._pause, 15.0)
 
 
-def check_kept(results: Path) -> None:
+def check_lasting(results: Path) -> None:
     """Raises UserError for a results folder inside the copy of the working directory that Ray unpacked for a job: Ray deletes it."""
     config = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     travelled = config is not None and "working_dir" in (json.loads(config).get("runtime_env") or {})

@@ -15,7 +15,7 @@ from kdbench.methods.features import FeatureMethod, Names, paired_stages, stages
 from kdbench.methods.kd import softened_divergence
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.tail import Tail
-from kdbench.models.taps import locate, places
+from kdbench.models.taps import locate, tap_shapes
 from kdbench.search.space import Choice, Range, When
 from kdbench.tasks.base import TaskInfo
 
@@ -116,7 +116,7 @@ class AdaIN(FeatureMethod):
 
 def _next_stage(network: nn.Module, image_shape: tuple[int, int, int], tap: str) -> str:
     """The teacher's first stage behind the tap; what its classifier reads behind the last."""
-    seen = list(places(network, image_shape).taps)
+    seen = list(tap_shapes(network, image_shape).taps)
     here = seen.index(locate(network, image_shape, tap).path)
-    behind = [stage for stage in stages(places(network, image_shape)) if seen.index(locate(network, image_shape, stage).path) > here]
+    behind = [stage for stage in stages(tap_shapes(network, image_shape)) if seen.index(locate(network, image_shape, stage).path) > here]
     return behind[0] if behind else "pooled"

@@ -18,7 +18,7 @@ from kdbench.methods.kd import softened_divergence
 from kdbench.methods.logits import require_same_classes
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.tail import Tail
-from kdbench.models.taps import ImageShape, Tap, locate, places
+from kdbench.models.taps import ImageShape, Tap, locate, tap_shapes
 from kdbench.search.space import Choice, Range
 from kdbench.tasks.base import TaskInfo
 
@@ -201,7 +201,7 @@ def _strength(schedule: Schedule, at: Progress) -> float:
 def _averages(student: nn.Module, tap: str, image_shape: ImageShape) -> bool:
     """Whether all that the network makes of the map at `tap` is its mean over space, and of that one linear layer with a bias."""
     network = copy.deepcopy(student).double().eval().requires_grad_(False)
-    if "pooled" not in places(network, image_shape).taps:
+    if "pooled" not in tap_shapes(network, image_shape).taps:
         return False
     place, head = locate(network, image_shape, tap), locate(network, image_shape, "pooled").module
     if place.shape.kind != "map" or not isinstance(head, nn.Linear) or head.bias is None or head.in_features != place.shape.channels:

@@ -102,7 +102,7 @@ def probe(model: nn.Module, image_shape: ImageShape, names: Iterable[str] = ()) 
     return Shapes(seen.prediction, {name: _tap(model, seen, places, name).shape for name in names})
 
 
-def places(model: nn.Module, image_shape: ImageShape) -> Shapes:
+def tap_shapes(model: nn.Module, image_shape: ImageShape) -> Shapes:
     """Shapes of the prediction and of every place that can be tapped: by alias (`stage:0`, `stage:-1`, `block:2`, `pooled`) and by path.
 
     Paths, and what activations read, are in forward order.

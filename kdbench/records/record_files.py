@@ -91,7 +91,7 @@ class OneRecord:
 
 
 class ManyRecords:
-    """What `compact` wrote. Kept as it was read, compressed; columns are taken out of it as they are needed."""
+    """What `compact` wrote. StoredAt as it was read, compressed; columns are taken out of it as they are needed."""
 
     def __init__(self, content: bytes, path: str) -> None:
         """Raises UserError where it is no readable file of records."""

@@ -37,7 +37,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Entry:
+class BoardEntry:
     """A row of the board with what stands behind it. number: its place on the board, by which charts name it.
 
     anchor: a name that no other row of the board has, the same when more rows come.
@@ -65,7 +65,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RecordedExperiment:
     """An experiment that runs of a board belong to, as the newest of them recorded it. earlier: how many other versions there were."""
 
     name: str
@@ -79,8 +79,8 @@ class Page:
 
     anchor: str
     board: Board
-    entries: tuple[Entry, ...]
-    experiments: tuple[Recipe, ...]
+    entries: tuple[BoardEntry, ...]
+    experiments: tuple[RecordedExperiment, ...]
     environments: tuple[Environment, ...]
     newest: datetime  # when the last of its runs ended
 
@@ -192,7 +192,7 @@ def by_protocol(pages: Iterable[Page]) -> list[list[Page]]:
 
 def _entry(
     number: int, anchor: str, row: Row, records: Sequence[RunRecord], board: Board, folders: Sequence[Path], interface: Interface
-) -> Entry:
+) -> BoardEntry:
     runs = tuple(
         Run(
             run_id=record.run_id,
@@ -204,7 +204,7 @@ def _entry(
         )
         for record in records
     )
-    return Entry(number, anchor, row, runs, _curve(number, row.label, records, f"val_{board.primary}"), _search(records, folders))
+    return BoardEntry(number, anchor, row, runs, _curve(number, row.label, records, f"val_{board.primary}"), _search(records, folders))
 
 
 def _curve(number: int, label: str, records: Sequence[RunRecord], name: str) -> Curve | None:
@@ -240,12 +240,12 @@ def _search(records: Sequence[RunRecord], folders: Sequence[Path]) -> Search | s
     return "The study of its search is not in this results folder, so its trials can't be shown."
 
 
-def _experiments(records: Sequence[RunRecord]) -> list[Recipe]:
+def _experiments(records: Sequence[RunRecord]) -> list[RecordedExperiment]:
     newest_first = sorted(records, key=lambda record: (record.created_at, record.run_id), reverse=True)
     configs: dict[str, dict[str | None, None]] = defaultdict(dict)  # ordered sets
     for record in newest_first:
         configs[record.experiment][record.config] = None
-    return [Recipe(name, next(iter(found)), len(found) - 1) for name, found in sorted(configs.items())]
+    return [RecordedExperiment(name, next(iter(found)), len(found) - 1) for name, found in sorted(configs.items())]
 
 
 def _environments(records: Sequence[RunRecord]) -> list[Environment]:

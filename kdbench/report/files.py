@@ -20,7 +20,7 @@ from kdbench.report.content import Page, pages
 from kdbench.report.page import render_index, render_report
 from kdbench.report.picture import draw, worth_drawing
 from kdbench.report.rendering import nothing_to_rank
-from kdbench.report.serve import LOOPBACK, Source, report_server
+from kdbench.report.serve import LOOPBACK, LivePage, report_server
 from kdbench.tracking import Interface, Tracker, interface
 
 INDEX = "index.html"
@@ -59,9 +59,9 @@ class Report:
         return folder / INDEX
 
     @property
-    def source(self) -> Source:
+    def source(self) -> LivePage:
         """What a server gives: a page that is renewed with every record; of no board too, since there may be one soon."""
-        return Source(self._records, self._live)
+        return LivePage(self._records, self._live)
 
     def serve(self, port: int, announce: Callable[[str], object]) -> None:
         """Serve to this machine's browsers until Ctrl-C; `announce` is told the address. Raises UserError where the port can't be had."""

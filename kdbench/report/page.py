@@ -29,7 +29,7 @@ from kdbench.tracking import Interface
 _TEMPLATES = Path(__file__).with_name("templates")
 _MINUS = "\u2212"
 
-COSTS = (
+COST_AXES = (
     ("device_hours", "device-hours, search included", "device-hours"),
     ("latency_ms_p50", "latency, ms per image", "ms"),
     ("params_count", "parameters", "parameters"),
@@ -95,7 +95,7 @@ def _environment() -> Environment:
     made.filters |= {"scaled": scaled, "short": short, "percent": _percent, "plural": _plural, "quoted": shlex.quote, "value": _value}
     made.globals |= {
         "charts": charts,
-        "costs": COSTS,
+        "costs": COST_AXES,
         "interval": interval,
         "signed": _signed,
         "headline": headline,

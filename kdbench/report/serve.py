@@ -17,7 +17,7 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8230
 
 
-class Source:
+class LivePage:
     """The page and its version. scan: the records there are. render: the page of records, which bears the version it is given."""
 
     def __init__(self, scan: Callable[[], Sequence[RunRecord]], render: Callable[[Sequence[RunRecord], str], str]) -> None:
@@ -44,7 +44,7 @@ def _version(records: Sequence[RunRecord]) -> str:
     return hashlib.sha256("\n".join(record.run_id for record in records).encode()).hexdigest()[:16]
 
 
-def report_server(source: Source, port: int) -> ThreadingHTTPServer:
+def report_server(source: LivePage, port: int) -> ThreadingHTTPServer:
     """A server on loopback that gives `/` and `/version` of `source`; port 0 takes a free one. The caller runs and closes it.
 
     It answers GET and nothing else, and only where the browser was sent to this very address: another site's name that was made to lead
@@ -70,7 +70,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    pages: Source
+    pages: LivePage
     server_version, sys_version = "kdbench", ""
     protocol_version = "HTTP/1.1"
     timeout = 30  # seconds that an idle connection is kept

@@ -102,7 +102,7 @@ def space_of(params: BaseModel, fixed: frozenset[str] = frozenset()) -> tuple[Pa
                 searched[name] = Parameter(name, extra, getattr(params, name), is_whole(field.annotation))
     axes: list[Parameter] = []
     for axis in searched.values():
-        _place(axis, searched, params, axes)
+        _insert(axis, searched, params, axes)
     for name in type(params).model_fields:
         if isinstance(part := getattr(params, name), BaseModel):
             own = frozenset(key.removeprefix(f"{name}.") for key in fixed if key.startswith(f"{name}."))
@@ -125,7 +125,7 @@ def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _place(axis: Parameter, searched: Mapping[str, Parameter], params: BaseModel, axes: list[Parameter]) -> None:
+def _insert(axis: Parameter, searched: Mapping[str, Parameter], params: BaseModel, axes: list[Parameter]) -> None:
     """Append an axis, the one that its condition looks at first; none where its condition can't hold."""
     when = axis.dimension.when
     if any(placed.name == axis.name for placed in axes):
@@ -133,7 +133,7 @@ def _place(axis: Parameter, searched: Mapping[str, Parameter], params: BaseModel
     if when is None:
         axes.append(axis)
     elif when.name in searched:
-        _place(searched[when.name], searched, params, axes)
+        _insert(searched[when.name], searched, params, axes)
         axes.append(axis)
     elif getattr(params, when.name) in when.values:
         axes.append(replace(axis, dimension=replace(axis.dimension, when=None)))

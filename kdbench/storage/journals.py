@@ -12,7 +12,7 @@ from pathlib import Path
 from kdbench.bounded import ImplausibleFile, open_regular, read_file
 from kdbench.errors import RunFailed
 from kdbench.storage.object_store import Files
-from kdbench.storage.working_copy import kept
+from kdbench.storage.working_copy import stored_at
 
 LONGEST_LINE = 1_000_000  # bytes; Optuna writes some hundred
 _LARGEST = 500_000_000  # bytes: of 100,000 trials of 100 epochs
@@ -27,7 +27,7 @@ def fetch_journal(path: Path) -> Path:
     What is here stays where it goes on from what the store has: then its end could not be uploaded. Else another machine went on.
     """
     _sent.pop(path, None)
-    place = kept(path)
+    place = stored_at(path)
     if place is None:
         return path
     theirs = whole_journal(place.store, place.path)
@@ -39,7 +39,7 @@ def fetch_journal(path: Path) -> Path:
 
 def upload_journal(path: Path) -> None:
     """Have the store hold all of a journal. Raises StorageFailed where it does not take it, RunFailed where another driver writes to it."""
-    place = kept(path)
+    place = stored_at(path)
     if place is None:
         return
     sent = _sent.get(path)
@@ -64,7 +64,7 @@ def upload_journal(path: Path) -> None:
 
 def read_journal(path: Path) -> bytes:
     """All of a journal for whoever only looks at it, of a working copy's as its store has it; empty where there is none."""
-    place = kept(path)
+    place = stored_at(path)
     if place is not None:
         return whole_journal(place.store, place.path)
     return read_journal_file(path) if path.exists() else b""

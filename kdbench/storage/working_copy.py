@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredAt:
     """A file of a working copy: where the store is, and the file's path in it."""
 
     store: ObjectStore
@@ -99,12 +99,12 @@ def _marker(root: Path) -> list[str]:
         raise
 
 
-def kept(path: Path) -> Kept | None:
+def stored_at(path: Path) -> StoredAt | None:
     """Where the store has this file of a working copy; None for a file of any other folder."""
     for parent in path.parents:
         address = origin(parent)
         if address is not None:
-            return Kept(store_at(address), str(path.relative_to(parent)))
+            return StoredAt(store_at(address), str(path.relative_to(parent)))
     return None
 
 
@@ -118,7 +118,7 @@ def upload(path: Path) -> None:
 
     What is DISPENSABLE is tried once, and not too often. Anything else is in the store when this returns, or StorageFailed is raised.
     """
-    place = kept(path)
+    place = stored_at(path)
     if place is None or place.kind not in UPLOADED:
         return
     if place.kind not in DISPENSABLE:
@@ -135,7 +135,7 @@ def upload(path: Path) -> None:
     _next_upload[place] = time.monotonic() + _SPARED * (time.monotonic() - begun)
 
 
-_next_upload: dict[Kept, float] = {}
+_next_upload: dict[StoredAt, float] = {}
 _silent_until: dict[str, float] = {}
 
 
@@ -144,7 +144,7 @@ def fetch(path: Path, sha256: str | None = None, newest: bool = False) -> Path:
 
     What is here already is not asked for again, unless it is not the one with this `sha256`, or `newest` is wanted.
     """
-    place = kept(path)
+    place = stored_at(path)
     if place is None or (path.exists() and not newest and (sha256 is None or file_sha256(path) == sha256)):
         return path
     with suppress(FileNotFoundError):
@@ -157,7 +157,7 @@ def fetch_later(path: Path) -> Path:
 
     For files of which either will do, and the later one saves time: machines' clocks are compared.
     """
-    place = kept(path)
+    place = stored_at(path)
     if place is None:
         return path
     with suppress(FileNotFoundError):
@@ -169,7 +169,7 @@ def fetch_later(path: Path) -> Path:
 def forget(path: Path) -> None:
     """Delete a file here and in the store; no error where there is none."""
     path.unlink(missing_ok=True)
-    place = kept(path)
+    place = stored_at(path)
     if place is None:
         return
     _next_upload.pop(place, None)
@@ -183,7 +183,7 @@ def forget(path: Path) -> None:
 def forget_folder(folder: Path) -> None:
     """Delete a folder here and in the store."""
     shutil.rmtree(folder, ignore_errors=True)
-    place = kept(folder)
+    place = stored_at(folder)
     if place is not None:
         for path in place.store.find(place.path):
             place.store.remove(path)

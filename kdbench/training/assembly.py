@@ -18,14 +18,14 @@ from kdbench.experiment import Recipe, Unit
 from kdbench.methods.base import Method
 from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Shapes
-from kdbench.models.taps import places, probe
+from kdbench.models.taps import probe, tap_shapes
 from kdbench.models.weights import state_sha256
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import build_task
 from kdbench.training.cache.outputs import TeacherCache
 from kdbench.training.distiller import Distiller
 from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
-from kdbench.training.precision import compiled_call, place
+from kdbench.training.precision import compiled_call, to_device
 from kdbench.training.randomness import begin_streams, restore_streams, streams
 from kdbench.training.session import Session
 from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
@@ -132,7 +132,7 @@ def assemble(unit: Unit, session: Session) -> Training:
         if unit.student_init is not None and state_sha256(model) != unit.student_init:
             weights = unit.student.weights
             raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
-        return place(model, recipe.precision, recipe.memory_format, session.device)
+        return to_device(model, recipe.precision, recipe.memory_format, session.device)
 
     student = fresh()
     method = _fitting_method(unit, student, task, session, generator)
@@ -199,7 +199,7 @@ def make_distiller(
     student: nn.Module, method: Method, task: Task, recipe: Recipe, device: torch.device, peers: Sequence[nn.Module], name: str
 ) -> Distiller:
     """Student, method and peers as one module on the device, in the recipe's precision; `name` is the method's, for errors."""
-    student = place(student, recipe.precision, recipe.memory_format, device)
+    student = to_device(student, recipe.precision, recipe.memory_format, device)
     method = method.to(device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
     compiled = compiled_call(student, device) if recipe.compile is True else None
     return Distiller(student, method, task, compiled, peers, name)
@@ -263,8 +263,8 @@ def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session
     if method.taps_chosen:
         return method
     image_shape = task.info.image_shape
-    theirs = places(load_teacher(unit.teacher, task, session.device), image_shape) if unit.teacher is not None else None
-    return fitted(unit.method, places(student, image_shape), theirs, generator)
+    theirs = tap_shapes(load_teacher(unit.teacher, task, session.device), image_shape) if unit.teacher is not None else None
+    return fitted(unit.method, tap_shapes(student, image_shape), theirs, generator)
 
 
 def _network_of(teacher: Teacher | None, unit: Unit, task: Task, session: Session) -> nn.Module:

@@ -42,7 +42,7 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
     kept = session.resume()
     if kept is not None and kept["unit"] == unit.key:
         run.restore(kept)
-        session.resumed(_place(run))
+        session.resumed(_standing(run))
     if run.worker_counts[-1:] != [session.world_size]:
         run.worker_counts.append(session.world_size)
     for epoch in range(run.epoch, unit.recipe.epochs):
@@ -59,7 +59,7 @@ def found_here(unit: Unit, layout: Layout) -> Unit:
     return unit.model_copy(update={"teacher": teacher})
 
 
-def _place(run: Training) -> str:
+def _standing(run: Training) -> str:
     """Where a restored training stands, for people."""
     inside = f", step {run.step + 1} of {run.loader.steps_per_epoch}" if run.step else ""
     before, now = run.worker_counts[-1:], run.session.world_size
@@ -79,7 +79,7 @@ def train_epoch(run: Training, epoch: int) -> None:
         run.passed(now - start)
         start = now
         if run.step < run.loader.steps_per_epoch and _due(run):
-            _keep(run)
+            _checkpoint(run)
 
 
 def train_step(run: Training, batch: Batch) -> Tensor:
@@ -192,7 +192,7 @@ def close_epoch(run: Training) -> dict[str, float]:
     return row
 
 
-def _keep(run: Training) -> None:
+def _checkpoint(run: Training) -> None:
     """Keep a checkpoint in the middle of an epoch. The losses so far are the mean of all workers', so that any number can add to them."""
     state, several = run.state, run.session.world_size > 1
     sums = run.session.gather(run.sums[None]).mean(0) if several and run.sums is not None else run.sums

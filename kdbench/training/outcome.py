@@ -28,7 +28,7 @@ from kdbench.training.cache.outputs import TEST, cached_test
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
 from kdbench.training.cost import measure, peak_memory_mb
 from kdbench.training.evaluate import check_numbers, predict
-from kdbench.training.precision import place
+from kdbench.training.precision import to_device
 from kdbench.training.session import Session
 
 
@@ -76,7 +76,7 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
 
 def _quality(predicted: Tensor, teacher: Tensor | None, task: Task, splits: Splits, layout: Layout, key: str) -> dict[str, Any]:
     """Keep predictions of the test part under `key` and measure them, and how alike they are to the teacher's where these are known."""
-    prediction, quality = _kept(predicted, splits.test.target, task)
+    prediction, quality = _as_stored(predicted, splits.test.target, task)
     packed = pack_predictions(prediction, splits.test.index)
     alike = task.agreement(prediction.float(), teacher) if teacher is not None else {}
     where = layout.predictions(key, splits.test_hash)
@@ -94,7 +94,7 @@ def _quality(predicted: Tensor, teacher: Tensor | None, task: Task, splits: Spli
     }
 
 
-def _kept(prediction: Tensor, target: Tensor, task: Task) -> tuple[Tensor, dict[str, float]]:
+def _as_stored(prediction: Tensor, target: Tensor, task: Task) -> tuple[Tensor, dict[str, float]]:
     """Test predictions as the results folder keeps them, and the metrics of these very numbers, so that anyone can derive them again.
 
     Half precision, unless rounding to it makes a number infinite or changes the primary metric; float32 then.
@@ -167,7 +167,7 @@ def of_now(unit: Unit, splits: Splits) -> dict[str, Any]:
 def _finished(unit: Unit, weights: Path, task: Task, session: Session) -> nn.Module:
     """The network of a unit with these weights."""
     model = rebuilt(task, unit.student, weights)
-    return place(model, unit.recipe.precision, unit.recipe.memory_format, session.device)
+    return to_device(model, unit.recipe.precision, unit.recipe.memory_format, session.device)
 
 
 def code_of(unit: Unit) -> dict[str, str]:

@@ -38,14 +38,14 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision in ("bf16", "fp16"))
 
 
-def place(model: nn.Module, precision: str, memory_format: str, device: torch.device) -> nn.Module:
+def to_device(model: nn.Module, precision: str, memory_format: str, device: torch.device) -> nn.Module:
     """The model on the device, in float64 where asked, its 4-D weights in the memory format."""
     model = model.to(device, dtype=torch.float64 if precision == "fp64" else torch.float32)
     return model.to(memory_format=FORMATS[memory_format])
 
 
 def images_for(images: Tensor, precision: str, memory_format: str = "contiguous") -> Tensor:
-    """A batch as a model placed by `place` takes it; autocast does the narrowing."""
+    """A batch as a model placed by `to_device` takes it; autocast does the narrowing."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     return images.to(dtype=dtype, memory_format=FORMATS[memory_format])
 
@@ -177,7 +177,7 @@ def _step_seconds(
     model: nn.Module, images: torch.Tensor, precision: str, memory_format: str, device: torch.device, compiled: bool = False
 ) -> float:
     """The shortest of a few training steps: other load can only lengthen one."""
-    model = place(model, precision, memory_format, device).train()
+    model = to_device(model, precision, memory_format, device).train()
     call = compiled_call(model, device) if compiled else model
     images = images.to(memory_format=FORMATS[memory_format])
     times = []

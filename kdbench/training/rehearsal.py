@@ -27,7 +27,7 @@ from kdbench.methods.base import Method
 from kdbench.methods.build import MethodSpec, fitted
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.models.taps import places
+from kdbench.models.taps import tap_shapes
 from kdbench.models.trace import generators_kept, trace
 from kdbench.models.weights import matched, portable
 from kdbench.tasks.base import Task
@@ -35,7 +35,7 @@ from kdbench.training.assembly import Training, check_uncut, fit_method, make_di
 from kdbench.training.distiller import Distiller
 from kdbench.training.evaluate import predict
 from kdbench.training.loop import train_step
-from kdbench.training.precision import place, unmeasured
+from kdbench.training.precision import to_device, unmeasured
 from kdbench.training.session import LocalSession
 
 MOST_IMAGES = 8  # of a rehearsed step: it stays cheap, and what fails with so few is tried again with as many as training has
@@ -90,7 +90,7 @@ class _Scene:
         self._frozen: nn.Module | None = None
         val = self.task.splits().val
         self.few = val.select(torch.arange(min(2, len(val))))
-        self.ours = places(model, self.task.info.image_shape)
+        self.ours = tap_shapes(model, self.task.info.image_shape)
 
     # --- what is rehearsed -------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class _Scene:
         return self._frozen
 
     def _placed(self, network: nn.Module, recipe: Recipe) -> nn.Module:
-        return place(copy.deepcopy(network), recipe.precision, recipe.memory_format, self.device)
+        return to_device(copy.deepcopy(network), recipe.precision, recipe.memory_format, self.device)
 
     def _loader(self, recipe: Recipe, images: int) -> Loader:
         few = self.samples.select(torch.arange(min(len(self.samples), max(2, images))))

@@ -19,7 +19,7 @@ from kdbench.storage.working_copy import fetch
 from kdbench.tasks.base import Task
 from kdbench.training.cache.copies import bring
 from kdbench.training.cache.outputs import TeacherCache, open_cache, read_entry, streams_of
-from kdbench.training.precision import autocast, images_for, place
+from kdbench.training.precision import autocast, images_for, to_device
 
 
 def teacher_here(ref: TeacherRef, layout: Layout) -> TeacherRef:
@@ -36,7 +36,7 @@ def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module
     if ref.state is not None and state_sha256(model) != ref.state:
         raise UserError(f"the teacher's weights, {ref.weights}, are others here than where the run began: give all machines the same file")
     guard_batch_norms(model)  # a method's gradients may flow through a part of it
-    return place(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
+    return to_device(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
 
 
 class LiveTeacher:

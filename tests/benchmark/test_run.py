@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
+from kdbench.benchmark.pair import FIRST_CANDIDATE_SEED, TRIAL_SEED
 from kdbench.benchmark.run import profile, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.boards.leaderboard import boards
@@ -66,8 +66,8 @@ def test_teacher_search_finals_and_board_work_for_every_task(task: str, tmp_path
     assert {record.role for record in records} == {"teacher", "candidate", "final"}
     finals = [record for record in records if record.role == "final"]
     assert sorted((record.label, record.seed) for record in finals) == [("kd", 0), ("kd", 1), ("none", 0), ("none", 1)]
-    assert {record.seed for record in records if record.role == "candidate"} == {FIRST_CHECK_SEED}
-    assert not {0, 1} & {TRIAL_SEED, FIRST_CHECK_SEED}
+    assert {record.seed for record in records if record.role == "candidate"} == {FIRST_CANDIDATE_SEED}
+    assert not {0, 1} & {TRIAL_SEED, FIRST_CANDIDATE_SEED}
     assert {record.trials for record in finals} == {2}
     assert all("recipe.lr" in record.params for record in finals)
     assert all(record.test_metric is None for record in records if record.role == "candidate")

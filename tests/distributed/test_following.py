@@ -308,6 +308,6 @@ def test_in_a_job_a_results_folder_in_the_copy_of_the_working_directory_is_refus
     assert ended.code == 2
     assert ended.err.startswith("kdbench: results folder results: inside the job's copy of the working directory, which Ray deletes")
     assert not Path("results").exists()
-    jobs.check_kept(tmp_path.parent / "elsewhere")
+    jobs.check_lasting(tmp_path.parent / "elsewhere")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}}))
-    jobs.check_kept(Path.cwd() / "results")  # without a working directory nothing was copied, and nothing is deleted
+    jobs.check_lasting(Path.cwd() / "results")  # without a working directory nothing was copied, and nothing is deleted

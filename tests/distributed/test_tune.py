@@ -19,7 +19,7 @@ from ray.tune.integration import ray_train
 from safetensors.torch import load_file
 
 from kdbench.benchmark import run as running
-from kdbench.benchmark.pair import FIRST_CHECK_SEED, TRIAL_SEED
+from kdbench.benchmark.pair import FIRST_CANDIDATE_SEED, TRIAL_SEED
 from kdbench.benchmark.run import Summary, run
 from kdbench.benchmark.watch import Phase, Unwatched
 from kdbench.boards.leaderboard import boards
@@ -159,7 +159,9 @@ def test_the_seeds_of_the_finals_were_never_used_before(searched: Ran) -> None:
         seeds.setdefault(unit.role, set()).add(unit.seed)
     assert seeds["final"] == {0, 1}
     assert seeds["trial"] == {TRIAL_SEED}
-    assert seeds.get("candidate", {FIRST_CHECK_SEED}) == {FIRST_CHECK_SEED}  # how many trials ASHA leaves to check depends on their timing
+    assert seeds.get("candidate", {FIRST_CANDIDATE_SEED}) == {
+        FIRST_CANDIDATE_SEED
+    }  # how many trials ASHA leaves to check depends on their timing
 
 
 def test_only_finals_saw_the_test_set(searched: Ran) -> None:

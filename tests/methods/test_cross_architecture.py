@@ -27,7 +27,7 @@ from kdbench.methods.vitkd import ViTKD, generation_loss, removed_tokens, square
 from kdbench.models.adapters import as_map
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.models.taps import Taps, places, probe
+from kdbench.models.taps import Taps, probe, tap_shapes
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.assembly import assemble
 from kdbench.training.loop import train_epoch
@@ -67,7 +67,7 @@ IMAGE = (1, 28, 28)
 
 @cache
 def whole(name: str, classes: int = CLASSES) -> Shapes:
-    return places(network(name, classes), IMAGE)
+    return tap_shapes(network(name, classes), IMAGE)
 
 
 def built(method: str | dict[str, Any], student: str, teacher: str, classes: int = CLASSES) -> Method:

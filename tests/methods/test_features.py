@@ -13,7 +13,7 @@ from kdbench.methods.build import MethodSpec, fitted
 from kdbench.methods.features import FeatureMethod, middle_stages, paired_spatial_stages, paired_stages, stages
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.models.taps import places
+from kdbench.models.taps import tap_shapes
 
 IMAGE = (3, 32, 32)
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
@@ -38,7 +38,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 @cache
 def shapes(name: str) -> Shapes:
     facts: dict[str, Any] = {"num_classes": 7, "in_channels": 3, "image_size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    return places(build_model(ModelSpec.model_validate(NETWORKS[name]), **facts), IMAGE)
+    return tap_shapes(build_model(ModelSpec.model_validate(NETWORKS[name]), **facts), IMAGE)
 
 
 def method(name: str, **params: Any) -> MethodSpec:

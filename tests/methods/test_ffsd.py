@@ -19,7 +19,7 @@ from kdbench.methods.base import Progress
 from kdbench.methods.build import MethodSpec, build_method, fitted, params_of
 from kdbench.methods.ffsd import FFSD, Mixing, Upsampler, direction_loss, diversity_loss, other_places, redirected
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.models.taps import Taps, places
+from kdbench.models.taps import Taps, tap_shapes
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.assembly import assemble
 from kdbench.training.loop import fit, train_epoch
@@ -52,7 +52,7 @@ class AtWork:
     def __init__(self, samples: int = 3, classes: int = CLASSES, **params: Any) -> None:
         torch.manual_seed(0)
         self.leader = Net(classes).double()
-        seen = places(self.leader, IMAGE)
+        seen = tap_shapes(self.leader, IMAGE)
         method = fitted(MethodSpec.model_validate({"name": "ffsd", "diversity_weight": 1.0, **params}), seen, None)
         method.build(seen, None, TaskInfo("classification", classes, IMAGE))
         assert isinstance(method, FFSD)
@@ -272,7 +272,7 @@ def test_a_student_that_it_can_not_work_on_is_refused(student: Shapes, message: 
 
 def test_a_tap_that_is_not_there_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no tap 'stage:8'; did you mean 'stage:2'"):
-        fitted(MethodSpec.model_validate({"name": "ffsd", "student_taps": ["stage:0", "stage:8"]}), places(Net(), IMAGE), None)
+        fitted(MethodSpec.model_validate({"name": "ffsd", "student_taps": ["stage:0", "stage:8"]}), tap_shapes(Net(), IMAGE), None)
 
 
 # --- a training ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from kdbench.methods.vid import VID, Guess, gaussian_loss
 from kdbench.models.adapters import shape_of
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.models.taps import Taps, places
+from kdbench.models.taps import Taps, tap_shapes
 from kdbench.tasks.base import TaskInfo
 from tests.tolerances import rounding
 
@@ -355,7 +355,7 @@ def network(name: str) -> tuple[nn.Module, Shapes]:
     torch.manual_seed(0)
     facts: dict[str, Any] = {"num_classes": 7, "in_channels": 3, "image_size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     model = build_model(ModelSpec.model_validate(NETWORKS[name]), **facts)
-    return model, places(model, (3, 32, 32))
+    return model, tap_shapes(model, (3, 32, 32))
 
 
 @every_method

@@ -27,7 +27,7 @@ from kdbench.methods.ofd import margins, partial_distance
 from kdbench.methods.reviewkd import hierarchical_context_loss
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.models.taps import Taps, places, probe
+from kdbench.models.taps import Taps, probe, tap_shapes
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.assembly import Training, assemble
 from kdbench.training.evaluate import predict
@@ -64,7 +64,7 @@ def at_work(
     torch.manual_seed(0)
     ours, theirs = network(student, classes), network(teacher, classes).eval().requires_grad_(False)
     spec = MethodSpec.model_validate(method)
-    found = fitted(spec, places(ours, GREY), places(theirs, GREY))
+    found = fitted(spec, tap_shapes(ours, GREY), tap_shapes(theirs, GREY))
     found.build(probe(ours, GREY, found.student_taps), probe(theirs, GREY, found.teacher_taps), TaskInfo("classification", classes, GREY))
     if found.needs_teacher_network:
         found.use_teacher(theirs, GREY)

@@ -30,7 +30,7 @@ from kdbench.methods.sp import SP, similarity_loss
 from kdbench.methods.uskd import USKD, nontarget_loss, target_loss, weak_loss
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import Outputs, Shapes, TapShape
-from kdbench.models.taps import Taps, places, probe
+from kdbench.models.taps import Taps, probe, tap_shapes
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.assembly import assemble
 from kdbench.training.session import LocalSession
@@ -77,7 +77,9 @@ def network(name: str, **options: int) -> nn.Module:
 
 
 def built(value: Mapping[str, Any], student: nn.Module, teacher: nn.Module, samples: int = 20) -> Method:
-    method = fitted(MethodSpec.model_validate(value), places(student, IMAGE), places(teacher, IMAGE), torch.Generator().manual_seed(0))
+    method = fitted(
+        MethodSpec.model_validate(value), tap_shapes(student, IMAGE), tap_shapes(teacher, IMAGE), torch.Generator().manual_seed(0)
+    )
     shapes = probe(student, IMAGE, method.student_taps), probe(teacher, IMAGE, method.teacher_taps)
     method.build(*shapes, TaskInfo("classification", CLASSES, IMAGE))
     method.use_samples(part_of(samples))
@@ -590,4 +592,4 @@ def test_uskd_refuses_a_student_without_classes_to_rank_or_tokens_it_can_not_pla
 @pytest.mark.parametrize("name", COMPARING)
 def test_a_comparison_needs_a_teacher(name: str) -> None:
     with pytest.raises(UserError, match=f"method {name} needs a teacher"):
-        method_class(MethodSpec(name=name))().choose_taps(places(network("tiny_cnn", width=6), IMAGE), None)
+        method_class(MethodSpec(name=name))().choose_taps(tap_shapes(network("tiny_cnn", width=6), IMAGE), None)

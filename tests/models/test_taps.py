@@ -19,7 +19,7 @@ from kdbench.models import MODELS
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import TapShape
-from kdbench.models.taps import TapRow, Taps, places, probe, tap_table
+from kdbench.models.taps import TapRow, Taps, probe, tap_shapes, tap_table
 from kdbench.models.trace import describe
 
 GREY = (1, 28, 28)
@@ -209,7 +209,7 @@ class TestValues:
 
     @pytest.mark.parametrize("name", ["cifar_resnet14", "wrn_16_1", "vgg8"])
     def test_our_networks_show_what_the_last_activation_of_each_stage_reads(self, name: str) -> None:
-        found = places(build(name, 1, 28), GREY)
+        found = tap_shapes(build(name, 1, 28), GREY)
         stages = [shape for tap, shape in found.taps.items() if tap.startswith("stage:") and "-" not in tap]
         before = [shape for tap, shape in found.taps.items() if tap.startswith("before:")]
         assert all(shape in before for shape in stages)

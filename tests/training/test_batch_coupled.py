@@ -16,7 +16,7 @@ from kdbench.methods import METHODS
 from kdbench.methods.base import Progress
 from kdbench.methods.build import MethodSpec, fitted, method_class
 from kdbench.models.outputs import Outputs
-from kdbench.models.taps import Taps, places, probe
+from kdbench.models.taps import Taps, probe, tap_shapes
 from kdbench.tasks.base import TaskInfo
 from kdbench.training.distiller import Distiller, Weights
 from kdbench.training.session import LocalSession, Session
@@ -60,7 +60,7 @@ def distiller(name: str, samples: Part) -> tuple[Distiller, Taps]:
     torch.manual_seed(0)
     student, teacher = Net(3).double(), Net(5).double().requires_grad_(False)
     spec = MethodSpec.model_validate({"name": name, **SMALLER.get(name, {})})
-    method = fitted(spec, places(student, IMAGE), places(teacher, IMAGE), torch.Generator().manual_seed(1))
+    method = fitted(spec, tap_shapes(student, IMAGE), tap_shapes(teacher, IMAGE), torch.Generator().manual_seed(1))
     shapes = probe(student, IMAGE, method.student_taps), probe(teacher, IMAGE, method.teacher_taps)
     method.build(*shapes, TaskInfo("classification", CLASSES, IMAGE))
     if method.needs_teacher_network:

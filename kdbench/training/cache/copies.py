@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from kdbench.storage.layout import Layout
 from kdbench.storage.locks import locked
-from kdbench.storage.working_copy import Kept, kept
+from kdbench.storage.working_copy import StoredAt, stored_at
 from kdbench.training.cache.streams import ENTRY, Manifest, StreamFiles, streams_in
 
 INDEX = "index.npy"
@@ -23,7 +23,7 @@ def bring(folder: Path, names: Iterable[str]) -> list[str]:
     One process of a machine downloads. What came is checked against its checksums: streams that are damaged in the store are taken out
     of it, and returned.
     """
-    place = kept(folder)
+    place = stored_at(folder)
     if place is None or not (lacking := _lacking(folder, names)):
         return []
     layout = Layout(folder.parents[1])
@@ -40,7 +40,7 @@ def bring(folder: Path, names: Iterable[str]) -> list[str]:
 
 def send(folder: Path) -> None:
     """Have the store hold all whole streams of an entry. Raises StorageFailed where it does not take them."""
-    place = kept(folder)
+    place = stored_at(folder)
     if place is None or not (folder / ENTRY).exists():
         return
     there = place.store.sizes(place.path)
@@ -56,7 +56,7 @@ def send(folder: Path) -> None:
 
 def stored_entries(layout: Layout) -> Iterator[tuple[Path, dict[str, int]]]:
     """The entries that the store has: the folder that each has on this machine, and its files with their bytes."""
-    place = kept(layout.cache("any"))
+    place = stored_at(layout.cache("any"))
     if place is None:
         return
     entries: dict[str, dict[str, int]] = {}
@@ -72,7 +72,7 @@ def _lacking(folder: Path, names: Iterable[str]) -> list[str]:
     return [name for name, manifest in manifests.items() if manifest is None or not manifest.finished]
 
 
-def _downloaded(place: Kept, folder: Path, name: str) -> bool:
+def _downloaded(place: StoredAt, folder: Path, name: str) -> bool:
     """Whether the stream is here now; one that is damaged is taken out of the store."""
     files = StreamFiles(folder, name)
     manifest = Manifest.model_validate_json(place.store.read(f"{place.path}/{files.manifest.name}"))

@@ -17,10 +17,10 @@ from kdbench.errors import RunFailed, UserError, not_written
 from kdbench.experiment import content_hash
 from kdbench.storage.layout import Layout
 from kdbench.storage.locks import Held, locked
-from kdbench.storage.working_copy import forget_folder, kept, origin
+from kdbench.storage.working_copy import forget_folder, origin, stored_at
 from kdbench.training.cache.build import mend
 from kdbench.training.cache.copies import bring, stored_entries
-from kdbench.training.cache.outputs import FORMAT_VERSION, Entry, read_entry
+from kdbench.training.cache.outputs import FORMAT_VERSION, EntryFacts, read_entry
 from kdbench.training.cache.streams import ENTRY, StreamFiles, streams_in
 
 DAY = 86400.0
@@ -31,7 +31,7 @@ class Listed:
     """An entry as `kdbench cache ls` shows it. entry: None where it can't be read, as one of an older format. used: seconds since 1970."""
 
     key: str
-    entry: Entry | None
+    entry: EntryFacts | None
     streams: tuple[str, ...]  # finished ones
     unfinished: tuple[str, ...]
     nbytes: int
@@ -54,7 +54,7 @@ def entries(layout: Layout) -> list[Listed]:
 
 def _stored(folder: Path, files: Mapping[str, int]) -> Listed:
     """Only whole streams are sent to a store."""
-    place = kept(folder)
+    place = stored_at(folder)
     assert place is not None, "only asked of a working copy"
     names = sorted(unquote(file.removesuffix(".json")) for file in files if file.endswith(".json") and file != ENTRY)
     entry, used = None, 0.0
@@ -62,7 +62,7 @@ def _stored(folder: Path, files: Mapping[str, int]) -> Listed:
         stamp = f"{place.path}/{ENTRY}"
         used = place.store.modified(stamp).timestamp()
         with suppress(ValidationError):
-            entry = Entry.model_validate_json(place.store.read(stamp))
+            entry = EntryFacts.model_validate_json(place.store.read(stamp))
     return Listed(folder.name, entry, tuple(names), (), sum(files.values()), used)
 
 

@@ -99,7 +99,7 @@ class CacheSpec(StrictOptions):
         }
 
 
-class Entry(StrictOptions):
+class EntryFacts(StrictOptions):
     """entry.json: what an entry is of, for whoever opens or lists it. images: of the transfer part. index: checksum of index.npy."""
 
     facts: dict[str, Any]
@@ -115,10 +115,10 @@ class Entry(StrictOptions):
         return same and views is not None and views <= facts["views"]
 
 
-def read_entry(folder: Path) -> Entry | None:
+def read_entry(folder: Path) -> EntryFacts | None:
     """None where there is no entry. Raises RunFailed where it can't be read."""
     try:
-        return Entry.model_validate_json(read_file(folder / ENTRY, LARGEST_MANIFEST))
+        return EntryFacts.model_validate_json(read_file(folder / ENTRY, LARGEST_MANIFEST))
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
@@ -190,7 +190,7 @@ def _mapped(folder: Path, name: str) -> Mapped | None:
     return Mapped(manifest.stream, rows) if rows is not None and manifest is not None else None
 
 
-def row_of(folder: Path, entry: Entry) -> Tensor:
+def row_of(folder: Path, entry: EntryFacts) -> Tensor:
     """Position in the source data set -> row of a view, from index.npy. Raises RunFailed where that is not what was written."""
     try:
         with open_regular(folder / "index.npy") as file:
@@ -211,5 +211,5 @@ def index_hash(index: np.ndarray) -> str:
 def entry_text(spec: CacheSpec, index: np.ndarray) -> str:
     """entry.json of a new entry."""
     teacher, data = spec.teacher.model.label, build_task(spec.task).data_name
-    entry = Entry(facts=spec.facts, teacher=teacher, data=data, images=len(index), index=index_hash(index))
+    entry = EntryFacts(facts=spec.facts, teacher=teacher, data=data, images=len(index), index=index_hash(index))
     return json.dumps(entry.model_dump(mode="json"), indent=1)

@@ -1,6 +1,6 @@
 """The few largest logits in place of all of them, for a cache of many classes: what is kept, and what it becomes again.
 
-Kept are k logits, their classes, and r = log sum exp of all others. Given back, each of the other C - k classes has the logit
+StoredAt are k logits, their classes, and r = log sum exp of all others. Given back, each of the other C - k classes has the logit
 r - log(C - k): the k probabilities and the sum of the others are then exact at temperature 1, and the others alike. At a temperature
 T > 1 the others get too much together, because a mean of powers 1/T is at most that power of the mean; `smallest_faithful` measures
 how much that changes a loss.
