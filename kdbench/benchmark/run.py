@@ -23,7 +23,7 @@ from kdbench.benchmark.pair import Pair, PairWork, axes_of
 from kdbench.benchmark.recall import Recall, weights_of
 from kdbench.benchmark.watch import Phase, Watch
 from kdbench.boards.cautions import chance_caution, ema_caution
-from kdbench.data.encoded import DECODED_FIRST, check_decodable, not_shown
+from kdbench.data.decoding import DECODED_FIRST, check_decodable, not_shown
 from kdbench.data.loader import check_views
 from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of

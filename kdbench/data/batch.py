@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kdbench.data.encoded import EncodedImages
+from kdbench.data.encoded import EncodedImages
 
 
 @dataclass(frozen=True)

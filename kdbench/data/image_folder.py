@@ -14,8 +14,10 @@ import numpy as np
 
 from kdbench.bounded import read_file
 from kdbench.data.content import Advance, Content, files_content
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, decoded_now, encoded_part, turned
+from kdbench.data.decoding import decoded_now, encoded_part
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD
 from kdbench.data.options import ImageSide
+from kdbench.data.pictures import LARGEST_IMAGE, turned
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, first_few, nearest, printable
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kdbench.data.batch import Batch, Part
+from kdbench.data.decoding import decoded_ahead
 from kdbench.data.draws import Draws
-from kdbench.data.encoded import decoded_ahead
 from kdbench.data.hashing import hash64
 from kdbench.data.mixing import partners
 from kdbench.data.views import Augment, augment_drawn, augment_mixed, check_targets, drawn_ahead

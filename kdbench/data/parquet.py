@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 
 from kdbench.bounded import ImplausibleFile, open_regular
 from kdbench.data.content import Advance, Content, group_contents, read_plainly
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, LARGEST_IMAGE, decoded_now, encoded_part, turned
+from kdbench.data.decoding import decoded_now, encoded_part
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD
 from kdbench.data.options import ImageSide
+from kdbench.data.pictures import LARGEST_IMAGE, turned
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, cut, first_few, in_one_line, nearest, printable, shown
 

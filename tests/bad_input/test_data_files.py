@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from kdbench.data import cifar, fashion_mnist, sources
-from kdbench.data.encoded import MOST_PIXELS
+from kdbench.data.pictures import MOST_PIXELS
 from kdbench.tasks import build as tasks
 from tests.bad_input.measured import measured
 from tests.bad_input.tiny_experiment import TINIER, assert_one_line, run, write

@@ -85,7 +85,7 @@ def test_a_run_says_what_it_will_keep_and_trains_without_the_teacher(tmp_path: P
         loaded += 1
         return load(*arguments)
 
-    for module in ("teacher", "cache_build", "loop"):
+    for module in ("teacher", "cache.build", "assembly"):
         monkeypatch.setattr(f"kdbench.training.{module}.load_teacher", counted, raising=False)
     notes = ran(tmp_path, methods=["none", "kd", {"name": f"{__name__}:Pooled", "label": "pooled"}], seeds=2)
     assert loaded == 1  # by the build; no training asks for it

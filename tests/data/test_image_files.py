@@ -17,10 +17,12 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from kdbench.data import encoded
-from kdbench.data.encoded import EncodedImages, Looked, check_decodable, not_shown, turned
+from kdbench.data import decoding, pictures
+from kdbench.data.decoding import Looked, check_decodable, not_shown
+from kdbench.data.encoded import EncodedImages
 from kdbench.data.image_folder import image_folder
 from kdbench.data.parquet import parquet
+from kdbench.data.pictures import turned
 from kdbench.errors import UserError
 
 SIZE = 16
@@ -161,7 +163,7 @@ def test_a_class_name_that_is_not_utf8_is_refused(folder: Path) -> None:
 def test_a_picture_is_turned_as_its_tag_says(format: str, orientation: int) -> None:
     content = stored(3, format, orientation)
     expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
-    shown = encoded._decoded(content, "x").permute(1, 2, 0).numpy()
+    shown = pictures.decoded(content, "x").permute(1, 2, 0).numpy()
     assert np.array_equal(shown, expected)
     assert shown.shape[:2] == ((24, 20) if orientation > 4 else (20, 24))
     assert turned(content) == (format != "TIFF" and orientation > 1)
@@ -173,7 +175,7 @@ def test_a_grey_picture_of_16_bits_is_turned_too() -> None:
     buffer = io.BytesIO()
     grey = np.arange(12, dtype=np.uint16).reshape(3, 4) << 8
     Image.fromarray(grey).save(buffer, "PNG", exif=tags)
-    assert encoded._decoded(buffer.getvalue(), "x")[0].tolist() == np.rot90(grey >> 8, -1).tolist()
+    assert pictures.decoded(buffer.getvalue(), "x")[0].tolist() == np.rot90(grey >> 8, -1).tolist()
 
 
 def test_a_tiff_is_not_counted_as_turned_whatever_it_holds() -> None:
@@ -189,7 +191,7 @@ def test_a_tiff_is_not_counted_as_turned_whatever_it_holds() -> None:
 def test_a_tag_that_says_nothing_turns_nothing(orientation: int | None) -> None:
     content = stored(3, "PNG", orientation)
     assert not turned(content)
-    assert np.array_equal(encoded._decoded(content, "x").permute(1, 2, 0).numpy(), np.array(picture(3)))
+    assert np.array_equal(pictures.decoded(content, "x").permute(1, 2, 0).numpy(), np.array(picture(3)))
 
 
 def test_damaged_tags_turn_nothing_and_the_picture_is_still_shown() -> None:
@@ -197,7 +199,7 @@ def test_damaged_tags_turn_nothing_and_the_picture_is_still_shown() -> None:
     broken = whole.replace(b"Exif\0\0MM\0*" if b"Exif\0\0MM" in whole else b"Exif\0\0II*\0", b"Exif\0\0XXXX", 1)
     assert broken != whole
     assert not turned(broken)
-    assert encoded._decoded(broken, "x").shape == (3, 20, 24)
+    assert pictures.decoded(broken, "x").shape == (3, 20, 24)
 
 
 @pytest.mark.parametrize("content", [b"", b"Exif", b"\xff\xd8 Exif", stored(3, "JPEG", 6)[:40]])
@@ -256,7 +258,7 @@ def test_broken_pictures_are_found_before_they_are_needed(folder: Path, monkeypa
     put(folder / "val/dog", "1.png", stored(1)[:-100])  # cut off
     with pytest.raises(UserError, match=r"val/cat/1\.png .*; 3 of the 4 test images have such a problem"):
         check_decodable(image_folder(folder, SIZE).test, "test")
-    monkeypatch.setattr(encoded, "DECODED_FIRST", 2)  # rows 0 and 2 are decoded, of the others the header is read
+    monkeypatch.setattr(decoding, "DECODED_FIRST", 2)  # rows 0 and 2 are decoded, of the others the header is read
     with pytest.raises(UserError, match=r"; 2 of the 4 test images"):
         check_decodable(image_folder(folder, SIZE).test, "test")
 
@@ -314,7 +316,7 @@ def test_pixels_of_no_known_range_are_refused_from_the_header(folder: Path, monk
     put(folder / "val/cat", "1.tif", save())
     (folder / "val/cat/1.png").unlink()
     for decoded in (2_000, 1):  # then of row 1 the header alone is read
-        monkeypatch.setattr(encoded, "DECODED_FIRST", decoded)
+        monkeypatch.setattr(decoding, "DECODED_FIRST", decoded)
         with pytest.raises(UserError) as caught:
             check_decodable(image_folder(folder, SIZE).test, "test")
         assert str(caught.value) == (
@@ -349,7 +351,7 @@ SIXTEEN_BITS: dict[str, tuple[Save, np.ndarray]] = {
 def test_of_16_bits_a_channel_the_upper_8_are_shown(kind: str) -> None:
     save, high = SIXTEEN_BITS[kind]
     expected = np.broadcast_to(high[..., None], (6, 8, 3)) if high.ndim == 2 else high
-    shown = encoded._decoded(save(), "x").permute(1, 2, 0).numpy()
+    shown = pictures.decoded(save(), "x").permute(1, 2, 0).numpy()
     assert np.array_equal(shown, expected)
 
 
@@ -393,14 +395,14 @@ TRANSPARENT: dict[str, tuple[Save, Save]] = {  # one with a pixel that is not op
 @pytest.mark.parametrize("strip", [16, 2_000_000])
 @pytest.mark.parametrize("kind", TRANSPARENT)
 def test_a_transparent_pixel_is_found_and_shown_as_before(kind: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "_STRIP", strip)
+    monkeypatch.setattr(pictures, "_STRIP", strip)
     for content, transparent in zip((save() for save in TRANSPARENT[kind]), (True, False), strict=True):
-        pixels, look = encoded._examined(content, "x", decode=True)
-        assert look == encoded._Look(decoded=True, transparent=transparent)
+        pixels, look = pictures.examined(content, "x", decode=True)
+        assert look == pictures.Look(decoded=True, transparent=transparent)
         assert pixels is not None
         if "16" not in kind:
             assert np.array_equal(pixels.permute(1, 2, 0), Image.open(io.BytesIO(content)).convert("RGB"))
-        assert torch.equal(pixels, encoded._decoded(content, "x"))
+        assert torch.equal(pixels, pictures.decoded(content, "x"))
 
 
 FRAMES = {
@@ -422,25 +424,25 @@ def frames(kind: str, count: int) -> bytes:
 @pytest.mark.parametrize("kind", FRAMES)
 def test_frames_after_the_first_are_found_and_not_shown(kind: str, decode: bool) -> None:
     for count in (1, 2, 3):
-        pixels, look = encoded._examined(frames(kind, count), "x", decode)
-        assert look == encoded._Look(decoded=decode, several_frames=count > 1)
+        pixels, look = pictures.examined(frames(kind, count), "x", decode)
+        assert look == pictures.Look(decoded=decode, several_frames=count > 1)
         assert (pixels is not None) == decode
         if pixels is not None:
             assert (pixels.int() - 40).abs().max() <= 2
 
 
 def test_previews_in_a_cameras_file_are_no_frames() -> None:
-    pictures = [picture(k) for k in range(2)]
-    content = written(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    shown = [picture(k) for k in range(2)]
+    content = written(shown[0], "MPO", save_all=True, append_images=shown[1:])
     with Image.open(io.BytesIO(content)) as opened:
         assert getattr(opened, "n_frames", 1) == 2
-    assert encoded._examined(content, "x", True)[1] == encoded._Look(decoded=True)
+    assert pictures.examined(content, "x", True)[1] == pictures.Look(decoded=True)
 
 
 def test_a_second_frame_that_is_cut_off_is_no_problem() -> None:
     content = frames("GIF", 2)
     second = content.rindex(b"\x2c")  # where the second frame's description begins
-    _, look = encoded._examined(content[: second + 3], "x", decode=True)
+    _, look = pictures.examined(content[: second + 3], "x", decode=True)
     assert (look.problem, look.decoded) == (None, True)
 
 
@@ -451,7 +453,7 @@ def test_what_is_not_shown_is_counted_by_part(folder: Path, monkeypatch: pytest.
     source = image_folder(folder, SIZE)
     assert check_decodable(source.train, "training") == Looked(6, 6, 6, 0, 0)
     assert check_decodable(source.test, "test") == Looked(4, 4, 4, 2, 1)
-    monkeypatch.setattr(encoded, "DECODED_FIRST", 2)  # rows 0 and 2
+    monkeypatch.setattr(decoding, "DECODED_FIRST", 2)  # rows 0 and 2
     assert check_decodable(source.test, "test") == Looked(4, 4, 2, 2, 1)
     put(folder / "val/dog", "1.png", written(alpha("RGB", 0), "PNG"))  # row 3, of which the header does not say it
     assert check_decodable(image_folder(folder, SIZE).test, "test") == Looked(4, 4, 2, 2, 0)
@@ -473,7 +475,7 @@ def test_one_line_says_what_is_not_shown() -> None:
 
 @pytest.mark.parametrize("count", [1, 256, 257, 300, 5_000, 1_281_167])
 def test_a_sample_is_spread_over_all_images_and_no_larger_than_256(count: int) -> None:
-    rows = list(encoded._sampled(count))
+    rows = list(decoding._sampled(count))
     assert rows == sorted(set(rows))
     assert (rows[0], rows[-1], len(rows)) == (0, count - 1, min(count, 256))
     assert max(np.diff(rows), default=0) <= max(1, count / 15)
@@ -482,8 +484,8 @@ def test_a_sample_is_spread_over_all_images_and_no_larger_than_256(count: int) -
 def test_a_sample_of_many_images_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(folder / "train/cat", "1.png", b"no picture")
     put(folder / "train/dog", "2.png", written(alpha("RGB", 0), "PNG"))
-    monkeypatch.setattr(encoded, "_SAMPLED_RUNS", 2)
-    monkeypatch.setattr(encoded, "_SAMPLED_RUN", 1)  # rows 0 and 5
+    monkeypatch.setattr(decoding, "_SAMPLED_RUNS", 2)
+    monkeypatch.setattr(decoding, "_SAMPLED_RUN", 1)  # rows 0 and 5
     assert check_decodable(image_folder(folder, SIZE).train, "training", sample=True) == Looked(6, 2, 2, 1, 0)
     put(folder / "train/cat", "0.png", b"no picture")
     put(folder / "train/dog", "2.png", b"no picture")

@@ -76,7 +76,7 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "prepare", watching)
+        patch.setattr(loop, "assemble", watching)
         record = fit(asked(request.param, folder), LocalSession(), layout(folder))
     ((run, before, first),) = begun
     return Watched(run, record, folder, before, (first, late_loss(run)))

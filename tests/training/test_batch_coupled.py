@@ -56,7 +56,7 @@ class Labels:
 
 
 def distiller(name: str, samples: Part) -> tuple[Distiller, Taps]:
-    """What `training.loop.prepare` makes of a method and a pair: the same in every process."""
+    """What `training.assembly.assemble` makes of a method and a pair: the same in every process."""
     torch.manual_seed(0)
     student, teacher = Net(3).double(), Net(5).double().requires_grad_(False)
     spec = MethodSpec.model_validate({"name": name, **SMALLER.get(name, {})})

@@ -90,7 +90,7 @@ def test_the_moving_average_is_that_of_the_weights_and_buffers_after_each_step(m
     def numbers(of: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.double() for name, tensor in of.state_dict().items() if tensor.is_floating_point()}
 
-    def noted(run: loop.Training, batch: Batch) -> Tensor:
+    def noted(run: Training, batch: Batch) -> Tensor:
         nonlocal compared
         losses = step(run, batch)
         for name, now in numbers(run.distiller.student).items():

@@ -1,0 +1,196 @@
+"""Parts of a data set whose images are files: checked, or decoded ahead of the training by threads, always in the same order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdbench.data.batch import Part
+from kdbench.data.draws import Draws
+from kdbench.data.encoded import EncodedImages, Store
+from kdbench.data.pictures import Look, examined
+from kdbench.data.resizing import part_bits
+from kdbench.errors import UserError
+
+_BATCHES_AHEAD = 2  # decoded before they are asked for
+DECODED_FIRST = 2_000  # images of a part that `check_decodable` decodes
+_SAMPLED_RUNS, _SAMPLED_RUN = 16, 16  # of a sample: images that follow each other lie in the same row groups of Parquet
+_STDERR = 2  # the descriptor, to which C libraries write
+
+
+@dataclass(frozen=True)
+class Looked:
+    """How many images of a part were looked at and decoded, and how many of them have something that is not shown."""
+
+    images: int = 0  # in the part
+    seen: int = 0
+    decoded: int = 0
+    transparent: int = 0  # of those that were decoded
+    several_frames: int = 0  # of those that were seen
+
+
+def _counted(looks: Sequence[Look], images: int) -> Looked:
+    transparent = sum(look.transparent for look in looks)
+    return Looked(images, len(looks), sum(look.decoded for look in looks), transparent, sum(look.several_frames for look in looks))
+
+
+def not_shown(found: Mapping[str, Looked]) -> str:
+    """One line that says which images have something that is not shown. Empty if none has. found: by what the line calls the images."""
+
+    def where(counts: Iterable[tuple[str, int, int, int]]) -> str:
+        told = [f"{n:,} of {among:,} {what} images{' looked at' if among < of else ''}" for what, n, among, of in counts if n]
+        return ", ".join(told)
+
+    transparent = where((what, look.transparent, look.decoded, look.images) for what, look in found.items())
+    several = where((what, look.several_frames, look.seen, look.images) for what, look in found.items())
+    said = [f"transparent pixels are shown as if they were opaque, in {transparent}"] if transparent else []
+    return "; ".join([*said, f"only the first of several frames is shown, in {several}"] if several else said)
+
+
+def check_decodable(part: Part, what: str, sample: bool = False) -> Looked:
+    """Decode images of a part, to find broken files before hours of training. Images in memory are sound.
+
+    Up to 2,000 images are decoded, evenly chosen where there are more. Of the others only the header is read, which finds empty files and
+    files of another kind, but none that was cut off.
+
+    Args:
+        part: the images.
+        what: what an error calls them, such as "test".
+        sample: whether to look only at some images, 256 at most, in runs that are evenly spread.
+
+    Returns:
+        What of the images is not shown.
+
+    Raises:
+        UserError: names the first image that can't be decoded, and says how many there are.
+    """
+    images = part.inputs
+    if isinstance(images, Tensor):
+        return Looked()
+    rows = _sampled(len(images)) if sample else range(len(images))
+    every = -(-len(rows) // DECODED_FIRST)
+
+    def look(place: int) -> Look:
+        where = int(images.rows[rows[place]])
+        try:
+            return examined(images.store.read(where), images.store.name(where), decode=place % every == 0)[1]
+        except UserError as error:
+            return Look(str(error))  # the error itself would keep the image's bytes
+
+    with _without_libtiff(), ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
+        looks = list(pool.map(look, range(len(rows))))
+    problems = [found.problem for found in looks if found.problem is not None]
+    if problems:
+        seen = " looked at" if len(rows) < len(images) else ""
+        many = f"; {len(problems)} of the {len(rows)} {what} images{seen} have such a problem"
+        raise UserError(f"{problems[0]}{many if len(problems) > 1 else f' ({what} image)'}")
+    return _counted(looks, len(images))
+
+
+def _sampled(count: int) -> Sequence[int]:
+    """Rows of a sample: all of a few images, evenly spread runs of many."""
+    if count <= _SAMPLED_RUNS * _SAMPLED_RUN:
+        return range(count)
+    starts = [(count - _SAMPLED_RUN) * run // (_SAMPLED_RUNS - 1) for run in range(_SAMPLED_RUNS)]
+    return [start + step for start in starts for step in range(_SAMPLED_RUN)]
+
+
+@contextmanager
+def _without_libtiff() -> Iterator[None]:
+    """Keep what the C library for TIFF says of damaged files off the terminal, where it would stand beside our own line."""
+    try:
+        kept = os.dup(_STDERR)
+    except OSError:  # the command was started without one
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), _STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)
+
+
+def decoded_ahead(
+    part: Part, plan: Iterable[Tensor], view: int, data_seed: int, smallest: float | None, device: torch.device
+) -> Iterator[Part]:
+    """For the rows of each entry of `plan`, the part's samples with decoded images, on the device.
+
+    The images are decoded by as many threads as the kernels have (`torch.get_num_threads`), a few batches before they are asked for.
+    What comes out depends neither on their number nor on who is faster. smallest: as `Augment.resized_crop`; None shows the centre.
+    """
+    with closing(_Decoders(torch.get_num_threads())) as decoders:
+        ahead: deque[tuple[Part, list[Future[Tensor]]]] = deque()
+        for rows in plan:
+            chosen = part.select(rows)
+            ahead.append((chosen, decoders.start(chosen, view, data_seed, smallest)))
+            if len(ahead) > _BATCHES_AHEAD:
+                yield _collected(*ahead.popleft(), device)
+        while ahead:
+            yield _collected(*ahead.popleft(), device)
+
+
+class _Decoders:
+    """The threads; closing them drops what nobody waits for any more."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def start(self, chosen: Part, view: int, data_seed: int, smallest: float | None) -> list[Future[Tensor]]:
+        images: Any = chosen.inputs
+        if smallest is None:
+            return [self._pool.submit(images.decode, row) for row in range(len(chosen))]
+        bits = part_bits(Draws(data_seed, chosen.index, view))
+        return [self._pool.submit(images.decode, row, bits[row], smallest) for row in range(len(chosen))]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _collected(chosen: Part, images: list[Future[Tensor]], device: torch.device) -> Part:
+    """The decoded batch; on its way to a GPU from pinned memory, so that nobody waits for the copy."""
+    pinned = device.type == "cuda"
+    pixels = torch.empty(chosen.inputs.shape, dtype=torch.uint8, pin_memory=pinned)
+    for place, image in zip(pixels, images, strict=True):
+        place.copy_(image.result())
+    tensors = (pixels, *(tensor.pin_memory() if pinned else tensor for tensor in (chosen.target, chosen.index)))
+    inputs, target, index = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return Part(inputs, target, index, chosen.classes)
+
+
+def encoded_part(store: Store, labels: np.ndarray, first: int, size: int, resize: int | None) -> Part:
+    """All images of a store with their labels, [N]; positions begin at `first`."""
+    rows = torch.arange(len(labels))
+    images = EncodedImages(store, rows, size, resize or round(size / 0.875))
+    return Part(images, torch.from_numpy(labels.astype(np.int64)), rows + first)
+
+
+def decoded_now(train: Part, test: Part) -> tuple[Part, Part, str]:
+    """Both parts with their images in memory, decoded as they are seen in evaluation, and the line of `not_shown` on them."""
+    (train, trained), (test, tested) = map(_decoded_part, (train, test))
+    return train, test, not_shown({"training": trained, "test": tested})
+
+
+def _decoded_part(part: Part) -> tuple[Part, Looked]:
+    images: Any = part.inputs
+    pixels = torch.empty(images.shape, dtype=torch.uint8)
+
+    def decode(row: int) -> Look:
+        where = int(images.rows[row])
+        image, look = examined(images.store.read(where), images.store.name(where), decode=True)
+        pixels[row] = images.centre(image)
+        return look
+
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
+        looks = list(pool.map(decode, range(len(part))))
+    return replace(part, inputs=pixels), _counted(looks, len(part))
