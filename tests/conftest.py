@@ -19,6 +19,7 @@ from kdbench.distributed.cluster import quiet
 from kdbench.storage.layout import Layout, results_folder
 from tests import private_ray
 from tests.console import Kdbench
+from tests.making_records import make_record as make_record
 from tests.object_storage import ObjectStorage
 
 for _variable in ("KDBENCH_RESULTS", "KDBENCH_DATA", "KDBENCH_WORKING_COPIES", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_PROFILE"):

@@ -1,8 +1,9 @@
-"""The house holds: a room imports only from rooms below it, and the heavy libraries stay where they belong."""
+"""The house holds: a room imports only from rooms below it, no files import each other, and heavy libraries stay where they belong."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,20 +14,21 @@ import kdbench
 PACKAGE = Path(kdbench.__file__).parent
 ROOMS = (
     "cli",
-    "doctor",
-    "pages",
-    "display",
     "benchmark",
     "distributed",
+    "deploy",
     "training",
     "experiment",
-    "compression",
     "methods",
     "tasks",
     "models",
+    "report",
+    "boards",
+    "search",
+    "tracking",
+    "records",
     "data",
-    "results",
-    "search_space",
+    "storage",
     "catalogue",
     "own_code",
     "yaml12",
@@ -35,6 +37,7 @@ ROOMS = (
     "account",
     "credentials",
 )
+WITHOUT_TORCH = {"report", "boards", "search", "tracking", "records", "storage", *ROOMS[ROOMS.index("catalogue") :]}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -56,8 +59,30 @@ def _id(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-def test_every_module_is_in_a_known_room() -> None:
-    assert {_room(path) for path in MODULES} <= set(ROOMS)
+def test_every_module_is_in_a_known_room_and_every_room_exists() -> None:
+    assert {_room(path) for path in MODULES} == set(ROOMS)
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Nor any longer circle: a file can be read after those that it imports. Imports for type checkers count."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+
+    def imports(path: Path) -> set[str]:
+        return {found for name in _imported(path) for found in (name, name.rpartition(".")[0]) if found in names}
+
+    order = graphlib.TopologicalSorter({name: imports(path) - {name} for name, path in names.items()})
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"files import each other: {' <- '.join(error.args[1])}")
+
+
+def test_a_package_holds_no_code_but_its_catalogue() -> None:
+    """An `__init__.py` is empty, or assigns the one dictionary that `kdbench list` reads."""
+    for path in PACKAGE.rglob("__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        kinds = [type(node).__name__ for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+        assert kinds in ([], ["Assign"], ["ImportFrom", "AnnAssign"]), _id(path)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_id)
@@ -72,8 +97,8 @@ def test_only_the_room_distributed_imports_ray(path: Path) -> None:
     assert "ray" not in {name.split(".")[0] for name in _imported(path)}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if _room(path) in ROOMS[ROOMS.index("results") :]], ids=_id)
-def test_results_and_the_rooms_below_import_no_torch(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in MODULES if _room(path) in WITHOUT_TORCH], ids=_id)
+def test_records_boards_and_searches_need_no_torch(path: Path) -> None:
     assert not {name.split(".")[0] for name in _imported(path)} & {"torch", "torchvision", "torchmetrics", "timm"}
 
 

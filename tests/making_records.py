@@ -1,4 +1,4 @@
-"""Records to build boards and stores from."""
+"""Records to build boards and stores from: a fixture for all tests."""
 
 from __future__ import annotations
 
