@@ -25,7 +25,7 @@ from kdbench.tasks.build import build_task
 from kdbench.tasks.classification import Classification
 from kdbench.tasks.segmentation import Segmentation
 from kdbench.training import loop
-from kdbench.training.assembly import assemble
+from kdbench.training.assembly import Training, assemble
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.loop import close_epoch, fit, mean_losses, share_buffers, train_epoch, train_step
 from kdbench.training.outcome import rederive
