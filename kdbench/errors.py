@@ -47,6 +47,10 @@ class CodeRefused(UserError):
     """A name stands for code that may not be imported or called; see `kdbench.own_code`."""
 
 
+class TooMuch(UserError):
+    """What somebody asked for takes more memory or time than it may have: more than this machine has, or than a record is given."""
+
+
 class StorageFailed(RunFailed):
     """Results can't be written or read any more. What would run next would fail as well, so this ends the whole run."""
 

@@ -41,6 +41,11 @@ def names_from_records() -> Iterator[None]:
         _OF_RECORD.reset(token)
 
 
+def are_from_records() -> bool:
+    """Whether names come from a record at the moment: who wrote it is given no more of the machine than looking at it takes."""
+    return _OF_RECORD.get()
+
+
 def trust_code() -> None:
     """Take every name, in this process and in those that it starts: what --trust-code does."""
     os.environ[TRUST_VARIABLE] = "1"

@@ -173,8 +173,13 @@ def _dry_run(path: Path, overrides: list[str] | None) -> None:
     from kdbench.benchmark.dry_run import dry_run
     from kdbench.cli.pages import dry_run_page
     from kdbench.experiment import load_experiment
+    from kdbench.storage.address import is_address
+    from kdbench.storage.layout import results_folder
 
-    typer.echo(dry_run_page(dry_run(load_experiment(path, overrides or ()))))
+    experiment = load_experiment(path, overrides or ())
+    if experiment.results is not None and not is_address(experiment.results):
+        results_folder(None, experiment.results)  # raises UserError for a path that can't be used
+    typer.echo(dry_run_page(dry_run(experiment)))
 
 
 def _profile(path: Path, overrides: list[str] | None, results: str | None) -> None:

@@ -24,23 +24,23 @@ class NotFetched(Exception):
     """No address had the file whole; the message says what each gave."""
 
 
-_DRY: ContextVar[bool] = ContextVar("dry", default=False)
+_FORBIDDEN: ContextVar[str | None] = ContextVar("forbidden", default=None)
 
 
 @contextmanager
-def without_downloads() -> Iterator[None]:
-    """Inside, nothing is downloaded."""
-    token = _DRY.set(True)
+def without_downloads(reason: str = "a dry run downloads nothing") -> Iterator[None]:
+    """Inside, nothing is downloaded, for a reason that errors give."""
+    token = _FORBIDDEN.set(reason)
     try:
         yield
     finally:
-        _DRY.reset(token)
+        _FORBIDDEN.reset(token)
 
 
 def forbidden() -> str | None:
     """Why nothing may be downloaded now, None where it may."""
-    if _DRY.get():
-        return "a dry run downloads nothing"
+    if reason := _FORBIDDEN.get():
+        return reason
     return None if allowed() else "KDBENCH_OFFLINE forbids downloads"
 
 

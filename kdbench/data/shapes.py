@@ -18,7 +18,8 @@ from kdbench.data.batch import Part
 from kdbench.data.options import Seed
 from kdbench.data.sources import Source
 from kdbench.data.views import IGNORED
-from kdbench.errors import UserError
+from kdbench.errors import TooMuch
+from kdbench.own_code import are_from_records
 
 KINDS = ("circle", "square", "triangle", "cross", "ring")  # class k of a mask is KINDS[k - 1]; 0 is the ground
 COLOURS = {
@@ -32,6 +33,7 @@ COLOURS = {
 KEYPOINTS = 5  # the centre, then up to four corners or tips, clockwise from the top
 
 MOST_IMAGES = 1_000_000  # test image j is drawn as image MOST_IMAGES + j, so that it stays the same whatever the training set's size
+_MOST_BYTES_OF_RECORD = 300_000_000
 _MOST_BYTES = 32e9  # of all pictures and masks, which lie in memory
 _PIXEL_BYTES = 4  # three colours and a class
 _MOST_OBJECTS = 3
@@ -118,12 +120,13 @@ def shapes(
     """`train` and `test` pictures of `size` x `size` pixels.
 
     mask: up to three objects a picture, one label per pixel, 0 is the ground. class: one object a picture, labels 0 .. 4.
-    Raises UserError for more pictures than fit in memory.
+    Raises TooMuch for more pictures than fit in memory.
     """
-    if (nbytes := (train + test) * size * size * _PIXEL_BYTES) > _MOST_BYTES:
-        raise UserError(
-            f"data shapes: {train + test} images of {size}x{size} take {nbytes / 1e9:.0f} GB; lower train, test or size, "
-            f"to at most {_MOST_BYTES / 1e9:.0f} GB"
+    nbytes, most_bytes = (train + test) * size * size * _PIXEL_BYTES, _MOST_BYTES_OF_RECORD if are_from_records() else _MOST_BYTES
+    if nbytes > most_bytes:
+        raise TooMuch(
+            f"data shapes: {train + test} images of {size}x{size} take {nbytes / 1e9:.3g} GB; lower train, test or size, "
+            f"to at most {most_bytes / 1e9:.3g} GB"
         )
     most = _MOST_OBJECTS if target == "mask" else 1
     parts = [_part(seed, range(first, first + count), size, most, target) for first, count in ((0, train), (MOST_IMAGES, test))]

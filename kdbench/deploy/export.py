@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kdbench import __version__
 from kdbench.data.loader import in_order
 from kdbench.errors import RunFailed, UserError, cut, nearest, printable, shown
+from kdbench.models.bounds import at_most
 from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import predicted
@@ -115,7 +116,9 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
     spec = model_spec(record, experiment)
     with names_from_records():
         task = build_task(experiment.task)
-        model = rebuilt(task, spec, _weights(record, store_root))
+        weights = _weights(record, store_root)
+        with at_most(weights.stat().st_size):  # a parameter has a byte or more
+            model = rebuilt(task, spec, weights)
     images = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
     return Deployed(model).eval(), images, _metadata(record, spec, task, model)
 

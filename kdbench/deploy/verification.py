@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 from kdbench.bounded import check_safetensors
+from kdbench.data.download import without_downloads
+from kdbench.data.facts import NotHere
 from kdbench.deploy.leftovers import left_behind
-from kdbench.errors import CodeRefused, KDBenchError, UserError
+from kdbench.errors import CodeRefused, KDBenchError, TooMuch, UserError
 from kdbench.experiment import Experiment
+from kdbench.models.bounds import at_most
 from kdbench.models.build import ModelSpec, without_weights
 from kdbench.own_code import names_from_records
 from kdbench.records.integrity import checked_rows
@@ -37,6 +40,7 @@ from kdbench.training.recorded import experiment_of, model_spec
 # A record's metrics are those of the predictions as they are kept. So both numbers contain the same rounding, and only the order of sums in
 # double precision differs.
 TOLERANCE = 1e-9
+_MOST_PARAMETERS = 25_000_000  # of a network that is built with memory only to see what it holds
 # The teacher's predictions that a record was compared with came from its cache, those that are kept from its own test. They are mostly the
 # same numbers. Where batches of another size changed a last bit, two roundings to half precision, each of half of 2**-10 of a logit, may
 # have gone different ways.
@@ -95,7 +99,7 @@ def verify(results: Path, progress: Callable[[int, int], None] = lambda done, to
     left_out: list[str] = []
     for done, record in enumerate(records, start=1):
         found = _Check(store, results, record, teachers)
-        with names_from_records():
+        with names_from_records(), without_downloads("verify downloads nothing"):
             problems += found.problems()
         left_out += found.left_out
         done_of.update(found.done)
@@ -153,7 +157,7 @@ class _Check:
         found: list[str] = []
         try:
             found.extend(f"{who}: {line}" for line in self._problems())
-        except CodeRefused as error:
+        except (CodeRefused, NotHere, TooMuch) as error:
             self.left_out.append(f"{who}: its metrics were not derived again: {error}")
         except KDBenchError as error:
             found.append(f"{who}: {error}")
@@ -293,8 +297,16 @@ def _states_of_described(spec: str, task: str) -> Mapping[str, bool]:
 
     Raises UserError where it can't be built, CodeRefused where that needs code that nobody vouched for.
     """
+    described = build_task(TaskSpec.model_validate_json(task))
     with without_weights():
-        return states_of(build_task(TaskSpec.model_validate_json(task)).build_model(ModelSpec.model_validate_json(spec)))
+        try:
+            with torch.device("meta"):
+                return states_of(described.build_model(ModelSpec.model_validate_json(spec)))
+        except TooMuch:
+            raise
+        except (UserError, RuntimeError, NotImplementedError):  # its code needs numbers
+            with at_most(_MOST_PARAMETERS):
+                return states_of(described.build_model(ModelSpec.model_validate_json(spec)))
 
 
 def states_of(network: nn.Module) -> dict[str, bool]:

@@ -15,8 +15,9 @@ from torch import nn
 
 from kdbench.catalogue import known, nearest, resolve
 from kdbench.data.options import LabelledSpec
-from kdbench.errors import RunFailed, UserError, in_one_line, shown
+from kdbench.errors import RunFailed, TooMuch, UserError, in_one_line, shown
 from kdbench.models import MODELS
+from kdbench.models.bounds import bounded
 from kdbench.models.inputs import InputSpec
 from kdbench.models.weights import load_weights
 from kdbench.own_code import check_maker
@@ -118,7 +119,10 @@ def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
         raise UserError(f"model {shown(spec.name)}: 'pretrained' is for timm's models; give a file of weights as 'weights'")
     arguments = _arguments(spec.name, builder, facts, spec.options)
     try:
-        model = builder(**arguments)
+        with bounded(spec.name):
+            model = builder(**arguments)
+    except TooMuch:
+        raise
     except Exception as error:  # whatever a user's own class may raise
         raise UserError(f"model {spec.name!r} can't be built with {arguments}: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
@@ -179,7 +183,10 @@ def _build_timm(spec: ModelSpec, num_classes: int, in_channels: int, image_size:
     if not spec.pretrained and _has_fixed_size(spec.name):
         options.setdefault("img_size", image_size)
     try:
-        return timm.create_model(spec.name, pretrained=fetched, num_classes=num_classes, in_chans=in_channels, **options)
+        with bounded(spec.name):
+            return timm.create_model(spec.name, pretrained=fetched, num_classes=num_classes, in_chans=in_channels, **options)
+    except TooMuch:
+        raise
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in spec.options:

@@ -95,11 +95,22 @@ class Seals:
         self.by_path = dict(sorted(seals.items()))
         self.damaged = damaged
         self.rows: dict[str, tuple[SealedRow, Seal]] = {}
-        self.replaced: dict[str, str] = {}
-        for seal in self.by_path.values():
+        self.conflicting: dict[str, tuple[str, str]] = {}  # runs that two seals have with different contents, and these seals' paths
+        first: dict[str, str] = {}
+        claimed: dict[str, str] = {}
+        for path, seal in self.by_path.items():
             for run_id, row in seal.rows.items():
-                self.rows.setdefault(run_id, (row, seal))  # the first counts: a row never changes
-            self.replaced |= seal.replaced
+                known, _ = self.rows.setdefault(run_id, (row, seal))  # the first counts: a row never changes
+                if known.sha256 != row.sha256:
+                    self.conflicting.setdefault(run_id, (first[run_id], path))
+                first.setdefault(run_id, path)
+            claimed |= seal.replaced
+        # A run is only done again as one that is sealed too and has the same measurement.
+        self.replaced = {run_id: again for run_id, again in claimed.items() if self._same_measurement(run_id, again)}
+
+    def _same_measurement(self, run_id: str, again: str) -> bool:
+        rows = [self.rows[name][0] for name in (run_id, again) if name in self.rows]
+        return len(rows) == 2 and rows[0].measurement == rows[1].measurement
 
     def __bool__(self) -> bool:
         return bool(self.by_path or self.damaged)
@@ -237,6 +248,10 @@ def compared_with_seals(seals: Seals, rows: Sequence[CheckedRow], location: str)
         note = f"{location} has no seals yet, so records that were deleted, or changed together with their checksum, can't be named"
         return Comparison(0, (), (note,) if rows else ())
     problems = [*seals.damaged.values(), *(f"{path} is missing: {later} was made after it" for path, later in seals.taken_out().items())]
+    problems += [
+        f"run {run_id} ({seals.rows[run_id][0].title}) is sealed with two contents, in {one} and {other}: one of these seals is forged"
+        for run_id, (one, other) in seals.conflicting.items()
+    ]
     unsealed = sealed = 0
     unreadable = {_name(row.path).removesuffix(".parquet") for row in rows if row.record is None}
     for row in rows:

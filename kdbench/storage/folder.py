@@ -21,8 +21,8 @@ NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
 )
 _UNLOOKED = 4_000_000  # bytes of a file that any memory holds: it is read, and whoever reads it sees what it is
-# What a record file is called, whatever a label is called. A folder of such a name stands where a record belongs.
-_RECORD_NAME = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}\.parquet|compacted-[0-9a-f]{32}\.parquet")
+# What record files and seals are called, whatever a label is called. A folder of such a name stands where one of them belongs.
+_RECORD_NAME = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}\.parquet|compacted-[0-9a-f]{32}\.parquet|[0-9A-HJKMNP-TV-Z]{26}-[0-9a-f]{32}\.json")
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 

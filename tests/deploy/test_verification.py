@@ -11,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from kdbench.benchmark import run as running
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
+from kdbench.deploy.export import export
 from kdbench.deploy.verification import Verification, counted_parameters, states_of, verify
+from kdbench.errors import TooMuch
 from kdbench.experiment import Experiment
 from kdbench.records.record import CHECKSUM, from_table, row_checksum, to_table
 from kdbench.records.store import ResultStore
@@ -24,6 +27,7 @@ from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions
 from kdbench.training.keys import _readings
 from kdbench.training.recorded import experiment_of
+from tests.peak_memory import measured
 
 ASKED: dict[str, Any] = {
     "name": "verified",
@@ -91,6 +95,56 @@ def test_an_untouched_folder_has_no_problem(sealed) -> None:
     found = verify(sealed, lambda done, total: told.append((done, total)))
     assert found == Verification(records=3, derived=3, compared=2, problems=(), keyed=3, counted=3, sealed=3)
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def with_config(path: Path, key: str, value: Any) -> None:
+    """Change a record's experiment, and make its checksum again."""
+    [row] = pq.read_table(path).to_pylist()
+    config = yaml.safe_load(row["config"])
+    if key == "student":
+        config["students"] = [value | {"label": row["student"]}]
+    else:
+        config["task"]["data"] = value
+    edit(path, forge=True, config=yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"name": "vit_tiny_patch16_224", "depth": 100_000},
+        {"name": "vit_tiny_patch16_224", "embed_dim": 24_000},
+        {"name": "torchvision.models:resnet50", "width_per_group": 20_000},
+    ],
+    ids=lambda student: list(student)[-1],
+)
+def test_a_network_that_a_record_describes_takes_no_memory(results, student) -> None:
+    path = record_file(results, 1)
+    with_config(path, "student", student)
+    imports = f"from kdbench.deploy.verification import verify; from pathlib import Path; verify(Path({str(results)!r}))"
+    taken = measured(imports, f"verify(Path({str(results)!r}))")
+    assert taken.kilobytes < 300_000
+    found = verify(results)
+    assert "its unit_key is" in only_problem(found)
+    assert (found.counted, found.uncounted) == (2, 1)
+    record = from_table(pq.read_table(path), str(path))
+    with pytest.raises(TooMuch, match="with these options"):
+        export(record, results, "safetensors", results / "net")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"name": "shapes", "train": 7000, "test": 20, "size": 1024, "target": "class"}, "to at most 0.3 GB"),
+        ({"name": "cifar100"}, "verify downloads nothing"),
+    ],
+)
+def test_data_that_a_record_asks_for_are_neither_made_nor_fetched(results, monkeypatch, data, said) -> None:
+    monkeypatch.setattr("kdbench.data.download.urlopen", lambda *_, **__: pytest.fail("the network was used"))
+    with_config(record_file(results, 1), "data", data)
+    found = verify(results)
+    [line] = found.left_out
+    assert "its metrics were not derived again" in line
+    assert said in line
 
 
 def test_an_empty_folder_has_none_either(tmp_path) -> None:

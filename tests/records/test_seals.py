@@ -160,15 +160,44 @@ def test_an_edit_in_a_compacted_file_stays_named_when_rows_beside_it_are_sealed(
     assert checked(sealed).sealed == 6
 
 
-def test_the_first_seal_of_a_row_counts(sealed: Path) -> None:
+def with_seal(results: Path, stamp: str, **changes: Any) -> str:
+    """Add a seal like the one that is there; its path."""
+    [made] = read_seals(ResultStore(results)).by_path.values()
+    added = made.model_copy(update=changes)
+    (results / added.path(stamp)).write_bytes(added.content)
+    return added.path(stamp)
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_two_seals_that_give_a_row_two_contents_are_named(sealed: Path, earlier: bool) -> None:
     path = file_of(sealed, "kd", 2)
     forge(path, latency_ms_p50=0.1)
-    [made] = read_seals(ResultStore(sealed)).by_path.values()
+    [(there, made)] = read_seals(ResultStore(sealed)).by_path.items()
     [row] = pq.read_table(path).to_pylist()
-    later = made.model_copy(update={"rows": {path.stem: made.rows[path.stem].model_copy(update={"sha256": row[CHECKSUM]})}})
-    (sealed / later.path(sealing.new_run_id())).write_bytes(later.content)
+    rows = {path.stem: made.rows[path.stem].model_copy(update={"sha256": row[CHECKSUM]})}
+    added = with_seal(sealed, "0" * 26 if earlier else sealing.new_run_id(), rows=rows)
 
-    assert "was changed after kdbench run had sealed it" in only_problem(sealed)
+    first, *others = checked(sealed).problems
+    assert first == (
+        f"run {path.stem} (kd, seed 2, student cifar_resnet8) is sealed with two contents, "
+        f"in {min(there, added)} and {max(there, added)}: one of these seals is forged"
+    )
+    assert ["was changed after kdbench run had sealed it" in problem for problem in others] == ([] if earlier else [True])
+
+
+@pytest.mark.parametrize("again", ["01NOTTHERE", "none"])
+def test_a_missing_row_is_not_excused_by_a_run_that_is_none_or_another_training(sealed: Path, again: str) -> None:
+    gone, other = file_of(sealed, "kd", 2), file_of(sealed, "none", 0)
+    gone.unlink()
+    with_seal(sealed, sealing.new_run_id(), rows={}, replaced={gone.stem: other.stem if again == "none" else again})
+    assert f"run {gone.stem} (kd, seed 2, student cifar_resnet8) is missing" in only_problem(sealed)
+
+
+def test_a_folder_in_place_of_a_seal_is_named(sealed: Path) -> None:
+    [seal_file] = (sealed / "seals").iterdir()
+    seal_file.unlink()
+    seal_file.mkdir()
+    assert "it is a folder, expected a regular file" in only_problem(sealed)
 
 
 def test_seals_that_were_edited_or_taken_out_are_named(sealed: Path, make_record: MakeRecord) -> None:
