@@ -28,7 +28,7 @@ EXPERIMENT = {
         "sampler": "random",
         "scheduler": "none",
         "top_k": 1,
-        "also": {"recipe.lr": {"low": 0.01, "high": 1.0e9, "log": True}},
+        "also": {"recipe.lr": {"low": 0.01, "high": 1.0e4, "log": True}},
     },
     "seeds": 1,
     "runtime": {"checkpoint_seconds": 0},
