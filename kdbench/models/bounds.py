@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 from kdbench.errors import TooMuch
 
@@ -50,7 +51,7 @@ def bounded(name: str) -> Iterator[None]:
 
     def parameter_added(_: nn.Module, __: str, parameter: Tensor | None) -> None:
         nonlocal parameters
-        if parameter is None or parameter.device.type == "meta":
+        if parameter is None or parameter.device.type == "meta" or is_lazy(parameter):  # a lazy one has no size yet
             return
         parameters += parameter.numel()
         if parameters > most:

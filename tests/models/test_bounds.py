@@ -35,4 +35,6 @@ def test_as_many_parameters_as_are_allowed_are_built_and_no_more() -> None:
         nn.Linear(5, 5)
     with at_most(29), bounded("ours"), torch.device("meta"):
         nn.Linear(5, 5)  # takes no memory
+    with at_most(1), bounded("ours"):
+        nn.LazyLinear(5)  # has no size yet
     nn.Linear(5, 5)  # the bound ends with its block
