@@ -125,8 +125,8 @@ def shapes(
     nbytes, most_bytes = (train + test) * size * size * _PIXEL_BYTES, _MOST_BYTES_OF_RECORD if are_from_records() else _MOST_BYTES
     if nbytes > most_bytes:
         raise TooMuch(
-            f"data shapes: {train + test} images of {size}x{size} take {nbytes / 1e9:.3g} GB; lower train, test or size, "
-            f"to at most {most_bytes / 1e9:.3g} GB"
+            f"data shapes: {train + test} images of {size}x{size} take {nbytes / 1e9:.0f} GB; lower train, test or size, "
+            f"to at most {most_bytes / 1e9:g} GB"
         )
     most = _MOST_OBJECTS if target == "mask" else 1
     parts = [_part(seed, range(first, first + count), size, most, target) for first, count in ((0, train), (MOST_IMAGES, test))]
