@@ -40,6 +40,7 @@ from kdbench.models.weights import check_weights
 from kdbench.storage.folder import local_path
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
+from kdbench.tasks.networks import outlined
 from kdbench.tasks.splits import SplitOptions, validation_size
 from kdbench.training.assembly import fit_method, make_distiller
 from kdbench.training.cache.outputs import view_count
@@ -276,11 +277,7 @@ class Network:
     @cached_property
     def outline(self) -> nn.Module:
         """The network without memory for its weights; the real one where its code needs numbers to build or run."""
-        try:
-            with META:
-                return self.task.build_model(self.spec)
-        except (UserError, RuntimeError, NotImplementedError):  # what is really wrong with it shows when it is built for real
-            return self.real
+        return outlined(self.task, self.spec, lambda: self.real)
 
     @cached_property
     def real(self) -> nn.Module:

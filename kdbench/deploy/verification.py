@@ -31,6 +31,7 @@ from kdbench.records.record import RunRecord
 from kdbench.records.seals import compared_with_seals, read_seals
 from kdbench.records.store import ResultStore, is_inside
 from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.tasks.networks import outlined
 from kdbench.training.checkpoint import file_sha256, unpack_predictions
 from kdbench.training.earlier_keys import EarlierData
 from kdbench.training.keys import NotDerivable, derived
@@ -297,16 +298,9 @@ def _states_of_described(spec: str, task: str) -> Mapping[str, bool]:
 
     Raises UserError where it can't be built, CodeRefused where that needs code that nobody vouched for.
     """
-    described = build_task(TaskSpec.model_validate_json(task))
-    with without_weights():
-        try:
-            with torch.device("meta"):
-                return states_of(described.build_model(ModelSpec.model_validate_json(spec)))
-        except TooMuch:
-            raise
-        except (UserError, RuntimeError, NotImplementedError):  # its code needs numbers
-            with at_most(_MOST_PARAMETERS):
-                return states_of(described.build_model(ModelSpec.model_validate_json(spec)))
+    described, model = build_task(TaskSpec.model_validate_json(task)), ModelSpec.model_validate_json(spec)
+    with without_weights(), at_most(_MOST_PARAMETERS):
+        return states_of(outlined(described, model, lambda: described.build_model(model)))
 
 
 def states_of(network: nn.Module) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from kdbench.data.loader import in_order
 from kdbench.data.sources import Source
-from kdbench.errors import UserError, in_one_line, shown
+from kdbench.errors import TooMuch, UserError, in_one_line, shown
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.outputs import predicted
 from kdbench.models.taps import probe
@@ -41,6 +42,20 @@ def rebuilt(task: Task, spec: ModelSpec, weights: Path) -> nn.Module:
             "that decides them; register tensors with register_buffer, and draw nothing else when it is built"
         )
     return network
+
+
+def outlined(task: Task, spec: ModelSpec, real: Callable[[], nn.Module]) -> nn.Module:
+    """A network without memory for its weights, to be looked at; what `real` makes where its code needs numbers to build or run.
+
+    Raises TooMuch where it has too many parts, UserError where it can't be built at all.
+    """
+    try:
+        with torch.device("meta"):
+            return task.build_model(spec)
+    except TooMuch:
+        raise
+    except (UserError, RuntimeError, NotImplementedError):  # what is really wrong with it shows when it is built for real
+        return real()
 
 
 @torch.no_grad()
