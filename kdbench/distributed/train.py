@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -121,8 +123,10 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: st
     import ray.train
     from ray import tune
     from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
 
     workers = unit.workers
+    reports = Queue(1, actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -142,16 +146,35 @@ def train_with_workers(unit: Unit, runtime: Runtime, layout: Layout, storage: st
         run_config=ray.train.RunConfig(
             **ray_storage(storage),
             failure_config=ray.train.FailureConfig(max_failures=-1),  # the callback counts
-            callbacks=[_to_tune(unit.title)],
+            callbacks=[_to_tune(unit.title, reports)],
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
         ),
     )
+    fitted: Future[None] = Future()
+    Thread(target=_fit, args=(trainer, reports, fitted), daemon=True).start()
     try:
-        trainer.fit()
+        while (metrics := reports.get()) is not None:
+            tune.report(metrics)
+    finally:
+        wait([fitted])  # for ever where Tune stopped the trial: it then ends this process, and Train with it
+    reports.shutdown()
+    try:
+        fitted.result()
     except ray.train.ControllerError as error:
         if not isinstance(error.controller_failure, WorkerFailed):
             raise
         tune.report({ENDING: str(error.controller_failure)})
+
+
+def _fit(trainer: Any, reports: Any, fitted: Future[None]) -> None:
+    """Train, in a thread of its own. None in the queue says that no further report comes."""
+    try:
+        trainer.fit()
+    except BaseException as error:
+        fitted.set_exception(error)
+    else:
+        fitted.set_result(None)
+    reports.put(None)
 
 
 def _network() -> Any:
@@ -171,21 +194,24 @@ def _network() -> Any:
     return Network()
 
 
-def _to_tune(title: str) -> Any:
-    """A callback of Ray Train that passes reports on to Tune, and says what is to be done when workers end with an exception."""
-    from ray.tune.integration.ray_train import TuneReportCallback
+def _to_tune(title: str, reports: Any) -> Any:
+    """A callback of Ray Train that queues reports for the trial, and says what is to be done when workers end with an exception.
 
-    class ToTune(TuneReportCallback):
+    Ray's own way, TuneReportCallback, has a second thread of the trial report to Tune: where both report at once, as they may do at the
+    end of every training, neither returns (Ray 2.60).
+    """
+    import ray.train
+
+    class ToTune(ray.train.UserCallback):
         """Runs in Train's controller. What it raises ends the training; else Train begins the group again."""
 
         def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]  # Ray leaves it without annotations
             self.deaths, self.epochs = 0, 0.0
 
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             if EPOCH in metrics[0] and (epoch := unpack_epoch(metrics[0])["epoch"]) > self.epochs:
                 self.deaths, self.epochs = 0, epoch
-            super().after_report(run_context, metrics, checkpoint)
+            reports.put(metrics[0])
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             told = [failure for failure in worker_exceptions.values() if isinstance(failure, WorkerFailed)]
@@ -194,6 +220,6 @@ def _to_tune(title: str) -> Any:
             self.deaths += 1
             if self.deaths == DEATHS:
                 raise WorkerFailed(pack_ending(given_up(title, "workers"))[ENDING])
-            super().after_report(run_context, [pack_death()], None)
+            reports.put(pack_death())
 
     return ToTune()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +14,10 @@ from typing import Any, NamedTuple, cast
 
 import optuna
 import pytest
+import ray.train
 import torch
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
-from ray.tune.integration import ray_train
 from safetensors.torch import load_file
 
 from kdbench.benchmark import run as running
@@ -26,14 +28,14 @@ from kdbench.boards.leaderboard import boards
 from kdbench.data.shapes import shapes
 from kdbench.data.sources import Source
 from kdbench.distributed.cluster import slots_of
-from kdbench.distributed.train import WorkerFailed, _to_tune, lost_peer
+from kdbench.distributed.train import WorkerFailed, _to_tune, lost_peer, train_with_workers
 from kdbench.distributed.tune import _Desk
 from kdbench.experiment import Experiment, Runtime, Unit
 from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
 from kdbench.storage.layout import Layout
 from kdbench.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
-from kdbench.training.work import Ending, pack_death, pack_ending, pack_epoch, pack_resumed
+from kdbench.training.work import ENDING, Ending, pack_death, pack_ending, pack_epoch, pack_resumed
 from tests.training.units import unit as training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
@@ -566,12 +568,10 @@ def test_a_process_that_dies_after_it_said_how_its_training_ended_costs_nothing(
     assert trials.work.crashes == [("a mistake in its code", False)]
 
 
-def test_workers_that_keep_dying_are_given_up_and_one_that_made_a_mistake_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_keep_dying_are_given_up_and_one_that_made_a_mistake_is_not_tried_again() -> None:
     sent: list[dict[str, Any]] = []
-    queue = SimpleNamespace(_get_or_create_inter_actor_queue=lambda: SimpleNamespace(put=sent.append))
-    monkeypatch.setattr(ray_train, "_in_tune_session", lambda: True)
-    monkeypatch.setattr(ray_train, "get_session", lambda: queue)
-    callback = _to_tune("kd seed 0")
+    reports = SimpleNamespace(put=sent.append)
+    callback = _to_tune("kd seed 0", reports)
     death = {0: RuntimeError("Connection closed by peer"), 1: OSError("killed")}
     for _ in range(2):
         callback.after_exception(None, death)
@@ -583,8 +583,40 @@ def test_workers_that_keep_dying_are_given_up_and_one_that_made_a_mistake_is_not
     assert sent == [pack_death(), pack_death(), pack_epoch({"epoch": 1.0}), pack_death(), pack_death()]
     mistake = WorkerFailed("its ending")
     with pytest.raises(WorkerFailed) as raised:
-        _to_tune("kd seed 0").after_exception(None, {0: RuntimeError("Connection closed by peer"), 1: mistake})
+        _to_tune("kd seed 0", reports).after_exception(None, {0: RuntimeError("Connection closed by peer"), 1: mistake})
     assert raised.value is mistake
+
+
+def test_reports_that_wait_when_a_training_fails_reach_tune_before_its_ending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+
+    def slowly(metrics: dict[str, Any]) -> None:
+        time.sleep(0.05)
+        told.append(metrics)
+
+    class Waiting(queue.Queue[Any]):
+        def __init__(self, size: int, actor_options: Any) -> None:
+            super().__init__(size)
+
+        def shutdown(self) -> None:
+            pass
+
+    class Failing:
+        """Workers that make three epochs before Tune has taken up the first; then one of them fails."""
+
+        def __init__(self, *loop: Any, run_config: Any, **options: Any) -> None:
+            self.callback = run_config.callbacks[0]
+
+        def fit(self) -> None:
+            for epoch in (1.0, 2.0, 3.0):
+                self.callback.after_report(None, [pack_epoch({"epoch": epoch})], None)
+            raise ray.train.ControllerError(WorkerFailed("its ending"))
+
+    monkeypatch.setattr("ray.util.queue.Queue", Waiting)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Failing)
+    monkeypatch.setattr("ray.tune.report", slowly)
+    train_with_workers(training(workers=2), Runtime(workers=2, gpus_per_worker=0), Layout.at(tmp_path), str(tmp_path))
+    assert told == [pack_epoch({"epoch": epoch}) for epoch in (1.0, 2.0, 3.0)] + [{ENDING: "its ending"}]
 
 
 def test_that_another_worker_is_gone_is_no_mistake_of_this_one() -> None:
