@@ -1,0 +1,54 @@
+"""One tensor, or several by name: what a sample's inputs, a task's target and a network's prediction are.
+
+Every tensor has one row a sample and a fixed shape. Nothing outside this file asks which of the two it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Columns = Tensor | dict[str, Tensor]
+
+
+def mapped(columns: Columns, change: Callable[[Tensor], Tensor]) -> Columns:
+    """`change` of the tensor, or of each."""
+    return {name: change(tensor) for name, tensor in columns.items()} if isinstance(columns, dict) else change(columns)
+
+
+def joined(parts: Sequence[Columns]) -> Columns:
+    """The rows of all parts, one after the other; the parts have the same columns."""
+    names = named(parts[0], "")
+    return like({name: torch.cat([named(part, "")[name] for part in parts]) for name in names}, parts[0])
+
+
+def named(columns: Columns, only: str) -> dict[str, Tensor]:
+    """By name; a single tensor under the name `only`."""
+    return columns if isinstance(columns, dict) else {only: columns}
+
+
+def like(tensors: Mapping[str, Tensor], columns: Columns) -> Columns:
+    """`tensors`, which `named` made of such columns, as these: the one tensor, or all by name."""
+    return dict(tensors) if isinstance(columns, dict) else next(iter(tensors.values()))
+
+
+def tensors(columns: Columns) -> tuple[Tensor, ...]:
+    """All of them, in their order."""
+    return tuple(columns.values()) if isinstance(columns, dict) else (columns,)
+
+
+def alone(columns: Columns) -> bool:
+    """Whether they are one tensor without a name."""
+    return isinstance(columns, Tensor)
+
+
+def rounded(columns: Columns) -> Columns:
+    """Numbers in half precision, whole numbers and truth values as they are."""
+    return mapped(columns, lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
+
+
+def widened(columns: Columns) -> Columns:
+    """Numbers in single precision, or double where they are; whole numbers and truth values as they are."""
+    return mapped(columns, lambda tensor: tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor)
