@@ -26,7 +26,7 @@ from kdbench.data.batch import Batch
 from kdbench.models.outputs import Outputs
 from kdbench.training.assembly import Training
 from kdbench.training.loop import train_step
-from kdbench.training.precision import images_for
+from kdbench.training.precision import placed_inputs
 
 ALONE_GOAL, READING_GOAL, FEATURE_GOAL, CEILING_GOAL = at_most(1.05), at_most(0.01), at_most(1.25), at_least(0.95)
 
@@ -163,7 +163,7 @@ def _teacher_alone(run: Training) -> Arm:
 
 def batch_as_trained(batch: Batch, precision: str, memory_format: str) -> Batch:
     """As a training step hands it to the teacher."""
-    return Batch(images_for(batch.inputs, precision, memory_format), batch.target, batch.index, batch.view)
+    return Batch(placed_inputs(batch.inputs, precision, memory_format), batch.target, batch.index, batch.view)
 
 
 def _over(batches: list[Batch], work: Callable[[Batch], object]) -> Callable[[], None]:

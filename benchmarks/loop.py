@@ -83,7 +83,7 @@ def _minimal(run: Training, name: str) -> Any:
         hint_weight=method["weight"] if name == "fitnet" else 0.0,
     )
     hint = (student.get_submodule("layer3"), _regressor(run)) if name == "fitnet" else None
-    loop = MinimalLoop(student, source.pixels, source.target, settings, _teacher_of(run), hint)
+    loop = MinimalLoop(student, source.pixels, source.labels, settings, _teacher_of(run), hint)
     views = recipe.views or 1
     return arm(lambda: loop.train_epoch(loop.epoch % views), run.loader.steps_per_epoch * recipe.batch_size)
 
@@ -118,7 +118,7 @@ def _data_path(bench: Bench, task: dict[str, Any]) -> Row:
     few = part.select(torch.arange(len(part) // 8))  # the slower path gets an eighth of the images, and is timed a sample
     augment, batch = run.unit.recipe.augment, run.unit.recipe.batch_size
     transform = usual_transform(QUICKSTART.size, augment.crop, augment.flip, list(spec.mean), list(spec.std))
-    usual = usual_loader(PilImages(few.pixels, few.target, transform), batch)
+    usual = usual_loader(PilImages(few.pixels, few.labels, transform), batch)
 
     def ours() -> None:
         for one in run.loader.batches(0):

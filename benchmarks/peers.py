@@ -138,7 +138,7 @@ def _timm(run: Training, steps: int) -> Arm:
     optimizer = torch.optim.SGD(student.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     part = run.splits.transfer
     transform = usual_transform(part.pixels.shape[-1], recipe.augment.crop, recipe.augment.flip, list(spec.mean), list(spec.std))
-    endless = _endless(usual_loader(PilImages(part.pixels, part.target, transform), recipe.batch_size))
+    endless = _endless(usual_loader(PilImages(part.pixels, part.labels, transform), recipe.batch_size))
 
     def some_steps() -> None:
         task.train()

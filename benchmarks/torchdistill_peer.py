@@ -56,7 +56,7 @@ def _last_line(text: str) -> str:
 
 def save_images(path: Path, train: Part, val: Part) -> Path:
     """The images that both sides see, as the peer's process reads them."""
-    arrays = {"train": train.pixels, "train_labels": train.target, "val": val.pixels, "val_labels": val.target}
+    arrays = {"train": train.pixels, "train_labels": train.labels, "val": val.pixels, "val_labels": val.labels}
     np.savez(path, **{name: tensor.numpy() for name, tensor in arrays.items()})  # type: ignore[arg-type]
     return path
 

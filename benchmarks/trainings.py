@@ -74,7 +74,7 @@ def fastest_precision(task: dict[str, Any], model: Model, batch: int, memo: Path
     """`precision` and `memory_format` as kdbench's own measurement chooses them for the model."""
     built = build_task(TaskSpec.model_validate(task))
     network = built.build_model(ModelSpec.model_validate(model))
-    recipe = settled(Recipe(batch_size=batch, compile=False), network, built.info.image_shape, batch, CPU, Memo(memo))
+    recipe = settled(Recipe(batch_size=batch, compile=False), network, built.info.example, batch, CPU, Memo(memo))
     return {"precision": recipe.precision, "memory_format": recipe.memory_format}
 
 

@@ -76,7 +76,7 @@ def test_the_command_finds_a_dotted_path_in_the_working_directory(
 def test_a_method_goes_by_the_tasks_own_name_not_by_the_path_it_is_named_by(examples: Path) -> None:
     sys.path.append(str(examples))
     refused = load_experiment(examples / "presence.yaml", [*SMALL, "methods=[kd]"])
-    with pytest.raises(UserError, match="kd is for classification, segmentation, not for presence"):
+    with pytest.raises(UserError, match="kd reads class logits or imitation or pixel logits; networks of task presence give nothing"):
         run(refused, examples / "results", Unwatched())
     taken = load_experiment(
         examples / "toys.yaml", [*SMALL, 'task.name="kdbench.tasks.classification:Classification"', "methods=[kd]", "task.val_size=80"]

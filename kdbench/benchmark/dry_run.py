@@ -24,8 +24,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdbench.benchmark.pair import axes_of
 from kdbench.benchmark.run import check_images, check_plan, needs_ray, random_axes, searched_recipes, slow_averages
 from kdbench.data.batch import Batch, Part
+from kdbench.data.columns import tensors
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
+from kdbench.data.loader import in_order
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, TeacherSpec, worker_bounds
@@ -35,10 +37,10 @@ from kdbench.models.build import ModelSpec, without_weights
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs, Shapes, predicted
 from kdbench.models.taps import Taps, probe, tap_shapes
-from kdbench.models.trace import generators_kept
+from kdbench.models.trace import Example, generators_kept, samples
 from kdbench.models.weights import check_weights
 from kdbench.storage.folder import local_path
-from kdbench.tasks.base import Task
+from kdbench.tasks.base import Role, Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
 from kdbench.tasks.networks import outlined
 from kdbench.tasks.splits import SplitOptions, validation_size
@@ -46,7 +48,7 @@ from kdbench.training.assembly import fit_method, make_distiller
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.cost import counted_flops
 from kdbench.training.optimization import make_optimizer, make_optimizers
-from kdbench.training.precision import DTYPES, autocast, images_for, to_device, unmeasured
+from kdbench.training.precision import DTYPES, autocast, noise_like, placed_inputs, to_device, unmeasured
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
 
 META = torch.device("meta")
@@ -150,7 +152,7 @@ def dry_run(experiment: Experiment) -> DryRun:
         reading = opened.task.source.reading if opened.task.source is not None else ""
         check_fits_here(experiment.runtime)
         students = [Network(opened.task, spec) for spec in experiment.students]
-        teacher = Network(opened.task, experiment.teacher.model) if experiment.teacher else None
+        teacher = Network(opened.task, experiment.teacher.model, "teacher") if experiment.teacher else None
         for network in students:
             _check_file(network, network.spec.weights, "students: weights", experiment, notes)
         if teacher is not None and experiment.teacher is not None:
@@ -272,6 +274,7 @@ class Network:
 
     task: Task
     spec: ModelSpec
+    role: Role = "student"
     lacks: str = ""  # what is missing for a rehearsal
 
     @cached_property
@@ -297,12 +300,12 @@ class Network:
 
     @cached_property
     def tap_shapes(self) -> Shapes:
-        return tap_shapes(self.outline, self.task.info.image_shape)
+        return tap_shapes(self.outline, self.task.example(self.role))
 
     @cached_property
     def forward_cost(self) -> tuple[float, float]:
         """FLOPs of a forward pass of one image, and bytes of what training keeps of it."""
-        return forward_cost(self.outline, self.task.info.image_shape)
+        return forward_cost(self.outline, self.task.example(self.role))
 
 
 def _rehearse(experiment: Experiment, opened: _Opened, students: Sequence[Network], teacher: Network | None) -> tuple[str, ...]:
@@ -316,7 +319,7 @@ def _rehearse(experiment: Experiment, opened: _Opened, students: Sequence[Networ
             reason = reason or f"more than {_REAL_PARAMETERS:,} parameters"
         if reason:
             left.append(f"{role} {network.spec.label!r} ({reason})")
-            check_sees_all(f"{role} {network.spec.label!r}", network.outline, opened.task.info.image_shape)
+            check_sees_all(f"{role} {network.spec.label!r}", network.outline, opened.task.example(network.role))
         return bool(reason)
 
     if teacher is not None and experiment.teacher is not None and not outlined("teacher", teacher) and experiment.teacher.weights is None:
@@ -333,12 +336,12 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def forward_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[float, float]:
-    """FLOPs of a training-mode forward pass, and bytes that are kept for its backward pass, both an image."""
+def forward_cost(model: nn.Module, example: Example) -> tuple[float, float]:
+    """FLOPs of a training-mode forward pass, and bytes that are kept for its backward pass, both a sample."""
     model = copy.deepcopy(model).train()
-    images = torch.zeros(_COUNTED_BATCH, *image_shape, device=_device(model))
+    inputs = samples(example, _COUNTED_BATCH, device=_device(model))
     with counted_flops() as counter, _saved_for_backward() as kept:
-        model(model_inputs(model, images))
+        model(model_inputs(model, inputs))
     return counter.get_total_flops() / _COUNTED_BATCH, sum(kept.values()) / _COUNTED_BATCH
 
 
@@ -372,7 +375,7 @@ def _method(
     extra = _parameters(built.student, built.method) + method.peer_count * student.params - student.params
     forward, kept = student.forward_cost
     if _parameters(built.student) > student.params:
-        forward, kept = forward_cost(copy.deepcopy(built.student).to(META), task.info.image_shape)
+        forward, kept = forward_cost(copy.deepcopy(built.student).to(META), task.example())
     forward, kept = networks * forward, networks * kept
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     flops = _FORWARD_AND_BACKWARD * forward + (own.flops or 0.0) + (teacher.flops if live and teacher else 0)
@@ -453,9 +456,9 @@ def _parameters(*modules: nn.Module) -> int:
 
 def _own_cost(method: Method, trained: nn.Module, student: Network, teacher: Network | None, opened: _Opened) -> _Own:
     """The method's loss and its gradients on random outputs of the two networks, where torch makes tensors at the moment."""
-    image_shape, home = opened.task.info.image_shape, torch.get_default_device()
+    example, home = opened.task.example(), torch.get_default_device()
     same = all(name in student.tap_shapes.taps for name in method.student_taps)
-    shapes = student.tap_shapes if same else probe(copy.deepcopy(trained), image_shape, method.student_taps)
+    shapes = student.tap_shapes if same else probe(copy.deepcopy(trained), example, method.student_taps)
     ours, *peers = (_random_outputs(shapes, method.student_taps, trained=True) for _ in range(1 + method.peer_count))
     ours.peers = tuple(peers)
     theirs = (
@@ -474,14 +477,18 @@ def _random_outputs(shapes: Shapes, taps: tuple[str, ...], trained: bool) -> Out
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.rand(_COUNTED_BATCH, *shape, requires_grad=trained)
 
-    return Outputs(draw(shapes.prediction), {name: draw(shapes.taps[name].shape) for name in taps})
+    given = shapes.prediction
+    prediction = {name: draw(shape) for name, shape in given.items()} if isinstance(given, dict) else draw(given)
+    return Outputs(prediction, {name: draw(shapes.taps[name].shape) for name in taps})
 
 
 def _random_batch(opened: _Opened, size: int) -> Batch:
-    """Noise with the labels of the first samples."""
-    size = min(size, opened.student_images)
-    samples = opened.samples
-    return Batch(torch.rand(size, *opened.task.info.image_shape), samples.target[:size].long(), samples.index[:size])
+    """Noise with the labels of the first samples; the first samples themselves where they are more than an image."""
+    example = opened.task.example()
+    with torch.device("cpu"):  # where samples have values
+        few = opened.samples.select(torch.arange(min(size, opened.student_images, len(opened.samples))))
+        real = next(in_order(few, size))
+    return real if not isinstance(example, tuple) else replace(real, inputs=torch.rand(len(few), *example))
 
 
 def _cacheable(method: Method, teacher: Network, experiment: Experiment, images: int) -> bool:
@@ -489,7 +496,11 @@ def _cacheable(method: Method, teacher: Network, experiment: Experiment, images:
     views = view_count(experiment.recipe)
     if views is None:
         return False
-    shapes = [teacher.tap_shapes.prediction, *(teacher.tap_shapes.taps[name].shape for name in method.teacher_taps)]
+    given = teacher.tap_shapes.prediction
+    shapes = [
+        *(given.values() if isinstance(given, dict) else [given]),
+        *(teacher.tap_shapes.taps[name].shape for name in method.teacher_taps),
+    ]
     numbers = sum(map(math.prod, shapes))
     width = 4 if experiment.cache.precision == "fp32" else 2
     return width * numbers * images * views <= 1e9 * experiment.cache.budget_gb
@@ -597,18 +608,18 @@ def _image_seconds(network: Network, recipe: Recipe, trained: bool, device: torc
     recipe = unmeasured(recipe)
     precision, memory_format = recipe.precision, recipe.memory_format
     model = to_device(copy.deepcopy(network.real), precision, memory_format, device).train(trained)
-    images = torch.rand(_timed_images(recipe, network.flops), *network.task.info.image_shape, device=device)
-    images = images_for(images, precision, memory_format)
+    count = _timed_images(recipe, network.flops)
+    inputs = placed_inputs(noise_like(network.task.example(network.role), count, device), precision, memory_format)
     times = []
     with torch.set_grad_enabled(trained):
         for _ in range(1 + _TIMED_STEPS):
             start = time.perf_counter()
             with autocast(precision, device):
-                prediction = predicted(model, images)
+                prediction = predicted(model, inputs)
             if trained:
-                prediction.float().square().mean().backward()
+                torch.stack([tensor.float().square().mean() for tensor in tensors(prediction)]).sum().backward()
             times.append(_since(start, device))
-    return min(times[1:]) / len(images)
+    return min(times[1:]) / count
 
 
 def _since(start: float, device: torch.device) -> float:
@@ -632,14 +643,14 @@ def _step_seconds(
     optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
     flops = student.flops + (teacher.flops if teacher is not None else 0)
     batch = _random_batch(opened, _timed_images(recipe, flops)).to(device)
-    batch = replace(batch, inputs=images_for(batch.inputs, precision, recipe.memory_format))
-    theirs = _teacher_outputs(network, method, batch, precision)
+    batch = replace(batch, inputs=placed_inputs(batch.inputs, precision, recipe.memory_format))
+    theirs = _teacher_outputs(network, method, task, batch, precision)
     live = teacher is not None and method.needs_teacher and not _cacheable(method, teacher, experiment, opened.student_images)
     times = []
     for step in range(1 + _TIMED_STEPS):
         start = time.perf_counter()
         if live:
-            theirs = _teacher_outputs(network, method, batch, precision)
+            theirs = _teacher_outputs(network, method, task, batch, precision)
         terms = distiller(batch, theirs, Progress(1.0, 1 + step, 10), autocast(precision, device))
         terms["total"].backward()
         for optimizer in optimizers:
@@ -650,8 +661,8 @@ def _step_seconds(
 
 
 @torch.no_grad()
-def _teacher_outputs(network: nn.Module | None, method: Method, batch: Batch, precision: str) -> Outputs | None:
+def _teacher_outputs(network: nn.Module | None, method: Method, task: Task, batch: Batch, precision: str) -> Outputs | None:
     if network is None or not method.needs_teacher:
         return None
-    with autocast(precision, batch.inputs.device):
-        return Taps(network.eval(), method.teacher_taps)(batch.inputs)
+    with autocast(precision, batch.index.device):
+        return Taps(network.eval(), method.teacher_taps)(task.inputs_for("teacher", batch.inputs))

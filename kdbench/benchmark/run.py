@@ -52,6 +52,7 @@ from kdbench.training.assembly import assemble
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.checkpoint import file_sha256, save_weights, write_atomically
 from kdbench.training.earlier_keys import Asked, EarlierData, draws_noise, has_dropout
+from kdbench.training.evaluate import targets_of
 from kdbench.training.keys import given_teacher_key, teacher_protocol
 from kdbench.training.optimization import check_optimization
 from kdbench.training.outcome import measured_teacher
@@ -130,7 +131,7 @@ def check(experiment: Experiment, ledger: Ledger) -> _Built:
 
 def check_plan(experiment: Experiment, task: Task) -> None:
     """What can be known to be wrong on any machine. Raises UserError."""
-    check_choices(experiment, task.name)
+    check_choices(experiment, type(task))
     splits = task.splits()
     for recipe in _recipes(experiment):
         for part in (splits.train, splits.transfer):
@@ -161,7 +162,7 @@ def check_images(task: Task) -> str:
     )
 
 
-def check_choices(experiment: Experiment, task: str) -> None:
+def check_choices(experiment: Experiment, task: type[Task]) -> None:
     """What can be known to be wrong without any data: models, methods, their parameters and recipes. Raises UserError."""
     for model in [*experiment.students, *([experiment.teacher.model] if experiment.teacher else [])]:
         check_model_name(model.name)
@@ -169,8 +170,9 @@ def check_choices(experiment: Experiment, task: str) -> None:
         kind = method_class(method)
         params_of(method)
         axes_of(method, experiment.search, experiment.recipe)
-        if not kind.supports(task):
-            raise UserError(f"method {method.name} is for {', '.join(sorted(kind.tasks))}, not for {task}")
+        if not kind.supports(task.gives):
+            given = ", ".join(sorted(task.gives)) or "nothing that methods know"
+            raise UserError(f"method {method.name} reads {' or '.join(sorted(kind.reads))}; networks of task {task.name} give {given}")
         if kind.needs_teacher and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
     fewest, most = worker_bounds(experiment.runtime.workers)
@@ -339,7 +341,7 @@ def _pairs(experiment: Experiment, ledger: Ledger, built: _Built, may_train: boo
         ledger.watch.note(f"warning: {caution}")
     taught = _ready_teacher(asked, ledger, task, built, network, may_train) if network is not None else None
     teacher, predictions = taught or (None, None)
-    theirs = tap_shapes(network, task.info.image_shape) if network is not None else None
+    theirs = tap_shapes(network, task.example("teacher")) if network is not None else None
     return [
         _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, built)
         for spec, model in zip(experiment.students, students, strict=True)
@@ -373,7 +375,7 @@ class _Built:
         )
         if self.network is not None and teacher_too:
             rehearsal.teacher(self.network)
-        theirs = tap_shapes(self.network, self.task.info.image_shape) if self.network is not None else None
+        theirs = tap_shapes(self.network, self.task.example("teacher")) if self.network is not None else None
         for spec, model in zip(self.experiment.students, self.students, strict=True):
             rehearsal.student(spec, model, theirs, self.network)
         self.done, self.students, self.network = True, (), None
@@ -431,7 +433,7 @@ def _ready_teacher(
     asked_recipe, device = experiment.teacher_recipe(), device_here(experiment.runtime)
     memo = _memo(ledger, experiment, spec.model, asked_recipe)
     with built.explaining():
-        recipe = settled(asked_recipe, model, task.info.image_shape, len(splits.train), device, memo)
+        recipe = settled(asked_recipe, model, task.example("teacher"), len(splits.train), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, task, model)
     fits = partial(_ready_to_train, built, ledger.watch) if may_train else partial(_refuse, experiment, ledger)
     given = _saved(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
@@ -440,7 +442,7 @@ def _ready_teacher(
     record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, model, fits)
     ledger.watch.progress("teacher", 1, 1)
     ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
-    chance = task.chance(splits.test.target) if record.chance_metric is None else record.chance_metric
+    chance = task.chance(targets_of(splits.test)) if record.chance_metric is None else record.chance_metric
     if caution := chance_caution(spec.model.label, record.test_metric, chance, task.higher_is_better):
         ledger.watch.note(f"warning: {caution}")
     assert record.teacher_sha is not None
@@ -619,12 +621,12 @@ def _pair(
     experiment, splits = asked.experiment, asked.data.splits
     memo = _memo(ledger, experiment, student, experiment.recipe)
     with built.explaining():
-        recipe = settled(experiment.recipe, model, task.info.image_shape, len(splits.transfer), device_here(experiment.runtime), memo)
+        recipe = settled(experiment.recipe, model, task.example(), len(splits.transfer), device_here(experiment.runtime), memo)
     caching = teacher is not None and view_count(recipe) is not None
     if teacher is not None and caching:
         spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
-    ours = tap_shapes(model, task.info.image_shape)
+    ours = tap_shapes(model, task.example())
     return Pair(
         asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), has_dropout(model), ours, theirs
     )

@@ -129,7 +129,7 @@ def submit(
     from kdbench.tasks.build import check_task
 
     read = load_experiment(experiment, set_ or ())
-    check_choices(read, check_task(read.task).name)
+    check_choices(read, check_task(read.task))
     place = Layout(results_folder(results, read.results)).location
     request = Request(read.name, relative_file(experiment), place, tuple(set_ or ()), ("--no-mlflow",) if no_mlflow else ())
     job = submit_job(address, request, say)
@@ -382,7 +382,7 @@ def export(
 ) -> None:
     """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""
     from kdbench.deploy.export import export as export_run
-    from kdbench.deploy.export import find_run
+    from kdbench.deploy.export import find_run, in_words
     from kdbench.records.store import ResultStore
     from kdbench.storage.layout import results_folder
 
@@ -393,18 +393,19 @@ def export(
     report = export_run(find_run(ResultStore(folder).scan(), run_id), folder, format_, output)
     typer.echo(f"{report.path}: {report.model}, {report.size_bytes / 1e6:.2f} MB")
     typer.echo(f"input: {report.inputs}")
-    typer.echo(f"output: {'x'.join(map(str, report.output_shape))} for each image")
+    typer.echo(f"output: {in_words(report.output_shape)} for each image")
     typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
 
 
 def _register(record: "RunRecord", folder: Path, name: str) -> None:
+    from kdbench.deploy.export import in_words
     from kdbench.deploy.register import register
     from kdbench.tracking import MlflowTracker, tracking_uri
 
     made = register(record, folder, name, MlflowTracker(tracking_uri(folder), record.experiment))
     typer.echo(f"{made.uri} {'is new' if made.new else 'was registered before'}, at {made.tracking_uri}")
-    typer.echo(f"input: float32 images {'x'.join(map(str, made.input_shape))} in [0, 1], any number of them")
-    typer.echo(f"output: {'x'.join(map(str, made.output_shape))} for each image")
+    typer.echo(f"input: {made.inputs}")
+    typer.echo(f"output: {in_words(made.output_shape)} for each image")
     typer.echo(f"checked on {made.images} test images: largest difference {made.difference:.1e}, allowed {made.tolerance:.1e}")
 
 

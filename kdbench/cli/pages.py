@@ -160,7 +160,7 @@ def _method_page(name: str, method: type[Method]) -> str:
         ("paper", source),
         ("loss", paper.formula),
         ("checked against", paper.checked_against or "its formula"),
-        ("tasks", ", ".join(sorted(method.tasks))),
+        ("reads", " or ".join(sorted(method.reads)) or "maps alone"),
         ("teacher", teacher),
         ("student's taps", _taps_of(method, "student_taps")),
         ("teacher's taps", _taps_of(method, "teacher_taps") if method.needs_teacher else "none"),
@@ -363,8 +363,10 @@ def taps_page(name: str, image_shape: tuple[int, int, int], num_classes: int, ev
     from kdbench.models.taps import probe, tap_table
 
     channels, height, width = image_shape
-    neutral = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
-    model = build_model(ModelSpec(name=name), num_classes=num_classes, in_channels=channels, image_size=max(height, width), **neutral)
+    mean, std = (0.0,) * channels, (1.0,) * channels  # neutral
+    model = build_model(
+        ModelSpec(name=name), num_classes=num_classes, in_channels=channels, image_size=max(height, width), mean=mean, std=std
+    )
     try:
         prediction = probe(model, image_shape).prediction
         table = tap_table(model, image_shape)
@@ -376,7 +378,8 @@ def taps_page(name: str, image_shape: tuple[int, int, int], num_classes: int, ev
     for row in shown:
         place = f"{row.path} (its input)" if row.side == "input" else row.path
         lines.append((place, " ".join(row.aliases), row.kind, _size(row.shape), "" if row.stride is None else str(row.stride)))
-    title = f"{name} on images {_size(image_shape)}: prediction {_size(prediction)}"
+    given = ", ".join(f"{key} {_size(shape)}" for key, shape in prediction.items()) if isinstance(prediction, dict) else _size(prediction)
+    title = f"{name} on images {_size(image_shape)}: prediction {given}"
     hidden = len(table) - len(shown)
     footer = f"\n\n{hidden} more modules can be tapped by their path: kdbench taps {name} --all" if hidden else ""
     return f"{title}\n\n{aligned(lines)}{footer}"

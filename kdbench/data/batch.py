@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from kdbench.data.columns import Columns, mapped, named
 from kdbench.data.encoded import EncodedImages
+from kdbench.data.kinds import Kind
+from kdbench.data.samples import kinds_of, size_of
+
+INPUTS, TARGET = "inputs", "target"  # what a single tensor is called among names
 
 
 @dataclass(frozen=True)
 class Batch:
     """Some samples, seen through one view.
 
-    inputs: float [B, C, H, W] in [0, 1], already augmented; each model normalises them as it was trained to.
-    target: what the task's loss compares with: int64 [B], soft [B, classes], int64 [B, H, W] (255 = ignored), ...
+    inputs: what goes into the networks, such as images, float [B, C, H, W] in [0, 1], already augmented; each model normalises them as it
+    was trained to. Several inputs by name.
+    target: what the task's loss compares with: int64 [B], soft [B, classes], int64 [B, H, W] (255 = ignored), several tensors by name;
+    None where these samples have no labels.
     index:  int64 [B], position in the source data set, the same whatever the split.
     view:   which augmented copy; 0 where there is no augmentation.
     """
 
-    inputs: Tensor
-    target: Tensor
+    inputs: Columns
+    target: Columns | None
     index: Tensor
     view: int = 0
 
     def to(self, device: torch.device) -> Batch:
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("inputs", "target", "index")}
-        return replace(self, **move)
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """`change` of all its tensors: to a device, to some of the rows, to the rows of all workers."""
+        target = mapped(self.target, change) if self.target is not None else None
+        return replace(self, inputs=mapped(self.inputs, change), target=target, index=change(self.index))
+
+    @property
+    def labels(self) -> Tensor:
+        """The target of a task that has one tensor as its target."""
+        assert isinstance(self.target, Tensor), "the target is several tensors, or none"
+        return self.target
+
+    @property
+    def images(self) -> Tensor:
+        """The input of a task that has one tensor as its input."""
+        assert isinstance(self.inputs, Tensor), "the inputs are several tensors"
+        return self.inputs
 
     def __len__(self) -> int:
         return len(self.index)
@@ -38,57 +62,127 @@ class Batch:
 class Part:
     """Some of a data set's samples.
 
-    inputs:  images uint8 [N, C, H, W], or `EncodedImages`, which stand for such a tensor and are decoded when they are asked for.
-    target:  [N, ...].
+    inputs:  images uint8 [N, C, H, W], or `EncodedImages`, which stand for such a tensor and are decoded when they are asked for. Several
+             inputs by name; at most one of them is encoded.
+    target:  [N, ...], several by name, or None where the samples have no labels.
     index:   int64 [N], the positions in the source data set.
     classes: of how many classes a target [N] names one; None where nobody said, and then labels can't be mixed.
-    rows:    int64 [N], which of `inputs` are the part's images, so that a part of a part shares its pixels; None for all, in their order.
+    rows:    int64 [N], which of `inputs` are the part's, so that a part of a part shares its pixels; None for all, in their order.
+    kinds:   how a view changes each column; a single tensor's is named `inputs` or `target`. Those that are not named have the kind that
+             `kinds.kind_of` gives them.
     """
 
-    inputs: Tensor | EncodedImages
-    target: Tensor
+    inputs: Columns | EncodedImages | Mapping[str, Tensor | EncodedImages]
+    target: Columns | None
     index: Tensor
     classes: int | None = None
     rows: Tensor | None = None
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
     _moved: dict[torch.device, Part] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
+    def columns(self) -> Mapping[str, Tensor | EncodedImages]:
+        """The inputs by name, a single one as `inputs`. They hold the rows of the whole that the part may be cut from."""
+        return self.inputs if isinstance(self.inputs, Mapping) else {INPUTS: self.inputs}
+
+    @property
+    def encoded(self) -> str | None:
+        """The name in `columns` of the images that are still files; None where all is in memory."""
+        return next((name for name, column in self.columns.items() if isinstance(column, EncodedImages)), None)
+
+    @property
     def pixels(self) -> Tensor:
-        """The images of a part that is in memory, uint8 [N, C, H, W]."""
-        assert isinstance(self.inputs, Tensor), "these images are still encoded"
+        """The images of a part that is in memory and has no other inputs, uint8 [N, C, H, W]."""
+        assert isinstance(self.inputs, Tensor), "these are not images in memory alone"
         return self.inputs if self.rows is None else self.inputs[self.rows]
+
+    @property
+    def labels(self) -> Tensor:
+        """The target of a part that has one tensor as its target."""
+        assert isinstance(self.target, Tensor), "the target is several tensors, or none"
+        return self.target
+
+    @property
+    def one_label(self) -> bool:
+        """Whether the target is one number a sample."""
+        return isinstance(self.target, Tensor) and self.target.ndim == 1
+
+    @property
+    def kinds_of_inputs(self) -> dict[str, Kind]:
+        """The kind of each input, a single one's under the name "". Raises UserError for an input that needs one and has none."""
+        return kinds_of(self.values, _named_alone(self.kinds, INPUTS), images=True)
+
+    @property
+    def kinds_of_target(self) -> dict[str, Kind]:
+        """The same of the target; empty for samples without labels."""
+        return kinds_of(self.target, _named_alone(self.kinds, TARGET), images=False) if self.target is not None else {}
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the samples' images; None where they have none."""
+        return size_of(self.values, self.kinds_of_inputs)
+
+    @property
+    def values(self) -> Columns:
+        """The inputs. Encoded images stand for a tensor, of which type and shape are known."""
+        return self.inputs  # type: ignore[return-value]
+
+    def with_inputs(self, columns: Mapping[str, Tensor | EncodedImages]) -> Part:
+        """The same samples with these inputs, named as `columns` names them, which hold the part's rows and no others."""
+        inputs = columns if isinstance(self.inputs, Mapping) else columns[INPUTS]
+        return replace(self, inputs=inputs, rows=None)
 
     def select(self, rows: Tensor) -> Part:
         """The samples at `rows`, their pixels copied."""
         where = rows if self.rows is None else self.rows[rows]
-        return Part(self.inputs[where], self.target[rows], self.index[rows], self.classes)
+        return self._cut(rows).with_inputs({name: column[where] for name, column in self.columns.items()})
 
     def within(self, rows: Tensor) -> Part:
         """The samples at `rows`, whose pixels stay where they are: a data set that is cut in parts takes no more memory than before."""
-        if not isinstance(self.inputs, Tensor):
+        if self.encoded is not None:
             return self.select(rows)
-        where = rows if self.rows is None else self.rows[rows]
-        return Part(self.inputs, self.target[rows], self.index[rows], self.classes, where)
+        return replace(self._cut(rows), rows=rows if self.rows is None else self.rows[rows])
+
+    def _cut(self, rows: Tensor) -> Part:
+        target = mapped(self.target, lambda tensor: tensor[rows]) if self.target is not None else None
+        return replace(self, target=target, index=self.index[rows])
 
     def on(self, device: torch.device) -> Part:
         """The part with its tensors on the device: copied once, and kept there as long as this part is. Encoded images stay on the CPU."""
-        if not isinstance(self.inputs, Tensor) or self.index.device == device:
+        if self.encoded is not None or self.index.device == device:
             return self
         if device not in self._moved:
-            self._moved[device] = Part(self.pixels.to(device), self.target.to(device), self.index.to(device), self.classes)
+            own = self.own
+            target = mapped(own.target, lambda tensor: tensor.to(device)) if own.target is not None else None
+            columns = {name: column.to(device) for name, column in own.columns.items() if isinstance(column, Tensor)}
+            self._moved[device] = replace(own, target=target, index=own.index.to(device)).with_inputs(columns)
         return self._moved[device]
 
+    @property
+    def own(self) -> Part:
+        """The part with no more rows in its inputs than its own; encoded images have no others."""
+        return self if self.rows is None else self.select(torch.arange(len(self)))
+
     def sha256(self) -> str:
-        """Content hash of images, targets and positions; of encoded images see `EncodedImages.sha256`."""
+        """Content hash of inputs, targets and positions; of encoded images `EncodedImages.sha256`. Of several columns names count too."""
         digest = hashlib.sha256()
-        inputs = self.pixels if isinstance(self.inputs, Tensor) else self.inputs
-        for content in (inputs, self.target, self.index):
+        own = self.own
+        target = named(own.target, TARGET) if own.target is not None else {}
+        several = isinstance(own.inputs, Mapping) or len(target) != 1 or TARGET not in target
+        for name, content in [*own.columns.items(), *target.items(), ("index", own.index)]:
+            if several:
+                digest.update(f"{name} ".encode())
             digest.update(str((tuple(content.shape), content.dtype)).encode())
             if isinstance(content, Tensor):
                 digest.update(content.contiguous().numpy().tobytes())
             else:
                 digest.update(content.sha256().encode())
         return digest.hexdigest()
+
+
+def _named_alone(kinds: Mapping[str, Kind], only: str) -> Mapping[str, Kind]:
+    """The kinds with that of the column `only`, which has no name of its own, under the name ""."""
+    return {"": kinds[only]} if only in kinds else kinds

@@ -29,6 +29,17 @@ def named(columns: Columns, only: str) -> dict[str, Tensor]:
     return columns if isinstance(columns, dict) else {only: columns}
 
 
+def single(columns: Columns, name: str) -> Tensor:
+    """The one tensor, or the one of this name."""
+    return columns[name] if isinstance(columns, dict) else columns
+
+
+def several(columns: Columns | None) -> dict[str, Tensor]:
+    """Columns that have names."""
+    assert isinstance(columns, dict), "expected several tensors by name"
+    return columns
+
+
 def like(tensors: Mapping[str, Tensor], columns: Columns) -> Columns:
     """`tensors`, which `named` made of such columns, as these: the one tensor, or all by name."""
     return dict(tensors) if isinstance(columns, dict) else next(iter(tensors.values()))
@@ -41,7 +52,7 @@ def tensors(columns: Columns) -> tuple[Tensor, ...]:
 
 def alone(columns: Columns) -> bool:
     """Whether they are one tensor without a name."""
-    return isinstance(columns, Tensor)
+    return not isinstance(columns, dict)
 
 
 def rounded(columns: Columns) -> Columns:
@@ -52,3 +63,11 @@ def rounded(columns: Columns) -> Columns:
 def widened(columns: Columns) -> Columns:
     """Numbers in single precision, or double where they are; whole numbers and truth values as they are."""
     return mapped(columns, lambda tensor: tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor)
+
+
+def described(columns: Columns | None) -> str:
+    """Types and shapes of one row, for errors."""
+    if columns is None:
+        return "none"
+    forms = {name: f"{str(t.dtype).removeprefix('torch.')} {[*t.shape[1:]]}".removesuffix(" []") for name, t in named(columns, "").items()}
+    return ", ".join(f"{name} {form}".strip() for name, form in forms.items())

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdbench.data.batch import Part
+from kdbench.data.columns import mapped
 from kdbench.data.draws import Draws
 from kdbench.data.encoded import EncodedImages, Store
 from kdbench.data.pictures import Look, examined
@@ -73,9 +73,9 @@ def check_decodable(part: Part, what: str, sample: bool = False) -> Looked:
     Raises:
         UserError: names the first image that can't be decoded, and says how many there are.
     """
-    images = part.inputs
-    if isinstance(images, Tensor):
+    if part.encoded is None:
         return Looked()
+    images = encoded_images(part)
     rows = _sampled(len(images)) if sample else range(len(images))
     every = -(-len(rows) // DECODED_FIRST)
 
@@ -147,7 +147,7 @@ class _Decoders:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def start(self, chosen: Part, view: int, data_seed: int, smallest: float | None) -> list[Future[Tensor]]:
-        images: Any = chosen.inputs
+        images = encoded_images(chosen)
         if smallest is None:
             return [self._pool.submit(images.decode, row) for row in range(len(chosen))]
         bits = part_bits(Draws(data_seed, chosen.index, view))
@@ -160,12 +160,24 @@ class _Decoders:
 def _collected(chosen: Part, images: list[Future[Tensor]], device: torch.device) -> Part:
     """The decoded batch; on its way to a GPU from pinned memory, so that nobody waits for the copy."""
     pinned = device.type == "cuda"
-    pixels = torch.empty(chosen.inputs.shape, dtype=torch.uint8, pin_memory=pinned)
+    pixels = torch.empty(encoded_images(chosen).shape, dtype=torch.uint8, pin_memory=pinned)
     for place, image in zip(pixels, images, strict=True):
         place.copy_(image.result())
-    tensors = (pixels, *(tensor.pin_memory() if pinned else tensor for tensor in (chosen.target, chosen.index)))
-    inputs, target, index = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return Part(inputs, target, index, chosen.classes)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return (tensor.pin_memory() if pinned and not tensor.is_pinned() else tensor).to(device, non_blocking=True)
+
+    columns = {name: moved(pixels if name == chosen.encoded else column) for name, column in chosen.columns.items()}  # type: ignore[arg-type]
+    target = mapped(chosen.target, moved) if chosen.target is not None else None
+    return replace(chosen, target=target, index=moved(chosen.index)).with_inputs(columns)
+
+
+def encoded_images(part: Part) -> EncodedImages:
+    """The images of a part that are still files."""
+    assert part.encoded is not None, "all of this part is in memory"
+    images = part.columns[part.encoded]
+    assert isinstance(images, EncodedImages)
+    return images
 
 
 def encoded_part(store: Store, labels: np.ndarray, first: int, size: int, resize: int | None) -> Part:
@@ -182,15 +194,17 @@ def decoded_now(train: Part, test: Part) -> tuple[Part, Part, str]:
 
 
 def _decoded_part(part: Part) -> tuple[Part, Looked]:
-    images: Any = part.inputs
+    images = encoded_images(part)
     pixels = torch.empty(images.shape, dtype=torch.uint8)
 
     def decode(row: int) -> Look:
         where = int(images.rows[row])
         image, look = examined(images.store.read(where), images.store.name(where), decode=True)
+        assert image is not None, "it was asked to be decoded"
         pixels[row] = images.centre(image)
         return look
 
     with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
         looks = list(pool.map(decode, range(len(part))))
-    return replace(part, inputs=pixels), _counted(looks, len(part))
+    columns = {name: pixels if name == part.encoded else column for name, column in part.columns.items()}
+    return part.with_inputs(columns), _counted(looks, len(part))

@@ -12,8 +12,10 @@ from kdbench.data.batch import Batch, Part
 from kdbench.data.decoding import decoded_ahead
 from kdbench.data.draws import Draws
 from kdbench.data.hashing import hash64
+from kdbench.data.kinds import Plain
 from kdbench.data.mixing import partners
-from kdbench.data.views import Augment, augment_drawn, augment_mixed, check_targets, drawn_ahead
+from kdbench.data.samples import seen, unfit, unmixable
+from kdbench.data.views import Augment, augment_mixed, drawn_ahead, view_of
 from kdbench.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -79,7 +81,7 @@ class Loader:
         firsts = (step * self.batch_size + self._first for step in range(start_step, self.steps_per_epoch))
         plan = (order[first : first + share] for first in firsts)
         draws = Draws(self.data_seed, self.part.index, self.view(epoch))
-        if isinstance(self.part.inputs, Tensor):
+        if self.part.encoded is None:
             draws = drawn_ahead(draws, self.augment)
         return _batches(self.part, plan, draws, self.augment, self.device)
 
@@ -117,17 +119,22 @@ def view_batches(
 
 def check_views(part: Part, augment: Augment) -> None:
     """Raise UserError where samples of the part can't be augmented so."""
-    check_targets(part, augment)
-    if augment.mixes and (part.target.ndim != 1 or part.classes is None):
-        key = "mixup" if augment.mixup else "cutmix"
-        raise UserError(f"recipe.augment.{key} mixes the labels of two images, so it needs one label per image; this task has others")
+    of_inputs, of_target, size = part.kinds_of_inputs, part.kinds_of_target, part.image_size
+    reason = unfit(part.values, of_inputs, augment, size)
+    if part.target is not None:
+        reason = reason or unfit(part.target, of_target, augment, size)
+        reason = reason or unmixable(part.values, part.target, (of_inputs, of_target), part.classes, augment)
+    if part.encoded is not None and augment.resized_crop and not all(isinstance(kind, Plain) for kind in of_target.values()):
+        reason = reason or "recipe.augment.resized_crop is done where a file is decoded, and these targets would not follow; leave it out"
+    if reason:
+        raise UserError(reason)
 
 
 def _batches(part: Part, plan: Iterable[Tensor], draws: Draws, spec: Augment, device: torch.device) -> Iterator[Batch]:
     """A batch for the rows of each entry of `plan`; rows and part lie on one device. draws: of the whole part."""
     if spec.mixes:
         plan = (torch.cat([rows, partners(rows, len(part), draws.at(rows))]) for rows in plan)
-    if isinstance(part.inputs, Tensor):
+    if part.encoded is None:
         yield from (_augmented(part.select(rows), draws.at(rows), spec) for rows in plan)
         return
     rest = spec.model_copy(update={"resized_crop": None})  # which is done where a file is decoded
@@ -137,9 +144,11 @@ def _batches(part: Part, plan: Iterable[Tensor], draws: Draws, spec: Augment, de
 
 def _augmented(chosen: Part, draws: Draws, spec: Augment) -> Batch:
     """The batch of samples that are in memory; with mixup or cutmix the second half of them are the partners of the first."""
-    if not spec.mixes:
-        inputs, target = augment_drawn(chosen.pixels, chosen.target, draws, spec)
-        return Batch(inputs, target, chosen.index, draws.view)
-    assert chosen.classes is not None
-    inputs, target = augment_mixed(chosen.pixels, chosen.target, draws, spec, chosen.classes)
-    return Batch(inputs, target, chosen.index[: len(inputs)], draws.view)
+    if spec.mixes:
+        assert chosen.classes is not None
+        images, soft = augment_mixed(chosen.pixels, chosen.labels, draws, spec, chosen.classes)
+        return Batch(images, soft, chosen.index[: len(images)], draws.view)
+    view = view_of(draws, spec, chosen.image_size)
+    shown = seen(chosen.own.values, chosen.kinds_of_inputs, view)
+    target = seen(chosen.target, chosen.kinds_of_target, view) if chosen.target is not None else None
+    return Batch(shown, target, chosen.index, draws.view)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from kdbench.data.draws import Decision, Draws
 from kdbench.data.hashing import below
+from kdbench.data.motion import Motion
 from kdbench.data.pixels import UNIT, blend, grey, histogram, mean_grey, smoothed, taken
 
 LARGEST_MAGNITUDE = 30.0
@@ -34,20 +36,53 @@ _BITS = 4  # that posterize drops
 _ONE = 1 << 16  # what stands for 1 in a move's matrix
 
 
-def operate(images: Tensor, target: Tensor, draws: Draws, count: int, magnitude: float, ignored: int) -> tuple[Tensor, Tensor]:
-    """`count` operations, one after the other, on each image; with labels per pixel, these move along.
+@dataclass(frozen=True)
+class Operation:
+    """A `changes.Change`: one operation on each picture.
 
-    images: uint8 [B, C, H, W]; target: int64 [B, H, W], or any other form, returned as it is. magnitude: 0 .. LARGEST_MAGNITUDE.
-    What a move brings in from outside the image is black and labelled `ignored`.
+    size: height and width of the pictures, `scale` times as large as those for which the magnitude of translations was drawn.
+    kind, sign: int64 [B], which of `OPERATIONS`, and 0 for minus or 1 for plus. magnitude: 0 .. LARGEST_MAGNITUDE.
     """
-    kinds = below(draws.bits(Decision.OPERATION, count), len(OPERATIONS))
-    signs = below(draws.bits(Decision.SIGN, count), 2)
-    for kind, sign in zip(kinds.unbind(1), signs.unbind(1), strict=True):
-        rows = _rows(kind, MOVES)
-        images, target = _moved(images, target, kind, sign, magnitude, ignored, rows)
+
+    size: tuple[int, int]
+    kind: Tensor
+    sign: Tensor
+    magnitude: float
+    scale: int = 1
+
+    @classmethod
+    def drawn(cls, draws: Draws, size: tuple[int, int], count: int, magnitude: float) -> tuple[Operation, ...]:
+        """`count` operations, to be done one after the other."""
+        kinds = below(draws.bits(Decision.OPERATION, count), len(OPERATIONS))
+        signs = below(draws.bits(Decision.SIGN, count), 2)
+        return tuple(cls(size, kind, sign, magnitude) for kind, sign in zip(kinds.unbind(1), signs.unbind(1), strict=True))
+
+    @property
+    def motion(self) -> Motion:
+        table = _motions(*self.size, self.scale, self.magnitude, self.kind.device)[self.kind, self.sign]
+        return Motion(table[:, :4].unflatten(1, (2, 2)), table[:, 4:], self.size, torch.zeros_like(self.kind, dtype=torch.bool))
+
+    def picture(self, images: Tensor) -> Tensor:
+        images = self.moved(images, 0)
         for names, apply in ((LEVELS, _levels_changed), (NEIGHBOURS, _blended)):
-            images = _on_rows(images, _rows(kind, names), kind, sign, magnitude, apply)
-    return images, target
+            rows = _rows(self.kind, names)
+            kind, sign = (self.kind, self.sign) if rows is None else (self.kind[rows], self.sign[rows])
+            images = _on_rows(images, rows, partial(apply, kind=kind, sign=sign, magnitude=self.magnitude))
+        return images
+
+    def moved(self, values: Tensor, outside: float) -> Tensor:
+        rows, places, unseen = self._sources
+        return _on_rows(values, rows, lambda some: taken(some, places).masked_fill(unseen[:, None], outside))
+
+    def enlarged(self, scale: int) -> Operation:
+        return replace(self, size=(self.size[0] * scale, self.size[1] * scale), scale=self.scale * scale)
+
+    @cached_property
+    def _sources(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Which samples move (None for all), for each of their pixels the one that it shows, and whether that is outside the picture."""
+        rows = _rows(self.kind, MOVES)
+        kind, sign = (self.kind, self.sign) if rows is None else (self.kind[rows], self.sign[rows])
+        return rows, *_sources(self.size, _matrices(*self.size, self.scale, self.magnitude, kind.device)[kind, sign])
 
 
 def _rows(kind: Tensor, names: tuple[str, ...]) -> Tensor | None:
@@ -62,55 +97,62 @@ def _rows(kind: Tensor, names: tuple[str, ...]) -> Tensor | None:
     return ((kind >= first) & (kind < first + len(names))).nonzero().flatten()
 
 
-_Change = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def _on_rows(images: Tensor, rows: Tensor | None, kind: Tensor, sign: Tensor, magnitude: float, apply: _Change) -> Tensor:
+def _on_rows(values: Tensor, rows: Tensor | None, apply: Callable[[Tensor], Tensor]) -> Tensor:
     if rows is None:
-        return apply(images, kind, sign, magnitude)
+        return apply(values)
     if not len(rows):
-        return images
-    return images.index_copy(0, rows, apply(images[rows], kind[rows], sign[rows], magnitude))
+        return values
+    return values.index_copy(0, rows, apply(values[rows]))
 
 
 # --- moves: where a pixel comes from ---------------------------------------------------------------------------------
 
 
-def _moved(
-    images: Tensor, target: Tensor, kind: Tensor, sign: Tensor, magnitude: float, ignored: int, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    shape = (images.shape[2], images.shape[3])
+def _sources(size: tuple[int, int], matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """For each sample and pixel, the pixel it shows, int64 [B, H, W] row-major, and whether that lies outside the picture.
 
-    def move_images(images: Tensor, kind: Tensor, sign: Tensor, magnitude: float) -> Tensor:
-        places, seen = _sources(shape, kind, sign, magnitude)
-        return taken(images, places) * seen[:, None]
-
-    def move_labels(labels: Tensor, kind: Tensor, sign: Tensor, magnitude: float) -> Tensor:
-        places, seen = _sources(shape, kind, sign, magnitude)
-        return taken(labels[:, None], places)[:, 0].where(seen, ignored)
-
-    if target.ndim == 3:
-        target = _on_rows(target, rows, kind, sign, magnitude, move_labels)
-    return _on_rows(images, rows, kind, sign, magnitude, move_images), target
-
-
-def _sources(shape: tuple[int, int], kind: Tensor, sign: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
-    """For each sample and pixel, the pixel it shows, int64 [B, H, W] row-major, and whether that lies in the image."""
-    height, width = shape
-    matrix = _matrices(height, width, magnitude, kind.device)[kind, sign]
+    matrix: int64 [B, 6], see `_matrices`.
+    """
+    height, width = size
     # Twice the distance from the image's centre is a whole number.
-    x = 2 * torch.arange(width, device=kind.device) - (width - 1)
-    y = (2 * torch.arange(height, device=kind.device) - (height - 1))[:, None]
+    x = 2 * torch.arange(width, device=matrix.device) - (width - 1)
+    y = (2 * torch.arange(height, device=matrix.device) - (height - 1))[:, None]
     a, b, c, d, e, f = (entry[:, None, None] for entry in matrix.unbind(1))
     columns = (a * x + b * y + c + width * _ONE) >> 17  # half of it, in whole pixels, rounded
     rows = (d * x + e * y + f + height * _ONE) >> 17
-    seen = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    return rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1), seen
+    unseen = (columns < 0) | (columns >= width) | (rows < 0) | (rows >= height)
+    return rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1), unseen
 
 
 @lru_cache(maxsize=64)
-def _matrices(height: int, width: int, magnitude: float, device: torch.device) -> Tensor:
-    """For each operation and sign, where (x, y) comes from: (a x + b y + c, d x + e y + f) as int64 [operations, 2, 6] in 2**16ths."""
+def _matrices(height: int, width: int, scale: int, magnitude: float, device: torch.device) -> Tensor:
+    """`_moves` as int64 [operations, 2, 6]."""
+    return torch.tensor(_moves(height, width, scale, magnitude), device=device)
+
+
+@lru_cache(maxsize=64)
+def _motions(height: int, width: int, scale: int, magnitude: float, device: torch.device) -> Tensor:
+    """For each operation and sign, where it takes points: float32 [operations, 2, 6], four numbers of `Motion.linear`, two of `shift`.
+
+    `_sources` shows at the point p, the middle of a pixel, what lies at A (p - m) + t + m. A is the matrix, m the image's centre and t half
+    of (c, f), which counts twice the distance. So what lies at x is shown at inverse(A) (x - m - t) + m.
+    """
+
+    def forward(a: int, b: int, c: int, d: int, e: int, f: int) -> tuple[float, ...]:
+        determinant = a * e - b * d
+        linear = tuple(number * _ONE / determinant for number in (e, -b, -d, a))
+        x, y = width / 2 + c / (2 * _ONE), height / 2 + f / (2 * _ONE)
+        return *linear, width / 2 - (linear[0] * x + linear[1] * y), height / 2 - (linear[2] * x + linear[3] * y)
+
+    table = [[forward(*numbers) for numbers in signs] for signs in _moves(height, width, scale, magnitude)]
+    return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+def _moves(height: int, width: int, scale: int, magnitude: float) -> list[list[tuple[int, ...]]]:
+    """For each operation and sign, where (x, y) comes from: (a x + b y + c, d x + e y + f) in 2**16ths.
+
+    x and y are twice the distance from the centre of an image of height x width, in pixels. scale: see `Operation`.
+    """
     level = magnitude / LARGEST_MAGNITUDE
 
     def numbers(name: str, sign: int) -> tuple[float, ...]:
@@ -119,16 +161,15 @@ def _matrices(height: int, width: int, magnitude: float, device: torch.device) -
         if name == "shear_y":
             return 1, 0, 0, sign * _SHEAR * level, 1, 0
         if name == "translate_x":
-            return 1, 0, sign * 2 * round(_TRANSLATE * level * width), 0, 1, 0
+            return 1, 0, sign * 2 * scale * round(_TRANSLATE * level * (width // scale)), 0, 1, 0
         if name == "translate_y":
-            return 1, 0, 0, 0, 1, sign * 2 * round(_TRANSLATE * level * height)
+            return 1, 0, 0, 0, 1, sign * 2 * scale * round(_TRANSLATE * level * (height // scale))
         if name == "rotate":
             cosine, sine = math.cos(_ROTATE * level), sign * math.sin(_ROTATE * level)
             return cosine, sine, 0, -sine, cosine, 0
         return 1, 0, 0, 0, 1, 0
 
-    table = [[[round(number * _ONE) for number in numbers(name, sign)] for sign in (-1, 1)] for name in OPERATIONS]
-    return torch.tensor(table, device=device)
+    return [[tuple(round(number * _ONE) for number in numbers(name, sign)) for sign in (-1, 1)] for name in OPERATIONS]
 
 
 # --- levels: a new value for each of the 256 ------------------------------------------------------------------------

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kdbench.data.draws import Decision, Draws, rectangles
 from kdbench.data.hashing import below
+from kdbench.data.motion import Motion
 from kdbench.data.pixels import taken
 
 RATIO = (3 / 4, 4 / 3)  # width by height of the part
+
+
+@dataclass(frozen=True)
+class ResizedPart:
+    """A `changes.Change`: a part of each picture fills the whole. size: height and width; boxes: int64 [B, 4], see `parts`."""
+
+    size: tuple[int, int]
+    boxes: Tensor
+
+    @classmethod
+    def drawn(cls, draws: Draws, size: tuple[int, int], smallest: float) -> ResizedPart:
+        return cls(size, parts(*size, part_bits(draws), smallest))
+
+    @property
+    def motion(self) -> Motion:
+        start, sides = self.boxes[:, [1, 0]], self.boxes[:, [3, 2]].float()
+        full = torch.tensor([self.size[1], self.size[0]], device=sides.device)
+        # Whole numbers are divided by whole numbers, so each result is rounded once.
+        linear, shift = torch.diag_embed(full / sides), -start * full / sides
+        return Motion(linear, shift, self.size, torch.zeros_like(self.boxes[:, 0], dtype=torch.bool))
+
+    def picture(self, images: Tensor) -> Tensor:
+        return resized(images, self.boxes)
+
+    def moved(self, values: Tensor, outside: float) -> Tensor:
+        return resized_nearest(values, self.boxes)
+
+    def enlarged(self, scale: int) -> ResizedPart:
+        return ResizedPart((self.size[0] * scale, self.size[1] * scale), self.boxes * scale)
 
 
 def part_bits(draws: Draws) -> Tensor:
@@ -41,11 +73,11 @@ def resized(images: Tensor, boxes: Tensor) -> Tensor:
     return total.bitwise_right_shift_(16).byte()
 
 
-def resized_labels(labels: Tensor, boxes: Tensor) -> Tensor:
-    """As `resized` for labels per pixel [B, H, W]: each takes the nearest one's."""
-    height, width = labels.shape[-2:]
+def resized_nearest(values: Tensor, boxes: Tensor) -> Tensor:
+    """As `resized` for labels or numbers per pixel, [B, C, H, W] of any type: each takes the nearest one's."""
+    height, width = values.shape[-2:]
     rows, columns = _nearest(boxes[:, 0::2], height), _nearest(boxes[:, 1::2], width)
-    return taken(labels[:, None], rows[:, :, None] * width + columns[:, None, :])[:, 0]
+    return taken(values, rows[:, :, None] * width + columns[:, None, :])
 
 
 def _neighbours(box: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:

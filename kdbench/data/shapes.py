@@ -1,113 +1,29 @@
-"""Coloured geometric shapes on a noisy ground, drawn from a seed: boxes, masks, keypoints and a caption are known exactly.
-
-Image i is a function of (seed, i) alone, and of nothing but IEEE additions, products and comparisons: the same bytes on every machine.
-"""
+"""Scenes of coloured shapes as a data set, with any of the targets that a scene has: no file is read, and every answer is exact."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from kdbench.data.batch import Part
+from kdbench.data.columns import Columns
 from kdbench.data.options import Seed
+from kdbench.data.scenes import MOST_IMAGES, draw_at_least
+from kdbench.data.shape_targets import TARGETS, Arrays, ShapesTarget, TargetName
 from kdbench.data.sources import Source
-from kdbench.data.views import IGNORED
 from kdbench.errors import TooMuch
 from kdbench.own_code import are_from_records
 
-KINDS = ("circle", "square", "triangle", "cross", "ring")  # class k of a mask is KINDS[k - 1]; 0 is the ground
-COLOURS = {
-    "red": (0.85, 0.20, 0.20),
-    "green": (0.20, 0.70, 0.25),
-    "blue": (0.20, 0.35, 0.85),
-    "yellow": (0.85, 0.80, 0.20),
-    "purple": (0.60, 0.25, 0.70),
-    "white": (0.90, 0.90, 0.90),
-}
-KEYPOINTS = 5  # the centre, then up to four corners or tips, clockwise from the top
-
-MOST_IMAGES = 1_000_000  # test image j is drawn as image MOST_IMAGES + j, so that it stays the same whatever the training set's size
 _MOST_BYTES_OF_RECORD = 300_000_000
 _MOST_BYTES = 32e9  # of all pictures and masks, which lie in memory
 _PIXEL_BYTES = 4  # three colours and a class
-_MOST_OBJECTS = 3
-_TRIES = 8  # for a free place, before an object is left out
-_RADIUS = (0.14, 0.26)  # of an object's circumscribed circle, as a share of the image's side
-_CLOSEST = 0.8  # two centres are at least this share of the summed radii apart, so that each object stays recognisable
-_GROUND = (0.15, 0.70)  # brightness of the ground's blotches
-_BLOTCHES = 4  # a side
-_SHADE = 0.15  # how much an object's colour varies, up and down
-_NOISE = 0.10  # of a single pixel, up and down
-
-_HALF = math.sqrt(0.5)
-_LIMB = 0.33  # half the width of a cross's arm, in radii
-_HOLE = 0.5  # radius of a ring's hole
-_TIPS = ((0.0, -0.94), (0.94, 0.0), (0.0, 0.94), (-0.94, 0.0))
-_CORNERS = {
-    "circle": _TIPS,
-    "square": ((-_HALF, -_HALF), (_HALF, -_HALF), (_HALF, _HALF), (-_HALF, _HALF)),
-    "triangle": ((0.0, -1.0), (math.sqrt(0.75), 0.5), (-math.sqrt(0.75), 0.5)),
-    "cross": _TIPS,
-    "ring": _TIPS,
-}
-# Objects are turned by up to 20 degrees either way, less than a quarter of any symmetry, so that corners keep their names. The table is
-# rounded because sines differ in the last bit between processors.
-_TURNS = tuple((round(math.cos(math.radians(a)), 9), round(math.sin(math.radians(a)), 9)) for a in range(-20, 21, 4))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One object. x runs right and y down, in pixels from the image's upper left corner.
-
-    kind: 1 .. len(KINDS). box: (x0, y0, x1, y1) around the visible pixels, right and lower edge included in the box's area.
-    mask: bool [H, W], the visible pixels. keypoints: float32 [KEYPOINTS, 3] of x, y and 1 where it can be seen, 0 where another object
-    hides it or the kind has fewer corners.
-    """
-
-    kind: int
-    colour: str
-    box: tuple[int, int, int, int]
-    mask: NDArray[np.bool_]
-    keypoints: NDArray[np.float32]
-
-    @property
-    def name(self) -> str:
-        return KINDS[self.kind - 1]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """image: uint8 [3, H, W]. objects: at least one, from the back to the front. caption: kinds, colours and how the first two lie."""
-
-    image: NDArray[np.uint8]
-    objects: tuple[Shape, ...]
-    caption: str
-
-    @property
-    def classes(self) -> NDArray[np.uint8]:
-        """The class of each pixel, uint8 [H, W]; 0 is the ground."""
-        labels = np.zeros(self.image.shape[1:], np.uint8)
-        for shape in self.objects:
-            labels[shape.mask] = shape.kind
-        return labels
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """An object before it is drawn; x, y and radius in pixels, turn as (cosine, sine)."""
-
-    kind: str
-    colour: str
-    x: float
-    y: float
-    radius: float
-    turn: tuple[float, float]
+_OWN_NUMBERS = 1  # third number of a sample's seed, for what is asked of a scene; the scene itself is drawn from the first two
 
 
 def shapes(
@@ -115,12 +31,28 @@ def shapes(
     test: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 500,
     size: Annotated[int, Field(ge=16, le=1024)] = 32,
     seed: Seed = 0,
-    target: Literal["mask", "class"] = "mask",
+    target: TargetName = "mask",
 ) -> Source:
-    """`train` and `test` pictures of `size` x `size` pixels.
+    """`train` and `test` pictures of `size` x `size` pixels, each a function of `seed` and its index. Up to three objects a picture.
 
-    mask: up to three objects a picture, one label per pixel, 0 is the ground. class: one object a picture, labels 0 .. 4.
-    Raises TooMuch for more pictures than fit in memory.
+    Args:
+        train: Number of training pictures.
+        test: Number of test pictures.
+        size: Height and width in pixels.
+        seed: Another seed gives other pictures.
+        target: What is asked. The inputs are the pictures, uint8 [N, 3, size, size], unless other columns are named.
+            mask: uint8 [N, size, size], one label per pixel, 0 is the ground.
+            class: int64 [N]; these pictures have one object.
+            present: uint8 [N, 5], which kinds a picture shows.
+            boxes: boxes float32 [N, 3, 4] of x0, y0, x1, y1 in pixels, labels int64 [N, 3]; padded rows are 0 and -1.
+            keypoints: points float32 [N, 15, 3] of x, y and visible, five an object, with boxes and labels.
+            caption: inputs image and tokens int64 [N, 13]; target int64 [N], equal for pictures with equal captions.
+            question: inputs image and tokens int64 [N, 6]; target answer int64 [N] and type int64 [N] (`shape_targets.QUESTIONS`).
+            relation: inputs image, boxes float32 [N, 2, 4] of subject and object, and tokens int64 [N, 4] of their names; target int64 [N].
+                These pictures have two or three objects.
+
+    Raises:
+        TooMuch: The pictures do not fit in memory.
     """
     nbytes, most_bytes = (train + test) * size * size * _PIXEL_BYTES, _MOST_BYTES_OF_RECORD if are_from_records() else _MOST_BYTES
     if nbytes > most_bytes:
@@ -128,125 +60,51 @@ def shapes(
             f"data shapes: {train + test} images of {size}x{size} take {nbytes / 1e9:.0f} GB; lower train, test or size, "
             f"to at most {most_bytes / 1e9:g} GB"
         )
-    most = _MOST_OBJECTS if target == "mask" else 1
-    parts = [_part(seed, range(first, first + count), size, most, target) for first, count in ((0, train), (MOST_IMAGES, test))]
-    mean, std = _statistics(parts[0])
-    names = ("ground", *KINDS) if target == "mask" else KINDS
-    return Source("shapes", parts[0], parts[1], len(names), names, mean, std, IGNORED if target == "mask" else None)
+    asked = TARGETS[target]
+    images, first = _part(seed, range(train), size, asked)
+    _, second = _part(seed, range(MOST_IMAGES, MOST_IMAGES + test), size, asked)
+    mean, std = _statistics(images)
+    names = asked.names
+    return Source("shapes", first, second, len(names), names, mean, std, asked.ignored, vocabulary=asked.vocabulary)
 
 
-def draw(seed: int, index: int, size: int = 32, most: int = _MOST_OBJECTS) -> Scene:
-    """Picture `index` of the endless series `seed`, with 1 .. `most` objects."""
-    random = np.random.Generator(np.random.PCG64([seed, index]))
-    placed = _layout(random, size, most)
-    image = _ground(random, size)
-    owner = np.full((size, size), -1, np.int8)
-    for number, item in enumerate(placed):
-        inside = _inside(item, size)
-        shade = 1 + _SHADE * (2 * random.random() - 1)
-        image[:, inside] = np.array(COLOURS[item.colour])[:, None] * shade
-        owner[inside] = number
-    image += _NOISE * (2 * random.random(image.shape) - 1)
-    pixels = (image.clip(0, 1) * 255).astype(np.uint8)
-    return Scene(pixels, tuple(_shape(item, number, owner) for number, item in enumerate(placed)), _caption(placed))
-
-
-def _layout(random: np.random.Generator, size: int, most: int) -> list[_Placed]:
-    placed: list[_Placed] = []
-    for _ in range(1 + int(random.random() * most)):
-        kind = KINDS[int(random.random() * len(KINDS))]
-        colour = list(COLOURS)[int(random.random() * len(COLOURS))]
-        turn = _TURNS[int(random.random() * len(_TURNS))]
-        radius = _between(random.random(), *_RADIUS) * size
-        for across, down in random.random((_TRIES, 2)).tolist():
-            x, y = _between(across, radius, size - radius), _between(down, radius, size - radius)
-            if all(_far_apart(x, y, radius, other) for other in placed):
-                placed.append(_Placed(kind, colour, x, y, radius, turn))
-                break
-    return placed
-
-
-def _far_apart(x: float, y: float, radius: float, other: _Placed) -> bool:
-    closest = _CLOSEST * (radius + other.radius)
-    return (x - other.x) * (x - other.x) + (y - other.y) * (y - other.y) >= closest * closest
-
-
-def _between(share: float, low: float, high: float) -> float:
-    return low + share * (high - low)
-
-
-def _ground(random: np.random.Generator, size: int) -> NDArray[np.float64]:
-    """Blotches that fade into each other, [3, size, size]."""
-    knots = _GROUND[0] + (_GROUND[1] - _GROUND[0]) * random.random((3, _BLOTCHES + 1, _BLOTCHES + 1))
-    place = (np.arange(size) + 0.5) * (_BLOTCHES / size)
-    left = place.astype(np.intp)
-    share = place - left
-    columns = knots[:, :, left] * (1 - share) + knots[:, :, left + 1] * share
-    ground: NDArray[np.float64] = columns[:, left] * (1 - share[:, None]) + columns[:, left + 1] * share[:, None]
-    return ground
-
-
-def _inside(item: _Placed, size: int) -> NDArray[np.bool_]:
-    """Which pixels' centres the object covers, [size, size]."""
-    cosine, sine = item.turn
-    across = (np.arange(size) + 0.5 - item.x) / item.radius
-    down = ((np.arange(size) + 0.5 - item.y) / item.radius)[:, None]
-    u, v = cosine * across + sine * down, cosine * down - sine * across
-    covered: NDArray[np.bool_]
-    match item.kind:
-        case "circle":
-            covered = u * u + v * v <= 1
-        case "ring":
-            distance = u * u + v * v
-            covered = (distance <= 1) & (distance >= _HOLE * _HOLE)
-        case "square":
-            covered = np.maximum(abs(u), abs(v)) <= _HALF
-        case "triangle":
-            # Height above the base at v = 0.5, and the two slanted sides, which meet at v = -1.
-            covered = (v <= 0.5) & (abs(u) * math.sqrt(3) <= v + 1)
-        case _:
-            covered = (np.minimum(abs(u), abs(v)) <= _LIMB) & (np.maximum(abs(u), abs(v)) <= -_TIPS[0][1])
-    return covered
-
-
-def _shape(item: _Placed, number: int, owner: NDArray[np.int8]) -> Shape:
-    mask = owner == number
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    cosine, sine = item.turn
-    keypoints = np.zeros((KEYPOINTS, 3), np.float32)
-    for row, (u, v) in enumerate(((0.0, 0.0), *_CORNERS[item.kind])):
-        x, y = item.x + item.radius * (cosine * u - sine * v), item.y + item.radius * (sine * u + cosine * v)
-        hidden = owner[min(int(y), len(owner) - 1), min(int(x), len(owner) - 1)] > number
-        keypoints[row] = (x, y, not hidden)
-    return Shape(KINDS.index(item.kind) + 1, item.colour, box, mask, keypoints)
-
-
-def _caption(placed: list[_Placed]) -> str:
-    """`a red circle above a blue square, with a white ring`; the relation is along the longer of the two distances."""
-    named = [f"a {item.colour} {item.kind}" for item in placed]
-    if len(placed) == 1:
-        return named[0]
-    across, down = placed[1].x - placed[0].x, placed[1].y - placed[0].y
-    relation = ("above" if down > 0 else "below") if abs(down) > abs(across) else ("left of" if across > 0 else "right of")
-    return ", with ".join([f"{named[0]} {relation} {named[1]}", *named[2:]])
-
-
-def _part(seed: int, indices: range, size: int, most: int, target: Literal["mask", "class"]) -> Part:
+def _part(seed: int, indices: range, size: int, asked: ShapesTarget) -> tuple[Tensor, Part]:
+    """The pictures, and the part that holds them."""
     images = np.empty((len(indices), 3, size, size), np.uint8)
-    masks = np.empty((len(indices), size, size), np.uint8)
-    labels = np.empty(len(indices), np.int64)
+    inputs: dict[str, NDArray[Any]] = {}
+    target: dict[str, NDArray[Any]] = {}
     for row, index in enumerate(indices):
-        scene = draw(seed, index, size, most)
-        images[row], masks[row], labels[row] = scene.image, scene.classes, scene.objects[0].kind - 1
-    chosen = masks if target == "mask" else labels
-    return Part(torch.from_numpy(images), torch.from_numpy(chosen), torch.arange(indices.start, indices.stop))
+        scene = draw_at_least(asked.least, seed, index, size, asked.most)
+        images[row] = scene.image
+        further, wanted = asked.of(scene, np.random.Generator(np.random.PCG64([seed, index, _OWN_NUMBERS])))
+        _put(inputs, row, len(indices), further)
+        _put(target, row, len(indices), wanted)
+    pictures = torch.from_numpy(images)
+    shown = {"image": pictures, **_tensors(inputs)} if inputs else pictures
+    return pictures, Part(shown, _columns(target), torch.arange(indices.start, indices.stop), kinds=asked.kinds)
 
 
-def _statistics(part: Part) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _put(columns: dict[str, NDArray[Any]], row: int, rows: int, sample: Arrays) -> None:
+    """Write one sample to its row; the first sample says which columns there are."""
+    for name, values in sample.items():
+        if name not in columns:
+            columns[name] = np.empty((rows, *values.shape), values.dtype)
+        columns[name][row] = values
+
+
+def _columns(arrays: dict[str, NDArray[Any]]) -> Columns:
+    tensors = _tensors(arrays)
+    return tensors.get("", tensors)
+
+
+def _tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel in [0, 1], from whole numbers: exact, so the same on every machine."""
     values = torch.arange(256)
-    counts = [torch.bincount(part.pixels[:, channel].flatten().long(), minlength=256) for channel in range(part.pixels.shape[1])]
+    counts = [torch.bincount(images[:, channel].flatten().long(), minlength=256) for channel in range(images.shape[1])]
     means = [int((count * values).sum()) / int(count.sum()) for count in counts]
     squares = [int((count * values * values).sum()) / int(count.sum()) for count in counts]
     deviations = [math.sqrt(square - mean * mean) for square, mean in zip(squares, means, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -16,9 +16,14 @@ from torch import Tensor
 
 from kdbench.catalogue import resolve
 from kdbench.data import DATA
-from kdbench.data.batch import Part
+from kdbench.data.batch import INPUTS, TARGET, Part
+from kdbench.data.columns import Columns, described, named
 from kdbench.data.encoded import EncodedImages
+from kdbench.data.loader import in_order
 from kdbench.data.options import NamedSpec
+from kdbench.data.samples import unfit
+from kdbench.data.views import Augment
+from kdbench.data.vocabulary import Vocabulary
 from kdbench.errors import KDBenchError, UserError, explain, in_one_line
 from kdbench.own_code import check_maker
 
@@ -43,6 +48,7 @@ class Source:
     std: tuple[float, ...]
     ignore_index: int | None = None
     read: str = ""  # of a source in files: what was read of them and what was left out, in one line
+    vocabulary: Vocabulary | None = None  # of the tokens among the inputs or targets, None where there is no text
 
     @cached_property
     def sha256(self) -> str:
@@ -61,17 +67,22 @@ class Source:
 
     @property
     def facts(self) -> str:
-        """What is said of the images beside their content: number and names of classes, mean, deviation, the label that is ignored."""
+        """What is said of the samples beside their content, as JSON.
+
+        Number and names of classes, mean, deviation, the label that is ignored, and the words of the vocabulary if the source has one.
+        """
         return json.dumps(self._facts)
 
     @property
     def _facts(self) -> list[Any]:
-        return [self.num_classes, self.class_names, self.mean, self.std, self.ignore_index]
+        facts = [self.num_classes, self.class_names, self.mean, self.std, self.ignore_index]
+        return facts if self.vocabulary is None else [*facts, self.vocabulary.words]
 
     @property
     def turned(self) -> int:
         """How many images in files are shown turned, see `encoded.turned`."""
-        return sum(part.inputs.store.turned for part in (self.train, self.test) if isinstance(part.inputs, EncodedImages))
+        columns = (column for part in (self.train, self.test) for column in part.columns.values())
+        return sum(column.store.turned for column in columns if isinstance(column, EncodedImages))
 
     @property
     def reading(self) -> str:
@@ -79,10 +90,43 @@ class Source:
         return self.read + (f"; turned upright by their EXIF tag: {self.turned}" if self.turned else "")
 
     @property
+    def image(self) -> str | None:
+        """The name in `Part.columns` of the input that is an image; None where there is none."""
+        return next((name for name, column in self.train.columns.items() if column.dtype == torch.uint8 and column.ndim == 4), None)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """One image's [C, H, W]."""
-        channels, height, width = self.train.inputs.shape[1:]
+        """One image's [C, H, W], of a source that has images."""
+        assert self.image is not None, "these samples have no image"
+        channels, height, width = self.train.columns[self.image].shape[1:]
         return channels, height, width
+
+    @cached_property
+    def example(self) -> tuple[int, int, int] | Columns:
+        """Samples to run a network on: an image's shape where that is all there is of a sample, else the first two of the training part."""
+        if self.image == INPUTS:
+            return self.image_shape
+        part = self.train.select(torch.arange(min(2, len(self.train))))
+        return next(iter(in_order(part, 2))).inputs
+
+    @property
+    def network_facts(self) -> dict[str, Any]:
+        """What the builder of a network is told of the data: see `models.build.build_model`."""
+        facts: dict[str, Any] = {"num_classes": self.num_classes, "mean": self.mean, "std": self.std}
+        if self.vocabulary is not None:
+            tokens = self.train.columns.get("tokens", self.train.columns.get(INPUTS))
+            facts |= {"vocabulary": len(self.vocabulary)} | ({"length": tokens.shape[1]} if tokens is not None else {})
+        if self.image is not None:
+            channels, *sides = self.image_shape
+            facts |= {"in_channels": channels, "image_size": max(sides)} | ({"image": self.image} if self.image != INPUTS else {})
+        return facts
+
+    @property
+    def in_words(self) -> str:
+        """One sample's inputs in words, for errors."""
+        if self.image == INPUTS:
+            return f"images {list(self.image_shape)}"
+        return described(self.train.values)
 
 
 class DataSpec(NamedSpec):
@@ -130,31 +174,54 @@ def _problem(source: Any) -> str | None:
         problem = _part_problem(part, source)
         if problem:
             return f"{title} {problem}"
-    if source.train.inputs.shape[1:] != source.test.inputs.shape[1:]:
-        return f"train images are {_shape(source.train.inputs)} and test images {_shape(source.test.inputs)}; their sizes must agree"
+    for what, train, test in _pairs_of_columns(source):
+        if train.shape[1:] != test.shape[1:]:
+            return f"train {what} are {_shape(train)} and test {what} {_shape(test)}; their sizes must agree"
     positions = torch.cat([source.train.index, source.test.index])
     if len(positions.unique()) != len(positions):
         return "two samples have the same index; train and test together must count every sample once"
     if len(source.class_names) != source.num_classes:
         return f"{len(source.class_names)} class_names for {source.num_classes} classes"
-    channels = source.image_shape[0]
-    if len(source.mean) != channels or len(source.std) != channels or min(source.std) <= 0:
+    channels = source.image_shape[0] if source.image is not None else 0
+    if len(source.mean) != channels or len(source.std) != channels or min(source.std, default=1) <= 0:
         return f"mean and std must hold one number for each of the {channels} channels, std above 0; got {source.mean} and {source.std}"
     return None
 
 
+def _pairs_of_columns(source: Source) -> Iterator[tuple[str, Tensor | EncodedImages, Tensor | EncodedImages]]:
+    """What each input is called, with both parts' values."""
+    for name, column in source.train.columns.items():
+        yield "images" if name == INPUTS else name, column, source.test.columns[name]
+
+
 def _part_problem(part: Part, source: Source) -> str | None:
-    images, target, index = part.inputs, part.target, part.index
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        return f"images must be uint8 [N, C, H, W], got {images.dtype} {_shape(images)}"
-    if not len(images) or not len(images) == len(target) == len(index):
-        return f"must hold as many images as targets and indices, and at least one; got {len(images)}, {len(target)} and {len(index)}"
+    names, expected = sorted(part.columns), sorted(source.train.columns)
+    if names != expected:
+        return f"has the inputs {', '.join(names)}, the training part has {', '.join(expected)}"
+    index = part.index
     if index.dtype != torch.int64 or index.ndim != 1:
         return f"index must be int64 [N], got {index.dtype} {_shape(index)}"
-    per_image = target.ndim == 1 and target.dtype == torch.int64
-    per_pixel = target.shape[1:] == images.shape[2:] and target.dtype in (torch.uint8, torch.int64)
-    if not (per_image or per_pixel):
-        return f"targets must be int64 [N], or uint8 or int64 [N, H, W] as large as the images; got {target.dtype} {_shape(target)}"
+    targets = named(part.target, TARGET) if part.target is not None else {}
+    counts = {name: len(column) for name, column in [*part.columns.items(), *targets.items()]}
+    if not len(index) or set(counts.values()) != {len(index)}:
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        return f"must hold as many inputs and targets as indices, and at least one; got {len(index)} indices, {found}"
+    try:
+        kinds = part.kinds_of_inputs, part.kinds_of_target
+    except UserError as error:
+        return str(error)
+    for columns, of_columns in zip((part.values, part.target), kinds, strict=True):
+        if columns is not None and (problem := unfit(columns, of_columns, Augment(), part.image_size)):
+            return problem
+    if not isinstance(part.target, Tensor) or TARGET in part.kinds or part.target.dtype not in (torch.uint8, torch.int64):
+        return None
+    return None if part.target.ndim == 2 else _labels_problem(part.target, part.image_size, source)
+
+
+def _labels_problem(target: Tensor, size: tuple[int, int] | None, source: Source) -> str | None:
+    """What is wrong with labels of samples, or of the pixels of images of this size."""
+    if target.ndim == 3 and target.shape[1:] != size:
+        return f"targets [N, H, W] must be as large as the images; got {target.dtype} {_shape(target)}"
     stray = (target < 0) | (target >= source.num_classes)
     if source.ignore_index is not None:
         ignored = target == source.ignore_index

@@ -6,27 +6,25 @@ Evaluation uses no augmentation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
-from kdbench.data.batch import Part
-from kdbench.data.draws import Decision, Draws, inside, rectangles
+from kdbench.data.changes import Change, Erased, Recoloured, Shifted
+from kdbench.data.draws import Decision, Draws
 from kdbench.data.mixing import mixed, mixed_labels
-from kdbench.data.operations import LARGEST_MAGNITUDE, operate
+from kdbench.data.motion import Motion
+from kdbench.data.operations import LARGEST_MAGNITUDE, Operation
 from kdbench.data.options import StrictOptions
-from kdbench.data.pixels import UNIT, blend, grey, mean_grey, taken, unit_range
-from kdbench.data.resizing import part_bits, parts, resized, resized_labels
-from kdbench.errors import UserError
+from kdbench.data.pixels import unit_range
+from kdbench.data.resizing import ResizedPart
 
 IGNORED = 255  # the label of a pixel that has none: a crop brings them in from outside the image
 
-# Of the erased rectangle: the paper's share of the image's area and ratio of sides.
-_ERASED_AREA = (0.02, 0.4)
-_ERASED_RATIO = (0.3, 1 / 0.3)
 _MOVES = (Decision.DOWN, Decision.ACROSS, Decision.MIRROR)
 
 
@@ -62,24 +60,78 @@ class Augment(StrictOptions):
         return bool(self.mixup or self.cutmix)
 
 
-def check_targets(part: Part, spec: Augment) -> None:
-    """Raise UserError for targets that can't follow their images, which `augment` would alter or leave behind.
+@dataclass(frozen=True)
+class View:
+    """One view of B samples: what was drawn for it, and the steps that all columns of the samples go through.
 
-    Targets [N] and [N, K] say something of whole images and stay as they are. Whole numbers [N, H, W] are labels per pixel and move along.
+    draws: of these samples. steps: what the experiment asks for. size: height and width of the samples' images, None where they have none.
+    changes: the steps in their order, with each sample's decisions; mixup and cutmix are none of them.
+    scale: how many times as large as `size` the pictures are that `changes` are for.
     """
-    target, size = part.target, tuple(part.inputs.shape[-2:])
-    form = f"targets of the form {list(target.shape)}, {str(target.dtype).removeprefix('torch.')}"
-    if target.ndim == 3 and (target.is_floating_point() or target.is_complex()):
-        raise UserError(f"{form}, can't be used: a target [N, H, W] is a label per pixel, so it must be of whole numbers")
-    if not spec.moves:
-        return
-    steps = ", ".join(f"recipe.augment.{key}" for key in spec.moves)
-    if target.ndim > 3:
-        raise UserError(f"{form}, do not follow what {steps} does to the images; leave these keys out, or use labels per pixel [N, H, W]")
-    if target.ndim == 3 and tuple(target.shape[1:]) != size:
-        raise UserError(
-            f"{form}, do not follow what {steps} does to images of {size[0]}x{size[1]}: give each pixel a label, or leave these keys out"
-        )
+
+    draws: Draws
+    steps: Augment
+    size: tuple[int, int] | None
+    changes: tuple[Change, ...]
+    scale: int = 1
+
+    @property
+    def motions(self) -> tuple[Motion, ...]:
+        """Where the steps that move something take points, in their order. Each has an edge, beyond which all is lost for the next ones."""
+        return tuple(motion for change in self.changes if (motion := change.motion) is not None)
+
+    @property
+    def mirrored(self) -> Tensor:
+        """Whether left and right have changed places, bool [B]."""
+        mirrored = torch.zeros_like(self.draws.index, dtype=torch.bool)
+        for motion in self.motions:
+            mirrored = mirrored ^ motion.mirrored
+        return mirrored
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, C, H, W] as the view shows them."""
+        for change in self.changes:
+            images = change.picture(images)
+        return images
+
+    def moved(self, values: Tensor, outside: float) -> Tensor:
+        """Values per pixel [B, C, H, W] of any type: they move with the images and are not recoloured. `outside` where no pixel is seen."""
+        for change in self.changes:
+            values = change.moved(values, outside)
+        return values
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Whole numbers per pixel [B, H, W] or [B, T, H, W]: int64 of the same shape, IGNORED where no pixel is seen."""
+        shown = labels.long()
+        return self.moved(shown[:, None], IGNORED)[:, 0] if labels.ndim == 3 else self.moved(shown, IGNORED)
+
+    def enlarged(self, scale: int) -> View:
+        """The same view of images whose height and width are `scale` times as large: the same decisions, times `scale`."""
+        return replace(self, changes=tuple(change.enlarged(scale) for change in self.changes), scale=self.scale * scale)
+
+    def repeated(self, times: int) -> View:
+        """The view of each sample, `times` in a row: for several pictures of one sample."""
+        rows = torch.arange(len(self.draws.index), device=self.draws.index.device).repeat_interleave(times)
+        return view_of(self.draws.at(rows), self.steps, self.size).enlarged(self.scale)
+
+
+def view_of(draws: Draws, steps: Augment, size: Sequence[int] | None) -> View:
+    """The view that `draws` and `steps` stand for. size: height and width of the samples' images; without images nothing moves."""
+    if size is None:
+        return View(draws, steps, None, ())
+    height, width = size
+    shape, changes = (height, width), list[Change]()
+    if steps.resized_crop is not None:
+        changes.append(ResizedPart.drawn(draws, shape, steps.resized_crop))
+    if steps.crop or steps.flip:
+        changes.append(Shifted.drawn(draws, shape, steps.crop, steps.flip))
+    if steps.operations:
+        changes.extend(Operation.drawn(draws, shape, steps.operations, steps.magnitude))
+    if steps.color:
+        changes.append(Recoloured.drawn(draws, steps.color))
+    if steps.erase:
+        changes.append(Erased.drawn(draws, shape, steps.erase))
+    return View(draws, steps, shape, tuple(changes))
 
 
 def augment(images: Tensor, target: Tensor, index: Tensor, view: int, data_seed: int, spec: Augment) -> tuple[Tensor, Tensor]:
@@ -94,8 +146,8 @@ def augment(images: Tensor, target: Tensor, index: Tensor, view: int, data_seed:
 
 def augment_drawn(images: Tensor, target: Tensor, draws: Draws, spec: Augment) -> tuple[Tensor, Tensor]:
     """`augment` with draws that are there already."""
-    images, target = _changed(images, target, draws, spec)
-    return unit_range(images), target
+    view = view_of(draws, spec, images.shape[-2:])
+    return unit_range(view.picture(images)), view.labels(target) if target.ndim == 3 else target
 
 
 def drawn_ahead(draws: Draws, spec: Augment) -> Draws:
@@ -109,69 +161,8 @@ def augment_mixed(images: Tensor, target: Tensor, draws: Draws, spec: Augment, c
     images: uint8 [2B, C, H, W]; target: int64 [2B]. Returns float32 [B, C, H, W] in [0, 1] and soft labels, float32 [B, classes].
     Both of a pair are first seen through the view as they are alone.
     """
-    changed, _ = _changed(images, target, draws, spec)
-    own, other = changed.chunk(2)
+    own, other = view_of(draws, spec, images.shape[-2:]).picture(images).chunk(2)
     label, other_label = target.chunk(2)
     first = torch.arange(len(own), device=draws.index.device)
     inputs, share = mixed(own, other, draws.at(first), spec.mixup, spec.cutmix)
     return inputs, mixed_labels(label, other_label, share, classes)
-
-
-def _changed(images: Tensor, target: Tensor, draws: Draws, spec: Augment) -> tuple[Tensor, Tensor]:
-    """The steps that look at one sample alone; uint8 in and out."""
-    dense = target.ndim == 3
-    if dense:
-        target = target.long()
-    if spec.resized_crop is not None:
-        boxes = parts(images.shape[2], images.shape[3], part_bits(draws), spec.resized_crop)
-        images = resized(images, boxes)
-        target = resized_labels(target, boxes) if dense else target
-    if spec.crop or spec.flip:
-        source = _source_pixels(images.shape[-2:], draws, spec)
-        images = taken(F.pad(images, (spec.crop,) * 4), source)
-        if dense:
-            target = taken(F.pad(target, (spec.crop,) * 4, value=IGNORED).unsqueeze(1), source).squeeze(1)
-    if spec.operations:
-        images, target = operate(images, target, draws, spec.operations, spec.magnitude, IGNORED)
-    if spec.color:
-        images = _recoloured(images, draws, spec.color)
-    if spec.erase:
-        gone = _erased(images.shape[-2:], draws, spec.erase)
-        images = images.masked_fill(gone[:, None], 0)
-        target = target.masked_fill(gone, IGNORED) if dense else target
-    return images, target
-
-
-def _recoloured(images: Tensor, draws: Draws, strength: float) -> Tensor:
-    """Brightness, contrast and saturation, in this order, each times a factor of 1 - strength .. 1 + strength."""
-    most = round(UNIT * strength)
-
-    def factor(decision: Decision) -> Tensor:
-        return (UNIT - most + draws.below(decision, 2 * most + 1))[:, None, None, None]
-
-    images = blend(images.new_zeros(1), images, factor(Decision.BRIGHTNESS))
-    images = blend(mean_grey(images), images, factor(Decision.CONTRAST))
-    return blend(grey(images), images, factor(Decision.SATURATION)) if images.shape[1] > 1 else images
-
-
-def _erased(shape: torch.Size, draws: Draws, probability: float) -> Tensor:
-    """The pixels that turn black: bool [B, H, W]."""
-    height, width = shape
-    candidates = rectangles(height, width, _ERASED_AREA, _ERASED_RATIO, draws.index.device)
-    sides = candidates[draws.below(Decision.ERASED_SIDES, len(candidates))]
-    top = draws.below(Decision.ERASED_DOWN, height - sides[:, 0] + 1)
-    left = draws.below(Decision.ERASED_ACROSS, width - sides[:, 1] + 1)
-    return inside((height, width), top, left, sides) & draws.chosen(Decision.ERASED, probability)[:, None, None]
-
-
-def _source_pixels(shape: torch.Size, draws: Draws, spec: Augment) -> Tensor:
-    """For each sample and output pixel, the pixel of the padded image that it shows: int64 [B, H, W], row-major."""
-    height, width = shape
-    device, steps = draws.index.device, 2 * spec.crop + 1
-    rows = torch.arange(height, device=device) + draws.below(Decision.DOWN, steps)[:, None]
-    columns = torch.arange(width, device=device).expand(len(draws.index), -1)
-    if spec.flip:
-        mirrored = draws.below(Decision.MIRROR, 2).bool()[:, None]
-        columns = torch.where(mirrored, width - 1 - columns, columns)
-    columns = columns + draws.below(Decision.ACROSS, steps)[:, None]
-    return rows[:, :, None] * (width + 2 * spec.crop) + columns[:, None, :]

@@ -18,21 +18,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import nn
 
 from kdbench import __version__
+from kdbench.data.columns import Columns, alone, mapped, named, tensors
 from kdbench.data.loader import in_order
 from kdbench.errors import RunFailed, UserError, cut, nearest, printable, shown
 from kdbench.models.bounds import at_most
 from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import predicted
+from kdbench.models.trace import sample_shapes
 from kdbench.models.weights import matched, portable
 from kdbench.own_code import names_from_records
 from kdbench.records.record import RunRecord
 from kdbench.records.store import is_inside, path_name
 from kdbench.storage.working_copy import fetch
-from kdbench.tasks.base import Task
+from kdbench.tasks.base import Role, Task
 from kdbench.tasks.build import build_task
 from kdbench.tasks.networks import rebuilt
 from kdbench.training.checkpoint import write_atomically
@@ -43,6 +45,13 @@ CHECKED_IMAGES = 64
 TOLERANCE = 1e-4  # of the largest prediction: float32 sums in another order differ by some 1e-6 of it
 _TRACED_IMAGES = 2  # one would be taken for a constant
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def in_words(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
+    """A shape, or several by name, for people: `3x32x32`."""
+    if isinstance(shape, dict):
+        return ", ".join(f"{name} {in_words(one)}" for name, one in shape.items())
+    return "x".join(map(str, shape)) or "1"
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class ExportReport:
     difference: float
     tolerance: float
     inputs: str
-    output_shape: tuple[int, ...]
+    output_shape: tuple[int, ...] | dict[str, tuple[int, ...]]
 
 
 def find_run(records: Sequence[RunRecord], run: str) -> RunRecord:
@@ -107,8 +116,8 @@ def _require_onnx() -> None:
 # --- from the record back to the network -----------------------------------------------------------------------------
 
 
-def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dict[str, str]]:
-    """The network of a record, ready to predict; test images [N, C, H, W] in [0, 1] to check it with; what its user must know, as text.
+def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Columns, dict[str, str]]:
+    """The network of a record, ready to predict; test samples, images in [0, 1], to check it with; what its user must know, as text.
 
     Raises UserError where the record has no weights, or doesn't say how to build the network.
     """
@@ -119,8 +128,9 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Tensor, dic
         weights = _weights(record, store_root)
         with at_most(weights.stat().st_size):  # a parameter has a byte or more
             model = rebuilt(task, spec, weights)
-    images = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
-    return Deployed(model).eval(), images, _metadata(record, spec, task, model)
+    inputs = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
+    role: Role = "teacher" if record.role == "teacher" else "student"
+    return Deployed(model).eval(), task.inputs_for(role, inputs), _metadata(record, spec, task, model)
 
 
 def _weights(record: RunRecord, store_root: Path) -> Path:
@@ -150,72 +160,102 @@ class Deployed(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
-        """What the model's head gives [B, ...] for images [B, C, H, W] in [0, 1]."""
+    def forward(self, images: Columns) -> Columns:
+        """What the model's head gives [B, ...] for images [B, C, H, W] in [0, 1], or for several inputs by name."""
         return predicted(self.model, images)
 
 
-def difference_allowed(found: Tensor, expected: Tensor, what: object) -> tuple[float, float]:
-    """The largest difference of two sets of predictions, and what is allowed. Raises RunFailed where it is more: `what` is not written."""
-    difference, tolerance = float((found - expected).abs().max()), TOLERANCE * float(expected.abs().max())
-    if not difference <= tolerance:  # nan too
-        raise RunFailed(
-            f"{what} was not written: on {len(expected)} test images its predictions differ from the original's by up to "
-            f"{difference:.2g}, allowed are {tolerance:.2g}"
-        )
-    return difference, tolerance
+def input_names(inputs: Columns) -> tuple[str, ...]:
+    """What the inputs of an exported graph are called."""
+    return tuple(named(inputs, "images"))
 
 
-def _write_checked(network: Deployed, images: Tensor, path: Path, format: str, metadata: dict[str, str]) -> ExportReport:
+def output_names(prediction: Columns) -> tuple[str, ...]:
+    """What the outputs of an exported graph are called."""
+    return tuple(named(prediction, "prediction"))
+
+
+def difference_allowed(found: Columns, expected: Columns, what: object) -> tuple[float, float]:
+    """The largest difference of two sets of predictions, and what is allowed; of several tensors those of the worst.
+
+    Raises RunFailed where it is more: `what` is not written.
+    """
+    pairs = []
+    theirs = named(found, "prediction")
+    for name, tensor in named(expected, "prediction").items():
+        difference, tolerance = float((theirs[name] - tensor).abs().max()), TOLERANCE * float(tensor.abs().max())
+        called = f"predictions {name}" if isinstance(expected, dict) else "predictions"
+        if not difference <= tolerance:  # nan too
+            raise RunFailed(
+                f"{what} was not written: on {len(tensor)} test samples its {called} differ from the original's by up to "
+                f"{difference:.2g}, allowed are {tolerance:.2g}"
+            )
+        pairs.append((difference, tolerance))
+    return max(pairs, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
+
+
+def _write_checked(network: Deployed, inputs: Columns, path: Path, format: str, metadata: dict[str, str]) -> ExportReport:
     # Before the graph is traced: it takes the constants of the normalisation from this pass, real numbers instead of traced ones.
     with torch.no_grad():
-        expected = network(images)
+        expected = network(inputs)
     checked: list[tuple[float, float]] = []
 
     def write(temporary: Path) -> None:
-        found = _WRITERS[format](network, images, temporary, metadata)
+        found = _WRITERS[format](network, inputs, temporary, metadata)
         checked.append(difference_allowed(found, expected, path))
 
     write_atomically(path, write)
-    shape = "x".join(map(str, images.shape[1:]))
-    scale = "in [0, 1], which the graph normalises" if format == "onnx" else "normalised as the file's metadata say"
     return ExportReport(
         path=path,
         format=format,
         model=metadata["model"],
         size_bytes=path.stat().st_size,
-        images=len(images),
+        images=len(tensors(inputs)[0]),
         difference=checked[0][0],
         tolerance=checked[0][1],
-        inputs=f"float32 images {shape}, any number of them, {scale}",
-        output_shape=tuple(expected.shape[1:]),
+        inputs=described(inputs, format),
+        output_shape=sample_shapes(expected),
     )
 
 
-def _write_safetensors(network: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
+def described(inputs: Columns, format: str) -> str:
+    """What goes into the network of an exported file."""
+    scale = "normalised as the file's metadata say" if format == "safetensors" else "in [0, 1], which the graph normalises"
+    words = []
+    for name, tensor in named(inputs, "images").items():
+        numbers, shape = str(tensor.dtype).removeprefix("torch."), in_words(tuple(tensor.shape[1:]))
+        image = tensor.is_floating_point() and tensor.ndim == 4
+        words.append(f"{numbers} {name} {shape}, any number of them" + (f", {scale}" if image else ""))
+    return "; ".join(words)
+
+
+def _write_safetensors(network: Deployed, inputs: Columns, path: Path, metadata: dict[str, str]) -> Columns:
     """Write the tensors; returns the predictions of a network that was filled from the file alone."""
     path.write_bytes(save_safetensors(portable(network.model.state_dict()), metadata))
     again = copy.deepcopy(network)
     classes = int(metadata["num_classes"])
     again.model.load_state_dict(matched(load_file(path), again.model, path, name=metadata["model"], num_classes=classes))
     with torch.no_grad():
-        prediction: Tensor = again(images)
+        prediction: Columns = again(inputs)
         return prediction
 
 
-def _write_onnx(network: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Tensor:
+def _write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[str, str]) -> Columns:
     """Write the graph, its weights inside the one file; returns onnxruntime's predictions from the file."""
     import onnx
     import onnxruntime
 
+    with torch.no_grad():
+        outputs = output_names(network(mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])))
+    names, batch = input_names(inputs), torch.export.Dim("batch")
     with silent(), _explained(metadata["model"]):
         program = torch.onnx.export(
             network,
-            (images[:_TRACED_IMAGES],),
+            (mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES]),),
             dynamo=True,
-            input_names=["images"],
-            output_names=["prediction"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            input_names=list(names),
+            output_names=list(outputs),
+            dynamic_shapes={"images": {0: batch} if alone(inputs) else {name: {0: batch} for name in names}},
             verbose=False,
         )
     assert program is not None, "there is a program wherever dynamo=True"
@@ -223,10 +263,12 @@ def _write_onnx(network: Deployed, images: Tensor, path: Path, metadata: dict[st
     onnx.helper.set_model_props(graph, metadata)
     onnx.save(graph, str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    given = {name: tensor.numpy() for name, tensor in named(inputs, "images").items()}
+    found = {name: torch.from_numpy(array) for name, array in zip(outputs, session.run(list(outputs), given), strict=True)}
+    return found if outputs != output_names(torch.empty(0)) else found[outputs[0]]
 
 
-_WRITERS: dict[str, Callable[[Deployed, Tensor, Path, dict[str, str]], Tensor]] = {"safetensors": _write_safetensors, "onnx": _write_onnx}
+_WRITERS: dict[str, Callable[[Deployed, Columns, Path, dict[str, str]], Columns]] = {"safetensors": _write_safetensors, "onnx": _write_onnx}
 
 
 @contextlib.contextmanager
@@ -252,6 +294,14 @@ def _explained(model: str) -> Iterator[None]:
         raise RunFailed(f"model {model!r} can't be written as ONNX ({reason}); --format safetensors works with every model") from error
 
 
+def _inputs_of(task: Task) -> dict[str, Any]:
+    """The shape of one sample's inputs: of an image alone, or of each by name."""
+    example = task.info.example
+    if isinstance(example, tuple):
+        return {"image_shape": list(example)}
+    return {"input_shapes": {name: list(tensor.shape[1:]) for name, tensor in named(example, "inputs").items()}}
+
+
 def _metadata(record: RunRecord, spec: ModelSpec, task: Task, model: nn.Module) -> dict[str, str]:
     """What a reader of the file must know, as text: lists are JSON, as safetensors and ONNX hold nothing but text."""
     inputs = getattr(model, "input_spec", None)
@@ -264,11 +314,13 @@ def _metadata(record: RunRecord, spec: ModelSpec, task: Task, model: nn.Module) 
         "data": record.data,
         "num_classes": task.info.num_classes,
         "class_names": list(task.info.class_names),
-        "image_shape": list(task.info.image_shape),
+        **_inputs_of(task),
         "method": record.label,
         "seed": record.seed,
         f"test_{record.primary}": record.test_metric,
     }
+    if isinstance(inputs, dict):
+        inputs = next(iter(inputs.values()), None)
     if isinstance(inputs, InputSpec):
         facts |= {"mean": list(inputs.mean), "std": list(inputs.std), "input_size": inputs.size}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items() if value is not None}

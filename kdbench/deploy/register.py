@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from kdbench.deploy.export import Deployed, deployed, difference_allowed, silent
+from kdbench.data.columns import Columns, mapped, named, tensors
+from kdbench.deploy.export import Deployed, deployed, described, difference_allowed, silent
 from kdbench.errors import KDBenchError, RunFailed, UserError, in_one_line
+from kdbench.models.trace import sample_shapes
 from kdbench.records.record import RunRecord
 from kdbench.tracking import RUN_TAG, MlflowTracker
 
@@ -36,8 +37,8 @@ class Registered:
     images: int
     difference: float
     tolerance: float
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
+    inputs: str
+    output_shape: tuple[int, ...] | dict[str, tuple[int, ...]]
 
 
 def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTracker) -> Registered:
@@ -47,9 +48,9 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
     registered only once what was loaded gave what the original gives. Raises UserError where the record has no weights or the registry
     refuses the name, RunFailed where the network can't be written as a graph or MLflow can't be reached.
     """
-    network, images, facts = deployed(record, store_root)
+    network, inputs, facts = deployed(record, store_root)
     with torch.no_grad():
-        expected = network(images)
+        expected = network(inputs)
     try:
         client = tracker.client()
         run_id = record.mlflow_run_id or tracker.log_run(None, f"{record.label} · seed {record.seed}", f"registered/{record.unit_key}")
@@ -57,8 +58,8 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
             raise RunFailed(f"MLflow at {tracker.name} can't be written, so nothing was registered")
         with tempfile.TemporaryDirectory() as scratch, silent():
             folder = Path(scratch) / ARTIFACT
-            _save(network, images, expected, folder, facts)
-            difference, tolerance = difference_allowed(_loaded(folder, images), expected, f"model {name}")
+            _save(network, inputs, expected, folder, facts)
+            difference, tolerance = difference_allowed(_loaded(folder, inputs), expected, f"model {name}")
             version, new = _version(client, name, run_id, folder, facts)
     except KDBenchError:
         raise
@@ -68,41 +69,44 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
         uri=f"models:/{name}/{version}",
         tracking_uri=tracker.name,
         new=new,
-        images=len(images),
+        images=len(tensors(inputs)[0]),
         difference=difference,
         tolerance=tolerance,
-        input_shape=tuple(images.shape[1:]),
-        output_shape=tuple(expected.shape[1:]),
+        inputs=described(inputs, "pt2"),
+        output_shape=sample_shapes(expected),
     )
 
 
-def _save(network: Deployed, images: Tensor, expected: Tensor, folder: Path, facts: dict[str, str]) -> None:
+def _save(network: Deployed, inputs: Columns, expected: Columns, folder: Path, facts: dict[str, str]) -> None:
     import mlflow.pytorch
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
-    single = np.dtype(np.float32)
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(single, (-1, *images.shape[1:]))]), outputs=Schema([TensorSpec(single, (-1, *expected.shape[1:]))])
-    )
+    def schema(columns: Columns) -> Schema:
+        """Tensors by name, or one without."""
+        specs = [TensorSpec(tensor[:0].numpy().dtype, (-1, *tensor.shape[1:]), name or None) for name, tensor in named(columns, "").items()]
+        return Schema(list[ColSpec | TensorSpec](specs))
+
+    signature = ModelSignature(inputs=schema(inputs), outputs=schema(expected))
+    few = mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])
     needed = [f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}", f"numpy=={np.__version__}"]
     mlflow.pytorch.save_model(
         network,
         str(folder),
         serialization_format="pt2",  # the other one is a pickle
         signature=signature,
-        input_example=images[:_TRACED_IMAGES].numpy(),
+        input_example={name: tensor.numpy() for name, tensor in few.items()} if isinstance(few, dict) else few.numpy(),
         pip_requirements=needed,
         metadata={f"kdbench.{name}": value for name, value in facts.items()},
     )
 
 
-def _loaded(folder: Path, images: Tensor) -> Tensor:
+def _loaded(folder: Path, inputs: Columns) -> Columns:
     """The predictions of what was written, read as a user of the registry reads it."""
     import mlflow.pytorch
 
     with torch.no_grad():
-        prediction: Tensor = mlflow.pytorch.load_model(str(folder))(images)
+        prediction: Columns = mlflow.pytorch.load_model(str(folder))(inputs)
     return prediction
 
 

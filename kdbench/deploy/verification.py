@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from kdbench.bounded import check_safetensors
+from kdbench.data.columns import widened
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import NotHere
 from kdbench.deploy.leftovers import left_behind
@@ -42,11 +42,6 @@ from kdbench.training.recorded import experiment_of, model_spec
 # double precision differs.
 TOLERANCE = 1e-9
 _MOST_PARAMETERS = 25_000_000  # of a network that is built with memory only to see what it holds
-# The teacher's predictions that a record was compared with came from its cache, those that are kept from its own test. They are mostly the
-# same numbers. Where batches of another size changed a last bit, two roundings to half precision, each of half of 2**-10 of a logit, may
-# have gone different ways.
-TEACHER_ROUNDING = 2.0**-10
-TEACHER_SPACING = 2.0**-24  # between the numbers next to 0 that half precision has: the relative bound does not hold there
 
 
 @dataclass(frozen=True)
@@ -275,19 +270,22 @@ class _Check:
 
     def _agreement(self, content: bytes, teacher: RunRecord, uri: str) -> Iterator[str]:
         record, task = self.record, build_task(self._experiment.task)
-        ours = unpack_predictions(content)[0].float()
+        ours = widened(unpack_predictions(content)[0])
         try:
-            theirs = unpack_predictions(self.store.read_bytes(uri))[0].float()
+            theirs, index = unpack_predictions(self.store.read_bytes(uri))
         except UserError as error:
             yield f"the teacher's predictions {uri} can't be compared: {error}"
             return
-        if len(theirs) != len(ours):
-            yield f"the teacher's predictions are of {len(theirs)} samples, expected {len(ours)}"
+        count = len(unpack_predictions(content)[1])
+        if len(index) != count:
+            yield f"the teacher's predictions are of {len(index)} samples, expected {count}"
             return
+        theirs = widened(theirs)
         found = task.agreement(ours, theirs)
         self.done.add("compared")
-        for name, allowed in (("agreement", _undecided(theirs)), ("teacher_kl", _rounding_of_kl(found["teacher_kl"], theirs))):
-            stored = getattr(record, name)
+        tolerance = task.agreement_tolerance(found, theirs)
+        for name in found:
+            stored, allowed = getattr(record, name), tolerance.get(name, 0.0)
             if stored is not None and not (_equal(stored, found[name]) or abs(found[name] - stored) <= allowed + TOLERANCE):
                 yield f"{name} is {stored!r}, the predictions give {found[name]!r} (allowed are {allowed:.2g} for rounding)"
 
@@ -326,27 +324,6 @@ def counted_parameters(path: Path, states: Mapping[str, bool]) -> int | None:
     if not sizes.keys() <= states.keys():
         return None
     return sum(size for name, size in sizes.items() if not states[name])
-
-
-def _undecided(teacher: torch.Tensor) -> float:
-    """The share of the teacher's predictions [N, C, ...] whose two best classes rounding could swap: the others agree as they did."""
-    if teacher.shape[1] < 2:
-        return 0.0
-    best, second = teacher.topk(2, dim=1).values.unbind(dim=1)
-    return (best - second <= 2 * _rounding(teacher)).double().mean().item()
-
-
-def _rounding_of_kl(divergence: float, teacher: torch.Tensor) -> float:
-    """How far rounding of the teacher's logits z by r can move KL(teacher || student), to first order.
-
-    The gradient by z is p (log p/q - KL). Its absolute sum is at most 2 E|log p/q|, and that expectation at most KL + 0.74.
-    """
-    return _rounding(teacher).double().mean().item() * 2 * (divergence + 1)
-
-
-def _rounding(teacher: torch.Tensor) -> torch.Tensor:
-    """The most by which two roundings of one logit of a sample can differ, [N, ...] for logits [N, C, ...]."""
-    return (TEACHER_ROUNDING * teacher.abs().amax(dim=1)).clamp(min=TEACHER_SPACING)
 
 
 def _equal(stored: float | None, derived: float | None) -> bool:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
 from kdbench.models.adapters import to_size_of
 from kdbench.models.outputs import Outputs, Shapes
@@ -52,7 +52,7 @@ class AB(FeatureMethod):
         formula="L = w_task L_task + weight sum_k 2^(k - n + 1) 3/1000 / B sum max(0, margin - sign(t_k) s_k)^2,  k = 0 .. n - 1",
         checked_against="HobbitLong/RepDistiller@b84f547",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         """weight: of a sum over channels and positions, so it grows with the teacher's maps."""

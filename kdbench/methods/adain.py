@@ -16,6 +16,7 @@ from kdbench.methods.kd import softened_divergence
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.tail import Tail
 from kdbench.models.taps import locate, tap_shapes
+from kdbench.models.trace import Example
 from kdbench.search.space import Choice, Range, When
 from kdbench.tasks.base import TaskInfo
 
@@ -89,10 +90,10 @@ class AdaIN(FeatureMethod):
                 raise self.unfit(position, *pairs[position], way_out)
             self.adapters.append(nn.Conv2d(channels, wanted, kernel_size=1, bias=False) if self.params.adapter else nn.Identity())
 
-    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        self._judges = [Tail(network, tap, image_shape) for tap in self.teacher_taps]
+    def use_teacher(self, network: nn.Module, example: Example) -> None:
+        self._judges = [Tail(network, tap, example) for tap in self.teacher_taps]
         if self.params.judgement == "feature_mse":
-            self._judges = [Tail(network, tap, image_shape, until=_next_stage(network, image_shape, tap)) for tap in self.teacher_taps]
+            self._judges = [Tail(network, tap, example, until=_next_stage(network, example, tap)) for tap in self.teacher_taps]
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         judged, distances, epsilon = [], [], self.params.epsilon
@@ -114,9 +115,9 @@ class AdaIN(FeatureMethod):
         return F.mse_loss(student, teacher)
 
 
-def _next_stage(network: nn.Module, image_shape: tuple[int, int, int], tap: str) -> str:
+def _next_stage(network: nn.Module, example: Example, tap: str) -> str:
     """The teacher's first stage behind the tap; what its classifier reads behind the last."""
-    seen = list(tap_shapes(network, image_shape).taps)
-    here = seen.index(locate(network, image_shape, tap).path)
-    behind = [stage for stage in stages(tap_shapes(network, image_shape)) if seen.index(locate(network, image_shape, stage).path) > here]
+    seen = list(tap_shapes(network, example).taps)
+    here = seen.index(locate(network, example, tap).path)
+    behind = [stage for stage in stages(tap_shapes(network, example)) if seen.index(locate(network, example, stage).path) > here]
     return behind[0] if behind else "pooled"

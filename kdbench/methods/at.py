@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_spatial_stages
 from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes
@@ -46,7 +46,7 @@ class AT(FeatureMethod):
         formula="L = w_task L_task + weight sum_stages mean (a_s - a_t)^2;  a = normalise(mean_channels f^p)",
         checked_against="megvii-research/mdistiller@a08d46f",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         """weight: of a mean over positions, where the paper has a sum, so it does the same at half the height and width with a quarter."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from kdbench.data.batch import Batch, Part
 from kdbench.data.options import StrictOptions
 from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.trace import Example
 from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
-ANY_TASK = frozenset({"any"})
+MAPS_ALONE: frozenset[str] = frozenset()  # what a method `reads` that looks at nothing else
 SMALLEST, LARGEST = 1e-30, 1e30  # sizes of parameters: well inside what float32 holds
 
 
@@ -61,7 +62,8 @@ class Method(nn.Module):
 
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1  # raised when the numbers of a method change; part of every unit's key
-    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})  # or ANY_TASK; ask `supports`
+    # What it reads of predictions, any one of which a task's networks must give (`Task.gives`); MAPS_ALONE works on every task.
+    reads: ClassVar[frozenset[str]] = frozenset({"class logits"})
     needs_teacher: ClassVar[bool] = True
     batch_coupled: ClassVar[bool] = False  # the loss looks across samples: the frame gathers the batch of all workers first
     # Terms that are means over what the task's loss counts (`Task.weight`), such as labelled pixels. All others are means over samples.
@@ -121,7 +123,7 @@ class Method(nn.Module):
         """The parts of the method that do not learn by the recipe alone, no two of which share a weight; asked after `build`."""
         return ()
 
-    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def use_teacher(self, network: nn.Module, example: Example) -> None:
         """Take what the method needs of the frozen teacher, where it says `needs_teacher_network`; called after `build`.
 
         What is kept must not become a submodule or a parameter: the teacher is neither trained nor saved with the student.
@@ -158,9 +160,9 @@ class Method(nn.Module):
         return 0.0
 
     @classmethod
-    def supports(cls, task: str) -> bool:
-        """Whether the method works on the task of this name."""
-        return cls.tasks == ANY_TASK or task in cls.tasks
+    def supports(cls, gives: frozenset[str]) -> bool:
+        """Whether the method works on a task whose networks give this."""
+        return not cls.reads or bool(cls.reads & gives)
 
 
 def loss_precision(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, embeddings
 from kdbench.models.adapters import as_vector
 from kdbench.models.outputs import Outputs, Shapes
@@ -38,7 +38,7 @@ class CC(FeatureMethod):
         formula="L = w_task L_task + weight mean_b sum_k |d_bk| |d_(b+1)k|,  d = W_s f_s - W_t f_t",
         checked_against="HobbitLong/RepDistiller@b84f547",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     batch_coupled = True
 
     class Params(FeatureMethod.Params):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
 from kdbench.errors import UserError
-from kdbench.methods.base import ANY_TASK, Method, OwnOptimizer, Paper, Progress
+from kdbench.methods.base import Method, OwnOptimizer, Paper, Progress
 from kdbench.models.outputs import Outputs, Shapes
+from kdbench.models.trace import Example
 from kdbench.tasks.base import TaskInfo
 
 
@@ -54,10 +55,10 @@ class Combination(Method):
     def own_optimizers(self) -> tuple[OwnOptimizer, ...]:
         return tuple(own for part in self._named().values() for own in part.own_optimizers())
 
-    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def use_teacher(self, network: nn.Module, example: Example) -> None:
         for part in self._named().values():
             if part.needs_teacher_network:
-                part.use_teacher(network, image_shape)
+                part.use_teacher(network, example)
 
     def use_samples(self, samples: Part) -> None:
         for part in self._named().values():
@@ -101,6 +102,10 @@ class Combination(Method):
                 joined[called] = value
         return joined
 
+    @classmethod
+    def supports(cls, gives: frozenset[str]) -> bool:
+        return all(kind.supports(gives) for kind in cls.kinds.values())
+
     def warmup_epochs(self, total_epochs: float) -> float:
         return max(part.warmup_epochs(total_epochs) for part in self._named().values())
 
@@ -109,7 +114,6 @@ class Combination(Method):
 def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
     """The method that is all of `kinds`, (name, class) in the order in which they were written, at once."""
     names, methods = " and ".join(name for name, _ in kinds), [kind for _, kind in kinds]
-    tasks = [method.tasks for method in methods if method.tasks != ANY_TASK]
     facts = {
         "__doc__": f"The losses of {names} together; the task's own counts once.",
         "kinds": dict(kinds),
@@ -119,7 +123,7 @@ def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
             checked_against="; ".join(dict.fromkeys(method.paper.checked_against or "its formula" for method in methods)),
         ),
         "version": sum(method.version for method in methods),  # rises with any part's
-        "tasks": frozenset.intersection(*tasks) if tasks else ANY_TASK,
+        "reads": frozenset[str]().union(*(method.reads for method in methods)),
         "needs_teacher": any(method.needs_teacher for method in methods),
         "needs_teacher_network": any(method.needs_teacher_network for method in methods),
         "batch_coupled": any(method.batch_coupled for method in methods),

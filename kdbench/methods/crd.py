@@ -129,7 +129,7 @@ class CRD(FeatureMethod):
 
     def use_samples(self, samples: Part) -> None:
         """Give every sample a row of the memories, and lay out which others are of another class. Raises UserError for a single class."""
-        _, classes, sizes = samples.target.unique(return_inverse=True, return_counts=True)
+        _, classes, sizes = samples.labels.unique(return_inverse=True, return_counts=True)
         if len(sizes) < 2:
             raise UserError(f"method {self.name} draws samples of other classes, and all {len(samples)} training samples are of one")
         row_of = torch.full((int(samples.index.max()) + 1,), -1)

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
 from kdbench.methods.features import FeatureMethod, Names, paired_spatial_stages
 from kdbench.methods.kd import softened_divergence
 from kdbench.models.adapters import to_smaller, to_width
@@ -28,7 +28,7 @@ def channel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 def dense_logits(student: Shapes, teacher: Shapes) -> bool:
     """Whether both networks predict a map of logits [C, H, W], of one shape."""
-    return len(student.prediction) == 3 and student.prediction == teacher.prediction
+    return len(student.logits) == 3 and student.logits == teacher.logits
 
 
 class CWD(FeatureMethod):
@@ -46,7 +46,7 @@ class CWD(FeatureMethod):
         formula="L = w_task L_task + weight T^2 / (C B) sum_channels KL(softmax_space(f_t / T) || softmax_space(f_s / T))",
         checked_against="open-mmlab/mmrazor@90c7af1",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         """Defaults are for logits, at the paper's temperature; mmrazor has weight 5 at 1 for them, and 10 at 1 for features."""

@@ -79,7 +79,7 @@ class DIST(Method):
         formula="L = w_task L_task + weight T^2 (beta (1 - mean_b rho(p_b, q_b)) + gamma (1 - mean_c rho(p_.c, q_.c)))",
         checked_against="hunto/image_classification_sota@6f7a70a, hunto/DIST_KD@2418f18, open-mmlab/mmrazor@90c7af1",
     )
-    tasks = frozenset({"classification", "segmentation"})
+    reads = frozenset({"class logits", "pixel logits"})
     batch_coupled = True
 
     class Params(Method.Params):
@@ -97,7 +97,7 @@ class DIST(Method):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
-        params, valid = self.params, labelled_pixels(batch.target)
+        params, valid = self.params, labelled_pixels(batch.labels)
         return {
             "inter": params.weight * params.beta * inter_class_loss(s.logits, t.logits, params.temperature, valid),
             "intra": params.weight * params.gamma * intra_class_loss(s.logits, t.logits, params.temperature, valid),

@@ -77,8 +77,8 @@ class DKD(Method):
         assert t is not None
         params, strength = self.params, at.ramp(self.params.warmup_share)
         return {
-            "tckd": strength * params.alpha * target_class_loss(s.logits, t.logits, batch.target, params.temperature),
-            "nckd": strength * params.beta * nontarget_class_loss(s.logits, t.logits, batch.target, params.temperature),
+            "tckd": strength * params.alpha * target_class_loss(s.logits, t.logits, batch.labels, params.temperature),
+            "nckd": strength * params.beta * nontarget_class_loss(s.logits, t.logits, batch.labels, params.temperature),
         }
 
     def warmup_epochs(self, total_epochs: float) -> float:

@@ -188,11 +188,11 @@ class FFSD(Method):
         return self.params.model_copy(update={"student_taps": named})
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        if len(student.prediction) != 1 or student.prediction[0] < 2:
-            raise UserError(f"method ffsd needs logits of at least two classes, the student gives {list(student.prediction)}")
+        if len(student.logits) != 1 or student.logits[0] < 2:
+            raise UserError(f"method ffsd needs logits of at least two classes, the student gives {list(student.logits)}")
         shapes = self._map_shapes(student)
         channels, count = shapes[-1][0], self.params.students
-        self.fusion, self.fusion_head = Mixing(count * channels, channels), nn.Linear(channels, student.prediction[0])
+        self.fusion, self.fusion_head = Mixing(count * channels, channels), nn.Linear(channels, student.logits[0])
         self.trans_fusion = Mixing(channels, count * channels)
         try:
             self.upsamplers = nn.ModuleList(Upsampler(shapes) for _ in range(count - 1))
@@ -236,8 +236,8 @@ class FFSD(Method):
         together = torch.cat([student.last.detach() for student in students], dim=1)
         feature = self.fusion(together)
         logits = self.fusion_head(feature.mean((2, 3)))
-        terms = self._of_students(students, batch.target, strength)
-        terms |= self._of_fusion(logits, students, batch.target)
+        terms = self._of_students(students, batch.labels, strength)
+        terms |= self._of_fusion(logits, students, batch.labels)
         terms |= self._of_leader(leader, logits.detach(), feature.detach(), together, strength)
         # Last, as they move the statistics that the terms above have read.
         for name, network, upsampler in [

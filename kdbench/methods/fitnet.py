@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress
 from kdbench.methods.features import FeatureMethod, Names, middle_stages
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search.space import Range
@@ -57,7 +57,7 @@ class FitNet(FeatureMethod):
         formula="L = w_task L_task + weight mean (ReLU(BN(conv(f_s))) - f_t)^2",
         checked_against="megvii-research/mdistiller@a08d46f",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         weight: Annotated[float, Range(1.0, 1000.0, log=True), Field(ge=0)] = 100.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
 from kdbench.models.adapters import to_smaller, to_width
 from kdbench.models.outputs import Outputs, Shapes
@@ -52,7 +52,7 @@ class FSP(FeatureMethod):
         formula="L = w_task L_task + weight sum_k mean (G_s^k - G_t^k)^2;  G^k = mean_space f_k f_(k+1)^T",
         checked_against="HobbitLong/RepDistiller@b84f547",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         weight: Annotated[float, Range(1.0, 500.0, log=True), Field(ge=0)] = 50.0

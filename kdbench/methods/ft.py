@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.methods.at import attention_map
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_spatial_stages
 from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes
@@ -67,7 +67,7 @@ class FT(FeatureMethod):
         formula="L = w_task L_task + weight mean |F_s - F_t|^norm;  F = normalise(mean_channels factor^power)",
         checked_against="HobbitLong/RepDistiller@b84f547",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         """weight: of a mean over positions, of values that are smaller the larger the map. rate: the factor's channels in the teacher's."""

@@ -9,11 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
+from kdbench.errors import UserError
 from kdbench.methods.base import Method, Paper, Progress, loss_precision
 from kdbench.methods.logits import labelled_pixels, mean_over, require_same_classes
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search.space import Range
-from kdbench.tasks.base import TaskInfo
+from kdbench.tasks.base import Imitation, TaskInfo
 
 
 def softened_divergence(student: Tensor, teacher: Tensor, temperature: float | Tensor, valid: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ FORMS = {"kl": softened_divergence, "cross_entropy": softened_cross_entropy}
 
 
 class KD(Method):
-    """Match the teacher's softened class probabilities, beside the labels."""
+    """Match the teacher's softened class probabilities, beside the labels; or what the task says plain distillation is on it."""
 
     paper = Paper(
         "Distilling the Knowledge in a Neural Network",
@@ -47,7 +48,7 @@ class KD(Method):
         formula="L = w_task CE(q, y) + w_kd T^2 KL(softmax(z_t / T) || softmax(z_s / T))",
         checked_against="megvii-research/mdistiller@a08d46f, HobbitLong/RepDistiller@b84f547; form cross_entropy: yzd-v/cls_KD@1e5d48f",
     )
-    tasks = frozenset({"classification", "segmentation"})
+    reads = frozenset({"class logits", "pixel logits", "imitation"})
     weighs_as_task = frozenset({"kd"})
 
     class Params(Method.Params):
@@ -57,11 +58,18 @@ class KD(Method):
         form: Literal["kl", "cross_entropy"] = "kl"
 
     params: Params
+    _imitation: Imitation | None = None
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        require_same_classes("kd", student, teacher)
+        self._imitation = task.imitation
+        if self._imitation is None:
+            require_same_classes("kd", student, teacher)
+        elif self.params.form != "kl":
+            raise UserError(f"method kd: form {self.params.form} compares class logits, and task {task.name} has a form of its own; use kl")
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
+        if self._imitation is not None:
+            return {"kd": self.params.kd_weight * self._imitation(s, t, batch, self.params.temperature)}
         loss = FORMS[self.params.form]
-        return {"kd": self.params.kd_weight * loss(s.logits, t.logits, self.params.temperature, labelled_pixels(batch.target))}
+        return {"kd": self.params.kd_weight * loss(s.logits, t.logits, self.params.temperature, labelled_pixels(batch.labels))}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages, stages
 from kdbench.models.adapters import map_shape
 from kdbench.models.outputs import Outputs, Shapes, TapShape
@@ -77,7 +77,7 @@ class KDSVD(FeatureMethod):
         formula="L = w_task L_task + weight / B sum_l |K(v_s^l, v_s^(l-1)) - K(v_t^l, v_t^(l-1))|^2;  K(a, b) = exp(-(a - b)^2 / 8)",
         checked_against="HobbitLong/RepDistiller@b84f547",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         """vectors: of the teacher at each place; the student's are chosen among three more."""
@@ -140,4 +140,4 @@ class KDSVD(FeatureMethod):
             (correlation(student, before_s) - correlation(teacher, before_t)).square().sum()
             for (before_s, before_t), (student, teacher) in pairwise(directions)
         ]
-        return {"kdsvd": self.params.weight * torch.stack(distances).sum() / len(batch.target)}
+        return {"kdsvd": self.params.weight * torch.stack(distances).sum() / len(batch.labels)}

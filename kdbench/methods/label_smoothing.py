@@ -41,7 +41,7 @@ class LabelSmoothing(Method):
         venue="CVPR 2016",
         formula="L = -sum_k ((1 - eps) 1[k = y] + eps / C) log q_k",
     )
-    tasks = frozenset({"classification", "segmentation"})
+    reads = frozenset({"class logits", "pixel logits"})
     weighs_as_task = frozenset({"smoothed_ce"})
     needs_teacher = False
 
@@ -52,4 +52,4 @@ class LabelSmoothing(Method):
     params: Params
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        return {"smoothed_ce": smoothed_cross_entropy(s.logits, batch.target, self.params.smoothing)}
+        return {"smoothed_ce": smoothed_cross_entropy(s.logits, batch.labels, self.params.smoothing)}

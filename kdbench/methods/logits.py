@@ -49,8 +49,8 @@ def require_same_classes(method: str, student: Shapes, teacher: Shapes | None) -
     """Raise UserError unless teacher and student give logits of one shape with at least two classes."""
     if teacher is None:
         raise UserError(f"method {method!r} needs a teacher")
-    if student.prediction != teacher.prediction:
-        shapes = f"the student gives {list(student.prediction)}, the teacher {list(teacher.prediction)}"
+    if student.logits != teacher.logits:
+        shapes = f"the student gives {list(student.logits)}, the teacher {list(teacher.logits)}"
         raise UserError(f"method {method!r} compares logits class by class: {shapes}")
-    if student.prediction[0] < 2:
-        raise UserError(f"method {method!r} needs at least two classes, the models give {student.prediction[0]}")
+    if student.logits[0] < 2:
+        raise UserError(f"method {method!r} needs at least two classes, the models give {student.logits[0]}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.cwd import channel_divergence, dense_logits
 from kdbench.methods.features import FeatureMethod
 from kdbench.models.adapters import to_smaller, to_width
@@ -64,7 +64,7 @@ class MGD(FeatureMethod):
         formula="L = w_task L_task + alpha / B sum (G(mask * align(f_s)) - f_t)^2 + logit_weight CWD(logits)",
         checked_against="yzd-v/MGD@2c9da0b",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         """Defaults are those of ImageNet; the authors have alpha 1.2e-3 on CIFAR.
@@ -86,7 +86,7 @@ class MGD(FeatureMethod):
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         self.generators = nn.ModuleList(Generator(ours[0], theirs[0]) for ours, theirs in self.map_pairs(student, teacher))
         if teacher is not None and self.params.logit_weight and not dense_logits(student, teacher):
-            shapes = f"the student gives {list(student.prediction)}, the teacher {list(teacher.prediction)}"
+            shapes = f"the student gives {list(student.logits)}, the teacher {list(teacher.logits)}"
             raise UserError(f"method {self.name}: logit_weight compares maps of logits of one shape: {shapes}; use logit_weight: 0")
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:

@@ -63,6 +63,6 @@ class NKD(Method):
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
         return {
-            "target": target_loss(s.logits, t.logits, batch.target),
-            "nontarget": self.params.gamma * nontarget_loss(s.logits, t.logits, batch.target, self.params.temperature),
+            "target": target_loss(s.logits, t.logits, batch.labels),
+            "nontarget": self.params.gamma * nontarget_loss(s.logits, t.logits, batch.labels, self.params.temperature),
         }

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
 from kdbench.models.outputs import Outputs
 
 
@@ -16,7 +16,7 @@ class Undistilled(Method):
     """Add nothing: the student learns from the task's own loss."""
 
     paper = Paper("No distillation", formula="L = L_task")
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     needs_teacher = False
 
     class Params(Method.Params):

@@ -18,7 +18,8 @@ from kdbench.methods.kd import softened_divergence
 from kdbench.methods.logits import require_same_classes
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.tail import Tail
-from kdbench.models.taps import ImageShape, Tap, locate, tap_shapes
+from kdbench.models.taps import Tap, locate, tap_shapes
+from kdbench.models.trace import Example
 from kdbench.search.space import Choice, Range
 from kdbench.tasks.base import TaskInfo
 
@@ -148,7 +149,7 @@ class NORM(FeatureMethod):
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         require_same_classes(self.name, student, teacher)
-        self._image_shape: ImageShape = task.image_shape
+        self._example: Example = task.example
         for position, (ours, theirs) in enumerate(self.map_pairs(student, teacher)):
             if self.params.segments == 1 and ours[0] != theirs[0]:
                 raise self.unfit(
@@ -162,13 +163,13 @@ class NORM(FeatureMethod):
         if len(self.student_taps) != 1:
             raise UserError(f"method {self.name} expands one map of the student; name one of student_taps and one of teacher_taps")
         (tap,) = self.student_taps
-        if not _averages(student, tap, self._image_shape):
+        if not _averages(student, tap, self._example):
             raise UserError(
                 f"method {self.name} folds what it adds to the student into its classifier, so between the student's {tap!r} and its "
                 "prediction there may be the mean over space and one linear layer with a bias, nothing else; name such a map as "
                 "student_taps if there is one, or leave the student as it is with `segments: 1`"
             )
-        place, head = (locate(student, self._image_shape, name) for name in (tap, "pooled"))
+        place, head = (locate(student, self._example, name) for name in (tap, "pooled"))
         self.student_taps = (_EXPANDED,)
         return ExpandedStudent(student, place, head, self._width)
 
@@ -181,7 +182,7 @@ class NORM(FeatureMethod):
         student, teacher = normalised_logits(s.logits, params.logit_scale), normalised_logits(t.logits, params.logit_scale)
         distances = [matching_distance(ours, theirs) for ours, theirs in self.read_maps(s, t)]
         return {
-            "ce": params.gamma * F.cross_entropy(student, batch.target),
+            "ce": params.gamma * F.cross_entropy(student, batch.labels),
             "kl": params.alpha * softened_divergence(student, teacher, params.temperature),
             "norm": params.beta * _strength(params.schedule, at) * torch.stack(distances).sum(),
         }
@@ -198,14 +199,14 @@ def _strength(schedule: Schedule, at: Progress) -> float:
     return next((strength for end, strength in phases if at.step / at.total_steps < end), phases[-1][1])
 
 
-def _averages(student: nn.Module, tap: str, image_shape: ImageShape) -> bool:
+def _averages(student: nn.Module, tap: str, example: Example) -> bool:
     """Whether all that the network makes of the map at `tap` is its mean over space, and of that one linear layer with a bias."""
     network = copy.deepcopy(student).double().eval().requires_grad_(False)
-    if "pooled" not in tap_shapes(network, image_shape).taps:
+    if "pooled" not in tap_shapes(network, example).taps:
         return False
-    place, head = locate(network, image_shape, tap), locate(network, image_shape, "pooled").module
+    place, head = locate(network, example, tap), locate(network, example, "pooled").module
     if place.shape.kind != "map" or not isinstance(head, nn.Linear) or head.bias is None or head.in_features != place.shape.channels:
         return False
     features = torch.randn(2, *place.shape.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(head.weight.device)
-    expected, found = head(features.mean((2, 3))), Tail(network, tap, image_shape)(features)
+    expected, found = head(features.mean((2, 3))), Tail(network, tap, example)(features)
     return bool((expected - found).abs().max() <= _AGREES * expected.abs().max())

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_spatial_stages
 from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes
@@ -41,7 +41,7 @@ class NST(FeatureMethod):
         formula="L = w_task L_task + weight sum_stages (mean k(t, t) + mean k(s, s) - 2 mean k(s, t));  k(a, b) = (a . b)^2",
         checked_against="HobbitLong/RepDistiller@b84f547",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         weight: Annotated[float, Range(1.0, 500.0, log=True), Field(ge=0)] = 50.0

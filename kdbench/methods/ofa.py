@@ -118,17 +118,17 @@ class OneForAll(Method):
         for name, behind, width in zip(self.student_taps, params.stages_behind, params.widths, strict=True):
             shape = student.taps[name]
             kind = MapProjector if shape.kind == "map" else TokenProjector
-            self.projectors.append(kind(shape, behind, width, student.prediction[0]))
+            self.projectors.append(kind(shape, behind, width, student.logits[0]))
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
         params, losses = self.params, []
         for name, projector, eps in zip(self.student_taps, self.projectors, self._eps[:-1], strict=True):
             (features,) = loss_precision(s.maps[name])
-            losses.append(ofa_loss(projector(features), t.logits, batch.target, eps, params.temperature))
+            losses.append(ofa_loss(projector(features), t.logits, batch.labels, eps, params.temperature))
         return {
             "ofa": params.ofa_weight * torch.stack(losses).sum(),
-            "kd": params.kd_weight * ofa_loss(s.logits, t.logits, batch.target, self._eps[-1], params.temperature),
+            "kd": params.kd_weight * ofa_loss(s.logits, t.logits, batch.labels, self._eps[-1], params.temperature),
         }
 
 

@@ -10,11 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, before_activation, paired_stages
 from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.taps import locate
+from kdbench.models.trace import Example
 from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
@@ -63,7 +64,7 @@ class OFD(FeatureMethod):
         formula="L = w_task L_task + weight sum_k 2^(k + 1 - L) d_p(BN(conv1x1(f_s^k)), max(f_t^k, m^k))",
         checked_against="megvii-research/mdistiller@a08d46f",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     needs_teacher_network = True
 
     class Params(FeatureMethod.Params):
@@ -85,9 +86,9 @@ class OFD(FeatureMethod):
             for ours, theirs in self.map_pairs(student, teacher)
         )
 
-    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def use_teacher(self, network: nn.Module, example: Example) -> None:
         for position, (tap, (ours, theirs)) in enumerate(zip(self.teacher_taps, self._shapes, strict=True)):
-            norm = _norm_before(network, image_shape, tap)
+            norm = _norm_before(network, example, tap)
             if norm is None:
                 way_out = "it takes its margins from a batch norm; name a teacher's tap that is one, or `before:` an activation behind one"
                 raise self.unfit(position, ours, theirs, way_out)
@@ -101,9 +102,9 @@ class OFD(FeatureMethod):
         return {"partial": self.params.weight * torch.stack(losses).sum()}
 
 
-def _norm_before(network: nn.Module, image_shape: tuple[int, int, int], tap: str) -> nn.BatchNorm2d | None:
+def _norm_before(network: nn.Module, example: Example, tap: str) -> nn.BatchNorm2d | None:
     """The batch norm whose output is tapped, or the last one in front of the tapped activation, inside the module that holds both."""
-    place = locate(network, image_shape, tap)
+    place = locate(network, example, tap)
     if not place.reads_input:
         return place.module if type(place.module) is nn.BatchNorm2d else None
     holder = network.get_submodule(place.path.rpartition(".")[0])

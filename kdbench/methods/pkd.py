@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
 from kdbench.models.adapters import to_size_of, to_width
 from kdbench.models.outputs import Outputs, Shapes
@@ -50,7 +50,7 @@ class PKD(FeatureMethod):
         formula="L = w_task L_task + weight sum_stages mean (z_s - z_t)^2 / 2;  z = (f - mean) / (deviation + 1e-6)",
         checked_against="open-mmlab/mmrazor@90c7af1",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     batch_coupled = True  # mean and deviation are the batch's
 
     class Params(FeatureMethod.Params):

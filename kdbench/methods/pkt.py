@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, embeddings
 from kdbench.models.adapters import as_vector
 from kdbench.models.outputs import Outputs, Shapes
@@ -46,7 +46,7 @@ class PKT(FeatureMethod):
         formula="L = w_task L_task + weight mean_ij p_ij log(p_ij / q_ij),  p, q = rows of (1 + cosine) / 2, summing to 1",
         checked_against="megvii-research/mdistiller@a08d46f",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     batch_coupled = True
 
     class Params(FeatureMethod.Params):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, embeddings
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search.space import Range
@@ -70,7 +70,7 @@ class RKD(FeatureMethod):
         formula="L = w_task L_task + w_d mean_ij l(d_ij^s, d_ij^t) + w_a mean_ijk l(cos_ijk^s, cos_ijk^t),  l = smooth L1",
         checked_against="megvii-research/mdistiller@a08d46f",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     batch_coupled = True
 
     class Params(FeatureMethod.Params):

@@ -19,6 +19,7 @@ from kdbench.methods.logits import require_same_classes
 from kdbench.models.adapters import as_map, as_tokens, class_tokens
 from kdbench.models.outputs import Outputs, Shapes, TapShape
 from kdbench.models.tail import Tail
+from kdbench.models.trace import Example
 from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
@@ -182,9 +183,9 @@ class ScaleKD(FeatureMethod):
         self.perceived = DualView(*maps[0], heads[0], sharpness, own_query=True, norm=self.params.norm)
         self.last = DualView(*maps[1], heads[1], sharpness, own_query=False, norm=self.params.norm)
 
-    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def use_teacher(self, network: nn.Module, example: Example) -> None:
         tap, until = self.teacher_taps
-        self._rest_of_teacher = Tail(network, tap, image_shape, until)
+        self._rest_of_teacher = Tail(network, tap, example, until)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None

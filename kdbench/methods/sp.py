@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search.space import Range
@@ -39,7 +39,7 @@ class SP(FeatureMethod):
         formula="L = w_task L_task + weight / B^2 ||G_t - G_s||_F^2,  G = rows of F F^T over their length",
         checked_against="megvii-research/mdistiller@a08d46f",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     batch_coupled = True
 
     class Params(FeatureMethod.Params):

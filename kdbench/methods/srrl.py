@@ -15,6 +15,7 @@ from kdbench.methods.features import FeatureMethod, Names
 from kdbench.models.adapters import as_map, as_vector, map_shape
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.tail import Tail
+from kdbench.models.trace import Example
 from kdbench.search.space import Range
 from kdbench.tasks.base import TaskInfo
 
@@ -60,8 +61,8 @@ class SRRL(FeatureMethod):
         convolution = nn.Conv2d(channels, theirs.channels, kernel_size=1, bias=False)
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(theirs.channels), nn.ReLU())
 
-    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        self._classifier = Tail(network, self.teacher_taps[0], image_shape)
+    def use_teacher(self, network: nn.Module, example: Example) -> None:
+        self._classifier = Tail(network, self.teacher_taps[0], example)
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None

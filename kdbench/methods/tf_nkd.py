@@ -54,5 +54,5 @@ class TeacherFreeNKD(Method):
     params: Params
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
-        losses = self_target_losses(s.logits, batch.target)
+        losses = self_target_losses(s.logits, batch.labels)
         return {f"tf_nkd{label}": self.params.weight * loss for label, loss in enumerate(losses)}

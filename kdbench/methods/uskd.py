@@ -118,21 +118,21 @@ class USKD(Method):
         return self.params.model_copy(update={"student_taps": (middle,)})
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
-        if len(student.prediction) != 1 or student.prediction[0] < 2:
-            raise UserError(f"method uskd needs logits of at least two classes, the student gives {list(student.prediction)}")
+        if len(student.logits) != 1 or student.logits[0] < 2:
+            raise UserError(f"method uskd needs logits of at least two classes, the student gives {list(student.logits)}")
         (self._tap,) = self.student_taps
         shape = student.taps[self._tap]
         try:
             self._reads_class_token = shape.kind == "tokens" and class_tokens(shape) > 0
         except UserError as error:
             raise UserError(f"method uskd can't read the student's {self._tap!r}: {error}") from error
-        self.weak_head = nn.Linear(shape.channels, student.prediction[0])
+        self.weak_head = nn.Linear(shape.channels, student.logits[0])
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         (feature,) = loss_precision(s.maps[self._tap])
         weak = self.weak_head(feature[:, 0] if self._reads_class_token else as_vector(feature))
         return {
-            "target": self.params.alpha * target_loss(s.logits, batch.target),
-            "nontarget": self.params.beta * nontarget_loss(s.logits, weak, batch.target),
-            "weak": self.params.mu * weak_loss(weak, batch.target),
+            "target": self.params.alpha * target_loss(s.logits, batch.labels),
+            "nontarget": self.params.beta * nontarget_loss(s.logits, weak, batch.labels),
+            "weak": self.params.mu * weak_loss(weak, batch.labels),
         }

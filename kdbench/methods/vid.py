@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.methods.base import ANY_TASK, Paper, Progress, loss_precision
+from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.features import FeatureMethod, Names, paired_stages
 from kdbench.models.adapters import to_smaller
 from kdbench.models.outputs import Outputs, Shapes
@@ -63,7 +63,7 @@ class VID(FeatureMethod):
         formula="L = w_task L_task + weight sum_stages mean ((mu(f_s) - f_t)^2 / var + log var) / 2",
         checked_against="HobbitLong/RepDistiller@b84f547",
     )
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(FeatureMethod.Params):
         """init_variance: of every channel at first; least_variance: what no channel falls below.

@@ -63,4 +63,4 @@ class WSLD(Method):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
-        return {"wsld": self.params.weight * weighted_soft_label_loss(s.logits, t.logits, batch.target, self.params.temperature)}
+        return {"wsld": self.params.weight * weighted_soft_label_loss(s.logits, t.logits, batch.labels, self.params.temperature)}

@@ -9,6 +9,7 @@ MODELS: dict[str, Entry] = {
     "tiny_cnn": Entry("kdbench.models.tiny:tiny_cnn", "three convolutions, 24 k parameters; options width, stem_stride"),
     "tiny_fcn": Entry("kdbench.models.tiny:tiny_fcn", "segmentation, 5 k parameters"),
     "small_fcn": Entry("kdbench.models.tiny:small_fcn", "segmentation, 120 k parameters"),
+    "tiny_fcos": Entry("kdbench.models.detectors.fcos:tiny_fcos", "detection, 30 k parameters; options width, levels"),
     "cifar_resnet8": Entry("kdbench.models.cifar_resnet:cifar_resnet8", "ResNet for small images, 0.08 M; options width, stem_stride"),
     "cifar_resnet14": Entry("kdbench.models.cifar_resnet:cifar_resnet14", "ResNet for small images, 0.18 M; options width, stem_stride"),
     "cifar_resnet20": Entry("kdbench.models.cifar_resnet:cifar_resnet20", "ResNet for small images, 0.28 M; options width, stem_stride"),

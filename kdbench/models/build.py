@@ -59,13 +59,23 @@ def without_weights() -> Iterator[None]:
 
 
 def build_model(
-    spec: ModelSpec, *, num_classes: int, in_channels: int, image_size: int, mean: Sequence[float], std: Sequence[float]
+    spec: ModelSpec,
+    *,
+    num_classes: int,
+    in_channels: int | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    image: str | None = None,
+    **facts: int,
 ) -> nn.Module:
     """The network of `spec` for images [B, in_channels, image_size, image_size], with its `input_spec` set: see `models.inputs`.
 
     The name is looked up in `MODELS`, then as `package.module:Class`, then in timm. mean, std: the data's, one number a channel;
-    a pretrained timm model takes its own. Raises UserError for a wrong name, option or weights file, RunFailed where pretrained
-    weights can't be fetched.
+    a pretrained timm model takes its own. image: the name of the input that is an image, where there are several; in_channels and
+    image_size are None where there is no image. facts: what else the data say, such as the number of words.
+
+    Raises UserError for a wrong name, option or weights file, RunFailed where pretrained weights can't be fetched.
     """
     reserved = {"num_classes", "in_channels", "in_chans"} & set(spec.options)
     if reserved:
@@ -76,16 +86,19 @@ def build_model(
             "give a file of weights as 'weights', or use pretrained: true"
         )
     if known("model", spec.name, MODELS):
-        model = _build_ours(spec, {"num_classes": num_classes, "in_channels": in_channels})
-        inputs = InputSpec(tuple(mean), tuple(std))
+        of_images = {"in_channels": in_channels} if in_channels is not None else {}
+        model = _build_ours(spec, {"num_classes": num_classes, **of_images, **facts})
+        inputs = InputSpec(tuple(mean), tuple(std)) if of_images else None
+    elif in_channels is None or image_size is None:
+        raise UserError(f"model {shown(spec.name)} is a network of timm's for images, and these data have none")
     else:
         model = _build_timm(spec, num_classes, in_channels, image_size)
         inputs = _timm_inputs(model, spec, image_size, mean, std)
     if spec.weights is not None and not _WEIGHTLESS.get():
         load_weights(model, local_path(spec.weights, f"model {spec.name!r}: weights"), name=spec.name, num_classes=num_classes)
     # A user's class may come with an input_spec of its own, which is then right.
-    if not isinstance(getattr(model, "input_spec", None), InputSpec):
-        model.input_spec = inputs  # type: ignore[assignment]
+    if not isinstance(getattr(model, "input_spec", None), InputSpec | dict):
+        model.input_spec = {image: inputs} if image is not None else inputs  # type: ignore[assignment]
     return model
 
 

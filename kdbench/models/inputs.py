@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdbench.data.columns import Columns, like, named
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -23,12 +25,20 @@ class InputSpec:
             raise ValueError(f"an input needs as many means as standard deviations, these above 0; got {self.mean} and {self.std}")
 
 
-def model_inputs(model: nn.Module, images: Tensor) -> Tensor:
-    """The images as `model` was trained to see them: float [B, C, H, W] in [0, 1] -> resized, then normalised by its `input_spec`.
+def model_inputs(model: nn.Module, inputs: Columns) -> Columns:
+    """The inputs as `model` was trained to see them: images [B, C, H, W] in [0, 1] -> resized, then normalised by its `input_spec`.
 
-    A model that has no `input_spec` gets the images as they are: whoever made it normalises inside, or wants [0, 1].
+    Of a model with several inputs, `input_spec` holds one InputSpec by name of each input that is an image; the others pass. A model
+    without `input_spec` gets the images as they are: whoever made it normalises inside, or wants [0, 1].
     """
     spec = getattr(model, "input_spec", None)
+    if spec is None:
+        return inputs
+    specs = {"": spec} if isinstance(spec, InputSpec) else spec
+    return like({name: _seen(specs.get(name), tensor) for name, tensor in named(inputs, "").items()}, inputs)
+
+
+def _seen(spec: InputSpec | None, images: Tensor) -> Tensor:
     if spec is None:
         return images
     if spec.size is not None and images.shape[-2:] != (spec.size, spec.size):

@@ -2,52 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from kdbench.data.columns import Columns, single
 from kdbench.errors import UserError
 from kdbench.models.inputs import model_inputs
 
 
 @dataclass
 class Outputs:
-    """prediction: what the head gives, [B, classes] logits or [B, classes, H, W]; maps: tap name -> [B, D, H, W], [B, N, D] or [B, D].
+    """prediction: what the head gives, such as logits [B, classes] or [B, classes, H, W], or several tensors by name.
 
+    maps: tap name -> [B, D, H, W], [B, N, D] or [B, D].
     peers: of a student, what the networks like it gave that learn beside it, where the method has any.
     """
 
-    prediction: Tensor
+    prediction: Columns
     maps: dict[str, Tensor] = field(default_factory=dict)
     peers: tuple[Outputs, ...] = ()
 
     @property
     def logits(self) -> Tensor:
-        return self.prediction
+        """The prediction where it is one tensor, its entry `logits` where it is several."""
+        return single(self.prediction, "logits")
 
 
-def predicted(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's prediction [B, ...] for images [B, C, H, W] in [0, 1], which are resized and normalised as the model wants them.
+def predicted(model: nn.Module, inputs: Columns) -> Columns:
+    """The model's prediction, [B, ...] each, for inputs with images [B, C, H, W] in [0, 1], resized and normalised as the model wants them.
 
     Raises UserError as `main_output` does.
     """
-    return main_output(model(model_inputs(model, images)))
+    return main_output(model, model(model_inputs(model, inputs)))
 
 
-def main_output(output: Any) -> Tensor:
-    """The prediction in what a network's `forward` returned: the only place that reads it.
+def main_output(model: nn.Module, output: Any) -> Columns:
+    """The prediction in what the model's `forward` returned: the only place that reads it.
+
+    Of a model that says `prediction_names`, as a task's `build_model` may have it say, the prediction is the entries of these names.
 
     A tensor is the prediction. So is the entry `logits` of a mapping and the attribute `logits` of a named tuple or a data class,
     as the models of transformers and torchvision's GoogLeNet and Inception return them. Everything beside it is left aside:
     auxiliary classifiers add nothing to the loss. Raises UserError for anything else, such as a plain tuple, whose order says nothing.
     """
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    prediction = output if isinstance(output, Tensor) else named
+    names: Sequence[str] = getattr(model, "prediction_names", ())
+    found = f"a dictionary of {sorted(map(str, output))}" if isinstance(output, Mapping) else f"a {type(output).__name__}"
+    if names:
+        if isinstance(output, Mapping) and all(isinstance(output.get(name), Tensor) for name in names):
+            return {name: output[name] for name in names}
+        raise UserError(f"the model gives {found}; expected a dictionary with the tensors {', '.join(map(repr, names))}")
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    prediction = output if isinstance(output, Tensor) else logits
     if isinstance(prediction, Tensor):
         return prediction
-    found = f"a dictionary of {sorted(map(str, output))}" if isinstance(output, Mapping) else f"a {type(output).__name__}"
     raise UserError(f"the model gives {found}; expected a tensor, a dictionary with 'logits' or a named tuple with `logits`")
 
 
@@ -65,7 +75,12 @@ class TapShape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a probe of a model found: the prediction's shape for one sample and each tap's."""
+    """What a probe of a model found: the prediction's shape for one sample, or several by name, and each tap's."""
 
-    prediction: tuple[int, ...]
+    prediction: tuple[int, ...] | dict[str, tuple[int, ...]]
     taps: dict[str, TapShape]
+
+    @property
+    def logits(self) -> tuple[int, ...]:
+        """As `Outputs.logits`; () where the prediction has none."""
+        return self.prediction.get("logits", ()) if isinstance(self.prediction, dict) else self.prediction

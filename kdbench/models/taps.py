@@ -2,6 +2,7 @@
 
 `stage:0`, `stage:-1`: the last module at each resolution, from fine to coarse (a transformer of one resolution has one stage);
 `block:2`, `block:-2`: residual and transformer blocks, in forward order;
+`level:0`, `level:-1`: the maps of a pyramid, from fine to coarse, of a model that names them in `level_modules`;
 `pooled`: what the classifier reads, one vector a sample;
 `layer3.0.conv1`: any module, by its path;
 `before:layer3.0.relu`: what an activation reads, features before their nonlinearity.
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdbench.catalogue import nearest
+from kdbench.data.columns import Columns, mapped
 from kdbench.errors import UserError
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs, Shapes, TapShape, main_output
-from kdbench.models.trace import Trace, trace
-
-ImageShape = tuple[int, int, int]
+from kdbench.models.trace import Example, Trace, trace
 
 _BEFORE = "before:"
 # What acts on each number by itself, so that what goes in has the shape of what comes out.
@@ -55,10 +55,10 @@ class Taps:
         self,
         model: nn.Module,
         names: Iterable[str] = (),
-        image_shape: ImageShape | None = None,
-        call: Callable[[Tensor], Any] | None = None,
+        example: Example | None = None,
+        call: Callable[[Columns], Any] | None = None,
     ) -> None:
-        """image_shape: [C, H, W] to look the names up with, at once; without it that happens at the first call.
+        """example: to look the names up with, at once; without it that happens at the first call.
 
         call: another way to run the same model, such as its compiled form; with names it is left aside, as hooks don't reach into it.
         Raises UserError, now or then, for a name that the model has not.
@@ -67,62 +67,61 @@ class Taps:
         self.names = tuple(names)
         self._call = call if call is not None and not self.names else model
         self._taps: tuple[Tap, ...] | None = None if self.names else ()
-        if self.names and image_shape is not None:
-            self._taps = self._find(image_shape)
+        if self.names and example is not None:
+            self._taps = self._find(example)
 
-    def __call__(self, images: Tensor) -> Outputs:
-        """Outputs of images [B, C, H, W] in [0, 1]: `maps` has one entry a name, [B, D, H, W], [B, N, D] or [B, D]."""
+    def __call__(self, inputs: Columns) -> Outputs:
+        """Outputs of inputs with images [B, C, H, W] in [0, 1]: `maps` has one entry a name, [B, D, H, W], [B, N, D] or [B, D]."""
         if self._taps is None:
-            channels, height, width = images.shape[1:]
-            self._taps = self._find((channels, height, width))
-        inputs = model_inputs(self.model, images)
+            self._taps = self._find(mapped(inputs, lambda tensor: tensor[:2].detach()))
+        given = model_inputs(self.model, inputs)
         maps: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for tap in self._taps:
                 hooks.enter_context(tap.attach(maps))
-            prediction = main_output(self._call(inputs))
+            prediction = main_output(self.model, self._call(given))
         for tap in self._taps:
             if tap.name not in maps:
                 raise UserError(f"tap {tap.name!r}: module {tap.path!r} did not run in this forward pass")
         return Outputs(prediction, maps)
 
-    def _find(self, image_shape: ImageShape) -> tuple[Tap, ...]:
-        seen = trace(self.model, image_shape)
+    def _find(self, example: Example) -> tuple[Tap, ...]:
+        seen = trace(self.model, example)
         places = _places(self.model, seen)
         return tuple(_tap(self.model, seen, places, name) for name in self.names)
 
 
-def probe(model: nn.Module, image_shape: ImageShape, names: Iterable[str] = ()) -> Shapes:
-    """Shapes of the prediction and of the named taps for one image [C, H, W], by one forward pass that leaves the model as it was.
+def probe(model: nn.Module, example: Example, names: Iterable[str] = ()) -> Shapes:
+    """Shapes of the prediction and of the named taps for one sample, by one forward pass that leaves the model as it was.
 
     Raises UserError for a name that the model has not, naming the nearest.
     """
-    seen = trace(model, image_shape)
+    seen = trace(model, example)
     places = _places(model, seen)
     return Shapes(seen.prediction, {name: _tap(model, seen, places, name).shape for name in names})
 
 
-def tap_shapes(model: nn.Module, image_shape: ImageShape) -> Shapes:
+def tap_shapes(model: nn.Module, example: Example) -> Shapes:
     """Shapes of the prediction and of every place that can be tapped: by alias (`stage:0`, `stage:-1`, `block:2`, `pooled`) and by path.
 
     Paths, and what activations read, are in forward order.
     """
-    seen = trace(model, image_shape)
+    seen = trace(model, example)
     aliases = _places(model, seen)
     pooled = ["pooled"] if seen.classifier is not None else []
     names = [*aliases, *pooled, *seen.seen, *(_BEFORE + path for path in seen.seen if _is_activation(model, path))]
     return Shapes(seen.prediction, {name: _tap(model, seen, aliases, name).shape for name in names})
 
 
-def locate(model: nn.Module, image_shape: ImageShape, name: str) -> Tap:
+def locate(model: nn.Module, example: Example, name: str) -> Tap:
     """Where one tap lies. Raises UserError for a name that the model has not, naming the nearest."""
-    seen = trace(model, image_shape)
+    seen = trace(model, example)
     return _tap(model, seen, _places(model, seen), name)
 
 
-def tap_table(model: nn.Module, image_shape: ImageShape) -> list[TapRow]:
-    """Every place that can be tapped, in forward order, for images [C, H, W]."""
-    seen = trace(model, image_shape)
+def tap_table(model: nn.Module, example: Example) -> list[TapRow]:
+    """Every place that can be tapped, in forward order."""
+    seen = trace(model, example)
     places = _places(model, seen)
     aliases: dict[str, list[str]] = {}
     for alias, path in places.items():
@@ -195,7 +194,7 @@ def _tap(model: nn.Module, seen: Trace, places: dict[str, str], name: str) -> Ta
         raise UserError(f"tap {name!r}: module {path!r} does not run in a forward pass")
     kind, colon, _ = name.partition(":")
     count = sum(alias.startswith(f"{kind}:") for alias in places) // 2
-    if colon and kind in ("stage", "block"):
+    if colon and kind in ("stage", "block", "level"):
         there_is = f"{kind}:0 to {kind}:{count - 1}" if count > 1 else f"{kind}:0" if count else f"no {kind}"
         raise UserError(f"unknown tap {name!r}; the model has {there_is}")
     pooled = ["pooled"] if seen.classifier is not None else []
@@ -207,10 +206,11 @@ def _is_activation(model: nn.Module, path: str) -> bool:
 
 
 def _places(model: nn.Module, seen: Trace) -> dict[str, str]:
-    """Alias -> module path: every stage and block, counted from the front and from the back."""
+    """Alias -> module path: every stage, block and level, counted from the front and from the back."""
     blocks = _blocks(model, seen)
     places = {}
-    for kind, paths in (("stage", _stages(model, seen, blocks)), ("block", blocks)):
+    levels = [path for path in getattr(model, "level_modules", ()) if path in seen.seen]
+    for kind, paths in (("stage", _stages(model, seen, blocks)), ("block", blocks), ("level", levels)):
         for index, path in enumerate(paths):
             places[f"{kind}:{index}"] = path
             places[f"{kind}:{index - len(paths)}"] = path

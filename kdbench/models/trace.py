@@ -12,8 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdbench.data.columns import Columns, mapped, named, tensors
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import TapShape, main_output
+
+# Samples to run a model on: two real ones as a network gets them, or the shape [C, H, W] of an image, for black ones.
+Example = tuple[int, int, int] | Columns
 
 # An output whose first dimension is not this is not one per sample: a window of an attention layer, a position table.
 _SAMPLES = 2
@@ -31,14 +35,15 @@ class Seen:
 class Trace:
     """A forward pass. The dictionaries are in the order in which modules finished, by their last call.
 
-    input_size: height and width that went in, after the model's own resizing. prediction: shape for one sample.
+    input_size: height and width of the image that went in, after the model's own resizing; None where no input is an image.
+    prediction: shape for one sample, or several by name.
     seen: path -> output. odd: path -> why that module's output can't be tapped.
     classifier: path of the last linear layer that gives the prediction from one vector a sample, and that vector's length.
     patches: height and width of the patches that a convolution without overlap and padding cuts the image into.
     """
 
-    input_size: tuple[int, int]
-    prediction: tuple[int, ...] = ()
+    input_size: tuple[int, int] | None
+    prediction: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
     seen: dict[str, Seen] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
     classifier: tuple[str, int] | None = None
@@ -46,26 +51,27 @@ class Trace:
 
     def stride(self, shape: TapShape) -> int | None:
         """Input pixels for one position of a map, rounded; None for tokens and vectors."""
-        return round(self.input_size[0] / shape.shape[1]) if shape.kind == "map" else None
+        return round(self.input_size[0] / shape.shape[1]) if shape.kind == "map" and self.input_size is not None else None
 
 
-def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
-    """Run `model` once on two black images [C, H, W], in eval mode and without gradients.
+def trace(model: nn.Module, example: Example) -> Trace:
+    """Run `model` once on two samples, in eval mode and without gradients.
 
     Training flags, buffers and random states are afterwards what they were. Raises UserError where the model gives nothing that
     `main_output` knows.
     """
-    images = model_inputs(model, torch.zeros(_SAMPLES, *image_shape, **_placement(model)))
-    found = Trace(input_size=(images.shape[-2], images.shape[-1]))
+    inputs = model_inputs(model, samples(example, _SAMPLES, **_placement(model)))
+    image = next((tensor.shape[1:] for tensor in tensors(inputs) if tensor.is_floating_point() and tensor.ndim == 4), None)
+    found = Trace(input_size=(image[-2], image[-1]) if image is not None else None)
     with _undisturbed(model), ExitStack() as hooks, torch.no_grad():
         for path, module in model.named_modules():
             if path:
-                hooks.enter_context(module.register_forward_hook(_observer(found, path, _declares_channels_last(model), images.shape[1:])))
-        output = model(images)
-    found.prediction = tuple(main_output(output).shape[1:])
+                hooks.enter_context(module.register_forward_hook(_observer(found, path, _declares_channels_last(model), image)))
+        output = main_output(model, model(inputs))
+    found.prediction = sample_shapes(output)
     if found.classifier is not None:
         last_linear = found.seen.get(found.classifier[0])
-        if last_linear is None or last_linear.shape.shape != found.prediction:
+        if last_linear is None or last_linear.shape.shape != named(output, "logits").get("logits", torch.empty(0)).shape[1:]:
             found.classifier = None
     return found
 
@@ -74,8 +80,8 @@ def _cuts_patches(module: nn.Conv2d) -> bool:
     return module.kernel_size == module.stride and max(module.stride) > 1 and module.padding in ((0, 0), "valid")
 
 
-def _observer(found: Trace, path: str, channels_last: bool, image: torch.Size) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    """A forward hook that notes what the module at `path` gives. image: shape [C, H, W] of the model's input."""
+def _observer(found: Trace, path: str, channels_last: bool, image: torch.Size | None) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    """A forward hook that notes what the module at `path` gives. image: shape [C, H, W] of the model's input, where one is an image."""
 
     def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found.seen.pop(path, None)  # a module that runs again is seen at its last call
@@ -96,11 +102,11 @@ def _observer(found: Trace, path: str, channels_last: bool, image: torch.Size) -
     return observe
 
 
-def describe(shape: tuple[int, ...], input_size: tuple[int, int], prefers_channels_last: bool = False) -> Seen | None:
+def describe(shape: tuple[int, ...], input_size: tuple[int, int] | None, prefers_channels_last: bool = False) -> Seen | None:
     """Tell maps, tokens and vectors apart by the shape [2, ...] of a batch of two; None for anything else.
 
     Of a map, the two dimensions in proportion to the image are its height and width. Where both readings are possible
-    ([B, 16, 16, 16]) the model's own declaration decides, and channels come first without one.
+    ([B, 16, 16, 16]) the model's own declaration decides, and channels come first without one. So they do without an image.
     """
     if shape[:1] != (_SAMPLES,):
         return None
@@ -111,6 +117,9 @@ def describe(shape: tuple[int, ...], input_size: tuple[int, int], prefers_channe
     if len(shape) != 4:
         return None
     _, first, second, third = shape
+    if input_size is None:
+        channels = (third, first, second) if prefers_channels_last else (first, second, third)
+        return Seen(TapShape("map", channels), channels_last=prefers_channels_last)
     channels_first = _in_proportion(second, third, input_size)
     if _in_proportion(first, second, input_size) and (prefers_channels_last or not channels_first):
         return Seen(TapShape("map", (third, first, second)), channels_last=True)
@@ -120,6 +129,25 @@ def describe(shape: tuple[int, ...], input_size: tuple[int, int], prefers_channe
 def _in_proportion(height: int, width: int, input_size: tuple[int, int]) -> bool:
     """Whether height : width is the image's, give or take the rounding of one position."""
     return abs(height * input_size[1] - width * input_size[0]) < max(input_size)
+
+
+def samples(example: Example, count: int, **placement: Any) -> Columns:
+    """So many samples to run a model on: those of the example over and over. placement: device and dtype; whole numbers keep their type."""
+    if isinstance(example, tuple):
+        return torch.zeros(count, *example, **placement)
+
+    def some(tensor: Tensor) -> Tensor:
+        rows = tensor[torch.arange(count, device=tensor.device) % len(tensor)]
+        return rows.to(**placement) if tensor.is_floating_point() else rows.to(device=placement.get("device"))
+
+    return mapped(example, some)
+
+
+def sample_shapes(columns: Columns) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """The shape of one row, or of one of each."""
+    if isinstance(columns, dict):
+        return {name: tuple(tensor.shape[1:]) for name, tensor in columns.items()}
+    return tuple(columns.shape[1:])
 
 
 def _declares_channels_last(model: nn.Module) -> bool:

@@ -4,5 +4,6 @@ from kdbench.catalogue import Entry
 
 TASKS: dict[str, Entry] = {
     "classification": Entry("kdbench.tasks.classification:Classification", "one label per image; accuracy"),
+    "detection": Entry("kdbench.tasks.detection:Detection", "boxes of the objects in an image; average precision"),
     "segmentation": Entry("kdbench.tasks.segmentation:Segmentation", "one label per pixel; mean intersection over union"),
 }

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
+from kdbench.data.columns import Columns
 from kdbench.data.options import StrictOptions
 from kdbench.data.sources import Source
 from kdbench.models.build import ModelSpec
-from kdbench.models.outputs import Outputs
+from kdbench.models.outputs import Outputs, predicted
+from kdbench.models.trace import Example
+
+# Plain distillation on a task, which the control `kd` adds: of student, teacher, batch and temperature, a scalar, float32 or wider; a mean
+# over what the task's `weight` counts. A function of a module, or a partial of one: methods keep it, and are copied.
+Imitation = Callable[[Outputs, Outputs, Batch, float], Tensor]
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a method's `build` may need to know: the task, its classes and one image's shape [C, H, W]."""
+    """What a method's `build` may need to know: the task, its classes and samples to run a network on.
+
+    imitation: None where networks give logits of classes or of classes a pixel, which are imitated as Hinton et al. do.
+    """
 
     name: str
     num_classes: int
-    image_shape: tuple[int, int, int]
+    example: Example
     class_names: tuple[str, ...] = ()
+    imitation: Imitation | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +92,17 @@ def _digest(first: str, *parts: tuple[str, Tensor | None]) -> str:
     return digest.hexdigest()
 
 
+Role = Literal["teacher", "student"]
+
+
 class Task(ABC):
     """One kind of problem on one data set."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    # What its networks predict, in words that methods `read`: "class logits", "pixel logits", "boxes", "embedding", ...;
+    # "imitation" where `TaskInfo.imitation` says what plain distillation is on this task.
+    gives: ClassVar[frozenset[str]] = frozenset()
     primary: ClassVar[str]  # the key of `metrics` that runs are chosen and ranked by
     higher_is_better: ClassVar[bool] = True
 
@@ -107,6 +124,15 @@ class Task(ABC):
     def build_model(self, spec: ModelSpec) -> nn.Module:
         """A model of this task's output shape. Raises UserError where the model can't have it."""
 
+    def inputs_for(self, role: Role, inputs: Columns) -> Columns:
+        """What a teacher or a student is shown of a batch's inputs: all of them by default."""
+        return inputs
+
+    def example(self, role: Role = "student") -> Example:
+        """Samples to look at, time and export such a network with: two real ones, or an image's shape where it is shown no more."""
+        example = self.info.example
+        return example if isinstance(example, tuple) else self.inputs_for(role, example)
+
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The undistilled loss by name, float32 or wider. A term is a mean over what `weight` counts, S / max(1, w)."""
@@ -120,17 +146,35 @@ class Task(ABC):
         """
         return torch.tensor(len(batch))
 
-    @abstractmethod
-    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
-        """All metrics of stored predictions, a pure function: the same call re-derives a record's numbers. Must hold `primary`."""
+    def predict(self, model: nn.Module, inputs: Columns) -> Columns:
+        """What is measured of a network in evaluation: what it gives, unless the task asks for more, such as to write a sentence."""
+        return predicted(model, inputs)
 
-    def chance(self, target: Tensor) -> float | None:
+    def kept(self, prediction: Columns) -> Columns:
+        """What is stored and measured of a batch's prediction: all of it, or less, such as the best boxes of an image."""
+        return prediction
+
+    @abstractmethod
+    def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
+        """All metrics of stored predictions, a pure function: the same call re-derives a record's numbers. Must hold `primary`.
+
+        prediction: as `kept` gives it, numbers in float32 or wider.
+        """
+
+    def chance(self, target: Columns) -> float | None:
         """The primary metric up to which a network is no better than one that always answers with the commonest class of `target`.
 
         None where the task has no such answer.
         """
         return None
 
+    def agreement_tolerance(self, found: dict[str, float], teacher: Columns) -> dict[str, float]:
+        """How far each number of `agreement` may be off where the teacher's predictions were rounded otherwise; 0 for those left out."""
+        return {}
+
     @abstractmethod
-    def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
-        """How alike student and teacher are on the same samples: `agreement` (argmax equal, a share) and `teacher_kl` (nats)."""
+    def agreement(self, prediction: Columns, teacher: Columns) -> dict[str, float]:
+        """How alike student and teacher are on the same samples, both as `kept` gives them; empty where the task has no measure of it.
+
+        `agreement`: the share of answers that are equal. `teacher_kl`: the divergence of what they say, in nats.
+        """

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
+from kdbench.data.columns import Columns, described, single
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
-from kdbench.tasks.agreement import agreement
+from kdbench.tasks.agreement import agreement, agreement_tolerance
 from kdbench.tasks.base import Splits, Task, TaskInfo
 from kdbench.tasks.networks import network_for
 from kdbench.tasks.splits import SplitOptions, cut
@@ -25,6 +26,7 @@ class Classification(Task):
     """Which of the classes an image shows."""
 
     name = "classification"
+    gives = frozenset({"class logits"})
     primary = "accuracy"
 
     class Options(SplitOptions):
@@ -33,8 +35,10 @@ class Classification(Task):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.source: Source = open_source(options.data)
-        if self.source.train.target.ndim != 1:
-            raise UserError(f"task 'classification' needs one label per image; data {self.source.name!r} gives one per pixel")
+        train = self.source.train
+        if not train.one_label or train.labels.dtype != torch.int64:
+            given = "one per pixel" if isinstance(train.target, Tensor) and train.target.ndim == 3 else described(train.target)
+            raise UserError(f"task 'classification' needs one label per sample, int64 [N]; data {self.source.name!r} gives {given}")
         self.data_name = self.source.name
         self.info = TaskInfo(self.name, self.source.num_classes, self.source.image_shape, self.source.class_names)
         self._splits = cut(self.source, options)
@@ -48,31 +52,36 @@ class Classification(Task):
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of logits [B, C] with labels [B] or with probabilities [B, C], mean over the batch."""
         logits = outputs.logits if outputs.logits.dtype == torch.float64 else outputs.logits.float()
-        target = batch.target.to(logits.dtype) if batch.target.is_floating_point() else batch.target
+        target = batch.labels.to(logits.dtype) if batch.labels.is_floating_point() else batch.labels
         return {"cross_entropy": F.cross_entropy(logits, target)}
 
-    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+    def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
         """prediction: logits [N, C]; target: [N].
 
         accuracy and, with more than five classes, top5 in percent; nll in nats; ece, the expected calibration error, as a share 0 .. 1.
         """
+        logits, labels = single(prediction, "logits"), single(target, "target")
         # Computed here, because importing torchmetrics takes as long as training a small student does; a test holds both equal.
-        log_probabilities = prediction.double().log_softmax(1)
-        correct = prediction.argmax(1) == target
+        log_probabilities = logits.double().log_softmax(1)
+        correct = logits.argmax(1) == labels
         found = {"accuracy": 100 * correct.double().mean().item()}
-        if prediction.shape[1] > 5:
-            found["top5"] = 100 * (prediction.topk(5, dim=1).indices == target[:, None]).any(1).double().mean().item()
-        found["nll"] = F.nll_loss(log_probabilities, target).item()
+        if logits.shape[1] > 5:
+            found["top5"] = 100 * (logits.topk(5, dim=1).indices == labels[:, None]).any(1).double().mean().item()
+        found["nll"] = F.nll_loss(log_probabilities, labels).item()
         found["ece"] = _calibration_error(log_probabilities.amax(1).exp(), correct)
         return found
 
-    def chance(self, target: Tensor) -> float:
+    def chance(self, target: Columns) -> float:
         """The commonest label's share in percent, and three standard errors of a share of so many images. target: [N]."""
-        share = target.bincount().max().item() / len(target)
-        return 100 * min(1.0, share + 3 * math.sqrt(share * (1 - share) / len(target)))
+        labels = single(target, "target")
+        share = labels.bincount().max().item() / len(labels)
+        return 100 * min(1.0, share + 3 * math.sqrt(share * (1 - share) / len(labels)))
 
-    def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
-        return agreement(prediction, teacher)
+    def agreement_tolerance(self, found: dict[str, float], teacher: Columns) -> dict[str, float]:
+        return agreement_tolerance(found, single(teacher, "logits"))
+
+    def agreement(self, prediction: Columns, teacher: Columns) -> dict[str, float]:
+        return agreement(single(prediction, "logits"), single(teacher, "logits"))
 
 
 def _calibration_error(confidence: Tensor, correct: Tensor) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kdbench.data.columns import Columns, mapped, tensors
 from kdbench.data.loader import in_order
 from kdbench.data.sources import Source
 from kdbench.errors import TooMuch, UserError, in_one_line, shown
@@ -34,9 +35,9 @@ def rebuilt(task: Task, spec: ModelSpec, weights: Path) -> nn.Module:
     if ":" not in spec.name:
         return network
     test = task.splits().test
-    images = next(in_order(test.select(torch.arange(min(2, len(test)))), 2)).inputs
-    first, same, other = (_evaluated(one, images) for one in (network, network, task.build_model(spec)))
-    if torch.equal(first, same) and not torch.equal(first, other):  # one that draws in evaluation too can't be told apart
+    inputs = next(in_order(test.select(torch.arange(min(2, len(test)))), 2)).inputs
+    first, same, other = (_evaluated(one, inputs) for one in (network, network, task.build_model(spec)))
+    if _equal(first, same) and not _equal(first, other):  # one that draws in evaluation too can't be told apart
         raise UserError(
             f"model {shown(spec.name)}: two networks with the same weights give different predictions, so its state_dict does not hold all "
             "that decides them; register tensors with register_buffer, and draw nothing else when it is built"
@@ -58,31 +59,41 @@ def outlined(task: Task, spec: ModelSpec, real: Callable[[], nn.Module]) -> nn.M
         return real()
 
 
+def _listed(shapes: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) if isinstance(shapes, dict) else str(list(shapes))
+
+
 @torch.no_grad()
-def _evaluated(network: nn.Module, images: Tensor) -> Tensor:
+def _evaluated(network: nn.Module, inputs: Columns) -> Columns:
     """Of nan, of which none is equal to another, numbers."""
     training = network.training
-    prediction = predicted(network.eval(), images)
+    prediction = predicted(network.eval(), inputs)
     network.train(training)
-    return prediction.nan_to_num()
+    return mapped(prediction, Tensor.nan_to_num)
 
 
-def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...]) -> nn.Module:
-    """The model of `spec` for the images of `source`.
+def _equal(one: Columns, other: Columns) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
-    expected: the prediction's shape for one image, its classes first. Raises UserError where one forward pass fails or gives another shape.
+
+def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...] | dict[str, tuple[int, ...]]) -> nn.Module:
+    """The model of `spec` for the samples of `source`.
+
+    expected: the prediction's shape for one sample, its classes first; or the shapes of several tensors by name, which the model gives in
+    a dictionary. Raises UserError where one forward pass fails or gives something else.
     """
-    channels, *sides = source.image_shape
-    model = build_model(spec, num_classes=source.num_classes, in_channels=channels, image_size=max(sides), mean=source.mean, std=source.std)
+    model = build_model(spec, **source.network_facts)
+    if isinstance(expected, dict):
+        model.prediction_names = tuple(expected)  # type: ignore[assignment]
     try:
-        given = probe(model, source.image_shape).prediction
+        given = probe(model, source.example).prediction
     except Exception as error:  # whatever a user's own class may raise
         reason = error if isinstance(error, UserError) else in_one_line(error)
-        raise UserError(
-            f"model {spec.name!r} doesn't work on images {list(source.image_shape)} of data {source.name!r}: {reason}"
-        ) from error
+        raise UserError(f"model {spec.name!r} doesn't work on {source.in_words} of data {source.name!r}: {reason}") from error
     if given == expected:
         return model
+    if isinstance(given, dict) or isinstance(expected, dict):
+        raise UserError(f"model {spec.name!r} gives {_listed(given)} for a sample, the task needs {_listed(expected)}")
     if len(given) == len(expected) == 1:
         raise UserError(f"model {spec.name!r} gives {given[0]} outputs, data {source.name!r} has {expected[0]} classes")
     raise UserError(f"model {spec.name!r} gives {list(given)} for an image, data {source.name!r} needs {list(expected)}")

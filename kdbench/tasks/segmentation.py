@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
+from kdbench.data.columns import Columns, described, single
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.data.views import IGNORED
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
-from kdbench.tasks.agreement import agreement
+from kdbench.tasks.agreement import agreement, agreement_tolerance
 from kdbench.tasks.base import Splits, Task, TaskInfo
 from kdbench.tasks.networks import network_for
 from kdbench.tasks.splits import SplitOptions, cut
@@ -25,6 +26,7 @@ class Segmentation(Task):
 
     name = "segmentation"
     version = 2  # since 2, several workers and micro-batches count by labelled pixels and no more by images
+    gives = frozenset({"pixel logits"})
     primary = "miou"
 
     class Options(SplitOptions):
@@ -33,8 +35,10 @@ class Segmentation(Task):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.source: Source = open_source(options.data)
-        if self.source.train.target.ndim != 3:
-            raise UserError(f"task 'segmentation' needs one label per pixel; data {self.source.name!r} gives one per image")
+        target = self.source.train.target
+        if not isinstance(target, Tensor) or target.ndim != 3 or target.is_floating_point():
+            given = "one per image" if self.source.train.one_label else described(target)
+            raise UserError(f"task 'segmentation' needs one label per pixel; data {self.source.name!r} gives {given}")
         if self.source.ignore_index not in (None, IGNORED):
             raise UserError(f"data {self.source.name!r}: ignored pixels must be labelled {IGNORED}, not {self.source.ignore_index}")
         self.data_name = self.source.name
@@ -50,14 +54,14 @@ class Segmentation(Task):
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of logits [B, C, H, W] with labels [B, H, W], mean over the pixels that count; 0 where none does."""
         logits = outputs.logits if outputs.logits.dtype == torch.float64 else outputs.logits.float()
-        total = F.cross_entropy(logits, batch.target, ignore_index=IGNORED, reduction="sum")
-        return {"cross_entropy": total / (batch.target != IGNORED).sum().clamp(min=1)}
+        total = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum")
+        return {"cross_entropy": total / (batch.labels != IGNORED).sum().clamp(min=1)}
 
     def weight(self, batch: Batch) -> Tensor:
         """The pixels that count."""
-        return (batch.target != IGNORED).sum()
+        return (batch.labels != IGNORED).sum()
 
-    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+    def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
         """prediction: logits [N, C, H, W]; target: [N, H, W].
 
         miou: intersection over union of each class over all pixels of all images, then the mean over the classes that occur in the
@@ -65,11 +69,12 @@ class Segmentation(Task):
         """
         from torchmetrics.classification import MulticlassJaccardIndex  # takes seconds, so only who measures a segmentation pays
 
+        given, expected = single(prediction, "logits"), single(target, "target")
         # Every worker has all predictions, and rank 0 alone measures a test set: torchmetrics must not wait for the others.
-        jaccard = MulticlassJaccardIndex(prediction.shape[1], average="macro", ignore_index=IGNORED, sync_on_compute=False)
-        jaccard = jaccard.to(prediction.device)
+        jaccard = MulticlassJaccardIndex(given.shape[1], average="macro", ignore_index=IGNORED, sync_on_compute=False)
+        jaccard = jaccard.to(given.device)
         correct, counted, nll = 0, 0, 0.0
-        for logits, labels in zip(prediction.split(_SAMPLES_AT_ONCE), target.long().split(_SAMPLES_AT_ONCE), strict=True):
+        for logits, labels in zip(given.split(_SAMPLES_AT_ONCE), expected.long().split(_SAMPLES_AT_ONCE), strict=True):
             best = logits.argmax(1)
             jaccard.update(best, labels)
             correct += int((best == labels).sum())
@@ -77,11 +82,15 @@ class Segmentation(Task):
             nll += F.cross_entropy(logits.double(), labels, ignore_index=IGNORED, reduction="sum").item()
         return {"miou": 100 * jaccard.compute().item(), "pixel_accuracy": 100 * correct / counted, "nll": nll / counted}
 
-    def chance(self, target: Tensor) -> float:
+    def chance(self, target: Columns) -> float:
         """The mIoU of the commonest class everywhere: its share of the pixels that count, over the number of classes. target: [N, H, W]."""
-        counts = target[target != IGNORED].long().bincount()
+        labels = single(target, "target")
+        counts = labels[labels != IGNORED].long().bincount()
         return 100 * counts.max().item() / counts.sum().item() / int((counts > 0).sum())
 
-    def agreement(self, prediction: Tensor, teacher: Tensor) -> dict[str, float]:
+    def agreement_tolerance(self, found: dict[str, float], teacher: Columns) -> dict[str, float]:
+        return agreement_tolerance(found, single(teacher, "logits"))
+
+    def agreement(self, prediction: Columns, teacher: Columns) -> dict[str, float]:
         """Over all pixels, those labelled 255 too: the label isn't asked for."""
-        return agreement(prediction, teacher)
+        return agreement(single(prediction, "logits"), single(teacher, "logits"))

@@ -59,10 +59,10 @@ def cut(source: Source, options: SplitOptions) -> Splits:
     total = len(source.train)
     val_size = validation_size(options, total, source.name)
     # Pixels of all classes are in nearly every image, so that masks need no strata.
-    classes = source.train.target if source.train.target.ndim == 1 else torch.zeros(total, dtype=torch.long)
+    classes = source.train.labels if source.train.one_label else torch.zeros(total, dtype=torch.long)
     val_rows, train_rows = stratified(classes, val_size, options.split_seed)
     # What is said here is what lets two labels be mixed.
-    whole = replace(source.train, classes=source.num_classes) if source.train.target.ndim == 1 else source.train
+    whole = replace(source.train, classes=source.num_classes) if source.train.one_label else source.train
     train, val = whole.within(train_rows), whole.within(val_rows)
     transfer = train
     if options.transfer_size is not None:

@@ -20,7 +20,7 @@ from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import probe, tap_shapes
 from kdbench.models.weights import state_sha256
-from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.base import Role, Splits, Task
 from kdbench.tasks.build import build_task
 from kdbench.training.cache.outputs import TeacherCache
 from kdbench.training.distiller import Distiller
@@ -134,6 +134,7 @@ def assemble(unit: Unit, session: Session) -> Training:
             raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
         return to_device(model, recipe.precision, recipe.memory_format, session.device)
 
+    role: Role = "teacher" if unit.role == "teacher" else "student"
     student = fresh()
     method = _fitting_method(unit, student, task, session, generator)
     peers = [fresh() for _ in range(method.peer_count)]
@@ -143,13 +144,13 @@ def assemble(unit: Unit, session: Session) -> Training:
     adapted = fit_method(
         method,
         student,
-        probe(student, task.info.image_shape, method.student_taps),
+        probe(student, task.example(role), method.student_taps),
         _shapes_of(teacher, method, task),
         task,
         samples,
         _network_of(teacher, unit, task, session) if method.needs_teacher_network else None,
     )
-    distiller = make_distiller(adapted, method, task, recipe, session.device, peers, unit.method.name)
+    distiller = make_distiller(adapted, method, task, recipe, session.device, peers, unit.method.name, role)
     loader = Loader(
         samples,
         recipe.batch_size,
@@ -190,19 +191,26 @@ def fit_method(
     """
     method.build(ours, theirs if method.needs_teacher else None, task.info)
     if method.needs_teacher_network and teacher is not None:
-        method.use_teacher(teacher, task.info.image_shape)
+        method.use_teacher(teacher, task.example("teacher"))
     method.use_samples(samples)
     return method.adapt_student(student)
 
 
 def make_distiller(
-    student: nn.Module, method: Method, task: Task, recipe: Recipe, device: torch.device, peers: Sequence[nn.Module], name: str
+    student: nn.Module,
+    method: Method,
+    task: Task,
+    recipe: Recipe,
+    device: torch.device,
+    peers: Sequence[nn.Module],
+    name: str,
+    role: Role = "student",
 ) -> Distiller:
     """Student, method and peers as one module on the device, in the recipe's precision; `name` is the method's, for errors."""
     student = to_device(student, recipe.precision, recipe.memory_format, device)
     method = method.to(device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
     compiled = compiled_call(student, device) if recipe.compile is True else None
-    return Distiller(student, method, task, compiled, peers, name)
+    return Distiller(student, method, task, compiled, peers, name, role)
 
 
 def make_training(
@@ -262,9 +270,9 @@ def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session
     method = build_method(unit.method, generator)
     if method.taps_chosen:
         return method
-    image_shape = task.info.image_shape
-    theirs = tap_shapes(load_teacher(unit.teacher, task, session.device), image_shape) if unit.teacher is not None else None
-    return fitted(unit.method, tap_shapes(student, image_shape), theirs, generator)
+    teacher = load_teacher(unit.teacher, task, session.device) if unit.teacher is not None else None
+    theirs = tap_shapes(teacher, task.example("teacher")) if teacher is not None else None
+    return fitted(unit.method, tap_shapes(student, task.example()), theirs, generator)
 
 
 def _network_of(teacher: Teacher | None, unit: Unit, task: Task, session: Session) -> nn.Module:
@@ -288,4 +296,4 @@ def _shapes_of(teacher: Teacher | None, method: Method, task: Task) -> Shapes | 
         return None
     if isinstance(teacher, TeacherCache):
         return teacher.shapes
-    return probe(teacher.model, task.info.image_shape, method.teacher_taps)
+    return probe(teacher.model, task.example("teacher"), method.teacher_taps)

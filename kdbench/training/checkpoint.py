@@ -16,6 +16,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from kdbench.data.columns import Columns, named
 from kdbench.errors import UserError, in_one_line, not_written
 from kdbench.models.torch_files import check_torch_file
 from kdbench.models.weights import portable
@@ -75,22 +76,37 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def pack_predictions(prediction: Tensor, index: Tensor) -> bytes:
-    """Predictions, in the precision that they come in, with the positions of their samples, as safetensors."""
-    return save_safetensors({"prediction": prediction.contiguous(), "index": index.contiguous()})
+_NUMBERS = (torch.float16, torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool)  # of predictions
+_OF_SEVERAL = "prediction."
 
 
-def unpack_predictions(data: bytes) -> tuple[Tensor, Tensor]:
-    """What `pack_predictions` packed: prediction [N, ...], float16 or float32, and index int64 [N].
+def pack_predictions(prediction: Columns, index: Tensor) -> bytes:
+    """Predictions, in the precision that they come in, with the positions of their samples, as safetensors.
+
+    One tensor is called `prediction`, several are `prediction.NAME` each.
+    """
+    several = {f"{_OF_SEVERAL}{name}": tensor for name, tensor in prediction.items()} if isinstance(prediction, dict) else None
+    tensors = several or named(prediction, "prediction")
+    return save_safetensors({**{name: tensor.contiguous() for name, tensor in tensors.items()}, "index": index.contiguous()})
+
+
+def unpack_predictions(data: bytes) -> tuple[Columns, Tensor]:
+    """What `pack_predictions` packed: predictions [N, ...] and index int64 [N].
 
     Raises UserError where these are no such predictions.
     """
     try:
         tensors = load_safetensors(data)
-        prediction, index = tensors["prediction"], tensors["index"]
+        index = tensors.pop("index")
+        several = {name.removeprefix(_OF_SEVERAL): tensor for name, tensor in tensors.items() if name.startswith(_OF_SEVERAL)}
+        prediction = several or tensors["prediction"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:  # a dtype that this torch does not have is a KeyError
         raise UserError(f"these are no predictions that kdbench kept ({in_one_line(error)})") from error
-    fits = prediction.dtype in (torch.float16, torch.float32) and index.dtype == torch.int64 and index.dim() == 1 <= prediction.dim()
-    if not fits or len(prediction) != len(index):
-        raise UserError(f"these are no predictions that kdbench kept (tensors of shapes {[*prediction.shape]} and {[*index.shape]})")
+    found = named(prediction, "prediction")
+    fits = index.dtype == torch.int64 and index.dim() == 1 and len(found) == len(tensors)
+    for tensor in found.values():
+        fits = fits and tensor.dtype in _NUMBERS and tensor.dim() >= 1 and len(tensor) == len(index)
+    if not fits:
+        shapes = ", ".join(str([*tensor.shape]) for tensor in found.values())
+        raise UserError(f"these are no predictions that kdbench kept (tensors of shapes {shapes} and {[*index.shape]})")
     return prediction, index

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kdbench.models.inputs import model_inputs
+from kdbench.models.trace import Example, samples
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,17 @@ def counted_flops() -> Iterator[FlopCounterMode]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, image_shape: tuple[int, int, int], device: torch.device, repeats: int = 30) -> Cost:
-    """Count and time an eval-mode forward pass of one image in float32. The model's mode is restored."""
+def measure(model: nn.Module, example: Example, device: torch.device, repeats: int = 30) -> Cost:
+    """Count and time an eval-mode forward pass of one sample in float32. The model's mode is restored."""
     training = model.training
     model.eval()
-    image = torch.rand(1, *image_shape, device=device, dtype=next(model.parameters()).dtype)
+    sample = samples(example, 1, device=device, dtype=next(model.parameters()).dtype)
     with counted_flops() as counter:
-        model(model_inputs(model, image))
+        model(model_inputs(model, sample))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        model(model_inputs(model, image))
+        model(model_inputs(model, sample))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(1e3 * (time.perf_counter() - start))

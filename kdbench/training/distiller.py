@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.data.batch import Batch
+from kdbench.data.columns import Columns, mapped
 from kdbench.errors import UserError
 from kdbench.methods.base import Method, Progress
 from kdbench.models.batch_norm import guard_batch_norms
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
-from kdbench.tasks.base import Task
+from kdbench.tasks.base import Role, Task
 
 IMITATION = "imitation"  # what `Task.weight` calls the terms of methods that count as the task's do
 TOTAL = "total"  # the name of the sum of all loss terms
@@ -54,19 +55,21 @@ class Distiller(nn.Module):
         student: nn.Module,
         method: Method,
         task: Task,
-        call: Callable[[Tensor], Any] | None = None,
+        call: Callable[[Columns], Any] | None = None,
         peers: Iterable[nn.Module] = (),
         name: str | None = None,
+        role: Role = "student",
     ) -> None:
         """call: the student's compiled form, which runs in its place where the method has no taps on it; peers: as many as it asks for.
 
-        name: what errors call the method; its class's name by default.
+        name: what errors call the method; its class's name by default. role: `teacher` where the network that learns is to be one.
         """
         super().__init__()
         self.name = name or type(method).__name__
         self.student = student
         self.method = method
         self.task = task
+        self.role = role
         self.peers = nn.ModuleList(peers)
         guard_batch_norms(self)
         self._taps = Taps(student, method.student_taps, call=call)
@@ -92,9 +95,10 @@ class Distiller(nn.Module):
         Where the method is batch-coupled and there are several workers, it sees the joined batch; gradients flow back to each one's part.
         Raises UserError for a term that is no scalar, and for a name that stands for two terms.
         """
+        inputs = self.task.inputs_for(self.role, batch.inputs)
         with autocast:
-            outputs = self._taps(batch.inputs)
-            outputs.peers = tuple(taps(batch.inputs) for taps in self._peer_taps)
+            outputs = self._taps(inputs)
+            outputs.peers = tuple(taps(inputs) for taps in self._peer_taps)
         tasks = self.task.loss(outputs, batch)
         check_terms(f"task {self.task.name}", tasks)
         own = {name: weights.as_task(name, self.method.params.task_weight * loss) for name, loss in tasks.items()}
@@ -163,9 +167,9 @@ def _cut(parts: Sequence[Tensor], shares: Sequence[int]) -> Tensor:
 
 def _joined(outputs: Outputs, shares: Sequence[int]) -> Outputs:
     maps = {name: _join(tensor, shares) for name, tensor in outputs.maps.items()}
-    return Outputs(_join(outputs.prediction, shares), maps, tuple(_joined(peer, shares) for peer in outputs.peers))
+    prediction = mapped(outputs.prediction, lambda tensor: _join(tensor, shares))
+    return Outputs(prediction, maps, tuple(_joined(peer, shares) for peer in outputs.peers))
 
 
 def _joined_batch(batch: Batch, shares: Sequence[int]) -> Batch:
-    inputs, target, index = (_join_values(tensor, shares) for tensor in (batch.inputs, batch.target, batch.index))
-    return replace(batch, inputs=inputs, target=target, index=index)
+    return batch.changed(lambda tensor: _join_values(tensor, shares))

@@ -6,24 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.batch import Part
+from kdbench.data.columns import Columns, joined, mapped, tensors, widened
 from kdbench.data.loader import in_order
 from kdbench.errors import Diverged
-from kdbench.models.outputs import predicted
-from kdbench.training.precision import autocast, images_for
+from kdbench.tasks.base import Role, Task
+from kdbench.training.precision import autocast, placed_inputs
 from kdbench.training.session import Session
 
 
-def check_numbers(prediction: Tensor, whose: str) -> None:
+def check_numbers(prediction: Columns, whose: str) -> None:
     """Raises Diverged, with `whose` in front, where a prediction is nan: metrics would take it for an answer like any other."""
-    if broken := int(prediction.isnan().flatten(1).any(1).sum()):
-        raise Diverged(f"{whose}, {broken} of {len(prediction)} are nan")
+    broken = torch.stack([tensor.isnan().flatten(1).any(1) for tensor in tensors(prediction)]).any(0)
+    if broken.any():
+        raise Diverged(f"{whose}, {int(broken.sum())} of {len(broken)} are nan")
+
+
+def targets_of(part: Part) -> Columns:
+    """What the predictions of a part are measured against."""
+    assert part.target is not None, "samples without labels measure nothing"
+    return part.target
 
 
 @torch.no_grad()
-def predict(model: nn.Module, part: Part, session: Session, precision: str, batch_size: int = 512) -> Tensor:
-    """The model's predictions [N, ...] in the part's order, float32 on the CPU, un-augmented, in eval mode (restored afterwards).
+def predict(
+    model: nn.Module, part: Part, session: Session, precision: str, task: Task, role: Role = "student", batch_size: int = 512
+) -> Columns:
+    """What the task keeps of the model's predictions, [N, ...] in the part's order, float32 on the CPU, un-augmented.
 
-    Each worker takes every world_size-th sample; workers that have one fewer repeat their last, which is dropped again by position.
+    The model runs in eval mode, which is restored afterwards. Each worker takes every world_size-th sample; workers that have one fewer
+    repeat their last, which is dropped again by position.
     """
     count, world = len(part), session.world_size
     share = -(-count // world)
@@ -33,12 +44,14 @@ def predict(model: nn.Module, part: Part, session: Session, precision: str, batc
     chunks = []
     for batch in in_order(part.select(rows) if world > 1 else part, batch_size, session.device):
         with autocast(precision, session.device):
-            prediction = predicted(model, images_for(batch.inputs, precision))
-        chunks.append(prediction.float() if precision != "fp64" else prediction)
+            prediction = task.predict(model, placed_inputs(task.inputs_for(role, batch.inputs), precision))
+        chunks.append(widened(task.kept(prediction)))
     model.train(training)
-    mine = torch.cat(chunks)
-    if world == 1:
-        return mine.cpu()
-    joined = session.gather(mine).cpu()
-    by_rank = joined.reshape(world, share, *joined.shape[1:])
-    return by_rank.transpose(0, 1).reshape(world * share, *joined.shape[1:])[:count]
+    mine = joined(chunks)
+
+    def everyones(rows: Tensor) -> Tensor:
+        gathered = session.gather(rows).cpu()
+        by_rank = gathered.reshape(world, share, *gathered.shape[1:])
+        return by_rank.transpose(0, 1).reshape(world * share, *gathered.shape[1:])[:count]
+
+    return mapped(mine, Tensor.cpu if world == 1 else everyones)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from kdbench.storage.layout import Layout
 from kdbench.tasks.base import Task
 from kdbench.training.assembly import Training, assemble
 from kdbench.training.distiller import TOTAL, Weights, check_same_terms
-from kdbench.training.evaluate import check_numbers, predict
+from kdbench.training.evaluate import check_numbers, predict, targets_of
 from kdbench.training.outcome import finished_record
-from kdbench.training.precision import autocast, images_for
+from kdbench.training.precision import autocast, placed_inputs
 from kdbench.training.randomness import begin_step
 from kdbench.training.session import Session
 from kdbench.training.teacher import teacher_here
@@ -116,8 +117,7 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
         yield batch
         return
     for rows in torch.arange(len(batch)).chunk(count):
-        where = slice(int(rows[0]), int(rows[-1]) + 1)
-        yield replace(batch, inputs=batch.inputs[where], target=batch.target[where], index=batch.index[where])
+        yield batch.changed(itemgetter(slice(int(rows[0]), int(rows[-1]) + 1)))
 
 
 def _weights(run: Training, pieces: Sequence[Batch]) -> list[Weights]:
@@ -141,7 +141,7 @@ def _weights(run: Training, pieces: Sequence[Batch]) -> list[Weights]:
 def _backward(run: Training, batch: Batch, at: Progress, weights: Weights) -> Tensor:
     """Add the gradients of one micro-batch; returns its loss terms, weighted."""
     recipe = run.unit.recipe
-    batch = replace(batch, inputs=images_for(batch.inputs, recipe.precision, recipe.memory_format))
+    batch = replace(batch, inputs=placed_inputs(batch.inputs, recipe.precision, recipe.memory_format))
     teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
     terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device), run.loader.shares, weights)
     run.scaler.scale(terms[TOTAL]).backward()
@@ -175,9 +175,9 @@ def close_epoch(run: Training) -> dict[str, float]:
     if not math.isfinite(losses["train_total"]):
         raise Diverged(f"{unit.title}: the loss became {losses['train_total']} {where}")
     share_buffers(run)
-    prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision)
+    prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision, task, run.distiller.role)
     check_numbers(prediction, f"{unit.title}: of the validation predictions {where}")
-    metrics = task.metrics(prediction, run.splits.val.target)
+    metrics = task.metrics(prediction, targets_of(run.splits.val))
     value = metrics[task.primary]
     if not math.isfinite(value):
         raise Diverged(f"{unit.title}: the validation {task.primary} became {value} {where}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from kdbench.data.columns import Columns, mapped, rounded, tensors, widened
 from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit, board_hash, worker_bounds
 from kdbench.methods.build import method_code
@@ -19,7 +20,7 @@ from kdbench.records.environment import own_code
 from kdbench.records.record import RunRecord, new_run_id
 from kdbench.search.space import dotted
 from kdbench.storage.layout import Layout
-from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.base import Role, Splits, Task
 from kdbench.tasks.build import build_task, task_code
 from kdbench.tasks.networks import rebuilt
 from kdbench.training.assembly import Training
@@ -27,7 +28,7 @@ from kdbench.training.cache.copies import bring
 from kdbench.training.cache.outputs import TEST, cached_test
 from kdbench.training.checkpoint import pack_predictions, save_weights, unpack_predictions, write_atomically
 from kdbench.training.cost import measure, peak_memory_mb
-from kdbench.training.evaluate import check_numbers, predict
+from kdbench.training.evaluate import check_numbers, predict, targets_of
 from kdbench.training.precision import to_device
 from kdbench.training.session import Session
 
@@ -55,14 +56,14 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
 
 def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, session: Session, layout: Layout, key: str) -> dict[str, Any]:
     """Predict the test set, keep the predictions under `key`, measure quality and cost. All workers predict; rank 0 does the rest."""
-    predicted = predict(model, splits.test, session, unit.recipe.precision)
-    if unit.role == "teacher" and not bool(predicted.isfinite().all()):
+    predicted = predict(model, splits.test, session, unit.recipe.precision, task, _role(unit))
+    if unit.role == "teacher" and not all(bool(tensor.isfinite().all()) for tensor in tensors(predicted)):
         raise Diverged(f"{unit.title}: its predictions of the test set are not finite")
     check_numbers(predicted, f"{unit.title}: of its predictions of the test set")
     if session.rank != 0:
         return {}
     teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
-    cost = measure(model, task.info.image_shape, session.device)
+    cost = measure(model, task.example(_role(unit)), session.device)
     return {
         **_quality(predicted, teacher, task, splits, layout, key),
         "params_count": cost.params,
@@ -74,17 +75,21 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
     }
 
 
-def _quality(predicted: Tensor, teacher: Tensor | None, task: Task, splits: Splits, layout: Layout, key: str) -> dict[str, Any]:
+def _role(unit: Unit) -> Role:
+    return "teacher" if unit.role == "teacher" else "student"
+
+
+def _quality(predicted: Columns, teacher: Columns | None, task: Task, splits: Splits, layout: Layout, key: str) -> dict[str, Any]:
     """Keep predictions of the test part under `key` and measure them, and how alike they are to the teacher's where these are known."""
-    prediction, quality = _as_stored(predicted, splits.test.target, task)
+    prediction, quality = _as_stored(predicted, targets_of(splits.test), task)
     packed = pack_predictions(prediction, splits.test.index)
-    alike = task.agreement(prediction.float(), teacher) if teacher is not None else {}
+    alike = task.agreement(widened(prediction), teacher) if teacher is not None else {}
     where = layout.predictions(key, splits.test_hash)
     write_atomically(layout.root / where, lambda temporary: temporary.write_bytes(packed))
     return {
         "test_metric": quality[task.primary],
         "metrics": quality,
-        "chance_metric": task.chance(splits.test.target),
+        "chance_metric": task.chance(targets_of(splits.test)),
         "nll": quality.get("nll"),
         "ece": quality.get("ece"),
         "agreement": alike.get("agreement"),
@@ -94,21 +99,21 @@ def _quality(predicted: Tensor, teacher: Tensor | None, task: Task, splits: Spli
     }
 
 
-def _as_stored(prediction: Tensor, target: Tensor, task: Task) -> tuple[Tensor, dict[str, float]]:
+def _as_stored(prediction: Columns, target: Columns, task: Task) -> tuple[Columns, dict[str, float]]:
     """Test predictions as the results folder keeps them, and the metrics of these very numbers, so that anyone can derive them again.
 
     Half precision, unless rounding to it makes a number infinite or changes the primary metric; float32 then.
     """
-    half, exact = prediction.half(), prediction.float()
+    half, exact = rounded(prediction), mapped(prediction, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     quality = task.metrics(exact, target)
-    if bool((half.isinf() & exact.isfinite()).any()):
+    if any(bool((less.isinf() & more.isfinite()).any()) for less, more in zip(tensors(half), tensors(exact), strict=True)):
         return exact, quality
-    rounded = task.metrics(half.float(), target)
-    same = rounded[task.primary] == quality[task.primary] or math.isnan(quality[task.primary])
-    return (half, rounded) if same else (exact, quality)
+    of_half = task.metrics(widened(half), target)
+    same = of_half[task.primary] == quality[task.primary] or math.isnan(quality[task.primary])
+    return (half, of_half) if same else (exact, quality)
 
 
-def _cached_test(folder: Path) -> Tensor | None:
+def _cached_test(folder: Path) -> Columns | None:
     bring(folder, [TEST])
     return cached_test(folder)
 
@@ -144,8 +149,8 @@ def measured_again(
     """
     task = build_task(unit.task)
     splits = task.splits()
-    alike = unpack_predictions(teacher)[0].float() if teacher is not None and record.agreement is not None else None
-    predicted = predict(_finished(unit, weights, task, session), splits.test, session, unit.recipe.precision)
+    alike = widened(unpack_predictions(teacher)[0]) if teacher is not None and record.agreement is not None else None
+    predicted = predict(_finished(unit, weights, task, session), splits.test, session, unit.recipe.precision, task, _role(unit))
     quality = _quality(predicted, alike, task, splits, layout, record.unit_key)
     teacher_metric = unit.teacher.metric if unit.teacher is not None else None
     return record.model_copy(update={**of_now(unit, splits), **quality, "created_at": datetime.now(UTC), "teacher_metric": teacher_metric})
@@ -260,4 +265,4 @@ def rederive(record: RunRecord, task: Task, predictions: bytes) -> dict[str, flo
     test = task.splits().test
     if not torch.equal(index, test.index):
         raise KDBenchError(f"{record.predictions_uri}: predictions of other samples than the test split of {record.data}")
-    return task.metrics(prediction.float(), test.target)
+    return task.metrics(widened(prediction), targets_of(test))

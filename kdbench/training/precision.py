@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.bounded import ImplausibleFile, parse_json, read_file
+from kdbench.data.columns import Columns, mapped, tensors
 from kdbench.errors import RunFailed
 from kdbench.experiment import Recipe
 from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import main_output
+from kdbench.models.trace import Example, samples
 from kdbench.storage.working_copy import fetch
 from kdbench.training.checkpoint import write_atomically
 
@@ -44,10 +46,21 @@ def to_device(model: nn.Module, precision: str, memory_format: str, device: torc
     return model.to(memory_format=FORMATS[memory_format])
 
 
-def images_for(images: Tensor, precision: str, memory_format: str = "contiguous") -> Tensor:
-    """A batch as a model placed by `to_device` takes it; autocast does the narrowing."""
+def placed_inputs(inputs: Columns, precision: str, memory_format: str = "contiguous") -> Columns:
+    """A batch's inputs as a model placed by `to_device` takes them; autocast does the narrowing. Whole numbers stay as they are."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    return images.to(dtype=dtype, memory_format=FORMATS[memory_format])
+
+    def placed(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(dtype=dtype, memory_format=FORMATS[memory_format]) if tensor.ndim == 4 else tensor.to(dtype)
+
+    return mapped(inputs, placed)
+
+
+def noise_like(example: Example, count: int, device: torch.device) -> Columns:
+    """So many samples to time a network with: noise where the example says no more than an image's shape."""
+    return torch.rand(count, *example, device=device) if isinstance(example, tuple) else samples(example, count, device=device)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def unmeasured(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={**plain, "compile": False})
 
 
-def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], images: int, device: torch.device, memo: Memo) -> Recipe:
+def settled(recipe: Recipe, model: nn.Module, example: Example, images: int, device: torch.device, memo: Memo) -> Recipe:
     """The recipe with every `auto` replaced by the choice that was measured to be fastest. Explicit values stay as they are.
 
     A measured choice is kept in `memo` and read from there the next time, since another choice would be another protocol.
@@ -89,7 +102,7 @@ def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int],
     candidates = _candidates(recipe)
     pair = candidates[0] if len(candidates) == 1 else _kept_pair(kept, candidates) or _kept_pair(earlier, candidates)
     if pair is None:
-        pair = _fastest(recipe, model, image_shape, device)
+        pair = _fastest(recipe, model, example, device)
         kept, measured = {}, {"precision": pair[0], "memory_format": pair[1]}
     recipe = recipe.model_copy(update={"precision": pair[0], "memory_format": pair[1]})
     if recipe.compile == "auto":
@@ -97,7 +110,7 @@ def settled(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int],
         if pays is None and _kept_pair(earlier, [pair]):
             pays = earlier.get("compile", {}).get(steps)
         if pays is None:
-            pays = compiling_pays(recipe, model, image_shape, int(steps), device)
+            pays = compiling_pays(recipe, model, example, int(steps), device)
             measured["compile"] = kept.get("compile", {}) | {steps: pays}
         recipe = recipe.model_copy(update={"compile": pays})
     if measured:
@@ -128,20 +141,20 @@ def _remembered(memo: Path | None) -> dict[str, Any]:
     return chosen if isinstance(pays, dict) and all(isinstance(value, bool) for value in pays.values()) else {}
 
 
-def compiling_pays(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], steps: int, device: torch.device) -> bool:
+def compiling_pays(recipe: Recipe, model: nn.Module, example: Example, steps: int, device: torch.device) -> bool:
     """Whether `torch.compile`, its own time counted, shortens a training of so many steps. The recipe's precision is no `auto` any more.
 
     It is measured only where it could: where the best that was ever seen of it would save more than the least that it ever took.
     """
-    images = torch.rand(min(recipe.batch_size, 128), *image_shape, device=device)
+    inputs = noise_like(example, min(recipe.batch_size, 128), device)
     try:
-        plain = _step_seconds(copy.deepcopy(model), images, recipe.precision, recipe.memory_format, device)
+        plain = _step_seconds(copy.deepcopy(model), inputs, recipe.precision, recipe.memory_format, device)
     except Exception:  # a user's model may fail in training mode: the training says how, with its name and a traceback in a log
         return False
     if plain * steps * _BEST_SAVING < _LEAST_COMPILE_SECONDS:
         return False
     start = time.perf_counter()
-    faster = _step_seconds(copy.deepcopy(model), images, recipe.precision, recipe.memory_format, device, compiled=True)
+    faster = _step_seconds(copy.deepcopy(model), inputs, recipe.precision, recipe.memory_format, device, compiled=True)
     spent = time.perf_counter() - start
     return spent * WORTH_IT < (plain - faster) * steps
 
@@ -154,11 +167,11 @@ def _candidates(recipe: Recipe) -> list[tuple[str, str]]:
     return pairs or [(recipe.precision, "contiguous")]  # fp16 and fp64 are never measured: users ask for them by name
 
 
-def _fastest(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int], device: torch.device) -> tuple[str, str]:
+def _fastest(recipe: Recipe, model: nn.Module, example: Example, device: torch.device) -> tuple[str, str]:
     """The pair whose training step is the shortest; the first one unless another wins by `WORTH_IT`."""
     allowed = _candidates(recipe)
-    images = torch.rand(min(recipe.batch_size, 128), *image_shape, device=device)
-    seconds = {pair: _step_seconds(copy.deepcopy(model), images, *pair, device) for pair in allowed}
+    inputs = noise_like(example, min(recipe.batch_size, 128), device)
+    seconds = {pair: _step_seconds(copy.deepcopy(model), inputs, *pair, device) for pair in allowed}
     best = allowed[0]
     for pair in allowed[1:]:
         if seconds[pair] * WORTH_IT < seconds[best]:
@@ -166,26 +179,26 @@ def _fastest(recipe: Recipe, model: nn.Module, image_shape: tuple[int, int, int]
     return best
 
 
-def compiled_call(model: nn.Module, device: torch.device) -> Callable[[Tensor], Any]:
+def compiled_call(model: nn.Module, device: torch.device) -> Callable[[Columns], Any]:
     """The model's forward pass through `torch.compile`, on a GPU replayed as a CUDA graph. The model itself stays as it is."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is a CUDA compiler and no GPU
-    compiled: Callable[[Tensor], Any] = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
+    compiled: Callable[[Columns], Any] = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default")
     return compiled
 
 
 def _step_seconds(
-    model: nn.Module, images: torch.Tensor, precision: str, memory_format: str, device: torch.device, compiled: bool = False
+    model: nn.Module, inputs: Columns, precision: str, memory_format: str, device: torch.device, compiled: bool = False
 ) -> float:
     """The shortest of a few training steps: other load can only lengthen one."""
     model = to_device(model, precision, memory_format, device).train()
     call = compiled_call(model, device) if compiled else model
-    images = images.to(memory_format=FORMATS[memory_format])
+    inputs = placed_inputs(inputs, "fp32", memory_format)
     times = []
     for _ in range(6):
         start = time.perf_counter()
         with autocast(precision, device):
-            prediction = main_output(call(model_inputs(model, images)))
-        prediction.float().square().mean().backward()
+            prediction = main_output(model, call(model_inputs(model, inputs)))
+        torch.stack([tensor.float().square().mean() for tensor in tensors(prediction)]).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kdbench.catalogue import nearest
 from kdbench.data.batch import Batch, Part
+from kdbench.data.columns import Columns, tensors
 from kdbench.data.loader import Loader
 from kdbench.errors import KDBenchError, UserError, in_one_line
 from kdbench.experiment import Experiment, Recipe, Unit, WorkerRange, worker_bounds
@@ -28,12 +29,12 @@ from kdbench.methods.build import MethodSpec, fitted
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.taps import tap_shapes
-from kdbench.models.trace import generators_kept, trace
+from kdbench.models.trace import Example, generators_kept, trace
 from kdbench.models.weights import matched, portable
-from kdbench.tasks.base import Task
+from kdbench.tasks.base import Role, Task
 from kdbench.training.assembly import Training, check_uncut, fit_method, make_distiller, make_training
 from kdbench.training.distiller import Distiller
-from kdbench.training.evaluate import predict
+from kdbench.training.evaluate import predict, targets_of
 from kdbench.training.loop import train_step
 from kdbench.training.precision import to_device, unmeasured
 from kdbench.training.session import LocalSession
@@ -55,7 +56,7 @@ class Rehearsal:
         spec = self.experiment.teacher
         assert spec is not None
         recipe, samples = self.experiment.teacher_recipe(), self.task.splits().train
-        _Scene(self, f"teacher {spec.model.label!r}", spec.model, model, (recipe,), samples).network()
+        _Scene(self, f"teacher {spec.model.label!r}", spec.model, model, (recipe,), samples, role="teacher").network()
 
     def student(self, spec: ModelSpec, model: nn.Module, teacher: Shapes | None, network: nn.Module | None) -> tuple[str, ...]:
         """Rehearse a student alone, then with every method. Returns the labels of the methods that were left out.
@@ -82,7 +83,9 @@ class _Scene:
         samples: Part,
         teacher: Shapes | None = None,
         teacher_network: nn.Module | None = None,
+        role: Role = "student",
     ) -> None:
+        self.role = role
         self.task, self.device, self.workers = rehearsal.task, rehearsal.device, rehearsal.experiment.runtime.workers
         self.experiment, self.name, self.spec, self.model = rehearsal.experiment, name, spec, model
         self.recipes, self.samples, self.teacher = recipes, samples, teacher
@@ -90,13 +93,13 @@ class _Scene:
         self._frozen: nn.Module | None = None
         val = self.task.splits().val
         self.few = val.select(torch.arange(min(2, len(val))))
-        self.ours = tap_shapes(model, self.task.info.image_shape)
+        self.ours = tap_shapes(model, self.task.example(self.role))
 
     # --- what is rehearsed -------------------------------------------------------------------------------------------
 
     def network(self) -> None:
         """The network without any method."""
-        check_sees_all(self.name, self.model, self.task.info.image_shape)
+        check_sees_all(self.name, self.model, self.task.example(self.role))
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise UserError(f"{self.name}: no parameter requires a gradient, so nothing in it can learn; leave some of its layers unfrozen")
         self._at_smallest(self.name, _ALONE, self.smallest)
@@ -159,8 +162,8 @@ class _Scene:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda parameter: learns.add(id(parameter)))
         with _doing("predicting two images"):
-            before = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision)
-        if bool(before.isnan().any()):
+            before = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision, self.task, self.role)
+        if any(bool(tensor.isnan().any()) for tensor in tensors(before)):
             raise UserError("its predictions are nan before it is trained; check its forward pass in evaluation, and its weights")
         run.wrapped.train()
         with _doing(f"a training step on {images} image{'s'[: images > 1]}"):
@@ -169,7 +172,7 @@ class _Scene:
         if broken := [f"{name} is {value}" for name, value in zip(run.terms, losses, strict=True) if not math.isfinite(value)]:
             raise UserError(f"in a first training step, its loss {' and '.join(broken)}; check its forward pass, and its weights")
         with _doing("predicting two images"):
-            prediction = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision)
+            prediction = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision, self.task, self.role)
         self._check_objectives(prediction)
         with _doing("saving and loading its weights"):
             self._reload(run.distiller.method.export_student(run.evaluated))
@@ -185,13 +188,13 @@ class _Scene:
                 "then; use runtime.workers: 1, or freeze these parameters"
             )
 
-    def _check_objectives(self, prediction: Tensor) -> None:
+    def _check_objectives(self, prediction: Columns) -> None:
         search = self.experiment.search
         costs = set(search.objectives) - {"train_seconds"} if search is not None else set()
         if not costs:  # a segmentation's metrics take seconds to import, and matplotlib writes files then
             return
         with _doing("measuring two predictions"):
-            measured = self.task.metrics(prediction, self.few.target)
+            measured = self.task.metrics(prediction, targets_of(self.few))
         for name in sorted(costs - measured.keys()):
             raise UserError(f"search.objectives: {self.task.name} is not measured by {name!r}{nearest(name, measured)}")
 
@@ -235,7 +238,7 @@ class _Scene:
             LocalSession(device=self.device),
             self.task,
             self.task.splits(),
-            make_distiller(student, method, self.task, recipe, self.device, peers, spec.name),
+            make_distiller(student, method, self.task, recipe, self.device, peers, spec.name, self.role),
             self._made_teacher(method, recipe),  # type: ignore[arg-type]
             self._loader(recipe, images),
             torch.Generator(),
@@ -273,7 +276,9 @@ class _Scene:
             return torch.rand(len(batch), *shape, generator=generator, dtype=dtype).to(self.device)
 
         def outputs(batch: Batch) -> Outputs:
-            return Outputs(draw(batch, shapes.prediction), {tap: draw(batch, shapes.taps[tap].shape) for tap in method.teacher_taps})
+            given = shapes.prediction
+            prediction = {name: draw(batch, one) for name, one in given.items()} if isinstance(given, dict) else draw(batch, given)
+            return Outputs(prediction, {tap: draw(batch, shapes.taps[tap].shape) for tap in method.teacher_taps})
 
         return outputs
 
@@ -286,10 +291,10 @@ def smallest_micro_batch(recipes: Sequence[Recipe], workers: int | WorkerRange, 
     return min(len(torch.arange(share).chunk(cut)[-1]) for share, cut in product(shares, cuts))
 
 
-def check_sees_all(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+def check_sees_all(name: str, model: nn.Module, example: Example) -> None:
     """Raise UserError where the model cuts images into patches and leaves a part of each image out."""
-    seen = trace(model, image_shape)
-    if seen.patches is None:
+    seen = trace(model, example)
+    if seen.patches is None or seen.input_size is None:
         return
     (height, width), (rows, columns) = seen.patches, (side % patch for side, patch in zip(seen.input_size, seen.patches, strict=True))
     if not rows and not columns:

@@ -19,7 +19,7 @@ from kdbench.storage.working_copy import fetch
 from kdbench.tasks.base import Task
 from kdbench.training.cache.copies import bring
 from kdbench.training.cache.outputs import TeacherCache, open_cache, read_entry, streams_of
-from kdbench.training.precision import autocast, images_for, to_device
+from kdbench.training.precision import autocast, placed_inputs, to_device
 
 
 def teacher_here(ref: TeacherRef, layout: Layout) -> TeacherRef:
@@ -42,17 +42,22 @@ def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module
 class LiveTeacher:
     """Runs the network for every batch: for methods that look inside it, and for views that never repeat."""
 
-    def __init__(self, model: nn.Module, taps: tuple[str, ...], precision: str, memory_format: str = "contiguous") -> None:
-        """precision, memory_format: what the model was placed with; a student's batch comes in its own."""
+    def __init__(self, model: nn.Module, task: Task, taps: tuple[str, ...], precision: str, memory_format: str = "contiguous") -> None:
+        """task: says what a teacher is shown of a batch.
+
+        precision, memory_format: what the model was placed with; a student's batch comes in its own.
+        """
         self.model = model
+        self.task = task
         self.precision = precision
         self.memory_format = memory_format
         self._taps = Taps(model, taps)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        with autocast(self.precision, batch.inputs.device):
-            return self._taps(images_for(batch.inputs, self.precision, self.memory_format))
+        inputs = placed_inputs(self.task.inputs_for("teacher", batch.inputs), self.precision, self.memory_format)
+        with autocast(self.precision, batch.index.device):
+            return self._taps(inputs)
 
 
 Teacher = LiveTeacher | TeacherCache
@@ -64,7 +69,7 @@ def open_teacher(ref: TeacherRef, task: Task, taps: tuple[str, ...], device: tor
     recipe, data_seed: what decides the views that the training sees.
     """
     cached = _cached(ref.cache, taps, recipe, data_seed) if ref.cache is not None else None
-    return cached or LiveTeacher(load_teacher(ref, task, device), taps, ref.precision, ref.memory_format)
+    return cached or LiveTeacher(load_teacher(ref, task, device), task, taps, ref.precision, ref.memory_format)
 
 
 def _cached(folder: Path, taps: tuple[str, ...], recipe: Recipe, data_seed: int) -> TeacherCache | None:

@@ -201,7 +201,10 @@ def test_a_list_element_is_overridden_by_place_or_name(kdbench: Kdbench, assignm
             "students: 'tiny_cnn' stands twice; give one of them another `label`",
         ),
         ({"teacher": None}, "method kd learns from a teacher, and tiny names none; add `teacher: {model: ...}`"),
-        ({"task": "segmentation", "students": ["tiny_fcn"], "methods": ["nkd"]}, "method nkd is for classification, not for segmentation"),
+        (
+            {"task": "segmentation", "students": ["tiny_fcn"], "methods": ["nkd"]},
+            "method nkd reads class logits; networks of task segmentation give pixel logits",
+        ),
         ({"task.name": "segmentation"}, "task 'segmentation' needs one label per pixel; data 'fashion_mnist' gives one per image"),
         ({"students": ["tiny_fcn"]}, "model 'tiny_fcn' gives [10, 28, 28] for an image"),
         ({"runtime.workers": 4096}, "this machine has"),

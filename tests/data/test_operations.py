@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from kdbench.data import operations
 from kdbench.data.draws import Draws
-from kdbench.data.operations import LEVELS, MOVES, NEIGHBOURS, OPERATIONS, operate
+from kdbench.data.operations import LEVELS, MOVES, NEIGHBOURS, OPERATIONS, Operation
 
 IGNORED = 255
 LARGEST = operations.LARGEST_MAGNITUDE
@@ -31,9 +31,16 @@ def photos(count: int = 6, channels: int = 3, height: int = 20, width: int = 17,
     return ((smooth - smooth.amin()) / (smooth.amax() - smooth.amin()) * (high - low) + low).byte()
 
 
+def operate(images: torch.Tensor, target: torch.Tensor | None, draws, count: int, magnitude: float):
+    """`count` operations on images and, where there are any, on labels per pixel [B, H, W]."""
+    for operation in Operation.drawn(draws, images.shape[-2:], count, magnitude):
+        images = operation.picture(images)
+        target = target if target is None else operation.moved(target[:, None], IGNORED)[:, 0]
+    return images, target
+
+
 def apply(name: str, images: torch.Tensor, magnitude: float = LARGEST, sign: int = 1, target: torch.Tensor | None = None):
-    target = torch.zeros(len(images)) if target is None else target
-    return operate(images, target, Chosen(name, sign, len(images)), 1, magnitude, IGNORED)
+    return operate(images, target, Chosen(name, sign, len(images)), 1, magnitude)
 
 
 # What another implementation gives, at the largest magnitude. Factors are whole 256ths in ours: 230 / 256 for 0.9.
@@ -150,7 +157,7 @@ def test_leaving_out_samples_of_another_kind_only_saves_time(monkeypatch):
     images = photos(60)
     labels = images[:, 0].long()
     draws = Draws(0, torch.arange(60), 3)
-    some = operate(images, labels, draws, 3, 21.0, IGNORED)
+    some = operate(images, labels, draws, 3, 21.0)
     monkeypatch.setattr(operations, "_rows", lambda kind, names: None)
-    everything = operate(images, labels, draws, 3, 21.0, IGNORED)
+    everything = operate(images, labels, draws, 3, 21.0)
     assert all(torch.equal(a, b) for a, b in zip(some, everything, strict=True))

@@ -40,11 +40,16 @@ def mine(count: int = 4) -> Source:
 
 UNSOUND = {
     "no source": (lambda: 3, "must return a kdbench.data.sources.Source, got int"),
-    "floats": (lambda: source(train=part(inputs=torch.zeros(4, 3, 8, 8))), r"train images must be uint8 \[N, C, H, W\], got torch.float32"),
-    "lengths": (lambda: source(train=part(target=torch.zeros(3, dtype=torch.long))), "as many images as targets and indices.*4, 3 and 4"),
+    "floats": (
+        lambda: source(train=part(inputs=torch.zeros(4, 3, 8, 8))),
+        r"train a column float32 \[4, 3, 8, 8\] needs a kind",
+    ),
+    "lengths": (
+        lambda: source(train=part(target=torch.zeros(3, dtype=torch.long))),
+        "as many inputs and targets as indices.*got 4 indices, 4 inputs, 3 target",
+    ),
     "empty": (lambda: source(test=part(0)), "test must hold .* at least one"),
     "int32 index": (lambda: source(train=part(index=torch.arange(4, dtype=torch.int32))), "index must be int64"),
-    "float targets": (lambda: source(train=part(target=torch.zeros(4))), "targets must be int64"),
     "small masks": (lambda: source(train=part(target=torch.zeros(4, 4, 4, dtype=torch.long))), r"got torch.int64 \[4, 4, 4\]"),
     "class 2 of 2": (lambda: source(train=part(target=torch.tensor([0, 1, 2, 0]))), r"targets must be 0 \.\. 1 for 2 classes, found 2"),
     "ignored everywhere": (
@@ -94,7 +99,7 @@ def test_a_users_function_works_by_dotted_path_and_is_called_once_per_options():
         ("fashon_mnist", "unknown data 'fashon_mnist'; did you mean 'fashion_mnist'"),
         ({"name": "shapes", "sizze": 3}, "data 'shapes': unknown key 'sizze'; did you mean 'size'"),
         ({"name": "shapes", "size": 3}, "size: expected greater than or equal to 16, got 3"),
-        ({"name": "shapes", "target": "box"}, "target: expected 'mask' or 'class', got 'box'"),
+        ({"name": "shapes", "target": "box"}, "target: expected 'mask', 'class', .* or 'relation', got 'box'; did you mean 'boxes'"),
         ({"name": "my_data:mine", "count": "many"}, "count: expected a whole number, got 'many'"),
         ("my_data:yours", "has no 'yours'"),
         ("no_such_module:data", "no module 'no_such_module'"),

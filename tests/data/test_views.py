@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from kdbench.data.hashing import hash64
-from kdbench.data.resizing import parts, resized, resized_labels
+from kdbench.data.resizing import parts, resized, resized_nearest
 from kdbench.data.views import IGNORED, Augment, augment, unit_range
 
 CROPS = st.builds(Augment, crop=st.integers(0, 4), flip=st.booleans())
@@ -145,6 +147,25 @@ def test_a_view_recipe_is_a_fixed_and_strict_value():
             Augment(**keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "bits"),
+    [
+        ({"crop": 3, "flip": True}, "aef603a96189bea5"),
+        ({"resized_crop": 0.2}, "fb9408fbb8a2949f"),
+        ({"operations": 3, "magnitude": 17.0}, "daad6a1060c537dc"),
+        ({"color": 0.5}, "885f5fd6d5b7b31d"),
+        ({"erase": 0.7}, "821f1873bb09a1cc"),
+    ],
+    ids=str,
+)
+def test_a_view_has_the_bits_that_stored_teacher_outputs_were_computed_from(keys, bits):
+    numbers = hash64(0, torch.arange(20 * 3 * 16 * 12)).bitwise_and(255).to(torch.uint8)
+    images = numbers.view(20, 3, 16, 12)
+    seen, labels = augment(images, images[:, 1], torch.arange(20) * 5, 2, 7, Augment(**keys))
+    whole = (seen * 255).round().byte()
+    assert hashlib.sha256(whole.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16] == bits
+
+
 # --- colour ----------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +264,7 @@ def test_resizing_agrees_with_torchvisions_bilinear_to_one_level():
 def test_the_labels_of_a_part_are_those_of_the_nearest_pixels():
     labels = torch.arange(11 * 14).view(1, 11, 14).repeat(40, 1, 1)
     boxes = parts(11, 14, hash64(1, torch.arange(120)).view(40, 3), 0.1)
-    for label, box, mine in zip(labels, boxes.tolist(), resized_labels(labels, boxes), strict=True):
+    for label, box, mine in zip(labels, boxes.tolist(), resized_nearest(labels[:, None], boxes)[:, 0], strict=True):
         theirs = transforms.resized_crop(label[None].double(), *box, size=[11, 14], interpolation=InterpolationMode.NEAREST_EXACT)
         assert torch.equal(mine.double(), theirs[0])
 
@@ -252,7 +273,7 @@ def test_the_whole_image_resized_is_the_image():
     images, masks, _ = samples(3)
     boxes = torch.tensor([[0, 0, 6, 5]] * 3)
     assert torch.equal(resized(images, boxes), images)
-    assert torch.equal(resized_labels(masks, boxes), masks)
+    assert torch.equal(resized_nearest(masks[:, None], boxes)[:, 0], masks)
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

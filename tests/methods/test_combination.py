@@ -14,7 +14,7 @@ from kdbench.cli.pages import show_page
 from kdbench.data.batch import Batch, Part
 from kdbench.errors import UserError
 from kdbench.experiment import Unit, load_experiment, to_yaml
-from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
 from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, params_of, search_axes
 from kdbench.methods.combination import combined
 from kdbench.methods.dkd import DKD
@@ -22,6 +22,7 @@ from kdbench.methods.kd import KD
 from kdbench.methods.nkd import NKD
 from kdbench.methods.tf_nkd import TeacherFreeNKD
 from kdbench.models.outputs import Outputs, Shapes, TapShape
+from kdbench.models.trace import Example
 from kdbench.search.space import Choice, Range, When, dotted
 from kdbench.search.study import MethodStudy
 from kdbench.tasks.base import TaskInfo
@@ -51,7 +52,7 @@ class Simple(Method):
     """Has a condition in its space, learns one number, and sees a teacher only if it asks for one."""
 
     paper = Paper("a method of the tests")
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
 
     class Params(Method.Params):
         form: Annotated[str, Choice(("plain", "bent"))] = "plain"
@@ -79,7 +80,7 @@ class Inner(Simple):
     teacher_taps = ("stage:-1",)
     needs_teacher_network = True
 
-    def use_teacher(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def use_teacher(self, network: nn.Module, example: Example) -> None:
         self.given = [network]
 
 
@@ -87,7 +88,7 @@ class Outer(Simple):
     version = 2
     student_taps = ("stage:1", "pooled")
     needs_teacher = False
-    tasks = frozenset({"classification", "presence"})
+    reads = frozenset({"class logits", "presence"})
 
 
 BOTH = combined((("inner", Inner), ("outer", Outer)))
@@ -113,10 +114,10 @@ def test_it_needs_what_any_of_its_parts_needs():
     assert (BOTH.needs_teacher, BOTH.needs_teacher_network, BOTH.batch_coupled) == (True, True, False)
     assert method_class(spec("kd+tf_nkd")).batch_coupled
     assert not method_class(spec("label_smoothing+tf_nkd")).needs_teacher
-    assert BOTH.tasks == frozenset({"classification", "presence"})
-    assert not method_class(spec("kd+nkd")).supports("segmentation")
-    assert method_class(spec("kd+label_smoothing")).supports("segmentation")
-    assert combined((("a", Inner),)).tasks == ANY_TASK
+    assert BOTH.reads == frozenset({"class logits", "presence"})
+    assert not method_class(spec("kd+nkd")).supports(frozenset({"pixel logits"}))
+    assert method_class(spec("kd+label_smoothing")).supports(frozenset({"pixel logits"}))
+    assert combined((("a", Inner),)).reads == MAPS_ALONE
 
 
 def test_its_taps_are_the_union_in_order():

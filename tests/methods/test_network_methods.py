@@ -431,8 +431,8 @@ def test_the_saved_file_is_a_plain_student_with_the_trained_ones_predictions(tmp
     finished_record(run, layout(tmp_path))
     plain = run.task.build_model(run.unit.student).double()
     plain.load_state_dict(load_file(layout(tmp_path).student(run.unit.key)), strict=True)
-    trained = predict(run.evaluated, run.splits.val, LocalSession(), "fp64")
-    torch.testing.assert_close(predict(plain, run.splits.val, LocalSession(), "fp64"), trained, rtol=1e-10, atol=1e-10)
+    trained = predict(run.evaluated, run.splits.val, LocalSession(), "fp64", run.task)
+    torch.testing.assert_close(predict(plain, run.splits.val, LocalSession(), "fp64", run.task), trained, rtol=1e-10, atol=1e-10)
 
 
 def test_a_killed_training_of_an_expanded_student_continues_to_the_same_bits(tmp_path: Path):

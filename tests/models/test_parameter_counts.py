@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kdbench.catalogue import resolve
+from kdbench.data.columns import named
 from kdbench.models import MODELS
 
 # For 100 classes and 3 channels, as the distillation literature reports them for CIFAR-100.
@@ -59,12 +60,12 @@ def test_depth_adds_the_same_blocks_to_narrow_resnets() -> None:
     assert count(build("wrn_40_1")) - count(build("wrn_16_1")) == 4 * one_more_block_a_stage
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("tiny_cnn", 24_058), ("tiny_fcn", 5_442), ("small_fcn", 120_938)])
+@pytest.mark.parametrize(("name", "parameters"), [("tiny_cnn", 24_058), ("tiny_fcn", 5_442), ("small_fcn", 120_938), ("tiny_fcos", 31_064)])
 def test_small_networks_stay_small(name: str, parameters: int) -> None:
     assert count(build(name, num_classes=10, in_channels=1)) == parameters
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("fcn")])
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith(("fcn", "fcos"))])
 def test_classifiers_take_grey_images_of_28_pixels(name: str) -> None:
     model = build(name, num_classes=7, in_channels=1).eval()
     with torch.no_grad():
@@ -117,7 +118,8 @@ def test_large_images_are_pooled_once_more_by_vgg() -> None:
 def test_every_weight_is_used() -> None:
     for name in MODELS:
         model = build(name, num_classes=3)
-        model(torch.rand(2, 3, 32, 32)).square().sum().backward()
+        given = named(model(torch.rand(2, 3, 32, 32)), "prediction")
+        sum(values.square().sum() for values in given.values()).backward()
         unused = [key for key, parameter in model.named_parameters() if parameter.grad is None]
         assert unused == [], name
 

@@ -111,7 +111,9 @@ def test_a_registered_student_loads_and_serves_a_prediction(
     ended = kdbench("export", record.run_id, "--register", "small-student", "--results", folder)
     assert ended.code == 0, ended.err
     assert ended.out.startswith(f"models:/small-student/1 is new, at {tracking_uri(folder)}\n")
-    assert "input: float32 images 3x32x32 in [0, 1], any number of them\noutput: 5 for each image\n" in ended.out
+    assert (
+        "input: float32 images 3x32x32, any number of them, in [0, 1], which the graph normalises\noutput: 5 for each image\n" in ended.out
+    )
     assert list(Path.cwd().iterdir()) == []
 
     network, images, _ = deployed(record, folder)
@@ -160,7 +162,7 @@ def test_a_run_without_weights_or_a_graph_that_differs_is_not_registered(
     monkeypatch.setattr(register, "_loaded", lambda *given: loaded(*given) * 1.1)
     ended = kdbench("export", record.run_id, "--register", "wrong", "--results", folder)
     assert ended.code == 1
-    assert "model wrong was not written: on 64 test images its predictions differ" in ended.err
+    assert "model wrong was not written: on 64 test samples its predictions differ" in ended.err
     gone = record.model_copy(update={"run_id": "01GONE", "unit_key": "gone", "artifacts_uri": "students/gone/student.safetensors"})
     ResultStore(folder).append(gone)
     ended = kdbench("export", "01GONE", "--register", "wrong", "--results", folder)

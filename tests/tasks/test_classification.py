@@ -32,7 +32,7 @@ def logits(count: int, classes: int, scale: float = 3.0) -> tuple[torch.Tensor, 
 
 def test_info_says_what_the_data_is(task):
     assert task.info.num_classes == 5
-    assert task.info.image_shape == (3, 16, 16)
+    assert task.info.example == (3, 16, 16)
     assert task.info.class_names == ("circle", "square", "triangle", "cross", "ring")
 
 
@@ -162,5 +162,5 @@ def test_a_model_that_cannot_take_the_images_is_refused(task, monkeypatch):
 
 
 def test_data_with_masks_is_refused():
-    with pytest.raises(UserError, match="needs one label per image; data 'shapes' gives one per pixel"):
+    with pytest.raises(UserError, match=r"needs one label per sample, int64 .*; data 'shapes' gives one per pixel"):
         Classification(Classification.Options(data=DataSpec.model_validate({"name": "shapes", "train": 5, "test": 2, "size": 16})))

@@ -51,8 +51,11 @@ class Labels:
 
     name = "labels"
 
+    def inputs_for(self, role: str, inputs: Tensor) -> Tensor:
+        return inputs
+
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return {"cross_entropy": F.cross_entropy(outputs.logits, batch.target)}
+        return {"cross_entropy": F.cross_entropy(outputs.logits, batch.labels)}
 
 
 def distiller(name: str, samples: Part) -> tuple[Distiller, Taps]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
-from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
 from kdbench.models.outputs import Outputs
 from kdbench.training.distiller import Distiller, Weights
 
@@ -21,7 +21,7 @@ class Mean(Method):
     """The mean logit."""
 
     paper = Paper("a method of the tests")
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     needs_teacher = False
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
@@ -47,6 +47,9 @@ class Labels:
     """The part of a task that a distiller asks for."""
 
     name = "labels"
+
+    def inputs_for(self, role: str, inputs: Tensor) -> Tensor:
+        return inputs
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"largest": outputs.logits.max()}

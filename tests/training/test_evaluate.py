@@ -22,6 +22,7 @@ from tests.training.gloo import free_port, joined
 from tests.training.units import layout, unit
 
 CPU = torch.device("cpu")
+TASK = build_task(unit().task)
 
 
 def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was() -> None:
@@ -29,7 +30,7 @@ def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was() -
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3))
     images = torch.randint(256, (10, 1, 8, 8), dtype=torch.uint8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = predict(model.train(), Part(images, torch.zeros(10), torch.arange(10)), LocalSession(device=CPU), "fp32", batch_size=4)
+    found = predict(model.train(), Part(images, torch.zeros(10), torch.arange(10)), LocalSession(device=CPU), "fp32", TASK, batch_size=4)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
@@ -52,21 +53,21 @@ class SharingSession(AlikeSession):
 def test_workers_share_out_the_samples_and_join_what_they_predict_in_the_order_of_the_part(samples: int, workers: int) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Flatten(2)).double()
     part = Part(torch.randint(256, (samples, 1, 2, 2), dtype=torch.uint8), torch.zeros(samples), torch.arange(samples))
-    alone = predict(model, part, LocalSession(device=CPU), "fp64")
+    alone = predict(model, part, LocalSession(device=CPU), "fp64", TASK)
     sessions = [SharingSession(workers, rank) for rank in range(workers)]
     for session in sessions:
-        predict(model, part, session, "fp64")
+        predict(model, part, session, "fp64", TASK)
     assert [len(session.own) for session in sessions] == [math.ceil(samples / workers)] * workers
     for session in sessions:
         session.everyones = torch.cat([each.own for each in sessions])
-        torch.testing.assert_close(predict(model, part, session, "fp64"), alone)
+        torch.testing.assert_close(predict(model, part, session, "fp64", TASK), alone)
 
 
 @pytest.mark.parametrize(("precision", "kept"), [("fp64", torch.float64), ("bf16", torch.float32), ("fp32", torch.float32)])
 def test_predictions_are_float32_or_wider(precision: str, kept: torch.dtype) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).to(torch.float64 if precision == "fp64" else torch.float32)
     part = Part(torch.randint(256, (2, 1, 2, 2), dtype=torch.uint8), torch.zeros(2), torch.arange(2))
-    assert predict(model, part, LocalSession(device=CPU), precision).dtype == kept
+    assert predict(model, part, LocalSession(device=CPU), precision, TASK).dtype == kept
 
 
 def worker(rank: int, port: int, text: str, folder: str) -> None:
@@ -80,7 +81,7 @@ def test_two_workers_measure_the_batch_statistics_that_are_saved(tmp_path: Path,
     torch.multiprocessing.spawn(worker, (free_port(), both.model_dump_json(), str(tmp_path)), nprocs=2)
     task, where = build_task(both.task), layout(tmp_path)
     saved = task.build_model(both.student.model_copy(update={"weights": where.student(both.key)})).double()
-    alone = predict(saved, task.splits().test, LocalSession(device=CPU), "fp64")
+    alone = predict(saved, task.splits().test, LocalSession(device=CPU), "fp64", task)
     stored, _ = unpack_predictions((tmp_path / where.predictions(both.key, task.splits().test_hash)).read_bytes())
     # they are rounded to half precision, which two sums of one number in float64 may be to different sides of
     torch.testing.assert_close(stored.double(), alone, rtol=torch.finfo(torch.half).eps, atol=1e-6)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kdbench.data.batch import Batch
 from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit
-from kdbench.methods.base import ANY_TASK, Method, OwnOptimizer, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Method, OwnOptimizer, Paper, Progress
 from kdbench.models.outputs import Outputs, Shapes, predicted
 from kdbench.tasks.base import TaskInfo
 from kdbench.tasks.build import build_task
@@ -29,7 +29,7 @@ from kdbench.training.assembly import Training, assemble
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
 from kdbench.training.loop import close_epoch, fit, mean_losses, share_buffers, train_epoch, train_step
 from kdbench.training.outcome import rederive
-from kdbench.training.precision import images_for
+from kdbench.training.precision import placed_inputs
 from kdbench.training.session import LocalSession, State
 from kdbench.training.teacher import LiveTeacher
 from kdbench.training.work import attempt
@@ -406,7 +406,7 @@ class Apart(Method):
     """Has a part with a learning rate of its own, and remembers how far the training was."""
 
     paper = Paper("a method of the tests")
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     needs_teacher = False
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
@@ -459,7 +459,7 @@ def test_workers_with_unequal_shares_of_a_batch_give_its_loss_as_their_mean(accu
     alone = assemble(unit(recipe=recipe), LocalSession())
     batch = next(iter(alone.loader.batches(0)))
     with torch.no_grad():
-        right = F.cross_entropy(predicted(alone.distiller.student, images_for(batch.inputs, "fp64")), batch.target)
+        right = F.cross_entropy(predicted(alone.distiller.student, placed_inputs(batch.inputs, "fp64")), batch.target)
     whole = train_step(alone, batch)
     torch.testing.assert_close(whole, right.expand(2), rtol=1e-12, atol=1e-12)  # the task's loss, and the sum of all terms
     losses = []

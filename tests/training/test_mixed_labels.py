@@ -59,7 +59,7 @@ def test_the_cached_teacher_saw_the_mixtures_that_the_student_sees(tmp_path: Pat
     described = unit("kd", ref, recipe=MIXED)
     task = build_task(described.task)
     cache = open_cache(with_cache(ref, described, tmp_path / "cache").cache or Path())
-    live = LiveTeacher(load_teacher(ref, task, CPU), (), "fp32")
+    live = LiveTeacher(load_teacher(ref, task, CPU), task, (), "fp32")
     # The cache saw other batches than each rank does, so its logits may be rounded otherwise in float32.
     # Near the middle between two numbers of half precision, they then become the other one.
     neighbour = torch.finfo(torch.float16).eps

@@ -105,7 +105,7 @@ def test_predictions_that_half_precision_serves_are_kept_as_they_always_were(tmp
     task = build_task(TaskSpec.model_validate(units.TASK))
     test = task.splits().test
     network = task.build_model(ModelSpec(name=LOUD, weights=tmp_path / "weights.safetensors"))
-    half = predict(network, test, LocalSession(), "fp32").half()
+    half = predict(network, test, LocalSession(), "fp32", task).half()
     assert torch.equal(kept(record, tmp_path), half)
     assert record.metrics == task.metrics(half.float(), test.target)
     older = save({"prediction": half.contiguous(), "index": test.index.contiguous()})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdbench.data.batch import Batch
 from kdbench.experiment import Unit
-from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
 from kdbench.models.outputs import Outputs
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
@@ -31,7 +31,7 @@ class Noise(Method):
     """Draws from every source of random numbers, and keeps what it drew; the loss depends on it."""
 
     paper = Paper("a method of the tests")
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     needs_teacher = False
 
     class Params(Method.Params):

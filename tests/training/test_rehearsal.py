@@ -43,7 +43,7 @@ def test_networks_and_generators_stay_exactly_as_they_were() -> None:
     before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in (student, teacher)]
     assert isinstance(student, Draws)
     steps, flags, drawn = student.steps, [m.training for m in student.modules()], generators()
-    theirs = tap_shapes(teacher, task.info.image_shape)
+    theirs = tap_shapes(teacher, task.info.example)
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
     rehearsal.teacher(teacher)
     student.steps = steps
@@ -81,7 +81,7 @@ def test_every_method_is_rehearsed_and_one_that_needs_the_teachers_network_is_le
     task = build_task(experiment.task)
     student = task.build_model(experiment.students[0])
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
-    theirs = tap_shapes(student, task.info.image_shape)
+    theirs = tap_shapes(student, task.info.example)
     assert "srrl" in METHODS
     assert rehearsal.student(experiment.students[0], student, theirs, None) == ("srrl",)
     assert rehearsal.student(experiment.students[0], student, theirs, student) == ()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
-from kdbench.methods.base import ANY_TASK, Method, Paper, Progress
+from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
 from kdbench.models.outputs import Outputs
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
@@ -23,7 +23,7 @@ class Own(Method):
     """A method of a user's; `kind` says what is wrong with its terms."""
 
     paper = Paper("a method of the tests")
-    tasks = ANY_TASK
+    reads = MAPS_ALONE
     needs_teacher = False
 
     class Params(Method.Params):
@@ -106,7 +106,7 @@ def test_two_parts_of_a_combination_can_not_have_one_name(tmp_path: Path) -> Non
 
     class Dotted(Method):
         paper = Paper("a method of the tests")
-        tasks = ANY_TASK
+        reads = MAPS_ALONE
         needs_teacher = False
 
         def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def test_two_parts_of_a_combination_can_not_have_one_name(tmp_path: Path) -> Non
 
     class Plain(Method):
         paper = Paper("a method of the tests")
-        tasks = ANY_TASK
+        reads = MAPS_ALONE
         needs_teacher = False
 
         def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from kdbench.experiment import CacheOptions, TeacherRef, Unit
 from kdbench.models.build import ModelSpec
+from kdbench.models.detectors.fcos import decoded
+from kdbench.models.detectors.positions import positions
 from kdbench.records.record import RunRecord
 from kdbench.storage.layout import Layout
 from kdbench.tasks.build import TaskSpec, build_task
@@ -50,6 +52,21 @@ def smooth_net(num_classes: int, in_channels: int, dropout: float = 0.0) -> nn.M
 def dense_net(num_classes: int, in_channels: int) -> nn.Module:
     """Logits for each pixel, without batch statistics."""
     return nn.Sequential(nn.Conv2d(in_channels, 6, 3, padding=1), nn.GELU(), nn.Conv2d(6, num_classes, 3, padding=1))
+
+
+class PlainDetector(nn.Module):
+    """Class logits and boxes at strides 4 and 8, without batch statistics."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(in_channels, 8, 4, stride=4), nn.Conv2d(8, 8, 2, stride=2)
+        self.head = nn.Conv2d(8, num_classes + 4, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        fine = torch.nn.functional.gelu(self.fine(images))
+        cells = torch.cat([self.head(level).flatten(2).mT for level in (fine, self.coarse(fine))], dim=1)
+        centres, strides = (numbers.to(cells) for numbers in positions((images.shape[-2], images.shape[-1]), (4, 8)))
+        return {"logits": cells[..., :-4], "boxes": decoded(cells[..., -4:], centres, strides)}
 
 
 def unit(method: str | dict[str, Any] = "none", teacher: TeacherRef | None = None, **changes: Any) -> Unit:

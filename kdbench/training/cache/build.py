@@ -14,14 +14,16 @@ import numpy as np
 import torch
 
 from kdbench.data.batch import Batch
+from kdbench.data.columns import Columns, mapped
 from kdbench.data.loader import in_order, view_batches
 from kdbench.data.views import Augment
 from kdbench.errors import RunFailed
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import probe
+from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
 from kdbench.training.cache.outputs import LOGITS, TEST, CacheSpec, entry_text, open_cache, read_entry, row_of, tap_stream
-from kdbench.training.cache.streams import ENTRY, Kind, Manifest, Shard, ShardWriter, Stream, StreamFiles, streams_in
+from kdbench.training.cache.streams import ENTRY, Kind, Manifest, Shard, ShardWriter, Stream, StreamFiles, layout_of, streams_in
 from kdbench.training.cache.top_k import smallest_faithful
 from kdbench.training.checkpoint import write_atomically
 from kdbench.training.teacher import LiveTeacher, load_teacher
@@ -98,13 +100,17 @@ class Builder:
         self._live: dict[tuple[str, ...], LiveTeacher] = {}
 
     @cached_property
+    def task(self) -> Task:
+        return build_task(self.spec.task)
+
+    @cached_property
     def network(self) -> torch.nn.Module:
-        return load_teacher(self.spec.teacher, build_task(self.spec.task), self.device)
+        return load_teacher(self.spec.teacher, self.task, self.device)
 
     def teacher(self, taps: tuple[str, ...]) -> LiveTeacher:
         if taps not in self._live:
             ref = self.spec.teacher
-            self._live[taps] = LiveTeacher(self.network, taps, ref.precision, ref.memory_format)
+            self._live[taps] = LiveTeacher(self.network, self.task, taps, ref.precision, ref.memory_format)
         return self._live[taps]
 
     # --- before ------------------------------------------------------------------------------------------------------
@@ -115,9 +121,9 @@ class Builder:
         Logits come first, then the sets that add the least. What is there already counts, and stays.
         """
         wanted = sorted({tuple(dict.fromkeys(taps)) for taps in tap_sets if taps})
-        shapes = probe(self.network, build_task(self.spec.task).info.image_shape, {tap for taps in wanted for tap in taps})
+        shapes = probe(self.network, self.task.example("teacher"), {tap for taps in wanted for tap in taps})
         logits, measured = self._logits(shapes)
-        chosen = {LOGITS: logits, TEST: self._stream(TEST, "prediction", shapes.prediction)}
+        chosen = {LOGITS: logits, TEST: self._stream(TEST, "prediction", self._kept)}
         budget = self.spec.options.budget_gb * 1e9
         size = sum(stream.nbytes for stream in chosen.values())
         if size > budget and not self._finished(LOGITS):
@@ -134,13 +140,24 @@ class Builder:
             size = with_them
         return Plan(tuple(self._pieces(chosen.values(), wanted)), tuple(chosen.values()), size, too_big, measured)
 
-    def _stream(self, name: str, kind: Kind, shape: tuple[int, ...], top_k: int | None = None) -> Stream:
+    def _stream(self, name: str, kind: Kind, of: Columns | tuple[int, ...], top_k: int | None = None) -> Stream:
+        """of: the shape of one row, or rows like those that come."""
         splits, test = self.spec.splits, name == TEST
-        images = len(splits.test if test else splits.transfer)
-        precision = self.spec.options.precision
         return Stream(
-            name=name, kind=kind, shape=shape, views=1 if test else self.spec.views, images=images, precision=precision, top_k=top_k
+            name=name,
+            kind=kind,
+            **({"shape": of} if isinstance(of, tuple) else layout_of(of)),
+            views=1 if test else self.spec.views,
+            images=len(splits.test if test else splits.transfer),
+            precision=self.spec.options.precision,
+            top_k=top_k,
         )
+
+    @cached_property
+    def _kept(self) -> Columns:
+        """What the task keeps of the teacher's prediction of a test image."""
+        (batch,) = view_batches(self.spec.splits.test, 0, Augment(), 0, 1, self.device, range(1))
+        return self.task.kept(self.teacher(())(batch).prediction)
 
     def _finished(self, name: str) -> bool:
         return StreamFiles(self.folder, name).open() is not None
@@ -151,12 +168,19 @@ class Builder:
         if kept is not None:
             return kept.stream, kept.measured
         top_k, measured = self.spec.options.top_k, None
-        classes = shapes.prediction[0] if len(shapes.prediction) == 1 else 0  # top_k is for one vector of logits an image
+        one_vector = not isinstance(shapes.prediction, dict) and len(shapes.prediction) == 1
+        classes = shapes.logits[0] if one_vector else 0  # top_k is for one vector of logits an image
         if top_k == "auto":
             top_k, measured = smallest_faithful(self._some_logits()) if classes else (None, None)
         if top_k is not None and top_k >= classes:
             top_k = None
-        return self._stream(LOGITS, "prediction", shapes.prediction, top_k), measured
+        of = shapes.prediction if isinstance(shapes.prediction, tuple) else self._some_prediction
+        return self._stream(LOGITS, "prediction", of, top_k), measured
+
+    @cached_property
+    def _some_prediction(self) -> Columns:
+        (batch,) = self._batches(Shard(0, 0, 0, 1), test=False)
+        return self.teacher(())(batch).prediction
 
     def _some_logits(self) -> torch.Tensor:
         batches = self._batches(Shard(0, 0, 0, min(_MEASURED, len(self.spec.splits.transfer))), test=False)
@@ -179,7 +203,7 @@ class Builder:
         times = []
         for _ in range(3):  # the first warms up; other load can only lengthen the rest
             start = time.perf_counter()
-            teacher(batch).logits.float().cpu()
+            mapped(teacher(batch).prediction, lambda tensor: tensor.float().cpu())
             times.append(time.perf_counter() - start)
         return min(times) / len(batch) * plan.images
 
@@ -219,13 +243,14 @@ class Builder:
             for name, writer in writers.items():
                 writer.write_packed(rows[name])
 
-    def _outputs(self, piece: Piece) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def _outputs(self, piece: Piece) -> Iterator[tuple[int, dict[str, Columns]]]:
         """Batch by batch: how many images, and what each stream gets."""
         teacher = self.teacher(piece.taps)
         for batch in self._batches(piece.shard, piece.test):
             outputs = teacher(batch)
             maps = {tap_stream(tap): tensor for tap, tensor in outputs.maps.items()}
-            yield len(batch), {name: maps.get(name, outputs.logits) for name in piece.streams}
+            prediction = self.task.kept(outputs.prediction) if piece.test else outputs.prediction
+            yield len(batch), {name: maps.get(name, prediction) for name in piece.streams}
 
     @contextmanager
     def _writing(self, piece: Piece) -> Iterator[dict[str, ShardWriter]]:

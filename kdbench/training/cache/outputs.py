@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdbench.bounded import open_regular, read_file
 from kdbench.data.batch import Batch
+from kdbench.data.columns import Columns, single
 from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.errors import RunFailed, in_one_line
 from kdbench.experiment import CacheOptions, Recipe, TeacherRef, content_hash
@@ -132,8 +133,8 @@ class Mapped:
     stream: Stream
     rows: np.ndarray
 
-    def get(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """float32 [B, *shape] for row numbers [B]."""
+    def get(self, rows: np.ndarray, device: torch.device) -> Columns:
+        """float32 [B, *shape] for row numbers [B]; several by name where the stream has parts."""
         return self.stream.unpacked(self.rows[rows], device)
 
 
@@ -149,12 +150,13 @@ class TeacherCache:
     def shapes(self) -> Shapes:
         """As a probe of the teacher would find them."""
         taps = {name: TapShape(tap.stream.kind, tap.stream.shape) for name, tap in self.taps.items() if tap.stream.kind != "prediction"}
-        return Shapes(self.logits.stream.shape, taps)
+        return Shapes(self.logits.stream.parts or self.logits.stream.shape, taps)
 
     def __call__(self, batch: Batch) -> Outputs:
         rows = self._rows(batch.index, batch.view)
-        device = batch.inputs.device
-        return Outputs(self.logits.get(rows, device), {name: tap.get(rows, device) for name, tap in self.taps.items()})
+        device = batch.index.device
+        maps = {name: single(tap.get(rows, device), "") for name, tap in self.taps.items()}
+        return Outputs(self.logits.get(rows, device), maps)
 
     def _rows(self, index: Tensor, view: int) -> np.ndarray:
         rows = self.row_of[index.cpu()]
@@ -178,8 +180,8 @@ def open_cache(folder: Path, taps: Sequence[str] = ()) -> TeacherCache | None:
     return TeacherCache(there[LOGITS], {tap: there[tap_stream(tap)] for tap in taps}, row_of(folder, entry))
 
 
-def cached_test(folder: Path) -> Tensor | None:
-    """The teacher's predictions for the clean test part, float32 [M, ...] in its order; None where they are not there."""
+def cached_test(folder: Path) -> Columns | None:
+    """What the task keeps of the teacher's predictions for the clean test part, float32 [M, ...] in its order; None where it is not."""
     test = _mapped(folder, TEST) if read_entry(folder) is not None else None
     return test.get(np.arange(test.stream.rows), torch.device("cpu")) if test is not None else None
 

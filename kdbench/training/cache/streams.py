@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -25,11 +26,14 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from kdbench.bounded import open_regular, read_file
-from kdbench.data.options import StrictOptions
+from kdbench.data.columns import Columns, alone, named, single
+from kdbench.data.options import LEFT_OUT_UNSET, StrictOptions
 from kdbench.errors import RunFailed, UserError, in_one_line, not_written
+from kdbench.models.trace import sample_shapes
 from kdbench.training.cache.top_k import densified, largest
 from kdbench.training.checkpoint import write_atomically
 
+_LARGEST_WHOLE = {"fp16": 2**11, "fp32": 2**24}  # up to here each whole number has a form of its own
 SHARD_ROWS = 2048  # the images that a killed build may have to predict again, and the least that a parallel build shares out
 
 # Bytes of a manifest: 600,000 shards, which are 10^9 images. An entry's facts are some hundred bytes.
@@ -54,6 +58,8 @@ class Stream(StrictOptions):
     """What a stream holds: for each of `views` passes over `images` images one row of this kind and shape.
 
     top_k: of a prediction's classes only so many are kept, with the log of the sum of the others' exponentials; all where it is None.
+    parts: of a prediction of several tensors, the shape of one row of each by name; they lie end to end in a row of the stream.
+    whole: which of the parts are whole numbers.
     """
 
     name: str
@@ -64,6 +70,8 @@ class Stream(StrictOptions):
     precision: Literal["fp16", "fp32"]
     top_k: int | None = None
     shard_rows: int = Field(default_factory=lambda: SHARD_ROWS)
+    parts: Annotated[dict[str, tuple[int, ...]] | None, LEFT_OUT_UNSET] = None
+    whole: Annotated[tuple[str, ...] | None, LEFT_OUT_UNSET] = None
 
     @property
     def rows(self) -> int:
@@ -94,15 +102,27 @@ class Stream(StrictOptions):
                 yield Shard(number, view, start, min(start + self.shard_rows, self.images))
                 number += 1
 
-    def packed(self, outputs: Tensor) -> np.ndarray:
-        """Outputs [B, *shape] as they are stored. Raises UserError for finite numbers that half precision has no room for."""
-        outputs = outputs.float()
+    def packed(self, outputs: Columns) -> np.ndarray:
+        """Outputs [B, *shape] as they are stored. Raises UserError for numbers that half precision has no room for."""
+        outputs = (torch.cat([self._row(name, outputs) for name in self.parts], 1) if self.parts else self._row("", outputs)).float()
         if self.top_k is None:
             return self._numbers(outputs)
         values, classes, rest = largest(outputs, self.top_k)
         rows = np.empty(len(outputs), self.dtype)
         rows["values"], rows["classes"], rows["rest"] = self._numbers(values), classes.cpu().numpy(), rest.cpu().numpy()
         return rows
+
+    def _row(self, name: str, outputs: Columns) -> Tensor:
+        """One part's numbers, [B, numbers]; those of a stream without parts, [B, *shape]."""
+        tensor = single(outputs, name)
+        if not self.parts:
+            return tensor
+        if name in (self.whole or ()) and tensor.numel() and int(tensor.abs().max()) > _LARGEST_WHOLE[self.precision]:
+            raise UserError(
+                f"cache.precision: {name} of the teacher's {self.name} reaches {int(tensor.abs().max())}, more than {self.precision} holds "
+                "exactly" + ("; set cache.precision to fp32" if self.precision == "fp16" else "")
+            )
+        return tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
 
     def _numbers(self, outputs: Tensor) -> np.ndarray:
         stored = outputs.to(torch.float16 if self.precision == "fp16" else torch.float32)
@@ -113,12 +133,28 @@ class Stream(StrictOptions):
             )
         return stored.cpu().contiguous().numpy()
 
-    def unpacked(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """Stored rows as float32 outputs [B, *shape]."""
+    def unpacked(self, rows: np.ndarray, device: torch.device) -> Columns:
+        """Stored rows as float32 outputs [B, *shape], whole numbers as int64."""
         if self.top_k is None:
-            return torch.from_numpy(rows).to(device, non_blocking=True).float()
+            flat = torch.from_numpy(rows).to(device, non_blocking=True).float()
+            return flat if self.parts is None else self._split(flat, self.parts)
         values, classes, rest = (torch.from_numpy(np.ascontiguousarray(rows[name])) for name in ("values", "classes", "rest"))
         return densified(values.float(), classes.long(), rest, self.shape[0]).to(device, non_blocking=True)
+
+    def _split(self, rows: Tensor, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        pieces = rows.split([math.prod(shape) for shape in parts.values()], dim=1)
+        split = {name: piece.reshape(len(rows), *shape) for (name, shape), piece in zip(parts.items(), pieces, strict=True)}
+        return {name: piece.long() if name in (self.whole or ()) else piece for name, piece in split.items()}
+
+
+def layout_of(columns: Columns) -> dict[str, Any]:
+    """The keys of a Stream that holds such rows: `shape`, and the parts of a row where there are several tensors."""
+    if alone(columns):
+        return {"shape": sample_shapes(columns)}
+    tensors = named(columns, "")
+    parts = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+    whole = tuple(name for name, tensor in tensors.items() if not tensor.is_floating_point())
+    return {"shape": (sum(map(math.prod, parts.values())),), "parts": parts, "whole": whole or None}
 
 
 class Manifest(StrictOptions):
@@ -279,7 +315,7 @@ class ShardWriter:
     def __exit__(self, *exception: object) -> None:
         os.close(self._file)
 
-    def write(self, outputs: Tensor) -> None:
+    def write(self, outputs: Columns) -> None:
         """The next rows, outputs [B, *shape]."""
         self.write_packed(self._stream.packed(outputs).tobytes())
 

@@ -113,7 +113,7 @@ def shown(unit_: Unit, epochs: int) -> Iterator[Batch]:
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_every_sample_view_and_tap_has_its_own_live_output(tmp_path: Path, augmented: Unit, precision: str) -> None:
     cache = built(augmented, tmp_path / "cache", TAPS, precision=precision)
-    live = LiveTeacher(load_teacher(teacher_of(augmented), build_task(augmented.task), CPU), TAPS, "fp32")
+    live = LiveTeacher(load_teacher(teacher_of(augmented), build_task(augmented.task), CPU), build_task(augmented.task), TAPS, "fp32")
     rounded = torch.float16 if precision == "fp16" else torch.float32
     seen = set()
     for batch in shown(augmented, epochs=4):
@@ -131,7 +131,7 @@ def test_every_sample_view_and_tap_has_its_own_live_output(tmp_path: Path, augme
 
 def test_the_cache_knows_the_shapes_that_a_probe_of_the_teacher_finds(tmp_path: Path, augmented: Unit) -> None:
     task = build_task(augmented.task)
-    probed = probe(load_teacher(teacher_of(augmented), task, CPU), task.info.image_shape, TAPS)
+    probed = probe(load_teacher(teacher_of(augmented), task, CPU), task.info.example, TAPS)
     assert built(augmented, tmp_path / "cache", TAPS).shapes == probed
 
 
@@ -152,7 +152,7 @@ def test_tokens_are_cached_as_tokens(tmp_path: Path) -> None:
     tokens = unit("kd", saved_teacher(tmp_path, model={"name": f"{__name__}:Tokens"}))
     cache = built(tokens, tmp_path / "cache", ("tokens",))
     assert cache.shapes.taps == {"tokens": TapShape("tokens", (49, 8))}
-    live = LiveTeacher(load_teacher(teacher_of(tokens), build_task(tokens.task), CPU), ("tokens",), "fp32")
+    live = LiveTeacher(load_teacher(teacher_of(tokens), build_task(tokens.task), CPU), build_task(tokens.task), ("tokens",), "fp32")
     batch = next(shown(tokens, 1))
     assert torch.equal(cache(batch).maps["tokens"], live(batch).maps["tokens"].half().float())
 
@@ -160,7 +160,11 @@ def test_tokens_are_cached_as_tokens(tmp_path: Path) -> None:
 def test_the_test_set_is_cached_in_order(tmp_path: Path, augmented: Unit) -> None:
     built(augmented, tmp_path / "cache")
     task = build_task(augmented.task)
-    expected = predict(load_teacher(teacher_of(augmented), task, CPU), task.splits().test, LocalSession(device=CPU), "fp32").half().float()
+    expected = (
+        predict(load_teacher(teacher_of(augmented), task, CPU), task.splits().test, LocalSession(device=CPU), "fp32", task, "teacher")
+        .half()
+        .float()
+    )
     cached = cached_test(tmp_path / "cache")
     assert cached is not None
     assert torch.equal(cached, expected)
@@ -425,7 +429,7 @@ def test_what_does_not_fit_the_budget_stays_live_the_largest_first(tmp_path: Pat
     sets = [("stage:0",), ("stage:-1", "pooled"), ("pooled",), ()]
     rows, test = 3 * 300, 2000
     task = build_task(augmented.task)
-    shapes = probe(load_teacher(teacher_of(augmented), task, CPU), task.info.image_shape, ("stage:0", "stage:-1", "pooled"))
+    shapes = probe(load_teacher(teacher_of(augmented), task, CPU), task.info.example, ("stage:0", "stage:-1", "pooled"))
     size = {tap: 2 * rows * int(np.prod(shape.shape)) for tap, shape in shapes.taps.items()}
     base = 2 * 10 * (rows + test)
 

@@ -1,0 +1,60 @@
+"""Where a detector's predictions stand in its input: the cells of a feature pyramid, all levels laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdbench.errors import UserError
+
+FIRST_STRIDE = 4  # of the finest level, in input pixels; each further level has twice the stride of the one before
+MOST_LEVELS = 4
+
+
+def strides_of_levels(levels: int) -> tuple[int, ...]:
+    """Strides of a pyramid's levels from the finest on, in input pixels: 4, 8, 16, ..."""
+    return tuple(FIRST_STRIDE << level for level in range(levels))
+
+
+def grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Rows and columns of a level whose maps come from convolutions of stride 2 with padding: the size over the stride, rounded up."""
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
+def positions(size: tuple[int, int], strides: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The cells of all levels: level by level, each row by row.
+
+    Cell (row, column) of a level stands at ((column + 1/2) stride, (row + 1/2) stride) (Tian et al., ICCV 2019, section 3.1).
+
+    Args:
+        size: Height and width of the input in pixels.
+        strides: Of the levels, in input pixels.
+        device: Of the result; the CPU by default.
+
+    Returns:
+        Centres float32 [P, 2] of x and y in input pixels, and each cell's stride, float32 [P].
+    """
+    centres, of_cells = [], []
+    for stride in strides:
+        rows, columns = grid(size, stride)
+        y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+        centres.append((torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5) * stride)
+        of_cells.append(torch.full((rows * columns,), float(stride), device=device))
+    return torch.cat(centres), torch.cat(of_cells)
+
+
+def strides_of_count(size: tuple[int, int], count: int) -> tuple[int, ...]:
+    """The strides 4, 8, ... of the pyramid that has `count` cells for inputs of this height and width.
+
+    Raises:
+        UserError: No pyramid of up to four levels has so many cells.
+    """
+    for levels in range(1, MOST_LEVELS + 1):
+        strides = strides_of_levels(levels)
+        if sum(rows * columns for rows, columns in (grid(size, stride) for stride in strides)) == count:
+            return strides
+    raise UserError(
+        f"A detector of {count} positions has no pyramid with strides {', '.join(map(str, strides))} for inputs of {size[0]}x{size[1]}."
+    )

@@ -1,0 +1,158 @@
+"""Detection through the frame: what decides a step, what is cached, stored, exported and measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdbench.data.batch import Batch, Part
+from kdbench.data.columns import several
+from kdbench.data.kinds import has_box
+from kdbench.data.loader import Loader
+from kdbench.data.sources import DataSpec
+from kdbench.data.views import Augment
+from kdbench.errors import UserError
+from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.tasks.detection import Detection
+from kdbench.training.assembly import assemble
+from kdbench.training.cache.outputs import open_cache
+from kdbench.training.loop import fit, train_step
+from kdbench.training.outcome import rederive
+from kdbench.training.session import LocalSession
+from kdbench.training.teacher import LiveTeacher, load_teacher
+from tests.training.alike import AlikeSession
+from tests.training.units import layout, saved_teacher, unit, with_cache
+
+CPU = torch.device("cpu")
+DATA = {"name": "shapes", "target": "boxes", "size": 32, "train": 40, "test": 10}
+TASK: dict[str, Any] = {"name": "detection", "data": DATA, "val_size": 10, "transfer_size": 24}
+STUDENT = {"name": "tiny_fcos", "width": 4}
+PLAIN = {"name": "tests.training.units:PlainDetector"}  # without batch statistics
+RECIPE = {"epochs": 1, "batch_size": 12, "lr": 0.01, "precision": "fp64", "augment": {"crop": 2, "flip": True}, "views": 2}
+
+
+def detector(method: Any, folder: Path, **changes: Any) -> Any:
+    teacher = saved_teacher(folder, "fp64", {"name": "tiny_fcos", "width": 6}, TASK)
+    recipe = RECIPE | changes.pop("recipe", {})
+    return unit(method, teacher, task=TASK, recipe=recipe, **({"student": STUDENT} | changes))
+
+
+def test_views_move_boxes_with_their_images_and_labels_stay() -> None:
+    part = build_task(TaskSpec.model_validate(TASK)).splits().train
+    loader = Loader(part, 12, augment=Augment(flip=True), views=None, data_seed=0, order_seed=0)
+    batch = next(iter(loader.batches(0)))
+    rows = torch.tensor([int((part.index == index).nonzero()) for index in batch.index])
+    before, after = several(part.select(rows).target), several(batch.target)
+    assert torch.equal(after["labels"], before["labels"])
+    mirrored = before["boxes"][..., [2, 1, 0, 3]] * torch.tensor([-1.0, 1, -1, 1]) + torch.tensor([32.0, 0, 32, 0])
+    mirrored = mirrored.where(has_box(before["boxes"])[..., None], 0)
+    same = (after["boxes"] == before["boxes"]).flatten(1).all(1)
+    assert torch.equal(after["boxes"][~same], mirrored[~same])
+    assert 0 < int(same.sum()) < 12
+
+
+@pytest.mark.parametrize("method", ["none", "kd"])
+@pytest.mark.parametrize("bare", [[], [0, 1, 2, 3], list(range(12))])
+def test_micro_batches_and_workers_give_one_loss_where_images_have_no_box(tmp_path: Path, method: str, bare: list[int]) -> None:
+    """The positive cells count, of all micro-batches and workers together; an image without a box keeps the loss of its background."""
+
+    def without(batch: Batch) -> Batch:
+        boxes = several(batch.target)
+        gone = torch.isin(batch.index, everything.index[bare])
+        labels = boxes["labels"].masked_fill(gone[:, None], -1)
+        return replace(batch, target={**boxes, "labels": labels})
+
+    alone = assemble(detector(method, tmp_path, student=PLAIN), LocalSession())
+    everything = next(iter(alone.loader.batches(0)))
+    whole = train_step(alone, without(everything))
+    weights = dict(alone.distiller.student.named_parameters())
+    assert torch.isfinite(whole).all()
+    assert whole[0] > 0  # the background of every image counts
+    for pieces in (2, 4):
+        run = assemble(detector(method, tmp_path, student=PLAIN, recipe={"accumulate": pieces}), LocalSession())
+        torch.testing.assert_close(train_step(run, without(next(iter(run.loader.batches(0))))), whole, rtol=1e-10, atol=1e-12)
+        for name, weight in run.distiller.student.named_parameters():
+            torch.testing.assert_close(weight, weights[name], rtol=1e-9, atol=1e-11)
+    for workers in (2, 3):
+        losses = _of_workers(method, tmp_path, workers, without)
+        torch.testing.assert_close(losses, whole, rtol=1e-10, atol=1e-12)
+
+
+def _of_workers(method: str, folder: Path, workers: int, changed: Any) -> torch.Tensor:
+    """The mean of the workers' losses, each of whom is told how much all count together."""
+
+    class Counting(AlikeSession):
+        everyones: torch.Tensor | None = None
+        own: torch.Tensor
+
+        def gather(self, rows: torch.Tensor) -> torch.Tensor:
+            self.own = rows
+            return super().gather(rows) if self.everyones is None else self.everyones
+
+    def steps(everyones: torch.Tensor | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        losses, counted = [], []
+        for rank in range(workers):
+            session = Counting(workers, rank)
+            session.everyones = everyones
+            run = assemble(detector(method, folder, student=PLAIN, workers={"max": workers}), session)
+            losses.append(train_step(run, changed(next(iter(run.loader.batches(0))))))
+            counted.append(session.own)
+        return losses, counted
+
+    _, counted = steps(None)
+    losses, _ = steps(torch.cat(counted))
+    return torch.stack(losses).mean(0)
+
+
+def test_a_cached_teacher_says_what_a_live_one_says(tmp_path: Path) -> None:
+    each = detector("kd", tmp_path)
+    ref = with_cache(each.teacher, each, tmp_path / "cache", ("level:0",), {"precision": "fp32"})
+    run = assemble(each, LocalSession())
+    batch = next(iter(run.loader.batches(0)))
+    task = build_task(each.task)
+    live = LiveTeacher(load_teacher(ref, task, CPU), task, ("level:0",), "fp64")(batch)
+    assert ref.cache is not None
+    cache = open_cache(ref.cache, ("level:0",))
+    assert cache is not None
+    cached = cache(batch)
+    assert cache.shapes.prediction == {"logits": (80, 5), "boxes": (80, 4)}
+    for name, tensor in several(live.prediction).items():
+        torch.testing.assert_close(several(cached.prediction)[name].double(), tensor, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cached.maps["level:0"].double(), live.maps["level:0"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["none", "kd", {"name": "mgd", "student_taps": ["level:0"], "teacher_taps": ["level:0"]}])
+def test_a_training_keeps_its_best_boxes_and_its_metrics_are_theirs(tmp_path: Path, method: Any) -> None:
+    each = detector(method, tmp_path, recipe={"precision": "fp32"})
+    record = fit(each, LocalSession(), layout(tmp_path))
+    assert record.primary == "ap"
+    assert record.predictions_uri is not None
+    stored = (tmp_path / record.predictions_uri).read_bytes()
+    assert rederive(record, build_task(each.task), stored) == record.metrics
+    assert record.metrics.keys() == {"ap", "ap50", "ap75"}
+
+
+def test_data_without_boxes_are_refused_with_the_way_out() -> None:
+    with pytest.raises(UserError, match=r"needs images with `boxes` .* gives uint8 \[16, 16\]; use target: boxes"):
+        Detection(Detection.Options(data=DataSpec.model_validate({"name": "shapes", "train": 5, "test": 2, "size": 16})))
+
+
+def test_a_network_with_other_cells_than_the_tasks_strides_is_refused() -> None:
+    task = build_task(TaskSpec.model_validate({**TASK, "strides": [4, 8, 16]}))
+    from kdbench.models.build import ModelSpec
+
+    with pytest.raises(UserError, match=r"gives logits \[80, 5\], boxes \[80, 4\] for a sample, the task needs logits \[84, 5\]"):
+        task.build_model(ModelSpec.model_validate(STUDENT))
+    task.build_model(ModelSpec.model_validate({**STUDENT, "levels": 3}))
+
+
+def test_the_content_hash_knows_names_and_values_of_columns() -> None:
+    images, boxes = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 4)
+    named = Part(images, {"boxes": boxes, "labels": torch.zeros(2, 1)}, torch.arange(2))
+    other = Part(images, {"labels": torch.zeros(2, 1), "boxes": boxes + 1}, torch.arange(2))
+    renamed = Part(images, {"places": boxes, "labels": torch.zeros(2, 1)}, torch.arange(2))
+    assert len({part.sha256() for part in (named, other, renamed)}) == 3
