@@ -251,7 +251,7 @@ def _write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[s
     with silent(), _explained(metadata["model"]):
         program = torch.onnx.export(
             network,
-            (mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES]),),
+            kwargs={"images": mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])},  # a dictionary alone would be keywords
             dynamo=True,
             input_names=list(names),
             output_names=list(outputs),

@@ -10,6 +10,10 @@ MODELS: dict[str, Entry] = {
     "tiny_fcn": Entry("kdbench.models.tiny:tiny_fcn", "segmentation, 5 k parameters"),
     "small_fcn": Entry("kdbench.models.tiny:small_fcn", "segmentation, 120 k parameters"),
     "tiny_fcos": Entry("kdbench.models.detectors.fcos:tiny_fcos", "detection, 30 k parameters; options width, levels"),
+    "tiny_text": Entry("kdbench.models.towers:tiny_text", "classifier of words, 20 k parameters; options width, depth, heads"),
+    "tiny_towers": Entry(
+        "kdbench.models.towers:tiny_towers", "images and texts, 60 k parameters; options width, depth, heads, patch, stem, embedding"
+    ),
     "cifar_resnet8": Entry("kdbench.models.cifar_resnet:cifar_resnet8", "ResNet for small images, 0.08 M; options width, stem_stride"),
     "cifar_resnet14": Entry("kdbench.models.cifar_resnet:cifar_resnet14", "ResNet for small images, 0.18 M; options width, stem_stride"),
     "cifar_resnet20": Entry("kdbench.models.cifar_resnet:cifar_resnet20", "ResNet for small images, 0.28 M; options width, stem_stride"),

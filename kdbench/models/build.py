@@ -86,7 +86,7 @@ def build_model(
             "give a file of weights as 'weights', or use pretrained: true"
         )
     if known("model", spec.name, MODELS):
-        of_images = {"in_channels": in_channels} if in_channels is not None else {}
+        of_images = {"in_channels": in_channels, "image_size": image_size} if in_channels is not None and image_size is not None else {}
         model = _build_ours(spec, {"num_classes": num_classes, **of_images, **facts})
         inputs = InputSpec(tuple(mean), tuple(std)) if of_images else None
     elif in_channels is None or image_size is None:
@@ -170,6 +170,8 @@ def _held(value: Any, levels: int) -> Iterator[nn.Module | nn.Parameter]:
 def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:
     """What to call `builder` with. Raises UserError for an option that it does not take, one that it needs, or a wrong size."""
     parameters = inspect.signature(builder).parameters
+    if "image_size" in parameters and parameters["image_size"].default is not inspect.Parameter.empty:
+        facts = {key: value for key, value in facts.items() if key != "image_size"}  # then it is an option of the model's own
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     choices = [key for key in named if key not in facts]

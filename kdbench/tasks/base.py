@@ -105,6 +105,7 @@ class Task(ABC):
     gives: ClassVar[frozenset[str]] = frozenset()
     primary: ClassVar[str]  # the key of `metrics` that runs are chosen and ranked by
     higher_is_better: ClassVar[bool] = True
+    batch_coupled: ClassVar[bool] = False  # its loss compares samples: the frame gathers the batch of all workers first
 
     class Options(StrictOptions):
         """The keys that `task:` takes in an experiment beside `name`."""

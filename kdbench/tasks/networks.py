@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,8 +59,19 @@ def outlined(task: Task, spec: ModelSpec, real: Callable[[], nn.Module]) -> nn.M
         return real()
 
 
-def _listed(shapes: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) if isinstance(shapes, dict) else str(list(shapes))
+def _fits(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int | None, ...]]) -> bool:
+    """Whether the shapes are those that are expected, with any number where that is None."""
+    return given.keys() == expected.keys() and all(
+        len(shape) == len(expected[name]) and all(want in (None, number) for number, want in zip(shape, expected[name], strict=True))
+        for name, shape in given.items()
+    )
+
+
+def _listed(shapes: tuple[int, ...] | Mapping[str, tuple[int | None, ...]]) -> str:
+    if not isinstance(shapes, Mapping):
+        return str(list(shapes))
+    sizes = {name: ", ".join("any" if number is None else str(number) for number in shape) for name, shape in shapes.items()}
+    return ", ".join(f"{name} [{size}]" for name, size in sizes.items())
 
 
 @torch.no_grad()
@@ -76,11 +87,11 @@ def _equal(one: Columns, other: Columns) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
-def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...] | dict[str, tuple[int, ...]]) -> nn.Module:
+def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...] | dict[str, tuple[int | None, ...]]) -> nn.Module:
     """The model of `spec` for the samples of `source`.
 
     expected: the prediction's shape for one sample, its classes first; or the shapes of several tensors by name, which the model gives in
-    a dictionary. Raises UserError where one forward pass fails or gives something else.
+    a dictionary; None for a length that is the model's own. Raises UserError where one forward pass fails or gives something else.
     """
     model = build_model(spec, **source.network_facts)
     if isinstance(expected, dict):
@@ -90,7 +101,7 @@ def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...] | dic
     except Exception as error:  # whatever a user's own class may raise
         reason = error if isinstance(error, UserError) else in_one_line(error)
         raise UserError(f"model {spec.name!r} doesn't work on {source.in_words} of data {source.name!r}: {reason}") from error
-    if given == expected:
+    if given == expected or (isinstance(given, dict) and isinstance(expected, dict) and _fits(given, expected)):
         return model
     if isinstance(given, dict) or isinstance(expected, dict):
         raise UserError(f"model {spec.name!r} gives {_listed(given)} for a sample, the task needs {_listed(expected)}")

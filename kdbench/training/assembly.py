@@ -138,7 +138,7 @@ def assemble(unit: Unit, session: Session) -> Training:
     student = fresh()
     method = _fitting_method(unit, student, task, session, generator)
     peers = [fresh() for _ in range(method.peer_count)]
-    check_uncut(unit.method.name, method, recipe)
+    check_uncut(unit.method.name, method, task, recipe)
     teacher = _teacher_of(unit, method, task, session)
     samples = splits.train if unit.role == "teacher" else splits.transfer
     adapted = fit_method(
@@ -243,10 +243,11 @@ def make_training(
     )
 
 
-def check_uncut(name: str, method: Method, recipe: Recipe) -> None:
-    """Raise UserError where micro-batches would keep the method called `name` from its whole batch."""
-    if method.batch_coupled and recipe.accumulate > 1:
-        raise UserError(f"method {name}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1")
+def check_uncut(name: str, method: Method, task: Task, recipe: Recipe) -> None:
+    """Raise UserError where micro-batches would keep the task, or the method called `name`, from its whole batch."""
+    if recipe.accumulate > 1 and (method.batch_coupled or task.batch_coupled):
+        who = f"method {name}" if method.batch_coupled else f"task {task.name}"
+        raise UserError(f"{who}: its loss compares the samples of a batch, which recipe.accumulate cuts up; use accumulate: 1")
 
 
 def check_content(unit: Unit, task: Task, splits: Splits) -> None:

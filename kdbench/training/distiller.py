@@ -72,9 +72,11 @@ class Distiller(nn.Module):
         self.role = role
         self.peers = nn.ModuleList(peers)
         guard_batch_norms(self)
+        # Plain distillation on a task that compares samples compares them too.
+        self.coupled = method.batch_coupled or (task.batch_coupled and bool(method.weighs_as_task))
         self._taps = Taps(student, method.student_taps, call=call)
         self._peer_taps = tuple(Taps(peer, method.student_taps) for peer in self.peers)
-        if method.batch_coupled:
+        if self.coupled:
             # All workers compute them from the joined batch, so they are equal without being sent round at every step.
             buffers = [f"method.{name}" for name, _ in method.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
@@ -92,20 +94,25 @@ class Distiller(nn.Module):
 
         shares: how many samples of the batch each worker has. weights: of the terms that are means over this worker's own.
 
-        Where the method is batch-coupled and there are several workers, it sees the joined batch; gradients flow back to each one's part.
+        Where method or task are batch-coupled and there are several workers, they see the joined batch; gradients flow back to each one's
+        part.
         Raises UserError for a term that is no scalar, and for a name that stands for two terms.
         """
         inputs = self.task.inputs_for(self.role, batch.inputs)
         with autocast:
             outputs = self._taps(inputs)
             outputs.peers = tuple(taps(inputs) for taps in self._peer_taps)
-        tasks = self.task.loss(outputs, batch)
+        everyones: tuple[Outputs, Batch] | None = None
+        if len(shares) > 1 and (self.coupled or self.task.batch_coupled):
+            everyones = _joined(outputs, shares), _joined_batch(batch, shares)
+        whole = everyones if self.task.batch_coupled else None
+        tasks = self.task.loss(*(whole or (outputs, batch)))
         check_terms(f"task {self.task.name}", tasks)
-        own = {name: weights.as_task(name, self.method.params.task_weight * loss) for name, loss in tasks.items()}
+        weighted = {name: self.method.params.task_weight * loss for name, loss in tasks.items()}
+        own = weighted if whole is not None else {name: weights.as_task(name, loss) for name, loss in weighted.items()}
         joined: dict[str, Tensor] = {}
-        if self.method.batch_coupled and len(shares) > 1:
-            outputs, teacher = _joined(outputs, shares), _joined(teacher, shares) if teacher else None
-            joined = self.method(outputs, teacher, _joined_batch(batch, shares), at)
+        if self.coupled and everyones is not None:
+            joined = self.method(everyones[0], _joined(teacher, shares) if teacher else None, everyones[1], at)
             check_terms(f"method {self.name}", joined, tasks)
         else:
             added = self.method(outputs, teacher, batch, at)

@@ -88,7 +88,7 @@ def train_step(run: Training, batch: Batch) -> Tensor:
     recipe = run.unit.recipe
     done = run.total_steps
     at = Progress(run.epoch + run.step / run.loader.steps_per_epoch, done, recipe.epochs * run.loader.steps_per_epoch)
-    begin_step(run.unit.seed, done, run.session.rank, None if run.distiller.method.batch_coupled else run.generator)
+    begin_step(run.unit.seed, done, run.session.rank, None if run.distiller.coupled else run.generator)
     factor = run.schedule(done)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:

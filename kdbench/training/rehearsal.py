@@ -111,8 +111,8 @@ class _Scene:
         if method.needs_teacher_network and self._given_network is None:
             return False
         for recipe in self.recipes:
-            check_uncut(spec.name, method, recipe)
-        size = min(recipe.batch_size for recipe in self.recipes) if method.batch_coupled else self.smallest
+            check_uncut(spec.name, method, self.task, recipe)
+        size = min(recipe.batch_size for recipe in self.recipes) if method.batch_coupled or self.task.batch_coupled else self.smallest
         self._at_smallest(f"method {spec.label!r} with {self.name}", spec, size)
         return True
 

@@ -50,6 +50,7 @@ class Labels:
     """The part of a task that a distiller asks for."""
 
     name = "labels"
+    batch_coupled = False
 
     def inputs_for(self, role: str, inputs: Tensor) -> Tensor:
         return inputs
