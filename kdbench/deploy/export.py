@@ -21,7 +21,7 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from kdbench import __version__
-from kdbench.data.columns import Columns, alone, mapped, named, tensors
+from kdbench.data.columns import Columns, alone, like, mapped, named, tensors
 from kdbench.data.loader import in_order
 from kdbench.errors import RunFailed, UserError, cut, nearest, printable, shown
 from kdbench.models.bounds import at_most
@@ -170,9 +170,10 @@ def input_names(inputs: Columns) -> tuple[str, ...]:
     return tuple(named(inputs, "images"))
 
 
-def output_names(prediction: Columns) -> tuple[str, ...]:
-    """What the outputs of an exported graph are called."""
-    return tuple(named(prediction, "prediction"))
+def output_names(prediction: Columns, inputs: Columns) -> tuple[str, ...]:
+    """What the outputs of an exported graph are called; `NAME_output` where an input has the same name."""
+    taken = input_names(inputs)
+    return tuple(f"{name}_output" if name in taken else name for name in named(prediction, "prediction"))
 
 
 def difference_allowed(found: Columns, expected: Columns, what: object) -> tuple[float, float]:
@@ -246,7 +247,8 @@ def _write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[s
     import onnxruntime
 
     with torch.no_grad():
-        outputs = output_names(network(mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])))
+        expected = network(mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES]))
+    outputs = output_names(expected, inputs)
     names, batch = input_names(inputs), torch.export.Dim("batch")
     with silent(), _explained(metadata["model"]):
         program = torch.onnx.export(
@@ -264,8 +266,8 @@ def _write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[s
     onnx.save(graph, str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     given = {name: tensor.numpy() for name, tensor in named(inputs, "images").items()}
-    found = {name: torch.from_numpy(array) for name, array in zip(outputs, session.run(list(outputs), given), strict=True)}
-    return found if outputs != output_names(torch.empty(0)) else found[outputs[0]]
+    arrays = session.run(list(outputs), given)
+    return like({name: torch.from_numpy(array) for name, array in zip(named(expected, ""), arrays, strict=True)}, expected)
 
 
 _WRITERS: dict[str, Callable[[Deployed, Columns, Path, dict[str, str]], Columns]] = {"safetensors": _write_safetensors, "onnx": _write_onnx}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from kdbench.data.columns import Columns, mapped, named, tensors
+from kdbench.data.columns import Columns, alone, mapped, named, tensors
 from kdbench.deploy.export import Deployed, deployed, described, difference_allowed, silent
 from kdbench.errors import KDBenchError, RunFailed, UserError, in_one_line
 from kdbench.models.trace import sample_shapes
@@ -44,9 +45,10 @@ class Registered:
 def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTracker) -> Registered:
     """Put the network of `record` into the registry as a version of the model `name`, once: the same run gives the same version.
 
-    It takes float32 images [N, C, H, W] in [0, 1] and gives what its head gives; resizing and normalisation are part of it. It is
-    registered only once what was loaded gave what the original gives. Raises UserError where the record has no weights or the registry
-    refuses the name, RunFailed where the network can't be written as a graph or MLflow can't be reached.
+    It takes float32 images [N, C, H, W] in [0, 1] and gives what its head gives; resizing and normalisation are part of it. Several
+    inputs go in one after the other, in the order of its signature. It is registered only once what was loaded gave what the original
+    gives. Raises UserError where the record has no weights or the registry refuses the name, RunFailed where the network can't be written
+    as a graph or MLflow can't be reached.
     """
     network, inputs, facts = deployed(record, store_root)
     with torch.no_grad():
@@ -77,6 +79,19 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
     )
 
 
+class _ByPosition(nn.Module):
+    """A network of several inputs that takes them one after the other, since MLflow traces no dictionaries."""
+
+    def __init__(self, network: Deployed, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> Columns:
+        prediction: Columns = self.network(dict(zip(self.names, inputs, strict=True)))
+        return prediction
+
+
 def _save(network: Deployed, inputs: Columns, expected: Columns, folder: Path, facts: dict[str, str]) -> None:
     import mlflow.pytorch
     from mlflow.models import ModelSignature
@@ -91,11 +106,11 @@ def _save(network: Deployed, inputs: Columns, expected: Columns, folder: Path, f
     few = mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])
     needed = [f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}", f"numpy=={np.__version__}"]
     mlflow.pytorch.save_model(
-        network,
+        network if alone(inputs) else _ByPosition(network, tuple(named(inputs, ""))),
         str(folder),
         serialization_format="pt2",  # the other one is a pickle
         signature=signature,
-        input_example={name: tensor.numpy() for name, tensor in few.items()} if isinstance(few, dict) else few.numpy(),
+        input_example=tuple(tensor.numpy() for tensor in tensors(few)) if not alone(few) else tensors(few)[0].numpy(),
         pip_requirements=needed,
         metadata={f"kdbench.{name}": value for name, value in facts.items()},
     )
@@ -106,7 +121,7 @@ def _loaded(folder: Path, inputs: Columns) -> Columns:
     import mlflow.pytorch
 
     with torch.no_grad():
-        prediction: Columns = mlflow.pytorch.load_model(str(folder))(inputs)
+        prediction: Columns = mlflow.pytorch.load_model(str(folder))(*tensors(inputs))
     return prediction
 
 
