@@ -80,15 +80,17 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
 
 
 class _ByPosition(nn.Module):
-    """A network of several inputs that takes them one after the other, since MLflow traces no dictionaries."""
+    """A network of two to four inputs that takes them one after the other, since MLflow traces no dictionaries."""
 
     def __init__(self, network: Deployed, names: tuple[str, ...]) -> None:
         super().__init__()
         self.network = network
         self.names = names
 
-    def forward(self, *inputs: Tensor) -> Columns:
-        prediction: Columns = self.network(dict(zip(self.names, inputs, strict=True)))
+    def forward(self, first: Tensor, second: Tensor | None = None, third: Tensor | None = None, fourth: Tensor | None = None) -> Columns:
+        # Written out, since MLflow describes to torch.export one argument an input.
+        given = [tensor for tensor in (first, second, third, fourth) if tensor is not None]
+        prediction: Columns = self.network(dict(zip(self.names, given, strict=True)))
         return prediction
 
 
