@@ -89,7 +89,7 @@ class Normless(nn.Module):
 
 
 class TestNames:
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("tiny_text", "tiny_towers")])  # which are not of images alone
     def test_stages_of_our_models_are_the_last_modules_at_each_resolution(self, name: str) -> None:
         rows = aliased(tap_table(build(name, 1, 28), GREY))
         stages = [rows[f"stage:{i}"] for i in range(sum(alias.startswith("stage:") for alias in rows) // 2)]
