@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from kdbench import __version__
 from kdbench.data.columns import Columns, alone, like, mapped, named, tensors
@@ -167,7 +167,13 @@ class Deployed(nn.Module):
 
 def input_names(inputs: Columns) -> tuple[str, ...]:
     """What the inputs of an exported graph are called."""
-    return tuple(named(inputs, "images"))
+    return tuple(_by_name(inputs))
+
+
+def _by_name(inputs: Columns) -> dict[str, Tensor]:
+    """Inputs by the names that an exported graph has for them; a single one is `images` or, of words, `inputs`."""
+    first = tensors(inputs)[0]
+    return named(inputs, "images" if first.is_floating_point() and first.ndim == 4 else "inputs")
 
 
 def output_names(prediction: Columns, inputs: Columns) -> tuple[str, ...]:
@@ -223,7 +229,7 @@ def described(inputs: Columns, format: str) -> str:
     """What goes into the network of an exported file."""
     scale = "normalised as the file's metadata say" if format == "safetensors" else "in [0, 1], which the graph normalises"
     words = []
-    for name, tensor in named(inputs, "images").items():
+    for name, tensor in _by_name(inputs).items():
         numbers, shape = str(tensor.dtype).removeprefix("torch."), in_words(tuple(tensor.shape[1:]))
         image = tensor.is_floating_point() and tensor.ndim == 4
         words.append(f"{numbers} {name} {shape}, any number of them" + (f", {scale}" if image else ""))
@@ -265,7 +271,7 @@ def _write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[s
     onnx.helper.set_model_props(graph, metadata)
     onnx.save(graph, str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = {name: tensor.numpy() for name, tensor in named(inputs, "images").items()}
+    given = {name: tensor.numpy() for name, tensor in _by_name(inputs).items()}
     arrays = session.run(list(outputs), given)
     return like({name: torch.from_numpy(array) for name, array in zip(named(expected, ""), arrays, strict=True)}, expected)
 

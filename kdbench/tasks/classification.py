@@ -40,7 +40,7 @@ class Classification(Task):
             given = "one per pixel" if isinstance(train.target, Tensor) and train.target.ndim == 3 else described(train.target)
             raise UserError(f"task 'classification' needs one label per sample, int64 [N]; data {self.source.name!r} gives {given}")
         self.data_name = self.source.name
-        self.info = TaskInfo(self.name, self.source.num_classes, self.source.image_shape, self.source.class_names)
+        self.info = TaskInfo(self.name, self.source.num_classes, self.source.example, self.source.class_names)
         self._splits = cut(self.source, options)
 
     def splits(self) -> Splits:

@@ -42,7 +42,7 @@ class Segmentation(Task):
         if self.source.ignore_index not in (None, IGNORED):
             raise UserError(f"data {self.source.name!r}: ignored pixels must be labelled {IGNORED}, not {self.source.ignore_index}")
         self.data_name = self.source.name
-        self.info = TaskInfo(self.name, self.source.num_classes, self.source.image_shape, self.source.class_names)
+        self.info = TaskInfo(self.name, self.source.num_classes, self.source.example, self.source.class_names)
         self._splits = cut(self.source, options)
 
     def splits(self) -> Splits:

@@ -1,0 +1,108 @@
+"""The task classification on words, and on an image with words: the same path as images alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdbench.data.batch import Part
+from kdbench.data.columns import several
+from kdbench.data.loader import in_order
+from kdbench.data.shape_targets import CAPTION_TOKENS
+from kdbench.data.shapes import shapes
+from kdbench.data.sources import Source
+from kdbench.deploy.export import Deployed, _write_onnx
+from kdbench.errors import UserError
+from kdbench.models.build import ModelSpec
+from kdbench.models.towers import TextTower
+from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.training.assembly import assemble
+from kdbench.training.loop import fit
+from kdbench.training.outcome import rederive
+from kdbench.training.session import LocalSession
+from tests.training.units import layout, saved_teacher, unit, with_cache
+
+
+def captions(image: bool = False) -> Source:
+    """Captions of scenes, of which the class is the kind that is named first; with their pictures where asked."""
+    drawn = shapes(train=60, test=12, size=16, target="caption")
+    first = drawn.vocabulary.encode("circle square triangle cross ring", 5) if drawn.vocabulary is not None else []
+
+    def part(of: Part) -> Part:
+        inputs = several(cast(Any, of.inputs))
+        there = torch.stack([inputs["tokens"] == word for word in first])  # [kinds, N, L]
+        places = there.long().argmax(2).masked_fill(~there.any(2), CAPTION_TOKENS)
+        return Part(inputs if image else inputs["tokens"], places.argmin(0), of.index)
+
+    mean, std = (drawn.mean, drawn.std) if image else ((), ())
+    return Source("captions", part(drawn.train), part(drawn.test), 5, drawn.class_names, mean, std, vocabulary=drawn.vocabulary)
+
+
+class ImageAndWords(nn.Module):
+    """Class logits of a picture and its caption."""
+
+    def __init__(self, num_classes: int, in_channels: int, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 4, stride=4)
+        self.text = TextTower(8, 1, 2, outputs=8, vocabulary=vocabulary, length=length)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        seen = self.conv(inputs["image"]).relu().mean((2, 3))
+        logits: Tensor = self.fc(torch.cat([seen, self.text(inputs["tokens"])], 1))
+        return logits
+
+
+CASES = {
+    "words": ({"name": "tests.tasks.test_words:captions"}, {"name": "tiny_text", "width": 8, "depth": 1}),
+    "image and words": (
+        {"name": "tests.tasks.test_words:captions", "image": True},
+        {"name": "tests.tasks.test_words:ImageAndWords"},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "dkd"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_classifier_of_words_learns_from_a_cached_teacher_and_is_measured(tmp_path: Path, case: str, method: str) -> None:
+    data, model = CASES[case]
+    task = {"name": "classification", "data": data, "val_size": 12}
+    teacher = saved_teacher(tmp_path, "fp32", model, task)
+    asked = unit(method, teacher, task=task, student=model, recipe={"epochs": 2, "batch_size": 12, "lr": 0.1})
+    cached = asked.model_copy(update={"teacher": with_cache(teacher, asked, tmp_path / "cache")})
+    live, kept = (fit(each, LocalSession(), layout(tmp_path / name)) for name, each in (("live", asked), ("kept", cached)))
+    assert live.metrics.keys() == {"accuracy", "nll", "ece"}
+    assert kept.metrics["nll"] == pytest.approx(live.metrics["nll"], rel=1e-2)
+    assert live.predictions_uri is not None
+    assert rederive(live, build_task(asked.task), (tmp_path / "live" / live.predictions_uri).read_bytes()) == live.metrics
+
+
+def test_steps_for_images_are_refused_for_words(tmp_path: Path) -> None:
+    data, model = CASES["words"]
+    asked = unit(
+        task={"name": "classification", "data": data, "val_size": 12}, student=model, recipe={"augment": {"mixup": 0.2}, "batch_size": 8}
+    )
+    with pytest.raises(UserError, match=r"recipe\.augment\.mixup mixes two images"):
+        assemble(asked, LocalSession())
+
+
+def test_a_network_of_timms_for_images_is_refused_for_words() -> None:
+    task = build_task(TaskSpec.model_validate({"name": "classification", "data": CASES["words"][0], "val_size": 12}))
+    with pytest.raises(UserError, match="is a network of timm's for images, and these data have none"):
+        task.build_model(ModelSpec(name="resnet18"))
+
+
+def test_a_graph_takes_words(tmp_path: Path) -> None:
+    task = build_task(TaskSpec.model_validate({"name": "classification", "data": CASES["words"][0], "val_size": 12}))
+    network = Deployed(task.build_model(ModelSpec.model_validate(CASES["words"][1]))).eval()
+    words = next(in_order(task.splits().test, 12)).inputs
+    found = _write_onnx(network, words, tmp_path / "words.onnx", {"model": "tiny_text"})
+    with torch.no_grad():
+        torch.testing.assert_close(found, network(words), rtol=1e-5, atol=1e-6)
+    session = onnxruntime.InferenceSession(str(tmp_path / "words.onnx"), providers=["CPUExecutionProvider"])
+    assert [given.name for given in session.get_inputs()] == ["inputs"]
