@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from kdbench.data.columns import Columns, alone, mapped, named, tensors
 from kdbench.deploy.export import Deployed, deployed, described, difference_allowed, silent
@@ -45,12 +44,15 @@ class Registered:
 def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTracker) -> Registered:
     """Put the network of `record` into the registry as a version of the model `name`, once: the same run gives the same version.
 
-    It takes float32 images [N, C, H, W] in [0, 1] and gives what its head gives; resizing and normalisation are part of it. Several
-    inputs go in one after the other, in the order of its signature. It is registered only once what was loaded gave what the original
+    It takes float32 images [N, C, H, W] in [0, 1] and gives what its head gives; resizing and normalisation are part of it. It is registered only once what was loaded gave what the original
     gives. Raises UserError where the record has no weights or the registry refuses the name, RunFailed where the network can't be written
     as a graph or MLflow can't be reached.
     """
     network, inputs, facts = deployed(record, store_root)
+    if not alone(inputs):
+        raise UserError(
+            f"--register {name}: MLflow traces networks of one input, this one has {', '.join(named(inputs, ''))}; use --format onnx"
+        )
     with torch.no_grad():
         expected = network(inputs)
     try:
@@ -79,21 +81,6 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
     )
 
 
-class _ByPosition(nn.Module):
-    """A network of two to four inputs that takes them one after the other, since MLflow traces no dictionaries."""
-
-    def __init__(self, network: Deployed, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.network = network
-        self.names = names
-
-    def forward(self, first: Tensor, second: Tensor | None = None, third: Tensor | None = None, fourth: Tensor | None = None) -> Columns:
-        # Written out, since MLflow describes to torch.export one argument an input.
-        given = [tensor for tensor in (first, second, third, fourth) if tensor is not None]
-        prediction: Columns = self.network(dict(zip(self.names, given, strict=True)))
-        return prediction
-
-
 def _save(network: Deployed, inputs: Columns, expected: Columns, folder: Path, facts: dict[str, str]) -> None:
     import mlflow.pytorch
     from mlflow.models import ModelSignature
@@ -108,7 +95,7 @@ def _save(network: Deployed, inputs: Columns, expected: Columns, folder: Path, f
     few = mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])
     needed = [f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}", f"numpy=={np.__version__}"]
     mlflow.pytorch.save_model(
-        network if alone(inputs) else _ByPosition(network, tuple(named(inputs, ""))),
+        network,
         str(folder),
         serialization_format="pt2",  # the other one is a pickle
         signature=signature,
@@ -123,7 +110,7 @@ def _loaded(folder: Path, inputs: Columns) -> Columns:
     import mlflow.pytorch
 
     with torch.no_grad():
-        prediction: Columns = mlflow.pytorch.load_model(str(folder))(*tensors(inputs))
+        prediction: Columns = mlflow.pytorch.load_model(str(folder))(inputs)
     return prediction
 
 
