@@ -44,9 +44,9 @@ class Registered:
 def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTracker) -> Registered:
     """Put the network of `record` into the registry as a version of the model `name`, once: the same run gives the same version.
 
-    It takes float32 images [N, C, H, W] in [0, 1] and gives what its head gives; resizing and normalisation are part of it. It is registered only once what was loaded gave what the original
-    gives. Raises UserError where the record has no weights or the registry refuses the name, RunFailed where the network can't be written
-    as a graph or MLflow can't be reached.
+    It takes float32 images [N, C, H, W] in [0, 1] and gives what its head gives; resizing and normalisation are part of it. It is
+    registered only once what was loaded gave what the original gives. Raises UserError where the record has no weights, the network has
+    several inputs or the registry refuses the name, RunFailed where it can't be written as a graph or MLflow can't be reached.
     """
     network, inputs, facts = deployed(record, store_root)
     if not alone(inputs):
