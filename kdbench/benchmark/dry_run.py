@@ -24,7 +24,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdbench.benchmark.pair import axes_of
 from kdbench.benchmark.run import check_images, check_plan, needs_ray, random_axes, searched_recipes, slow_averages
 from kdbench.data.batch import Batch, Part
-from kdbench.data.columns import tensors
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
 from kdbench.data.loader import in_order
@@ -48,7 +47,7 @@ from kdbench.training.assembly import fit_method, make_distiller
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.cost import counted_flops
 from kdbench.training.optimization import make_optimizer, make_optimizers
-from kdbench.training.precision import DTYPES, autocast, noise_like, placed_inputs, to_device, unmeasured
+from kdbench.training.precision import DTYPES, any_loss, autocast, noise_like, placed_inputs, to_device, unmeasured
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
 
 META = torch.device("meta")
@@ -477,9 +476,7 @@ def _random_outputs(shapes: Shapes, taps: tuple[str, ...], trained: bool) -> Out
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.rand(_COUNTED_BATCH, *shape, requires_grad=trained)
 
-    given = shapes.prediction
-    prediction = {name: draw(shape) for name, shape in given.items()} if isinstance(given, dict) else draw(given)
-    return Outputs(prediction, {name: draw(shapes.taps[name].shape) for name in taps})
+    return shapes.made(draw, taps)
 
 
 def _random_batch(opened: _Opened, size: int) -> Batch:
@@ -496,11 +493,7 @@ def _cacheable(method: Method, teacher: Network, experiment: Experiment, images:
     views = view_count(experiment.recipe)
     if views is None:
         return False
-    given = teacher.tap_shapes.prediction
-    shapes = [
-        *(given.values() if isinstance(given, dict) else [given]),
-        *(teacher.tap_shapes.taps[name].shape for name in method.teacher_taps),
-    ]
+    shapes = [*teacher.tap_shapes.predictions, *(teacher.tap_shapes.taps[name].shape for name in method.teacher_taps)]
     numbers = sum(map(math.prod, shapes))
     width = 4 if experiment.cache.precision == "fp32" else 2
     return width * numbers * images * views <= 1e9 * experiment.cache.budget_gb
@@ -617,7 +610,7 @@ def _image_seconds(network: Network, recipe: Recipe, trained: bool, device: torc
             with autocast(precision, device):
                 prediction = predicted(model, inputs)
             if trained:
-                torch.stack([tensor.float().square().mean() for tensor in tensors(prediction)]).sum().backward()
+                any_loss(prediction).backward()
             times.append(_since(start, device))
     return min(times[1:]) / count
 

@@ -382,7 +382,8 @@ def export(
 ) -> None:
     """Write a trained network to a file for use elsewhere, checked on test images to give what the original gives."""
     from kdbench.deploy.export import export as export_run
-    from kdbench.deploy.export import find_run, in_words
+    from kdbench.deploy.export import find_run
+    from kdbench.models.outputs import in_words
     from kdbench.records.store import ResultStore
     from kdbench.storage.layout import results_folder
 
@@ -398,8 +399,8 @@ def export(
 
 
 def _register(record: "RunRecord", folder: Path, name: str) -> None:
-    from kdbench.deploy.export import in_words
     from kdbench.deploy.register import register
+    from kdbench.models.outputs import in_words
     from kdbench.tracking import MlflowTracker, tracking_uri
 
     made = register(record, folder, name, MlflowTracker(tracking_uri(folder), record.experiment))

@@ -360,6 +360,7 @@ def taps_page(name: str, image_shape: tuple[int, int, int], num_classes: int, ev
     image_shape: [C, H, W]. Raises UserError for an unknown model, and for one that does not run on such an image.
     """
     from kdbench.models.build import ModelSpec, build_model
+    from kdbench.models.outputs import in_words
     from kdbench.models.taps import probe, tap_table
 
     channels, height, width = image_shape
@@ -372,14 +373,13 @@ def taps_page(name: str, image_shape: tuple[int, int, int], num_classes: int, ev
         table = tap_table(model, image_shape)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"model {name!r} doesn't work on an image {_size(image_shape)}: {reason}; try a larger --image") from error
+        raise UserError(f"model {name!r} doesn't work on an image {in_words(image_shape)}: {reason}; try a larger --image") from error
     shown = [row for row in table if row.aliases or every_module]
     lines = [("module", "aliases", "kind", "shape", "stride")]
     for row in shown:
         place = f"{row.path} (its input)" if row.side == "input" else row.path
-        lines.append((place, " ".join(row.aliases), row.kind, _size(row.shape), "" if row.stride is None else str(row.stride)))
-    given = ", ".join(f"{key} {_size(shape)}" for key, shape in prediction.items()) if isinstance(prediction, dict) else _size(prediction)
-    title = f"{name} on images {_size(image_shape)}: prediction {given}"
+        lines.append((place, " ".join(row.aliases), row.kind, in_words(row.shape), "" if row.stride is None else str(row.stride)))
+    title = f"{name} on images {in_words(image_shape)}: prediction {in_words(prediction)}"
     hidden = len(table) - len(shown)
     footer = f"\n\n{hidden} more modules can be tapped by their path: kdbench taps {name} --all" if hidden else ""
     return f"{title}\n\n{aligned(lines)}{footer}"
@@ -394,11 +394,6 @@ def image_shape(text: str) -> tuple[int, int, int]:
         raise UserError(f"--image {text:.80}: expected at most {LARGEST_SIDE} channels, and as many pixels a side")
     channels, height, width = map(int, match.groups())
     return channels, height, width
-
-
-def _size(shape: Sequence[int]) -> str:
-    """[3, 32, 32] as 3x32x32, the way that --image is written."""
-    return "x".join(map(str, shape))
 
 
 # --- leaderboard --explain -------------------------------------------------------------------------------------------

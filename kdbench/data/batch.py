@@ -48,12 +48,6 @@ class Batch:
         assert isinstance(self.target, Tensor), "the target is several tensors, or none"
         return self.target
 
-    @property
-    def images(self) -> Tensor:
-        """The input of a task that has one tensor as its input."""
-        assert isinstance(self.inputs, Tensor), "the inputs are several tensors"
-        return self.inputs
-
     def __len__(self) -> int:
         return len(self.index)
 
@@ -92,6 +86,14 @@ class Part:
     def encoded(self) -> str | None:
         """The name in `columns` of the images that are still files; None where all is in memory."""
         return next((name for name, column in self.columns.items() if isinstance(column, EncodedImages)), None)
+
+    @property
+    def encoded_images(self) -> EncodedImages:
+        """The images that are still files."""
+        assert self.encoded is not None, "all of this part is in memory"
+        images = self.columns[self.encoded]
+        assert isinstance(images, EncodedImages)
+        return images
 
     @property
     def pixels(self) -> Tensor:

@@ -75,7 +75,7 @@ def check_decodable(part: Part, what: str, sample: bool = False) -> Looked:
     """
     if part.encoded is None:
         return Looked()
-    images = encoded_images(part)
+    images = part.encoded_images
     rows = _sampled(len(images)) if sample else range(len(images))
     every = -(-len(rows) // DECODED_FIRST)
 
@@ -147,7 +147,7 @@ class _Decoders:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def start(self, chosen: Part, view: int, data_seed: int, smallest: float | None) -> list[Future[Tensor]]:
-        images = encoded_images(chosen)
+        images = chosen.encoded_images
         if smallest is None:
             return [self._pool.submit(images.decode, row) for row in range(len(chosen))]
         bits = part_bits(Draws(data_seed, chosen.index, view))
@@ -160,7 +160,7 @@ class _Decoders:
 def _collected(chosen: Part, images: list[Future[Tensor]], device: torch.device) -> Part:
     """The decoded batch; on its way to a GPU from pinned memory, so that nobody waits for the copy."""
     pinned = device.type == "cuda"
-    pixels = torch.empty(encoded_images(chosen).shape, dtype=torch.uint8, pin_memory=pinned)
+    pixels = torch.empty(chosen.encoded_images.shape, dtype=torch.uint8, pin_memory=pinned)
     for place, image in zip(pixels, images, strict=True):
         place.copy_(image.result())
 
@@ -170,14 +170,6 @@ def _collected(chosen: Part, images: list[Future[Tensor]], device: torch.device)
     columns = {name: moved(pixels if name == chosen.encoded else column) for name, column in chosen.columns.items()}  # type: ignore[arg-type]
     target = mapped(chosen.target, moved) if chosen.target is not None else None
     return replace(chosen, target=target, index=moved(chosen.index)).with_inputs(columns)
-
-
-def encoded_images(part: Part) -> EncodedImages:
-    """The images of a part that are still files."""
-    assert part.encoded is not None, "all of this part is in memory"
-    images = part.columns[part.encoded]
-    assert isinstance(images, EncodedImages)
-    return images
 
 
 def encoded_part(store: Store, labels: np.ndarray, first: int, size: int, resize: int | None) -> Part:
@@ -194,7 +186,7 @@ def decoded_now(train: Part, test: Part) -> tuple[Part, Part, str]:
 
 
 def _decoded_part(part: Part) -> tuple[Part, Looked]:
-    images = encoded_images(part)
+    images = part.encoded_images
     pixels = torch.empty(images.shape, dtype=torch.uint8)
 
     def decode(row: int) -> Look:

@@ -204,6 +204,9 @@ class Boxes:
         return None if sound else f"boxes must be float32 [N, M, 4] of x0, y0, x1, y1 in pixels; got {form_of(values)}"
 
 
+NO_OBJECT = -1  # the label of a row of boxes or points without an object
+
+
 def has_box(boxes: Tensor) -> Tensor:
     """Which rows of boxes [..., 4] hold a box, bool [...]; the others are padding, or were lost in a view."""
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])

@@ -14,7 +14,7 @@ from kdbench.data.draws import Draws
 from kdbench.data.hashing import hash64
 from kdbench.data.kinds import Plain
 from kdbench.data.mixing import partners
-from kdbench.data.samples import seen, unfit, unmixable
+from kdbench.data.samples import seen, size_of, unfit, unmixable
 from kdbench.data.views import Augment, augment_mixed, drawn_ahead, view_of
 from kdbench.errors import UserError
 
@@ -119,7 +119,8 @@ def view_batches(
 
 def check_views(part: Part, augment: Augment) -> None:
     """Raise UserError where samples of the part can't be augmented so."""
-    of_inputs, of_target, size = part.kinds_of_inputs, part.kinds_of_target, part.image_size
+    of_inputs, of_target = part.kinds_of_inputs, part.kinds_of_target
+    size = size_of(part.values, of_inputs)
     reason = unfit(part.values, of_inputs, augment, size)
     if part.target is not None:
         reason = reason or unfit(part.target, of_target, augment, size)
@@ -148,7 +149,8 @@ def _augmented(chosen: Part, draws: Draws, spec: Augment) -> Batch:
         assert chosen.classes is not None
         images, soft = augment_mixed(chosen.pixels, chosen.labels, draws, spec, chosen.classes)
         return Batch(images, soft, chosen.index[: len(images)], draws.view)
-    view = view_of(draws, spec, chosen.image_size)
-    shown = seen(chosen.own.values, chosen.kinds_of_inputs, view)
+    kinds = chosen.kinds_of_inputs
+    view = view_of(draws, spec, size_of(chosen.values, kinds))
+    shown = seen(chosen.values, kinds, view)
     target = seen(chosen.target, chosen.kinds_of_target, view) if chosen.target is not None else None
     return Batch(shown, target, chosen.index, draws.view)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdbench.data.batch import TARGET
-from kdbench.data.kinds import Boxes, Kind, Points, Sided
+from kdbench.data.kinds import NO_OBJECT, Boxes, Kind, Points, Sided
 from kdbench.data.scenes import COLOURS, KEYPOINTS, KINDS, MOST_OBJECTS, PREDICATES, Scene, Shape, predicate
 from kdbench.data.views import IGNORED
 from kdbench.data.vocabulary import Vocabulary
@@ -18,7 +18,6 @@ from kdbench.data.vocabulary import Vocabulary
 TargetName = Literal["mask", "class", "present", "boxes", "keypoints", "caption", "question", "relation"]
 Arrays = dict[str, NDArray[Any]]  # of one sample, by name; a lone target has the name ""
 
-NO_OBJECT = -1  # the label of a padded row of boxes or keypoints
 NUMBERS = ("one", "two", "three")  # as many as objects fit in a scene
 ANSWERS = (*COLOURS, *KINDS, *NUMBERS, "yes", "no")
 QUESTIONS = ("colour", "presence", "count", "place")  # the types of a question

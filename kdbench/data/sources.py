@@ -81,8 +81,7 @@ class Source:
     @property
     def turned(self) -> int:
         """How many images in files are shown turned, see `encoded.turned`."""
-        columns = (column for part in (self.train, self.test) for column in part.columns.values())
-        return sum(column.store.turned for column in columns if isinstance(column, EncodedImages))
+        return sum(part.encoded_images.store.turned for part in (self.train, self.test) if part.encoded is not None)
 
     @property
     def reading(self) -> str:

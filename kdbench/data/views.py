@@ -20,7 +20,6 @@ from kdbench.data.mixing import mixed, mixed_labels
 from kdbench.data.motion import Motion
 from kdbench.data.operations import LARGEST_MAGNITUDE, Operation
 from kdbench.data.options import StrictOptions
-from kdbench.data.pixels import unit_range
 from kdbench.data.resizing import ResizedPart
 
 IGNORED = 255  # the label of a pixel that has none: a crop brings them in from outside the image
@@ -134,29 +133,13 @@ def view_of(draws: Draws, steps: Augment, size: Sequence[int] | None) -> View:
     return View(draws, steps, shape, tuple(changes))
 
 
-def augment(images: Tensor, target: Tensor, index: Tensor, view: int, data_seed: int, spec: Augment) -> tuple[Tensor, Tensor]:
-    """One view of each image, and its target; all steps but mixup and cutmix, for which there is `augment_mixed`.
-
-    images: uint8 [B, C, H, W]; target: [B] or any other per-image form, returned as it is, or labels per pixel [B, H, W],
-    which move with the image and come back as int64, IGNORED where nothing of the image is seen. index: int64 [B], on the images' device.
-    Returns float32 [B, C, H, W] in [0, 1] and the target, the same bits in every batch and on every device.
-    """
-    return augment_drawn(images, target, Draws(data_seed, index, view), spec)
-
-
-def augment_drawn(images: Tensor, target: Tensor, draws: Draws, spec: Augment) -> tuple[Tensor, Tensor]:
-    """`augment` with draws that are there already."""
-    view = view_of(draws, spec, images.shape[-2:])
-    return unit_range(view.picture(images)), view.labels(target) if target.ndim == 3 else target
-
-
 def drawn_ahead(draws: Draws, spec: Augment) -> Draws:
     """The draws of an epoch, the commonest ones made at once: on a batch hashing them would cost more than the crop itself."""
     return draws.ahead(_MOVES) if spec.crop or spec.flip else draws
 
 
 def augment_mixed(images: Tensor, target: Tensor, draws: Draws, spec: Augment, classes: int) -> tuple[Tensor, Tensor]:
-    """As `augment_drawn` with mixup or cutmix. The first half of the samples is returned, the second half holds the partner of each.
+    """One view of each image with mixup or cutmix. The first half of the samples is returned, the second half holds the partner of each.
 
     images: uint8 [2B, C, H, W]; target: int64 [2B]. Returns float32 [B, C, H, W] in [0, 1] and soft labels, float32 [B, classes].
     Both of a pair are first seen through the view as they are alone.

@@ -27,14 +27,14 @@ from kdbench.errors import RunFailed, UserError, cut, nearest, printable, shown
 from kdbench.models.bounds import at_most
 from kdbench.models.build import ModelSpec
 from kdbench.models.inputs import InputSpec
-from kdbench.models.outputs import predicted
+from kdbench.models.outputs import in_words, predicted
 from kdbench.models.trace import sample_shapes
 from kdbench.models.weights import matched, portable
 from kdbench.own_code import names_from_records
 from kdbench.records.record import RunRecord
 from kdbench.records.store import is_inside, path_name
 from kdbench.storage.working_copy import fetch
-from kdbench.tasks.base import Role, Task
+from kdbench.tasks.base import Task, role_of
 from kdbench.tasks.build import build_task
 from kdbench.tasks.networks import rebuilt
 from kdbench.training.checkpoint import write_atomically
@@ -45,13 +45,6 @@ CHECKED_IMAGES = 64
 TOLERANCE = 1e-4  # of the largest prediction: float32 sums in another order differ by some 1e-6 of it
 _TRACED_IMAGES = 2  # one would be taken for a constant
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-def in_words(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
-    """A shape, or several by name, for people: `3x32x32`."""
-    if isinstance(shape, dict):
-        return ", ".join(f"{name} {in_words(one)}" for name, one in shape.items())
-    return "x".join(map(str, shape)) or "1"
 
 
 @dataclass(frozen=True)
@@ -129,8 +122,7 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Columns, di
         with at_most(weights.stat().st_size):  # a parameter has a byte or more
             model = rebuilt(task, spec, weights)
     inputs = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
-    role: Role = "teacher" if record.role == "teacher" else "student"
-    return Deployed(model).eval(), task.inputs_for(role, inputs), _metadata(record, spec, task, model)
+    return Deployed(model).eval(), task.inputs_for(role_of(record.role), inputs), _metadata(record, spec, task, model)
 
 
 def _weights(record: RunRecord, store_root: Path) -> Path:
@@ -220,12 +212,12 @@ def _write_checked(network: Deployed, inputs: Columns, path: Path, format: str, 
         images=len(tensors(inputs)[0]),
         difference=checked[0][0],
         tolerance=checked[0][1],
-        inputs=described(inputs, format),
+        inputs=inputs_in_words(inputs, format),
         output_shape=sample_shapes(expected),
     )
 
 
-def described(inputs: Columns, format: str) -> str:
+def inputs_in_words(inputs: Columns, format: str) -> str:
     """What goes into the network of an exported file."""
     scale = "normalised as the file's metadata say" if format == "safetensors" else "in [0, 1], which the graph normalises"
     words = []

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from kdbench.data.columns import Columns, alone, mapped, named, tensors
-from kdbench.deploy.export import Deployed, deployed, described, difference_allowed, silent
+from kdbench.data.columns import Columns, named
+from kdbench.deploy.export import Deployed, deployed, difference_allowed, inputs_in_words, silent
 from kdbench.errors import KDBenchError, RunFailed, UserError, in_one_line
 from kdbench.models.trace import sample_shapes
 from kdbench.records.record import RunRecord
@@ -49,10 +50,8 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
     several inputs or the registry refuses the name, RunFailed where it can't be written as a graph or MLflow can't be reached.
     """
     network, inputs, facts = deployed(record, store_root)
-    if not alone(inputs):
-        raise UserError(
-            f"--register {name}: MLflow traces networks of one input, this one has {', '.join(named(inputs, ''))}; use --format onnx"
-        )
+    if isinstance(inputs, dict):
+        raise UserError(f"--register {name}: MLflow traces networks of one input, this one has {', '.join(inputs)}; use --format onnx")
     with torch.no_grad():
         expected = network(inputs)
     try:
@@ -73,15 +72,15 @@ def register(record: RunRecord, store_root: Path, name: str, tracker: MlflowTrac
         uri=f"models:/{name}/{version}",
         tracking_uri=tracker.name,
         new=new,
-        images=len(tensors(inputs)[0]),
+        images=len(inputs),
         difference=difference,
         tolerance=tolerance,
-        inputs=described(inputs, "pt2"),
+        inputs=inputs_in_words(inputs, "pt2"),
         output_shape=sample_shapes(expected),
     )
 
 
-def _save(network: Deployed, inputs: Columns, expected: Columns, folder: Path, facts: dict[str, str]) -> None:
+def _save(network: Deployed, inputs: Tensor, expected: Columns, folder: Path, facts: dict[str, str]) -> None:
     import mlflow.pytorch
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
@@ -92,20 +91,19 @@ def _save(network: Deployed, inputs: Columns, expected: Columns, folder: Path, f
         return Schema(list[ColSpec | TensorSpec](specs))
 
     signature = ModelSignature(inputs=schema(inputs), outputs=schema(expected))
-    few = mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])
     needed = [f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}", f"numpy=={np.__version__}"]
     mlflow.pytorch.save_model(
         network,
         str(folder),
         serialization_format="pt2",  # the other one is a pickle
         signature=signature,
-        input_example=tuple(tensor.numpy() for tensor in tensors(few)) if not alone(few) else tensors(few)[0].numpy(),
+        input_example=inputs[:_TRACED_IMAGES].numpy(),
         pip_requirements=needed,
         metadata={f"kdbench.{name}": value for name, value in facts.items()},
     )
 
 
-def _loaded(folder: Path, inputs: Columns) -> Columns:
+def _loaded(folder: Path, inputs: Tensor) -> Columns:
     """The predictions of what was written, read as a user of the registry reads it."""
     import mlflow.pytorch
 

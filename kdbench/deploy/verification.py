@@ -270,21 +270,20 @@ class _Check:
 
     def _agreement(self, content: bytes, teacher: RunRecord, uri: str) -> Iterator[str]:
         record, task = self.record, build_task(self._experiment.task)
-        ours = widened(unpack_predictions(content)[0])
+        ours, samples = unpack_predictions(content)
         try:
             theirs, index = unpack_predictions(self.store.read_bytes(uri))
         except UserError as error:
             yield f"the teacher's predictions {uri} can't be compared: {error}"
             return
-        count = len(unpack_predictions(content)[1])
-        if len(index) != count:
-            yield f"the teacher's predictions are of {len(index)} samples, expected {count}"
+        if len(index) != len(samples):
+            yield f"the teacher's predictions are of {len(index)} samples, expected {len(samples)}"
             return
         theirs = widened(theirs)
-        found = task.agreement(ours, theirs)
+        found = task.agreement(widened(ours), theirs)
         self.done.add("compared")
         tolerance = task.agreement_tolerance(found, theirs)
-        for name in found:
+        for name in {"agreement", "teacher_kl"} & found.keys():  # what a record keeps of it
             stored, allowed = getattr(record, name), tolerance.get(name, 0.0)
             if stored is not None and not (_equal(stored, found[name]) or abs(found[name] - stored) <= allowed + TOLERANCE):
                 yield f"{name} is {stored!r}, the predictions give {found[name]!r} (allowed are {allowed:.2g} for rounding)"

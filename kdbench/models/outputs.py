@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -84,3 +84,21 @@ class Shapes:
     def logits(self) -> tuple[int, ...]:
         """As `Outputs.logits`; () where the prediction has none."""
         return self.prediction.get("logits", ()) if isinstance(self.prediction, dict) else self.prediction
+
+    @property
+    def predictions(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the prediction's tensors."""
+        return tuple(self.prediction.values()) if isinstance(self.prediction, dict) else (self.prediction,)
+
+    def made(self, draw: Callable[[tuple[int, ...]], Tensor], taps: Iterable[str]) -> Outputs:
+        """Outputs of these shapes, with the maps at `taps`. draw: makes a batch of one shape."""
+        given = self.prediction
+        prediction = {name: draw(shape) for name, shape in given.items()} if isinstance(given, dict) else draw(given)
+        return Outputs(prediction, {name: draw(self.taps[name].shape) for name in taps})
+
+
+def in_words(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
+    """A shape, or several by name, for people: `3x32x32`."""
+    if isinstance(shape, dict):
+        return ", ".join(f"{name} {in_words(one)}" for name, one in shape.items())
+    return "x".join(map(str, shape)) or "1"

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdbench.data.vocabulary import NOTHING
 from kdbench.models.initial_weights import he_by_fan_out
-from kdbench.models.transformer import NOTHING, Block, mean_token, position_table, small_weights, soft_embedding, words_present
+from kdbench.models.transformer import Block, mean_token, position_table, small_weights, soft_embedding, words_present
 
 # CLIP's learned temperature (arXiv 2103.00020, section 2.5): similarities are multiplied by 1 / 0.07 at the start and by 100 at most.
 FIRST_LOGIT_SCALE = math.log(1 / 0.07)

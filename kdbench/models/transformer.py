@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-NOTHING = 0  # the number of the word that stands for no word
+from kdbench.data.vocabulary import NOTHING
 
 _EPSILON = 1e-6  # of layer norms, as in timm's vision transformers
 _STD = 0.02  # of starting weights, as in BERT and in timm's vision transformers

@@ -95,6 +95,11 @@ def _digest(first: str, *parts: tuple[str, Tensor | None]) -> str:
 Role = Literal["teacher", "student"]
 
 
+def role_of(role: str) -> Role:
+    """What a unit or record of this role trains: a teacher, or in a trial, check or final a student."""
+    return "teacher" if role == "teacher" else "student"
+
+
 class Task(ABC):
     """One kind of problem on one data set."""
 

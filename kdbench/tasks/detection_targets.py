@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, generalized_box_iou_loss
 
-NO_OBJECT = -1  # label of a padded object and of a background cell
+from kdbench.data.kinds import NO_OBJECT  # of a background cell too
+
 CENTRE_RADIUS = 1.5  # in strides: only cells this close to an object's centre learn it
 REACH = 4.0  # strides from a cell to the farthest side of its object, per level. The paper has 8, for levels from stride 8 and 800 pixels
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss: Lin et al., ICCV 2017 (arXiv 1708.02002), section 4.1

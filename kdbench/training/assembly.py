@@ -20,7 +20,7 @@ from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import probe, tap_shapes
 from kdbench.models.weights import state_sha256
-from kdbench.tasks.base import Role, Splits, Task
+from kdbench.tasks.base import Role, Splits, Task, role_of
 from kdbench.tasks.build import build_task
 from kdbench.training.cache.outputs import TeacherCache
 from kdbench.training.distiller import Distiller
@@ -134,7 +134,7 @@ def assemble(unit: Unit, session: Session) -> Training:
             raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
         return to_device(model, recipe.precision, recipe.memory_format, session.device)
 
-    role: Role = "teacher" if unit.role == "teacher" else "student"
+    role = role_of(unit.role)
     student = fresh()
     method = _fitting_method(unit, student, task, session, generator)
     peers = [fresh() for _ in range(method.peer_count)]

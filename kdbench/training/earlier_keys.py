@@ -24,7 +24,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from kdbench import yaml12
 from kdbench.data.batch import Part
 from kdbench.data.content import newest_change
-from kdbench.data.decoding import encoded_images
 from kdbench.data.image_folder import Files
 from kdbench.data.parquet import Rows
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, content_hash
@@ -65,14 +64,14 @@ class EarlierData:
     def changed(self) -> float:
         """When a file of the data was last written, in seconds since 1970; long ago where the hash is of content, of images in memory."""
         source = self.splits.source
-        stores = [encoded_images(part).store for part in (source.train, source.test) if part.encoded is not None] if source else []
+        stores = [part.encoded_images.store for part in (source.train, source.test) if part.encoded is not None] if source else []
         return max((newest_change(_files(store)) for store in stores), default=LONG_AGO)
 
 
 def _part_hash(part: Part) -> str:
     if part.encoded is None:
         return part.sha256()
-    inputs = encoded_images(part)
+    inputs = part.encoded_images
     images = hashlib.sha256(f"{_listing(inputs.store)} {inputs.size} {inputs.resize}".encode())
     if inputs.store.turned:  # which then were shown as they are stored
         images.update(b"turned upright")

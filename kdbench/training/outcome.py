@@ -20,7 +20,7 @@ from kdbench.records.environment import own_code
 from kdbench.records.record import RunRecord, new_run_id
 from kdbench.search.space import dotted
 from kdbench.storage.layout import Layout
-from kdbench.tasks.base import Role, Splits, Task
+from kdbench.tasks.base import Splits, Task, role_of
 from kdbench.tasks.build import build_task, task_code
 from kdbench.tasks.networks import rebuilt
 from kdbench.training.assembly import Training
@@ -56,14 +56,14 @@ def finished_record(run: Training, layout: Layout) -> RunRecord:
 
 def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, session: Session, layout: Layout, key: str) -> dict[str, Any]:
     """Predict the test set, keep the predictions under `key`, measure quality and cost. All workers predict; rank 0 does the rest."""
-    predicted = predict(model, splits.test, session, unit.recipe.precision, task, _role(unit))
+    predicted = predict(model, splits.test, session, unit.recipe.precision, task, role_of(unit.role))
     if unit.role == "teacher" and not all(bool(tensor.isfinite().all()) for tensor in tensors(predicted)):
         raise Diverged(f"{unit.title}: its predictions of the test set are not finite")
     check_numbers(predicted, f"{unit.title}: of its predictions of the test set")
     if session.rank != 0:
         return {}
     teacher = _cached_test(unit.teacher.cache) if unit.teacher is not None and unit.teacher.cache is not None else None
-    cost = measure(model, task.example(_role(unit)), session.device)
+    cost = measure(model, task.example(role_of(unit.role)), session.device)
     return {
         **_quality(predicted, teacher, task, splits, layout, key),
         "params_count": cost.params,
@@ -73,10 +73,6 @@ def _test_facts(model: nn.Module, unit: Unit, task: Task, splits: Splits, sessio
         "latency_device": cost.device,
         "latency_batch": cost.batch,
     }
-
-
-def _role(unit: Unit) -> Role:
-    return "teacher" if unit.role == "teacher" else "student"
 
 
 def _quality(predicted: Columns, teacher: Columns | None, task: Task, splits: Splits, layout: Layout, key: str) -> dict[str, Any]:
@@ -150,7 +146,7 @@ def measured_again(
     task = build_task(unit.task)
     splits = task.splits()
     alike = widened(unpack_predictions(teacher)[0]) if teacher is not None and record.agreement is not None else None
-    predicted = predict(_finished(unit, weights, task, session), splits.test, session, unit.recipe.precision, task, _role(unit))
+    predicted = predict(_finished(unit, weights, task, session), splits.test, session, unit.recipe.precision, task, role_of(unit.role))
     quality = _quality(predicted, alike, task, splits, layout, record.unit_key)
     teacher_metric = unit.teacher.metric if unit.teacher is not None else None
     return record.model_copy(update={**of_now(unit, splits), **quality, "created_at": datetime.now(UTC), "teacher_metric": teacher_metric})

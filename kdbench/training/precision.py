@@ -58,6 +58,11 @@ def placed_inputs(inputs: Columns, precision: str, memory_format: str = "contigu
     return mapped(inputs, placed)
 
 
+def any_loss(prediction: Columns) -> Tensor:
+    """A scalar that every number of a prediction takes part in: for timing a backward pass."""
+    return torch.stack([tensor.float().square().mean() for tensor in tensors(prediction)]).sum()
+
+
 def noise_like(example: Example, count: int, device: torch.device) -> Columns:
     """So many samples to time a network with: noise where the example says no more than an image's shape."""
     return torch.rand(count, *example, device=device) if isinstance(example, tuple) else samples(example, count, device=device)
@@ -198,7 +203,7 @@ def _step_seconds(
         start = time.perf_counter()
         with autocast(precision, device):
             prediction = main_output(model, call(model_inputs(model, inputs)))
-        torch.stack([tensor.float().square().mean() for tensor in tensors(prediction)]).sum().backward()
+        any_loss(prediction).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

@@ -272,13 +272,11 @@ class _Scene:
             return None
         generator, dtype = torch.Generator().manual_seed(0), torch.float64 if recipe.precision == "fp64" else torch.float32
 
-        def draw(batch: Batch, shape: tuple[int, ...]) -> Tensor:
-            return torch.rand(len(batch), *shape, generator=generator, dtype=dtype).to(self.device)
-
         def outputs(batch: Batch) -> Outputs:
-            given = shapes.prediction
-            prediction = {name: draw(batch, one) for name, one in given.items()} if isinstance(given, dict) else draw(batch, given)
-            return Outputs(prediction, {tap: draw(batch, shapes.taps[tap].shape) for tap in method.teacher_taps})
+            def draw(shape: tuple[int, ...]) -> Tensor:
+                return torch.rand(len(batch), *shape, generator=generator, dtype=dtype).to(self.device)
+
+            return shapes.made(draw, method.teacher_taps)
 
         return outputs
 

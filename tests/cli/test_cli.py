@@ -23,7 +23,7 @@ from torch import nn
 from kdbench.cli import app as cli
 from kdbench.cli import doctor
 from kdbench.cli.pages import KINDS
-from kdbench.data.views import unit_range
+from kdbench.data.pixels import unit_range
 from kdbench.deploy import export as exporting
 from kdbench.deploy.export import find_run
 from kdbench.errors import RunFailed, UserError

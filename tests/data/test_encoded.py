@@ -21,11 +21,13 @@ from kdbench.data.encoded import EncodedImages
 from kdbench.data.image_folder import image_folder
 from kdbench.data.loader import Loader, in_order, view_batches
 from kdbench.data.parquet import parquet
+from kdbench.data.pixels import unit_range
 from kdbench.data.resizing import part_bits, parts
 from kdbench.data.sources import DataSpec, Source, open_source
-from kdbench.data.views import Augment, augment, unit_range
+from kdbench.data.views import Augment
 from kdbench.errors import UserError
 from kdbench.tasks.classification import Classification
+from tests.data.viewing import augment
 
 SIZE = 16
 CLASSES = ("cat", "dog", "eel")

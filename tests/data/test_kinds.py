@@ -17,21 +17,13 @@ from kdbench.data.kinds import Boxes, Enlarged, Image, Kind, Labels, Pixels, Pla
 from kdbench.data.operations import LARGEST_MAGNITUDE, MOVES, OPERATIONS, Operation
 from kdbench.data.resizing import ResizedPart
 from kdbench.data.scenes import Scene, draw
-from kdbench.data.views import IGNORED, Augment, View, augment_drawn, view_of
+from kdbench.data.views import IGNORED, Augment, View, view_of
 from kdbench.errors import UserError
+from tests.data.test_views import SPECS as STEPS
+from tests.data.viewing import augment_drawn
 
 SIDE, SCENES = 32, 300
 NORMALS = Pixels(mirror=(-1.0, 1.0, 1.0))
-STEPS = st.builds(
-    Augment,
-    resized_crop=st.none() | st.floats(0.05, 1),
-    crop=st.integers(0, 4),
-    flip=st.booleans(),
-    operations=st.integers(0, 3),
-    magnitude=st.floats(0, 30),
-    color=st.floats(0, 1),
-    erase=st.floats(0, 1),
-)
 
 
 @cache

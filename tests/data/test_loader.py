@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from kdbench.data.batch import Batch, Part
 from kdbench.data.loader import Loader, in_order, view_batches
-from kdbench.data.views import Augment, augment
+from kdbench.data.views import Augment
 from kdbench.errors import UserError
+from tests.data.viewing import augment
 
 AUGMENT = Augment(crop=2, flip=True)
 _CPU = torch.device("cpu")

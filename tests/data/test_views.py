@@ -9,8 +9,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from kdbench.data.hashing import hash64
+from kdbench.data.pixels import unit_range
 from kdbench.data.resizing import parts, resized, resized_nearest
-from kdbench.data.views import IGNORED, Augment, augment, unit_range
+from kdbench.data.views import IGNORED, Augment
+from tests.data.viewing import augment
 
 CROPS = st.builds(Augment, crop=st.integers(0, 4), flip=st.booleans())
 SPECS = st.builds(

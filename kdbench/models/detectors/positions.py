@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdbench.errors import UserError
-
 FIRST_STRIDE = 4  # of the finest level, in input pixels; each further level has twice the stride of the one before
 MOST_LEVELS = 4
 
@@ -43,18 +41,3 @@ def positions(size: tuple[int, int], strides: Sequence[int], device: torch.devic
         centres.append((torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5) * stride)
         of_cells.append(torch.full((rows * columns,), float(stride), device=device))
     return torch.cat(centres), torch.cat(of_cells)
-
-
-def strides_of_count(size: tuple[int, int], count: int) -> tuple[int, ...]:
-    """The strides 4, 8, ... of the pyramid that has `count` cells for inputs of this height and width.
-
-    Raises:
-        UserError: No pyramid of up to four levels has so many cells.
-    """
-    for levels in range(1, MOST_LEVELS + 1):
-        strides = strides_of_levels(levels)
-        if sum(rows * columns for rows, columns in (grid(size, stride) for stride in strides)) == count:
-            return strides
-    raise UserError(
-        f"A detector of {count} positions has no pyramid with strides {', '.join(map(str, strides))} for inputs of {size[0]}x{size[1]}."
-    )
