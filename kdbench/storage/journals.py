@@ -1,7 +1,8 @@
 """Append-only files of a working copy in the store: what was added goes up as an object of its own, so that its price doesn't grow.
 
 A journal is the object `PATH`, its beginning, and objects `PATH.parts/OFFSET`, each going on where the one before ends. Whoever opens it
-next puts them together. Parts are made by conditional PUTs: a driver that goes on though another one took over can't write over it.
+next puts them together. All are made by conditional PUTs, and none is written again or deleted: a driver that goes on though another one
+took over changes nothing that is there.
 """
 
 from __future__ import annotations
@@ -26,37 +27,33 @@ def fetch_journal(path: Path) -> Path:
 
     What is here stays where it goes on from what the store has: then its end could not be uploaded. Else another machine went on.
     """
-    _sent.pop(path, None)
     place = stored_at(path)
     if place is None:
         return path
-    theirs = whole_journal(place.store, place.path)
+    theirs = whole_lines(whole_journal(place.store, place.path))
     if theirs and not (path.exists() and read_journal_file(path).startswith(theirs)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(theirs)
+    _sent[path] = len(theirs)
     return path
 
 
 def upload_journal(path: Path) -> None:
-    """Have the store hold all of a journal. Raises StorageFailed where it does not take it, RunFailed where another driver writes to it."""
+    """Have the store hold all whole lines of a fetched journal.
+
+    Raises StorageFailed where the store does not take them, RunFailed where another driver writes to this journal.
+    """
     place = stored_at(path)
     if place is None:
         return
-    sent = _sent.get(path)
-    if sent is None:
-        content = read_journal_file(path)
-        place.store.replace(place.path, content)
-        for part in _parts(place.store, place.path):
-            place.store.remove(part)
-        _sent[path] = len(content)
-        return
+    sent = _sent[path]
     with open_regular(path) as file:
         file.seek(sent)
-        added = file.read()
+        added = whole_lines(file.read())
     if not added:
         return
     try:
-        place.store.create(f"{place.path}.parts/{sent:012d}", added)
+        place.store.create(f"{place.path}.parts/{sent:012d}" if sent else place.path, added)
     except FileExistsError:
         raise RunFailed(f"{place.store.name}/{place.path}: another driver writes to this search; let one of them go on") from None
     _sent[path] = sent + len(added)
@@ -93,18 +90,15 @@ def whole_journal(files: Files, path: str) -> bytes:
         content = files.read(path)
     except FileNotFoundError:
         return b""
-    parts = _parts(files, path)
+    parts = sorted(files.find(f"{path}.parts"))
     with ThreadPoolExecutor(_READERS) as readers:
         for part, added in zip(parts, readers.map(files.read, parts), strict=True):
-            if int(part.rpartition("/")[2]) == len(content):  # a smaller one is in the beginning already: its deletion was cut off
-                content += added
+            offset = int(part.rpartition("/")[2])
+            if offset == len(whole_lines(content)):  # a line that a killed writer did not end is nobody's
+                content = content[:offset] + added
     return content
 
 
 def whole_lines(content: bytes) -> bytes:
     """A journal without a last line that was cut off, or that whoever writes at this moment is in the middle of."""
     return content[: content.rfind(b"\n") + 1]
-
-
-def _parts(files: Files, path: str) -> list[str]:
-    return sorted(files.find(f"{path}.parts"))

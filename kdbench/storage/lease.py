@@ -10,8 +10,7 @@ record and each write to a study it asks for the highest number, and where that 
 
 What is not guaranteed: a driver that is stopped between that question and the write, for longer than a lease, still writes this one thing
 when it goes on. A record says the number under which it was written, so that of two of one unit readers take that of the higher one. A
-part of a study is written under its place in the journal, and only where nothing is there (see `journals`); the first upload of a study
-replaces what is there.
+part of a study is written under its place in the journal, and only where nothing is there (see `journals`).
 """
 
 from __future__ import annotations

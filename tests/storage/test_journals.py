@@ -58,17 +58,37 @@ def test_another_machine_finds_all_of_it_and_puts_it_together(on, bucket: str, o
         add(here, line)
     there = on("there")
     assert there.read_text() == "one\ntwo\nthree\n"
+    before = object_storage.objects(bucket)
     add(there, "four")
 
-    assert object_storage.objects(bucket) == {"studies/q.journal": b"one\ntwo\nthree\nfour\n"}
+    assert object_storage.objects(bucket) == before | {"studies/q.journal.parts/000000000014": b"four\n"}
     assert on("here").read_text() == "one\ntwo\nthree\nfour\n", "the copy of before was stale"
 
 
-def test_a_killed_merge_leaves_parts_that_are_not_taken_twice(on, bucket: str, object_storage: ObjectStorage) -> None:
+def test_a_line_that_was_not_ended_stays_here_until_it_is(on, bucket: str, object_storage: ObjectStorage) -> None:
+    here = on("here")
+    with here.open("a") as file:
+        file.write("one\ntw")
+    upload_journal(here)
+    assert object_storage.objects(bucket) == {"studies/q.journal": b"one\n"}
+    add(here, "o")
+    assert on("there").read_text() == "one\ntwo\n"
+
+
+def test_a_line_in_the_store_that_was_never_ended_is_gone_on_from(on, bucket: str, object_storage: ObjectStorage) -> None:
+    object_storage.put(bucket, "studies/q.journal", b"one\ntw")
+    here = on("here")
+    assert here.read_text() == "one\n"
+    add(here, "two")
+    add(here, "three")
+    assert on("there").read_text() == "one\ntwo\nthree\n"
+
+
+def test_a_part_that_is_in_the_beginning_already_is_not_taken_twice(on, bucket: str, object_storage: ObjectStorage) -> None:
     here = on("here")
     add(here, "one")
     add(here, "two")
-    object_storage.put(bucket, "studies/q.journal", b"one\ntwo\nthree\n")  # and was killed before it deleted the part
+    object_storage.put(bucket, "studies/q.journal", b"one\ntwo\nthree\n")
 
     assert on("there").read_text() == "one\ntwo\nthree\n"
 
@@ -84,14 +104,18 @@ def test_what_could_not_be_uploaded_is_not_thrown_away(on) -> None:
     assert on("there").read_text() == "one\ntwo\n"
 
 
-def test_a_driver_that_was_taken_over_can_not_write_over_the_other(on) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_driver_that_was_taken_over_can_not_write_over_the_other(on, bucket: str, object_storage: ObjectStorage, begun: bool) -> None:
+    """Nor delete what the other one wrote, and be it that this one has not written to the search yet."""
     here = on("here")
-    add(here, "one")
+    if begun:
+        add(here, "one")
     there = on("there")
     add(there, "two")
-    add(here, "own")  # where the other one's beginning reaches: nobody reads it
     add(there, "six")
+    before = object_storage.objects(bucket)
     with pytest.raises(RunFailed, match="another driver writes to this search"):
-        add(here, "new")
+        add(here, "own")
 
-    assert on("elsewhere").read_text() == "one\ntwo\nsix\n"
+    assert object_storage.objects(bucket) == before
+    assert on("elsewhere").read_text() == ("one\n" if begun else "") + "two\nsix\n"
