@@ -46,7 +46,7 @@ from kdbench.tasks.splits import SplitOptions, validation_size
 from kdbench.training.assembly import fit_method, make_distiller
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.cost import counted_flops
-from kdbench.training.optimization import make_optimizer, make_optimizers
+from kdbench.training.optimization import handed_over, make_optimizer, make_optimizers
 from kdbench.training.precision import DTYPES, any_loss, autocast, noise_like, placed_inputs, to_device, unmeasured
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
 
@@ -634,6 +634,7 @@ def _step_seconds(
     peers = [copy.deepcopy(base) for _ in range(method.peer_count)]
     distiller = make_distiller(trained, method, task, recipe, device, peers, spec.name).train()
     optimizers = make_optimizers(distiller, method.own_optimizers(), recipe)
+    stepped = handed_over(optimizers, method)
     flops = student.flops + (teacher.flops if teacher is not None else 0)
     batch = _random_batch(opened, _timed_images(recipe, flops)).to(device)
     batch = replace(batch, inputs=placed_inputs(batch.inputs, precision, recipe.memory_format))
@@ -646,8 +647,9 @@ def _step_seconds(
             theirs = _teacher_outputs(network, method, task, batch, precision)
         terms = distiller(batch, theirs, Progress(1.0, 1 + step, 10), autocast(precision, device))
         terms["total"].backward()
-        for optimizer in optimizers:
+        for optimizer in stepped:
             optimizer.step()
+        for optimizer in optimizers:
             optimizer.zero_grad()
         times.append(_since(start, device))
     return min(times[1:]) / len(batch)

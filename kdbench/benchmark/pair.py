@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -28,6 +29,7 @@ from kdbench.tracking import PROTOCOL_TAG
 from kdbench.training.earlier_keys import Asked, draws_noise
 from kdbench.training.keys import student_protocol
 from kdbench.training.outcome import code_of, failed_record
+from kdbench.training.stages import epochs_of
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
 TRIAL_SEED, FIRST_CANDIDATE_SEED = 1_000_000, 2_000_000
@@ -142,8 +144,8 @@ class Pair:
                 earlier, self.student, self.teacher, spec.label, draws_noise(self.dropout, spec)
             ):
                 study_id = earlier
-        warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
-        asha = Asha(max(search.grace_epochs, math.ceil(warmup)), search.reduction) if search.scheduler == "asha" else None
+        grace = self._unstoppable_epochs(spec, axes, search.grace_epochs)
+        asha = Asha(grace, search.reduction) if search.scheduler == "asha" else None
         main: Direction = "maximize" if self.task.higher_is_better else "minimize"
         costs: list[Direction] = ["minimize"] * len(search.objectives)
         study = MethodStudy(
@@ -158,6 +160,22 @@ class Pair:
             before_upload=recall.ledger.check_lease,
         )
         return study_id, study
+
+    def _unstoppable_epochs(self, spec: MethodSpec, axes: Sequence[Parameter], grace: int) -> int:
+        """Epochs of a trial before which the search does not stop it.
+
+        Until its method's warm-up is over, and until its last stage is under way for as long as the search lets any trial be: a fresh head
+        starts low. Where a searched parameter moves the stages, until the latest beginning that an end of its range leads to.
+        """
+        epochs, method = self.recipe.epochs, build_method(spec, None)
+        points: list[dict[str, Any]] = [{}]
+        points += [{axis.name: value} for axis in axes if not axis.name.startswith("recipe.") for value in axis.ends]
+        last = 0
+        for point in points:
+            with suppress(UserError):  # two parameters' ends may not go together
+                there = build_method(self.unit(spec, "trial", point, TRIAL_SEED, 0).method, None)
+                last = max(last, epochs_of(there.stages(), epochs, spec.name)[-1].start)
+        return max(last + grace, math.ceil(method.warmup_epochs(epochs)))
 
 
 def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Parameter, ...]:

@@ -27,12 +27,14 @@ class Batch:
     None where these samples have no labels.
     index:  int64 [B], position in the source data set, the same whatever the split.
     view:   which augmented copy; 0 where there is no augmentation.
+    others: further batches by name that a method shows the student in the same step.
     """
 
     inputs: Columns
     target: Columns | None
     index: Tensor
     view: int = 0
+    others: Mapping[str, Batch] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
@@ -40,7 +42,8 @@ class Batch:
     def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """`change` of all its tensors: to a device, to some of the rows, to the rows of all workers."""
         target = mapped(self.target, change) if self.target is not None else None
-        return replace(self, inputs=mapped(self.inputs, change), target=target, index=change(self.index))
+        others = {name: other.changed(change) for name, other in self.others.items()}
+        return replace(self, inputs=mapped(self.inputs, change), target=target, index=change(self.index), others=others)
 
     @property
     def labels(self) -> Tensor:

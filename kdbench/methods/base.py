@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -34,11 +34,16 @@ class Paper:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is: epochs done (with the fraction of the present one), optimizer steps done and in all."""
+    """How far a training is: epochs done (with the fraction of the present one), optimizer steps done and in all.
+
+    stage: of the method's `stages`, the first one is 0. stage_done: the share of its steps that is done.
+    """
 
     epoch: float
     step: int
     total_steps: int
+    stage: int = 0
+    stage_done: float = 0.0
 
     def ramp(self, share: float) -> float:
         """What a loss is multiplied by that rises from 0 to 1 over this share of the training: the same in a short run as in a long one."""
@@ -47,14 +52,32 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a training that begins with another student, or in which other weights learn. Optimizer and schedule begin anew.
+
+    name: for people. share: of the recipe's epochs; those of all stages add up to 1, so that two stages cost what one costs.
+    changes: keys of the recipe that differ, of those that say how weights are moved: `training.stages.CHANGEABLE`.
+    """
+
+    name: str
+    share: float
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+WHOLE = (Stage("training", 1.0),)  # the stages of a method that has none
+
+
+@dataclass(frozen=True)
 class OwnOptimizer:
     """A part of a method with an optimizer of its own: that of the recipe, with the `changes` to keys of the recipe.
 
-    The recipe's schedule moves its learning rate too.
+    The recipe's schedule moves its learning rate too, and the frame keeps it in checkpoints. by_method: the method itself steps it, when it
+    wants (see `Method.use_optimizers`); the method is then `batch_coupled`, as no gradients of the part are exchanged.
     """
 
     part: nn.Module
     changes: Mapping[str, Any]
+    by_method: bool = False
 
 
 class Method(nn.Module):
@@ -120,8 +143,52 @@ class Method(nn.Module):
         """Make the adapters, from the shapes at the taps. Raises UserError where the pair can't work."""
 
     def own_optimizers(self) -> tuple[OwnOptimizer, ...]:
-        """The parts of the method that do not learn by the recipe alone, no two of which share a weight; asked after `build`."""
+        """The parts of the method that do not learn by the recipe alone, no two of which share a weight.
+
+        Asked after `build`, and after each `begin`.
+        """
         return ()
+
+    def use_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+        """Take the optimizers of the parts that are stepped `by_method`, in the order of `own_optimizers`; called in each stage.
+
+        Kept to be stepped in `shown`. The method zeroes the gradients before it uses them. All workers must make the same steps.
+        """
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of a training, at least one. They follow from the parameters alone."""
+        return WHOLE
+
+    def begin(self, stage: int, student: nn.Module) -> nn.Module:
+        """The student of this stage: that of the stage before, changed or as it is, or another module made from it.
+
+        Called at the beginning of each stage but the first, in each worker, with the student on its device, whose weights are those that
+        would be kept: the moving average where the recipe has one. What is kept beside it, such as a frozen copy, must not become a
+        submodule; parts of the method that learn may be made anew here. A training that goes on after a kill asks again, with the same
+        weights: what is drawn comes from `generator` or the process's own streams, which the frame has begin anew for each stage.
+
+        What `export_student` makes of the last stage's student must fit into the network that the experiment names.
+        """
+        return student
+
+    def task_weight(self, at: Progress) -> float:
+        """What the task's own loss is multiplied by."""
+        return self.params.task_weight
+
+    def shown(self, batch: Batch, at: Progress) -> Batch:
+        """What the student is shown in this step: the loader's batch, with further ones in `others`, or another in its place.
+
+        Called once a micro-batch, inside the wrapped forward pass and outside autocast, on the training's device, with gradients enabled.
+        What the student gives for `others` is in `Outputs.others`, under the same names; their batches may have other sizes and other
+        numbers of samples. What the teacher gives (`t` of `forward`) is for the loader's batch: for others the method asks the frozen
+        network (`use_teacher`). The task's own loss is of the batch alone, and is left out where that has no target.
+
+        What is in `batch.others` already is another part's of a combination, and is kept.
+
+        In training with several workers a `batch_coupled` method is given the joined batch, the same on all; the frame then cuts what it
+        returns. Each of `others` has a multiple of the batch's samples there.
+        """
+        return batch
 
     def use_teacher(self, network: nn.Module, example: Example) -> None:
         """Take what the method needs of the frozen teacher, where it says `needs_teacher_network`; called after `build`.
@@ -147,16 +214,24 @@ class Method(nn.Module):
         """The student as it is deployed, from what `adapt_student` gave, trained: it keeps no trace of the method."""
         return student
 
+    @property
+    def makes_batches(self) -> bool:
+        """Whether `shown` may return anything but the loader's batch."""
+        return type(self).shown is not Method.shown
+
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         """Loss terms by name, weighted, float32 or wider. The task's own loss is added by the frame with `task_weight`.
 
-        A term is a tensor without dimensions. Every step has the same terms, 0 where one does not count. No term has the name of one of the
-        task's terms or is called `total`. A training ends with an error that names the term where one of these does not hold.
+        A term is a tensor without dimensions. Every step of a stage has the same terms, 0 where one does not count. No term has the name of
+        one of the task's terms or is called `total`. A training ends with an error that names the term where one of these does not hold.
         """
         raise NotImplementedError
 
     def warmup_epochs(self, total_epochs: float) -> float:
-        """Epochs, of a training of `total_epochs`, before the method's loss has its full weight: a search does not stop a trial earlier."""
+        """Epochs, of a training of `total_epochs`, before the method's loss has its full weight: a search does not stop a trial earlier.
+
+        Nor does it stop one before the last of its `stages` is under way.
+        """
         return 0.0
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
 from kdbench.errors import UserError
-from kdbench.methods.base import Method, OwnOptimizer, Paper, Progress
+from kdbench.methods.base import WHOLE, Method, OwnOptimizer, Paper, Progress, Stage
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.trace import Example
 from kdbench.tasks.base import TaskInfo
@@ -50,10 +51,49 @@ class Combination(Method):
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         for part in self._named().values():
-            part.build(student, teacher if part.needs_teacher else None, task)
+            part.build(student, teacher if part.needs_teacher or part.needs_teacher_network else None, task)
 
     def own_optimizers(self) -> tuple[OwnOptimizer, ...]:
         return tuple(own for part in self._named().values() for own in part.own_optimizers())
+
+    def use_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+        left = iter(optimizers)
+        for part in self._named().values():
+            part.use_optimizers(tuple(islice(left, sum(own.by_method for own in part.own_optimizers()))))
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of the one part that has some."""
+        return self._staged.stages() if self._staged is not None else WHOLE
+
+    def begin(self, stage: int, student: nn.Module) -> nn.Module:
+        if self._staged is not None:
+            student = self._staged.begin(stage, student)
+            self.student_taps = _union(list(self._named().values()), "student_taps")
+        return student
+
+    @property
+    def _staged(self) -> Method | None:
+        return next((part for part in self._named().values() if _has_stages(type(part))), None)
+
+    def task_weight(self, at: Progress) -> float:
+        """The weight that all share, times what each part makes of it in the course of a training: a part's own weight is 1."""
+        return self.params.task_weight * math.prod(part.task_weight(at) for part in self._named().values())
+
+    @property
+    def makes_batches(self) -> bool:
+        return any(part.makes_batches for part in self._named().values())
+
+    def shown(self, batch: Batch, at: Progress) -> Batch:
+        """What the parts make of it, one after the other. Raises UserError where one undoes what another shows."""
+        for name, part in self._named().items():
+            after = part.shown(batch, at)
+            if undone := [key for key, other in batch.others.items() if after.others.get(key) is not other]:
+                raise UserError(
+                    f"method {'+'.join(self.kinds)}: {name} takes away the batch {undone[0]!r} that another part shows; "
+                    "let its `shown` keep `batch.others`, and use names of its own"
+                )
+            batch = after
+        return batch
 
     def use_teacher(self, network: nn.Module, example: Example) -> None:
         for part in self._named().values():
@@ -112,7 +152,13 @@ class Combination(Method):
 
 @cache
 def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
-    """The method that is all of `kinds`, (name, class) in the order in which they were written, at once."""
+    """The method that is all of `kinds`, (name, class) in the order in which they were written, at once.
+
+    Raises UserError where two of them have stages.
+    """
+    if len(staged := [name for name, kind in kinds if _has_stages(kind)]) > 1:
+        whole = "+".join(name for name, _ in kinds)
+        raise UserError(f"method {whole}: {staged[0]} and {staged[1]} both train in stages; combine one of them with other methods")
     names, methods = " and ".join(name for name, _ in kinds), [kind for _, kind in kinds]
     facts = {
         "__doc__": f"The losses of {names} together; the task's own counts once.",
@@ -133,6 +179,10 @@ def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
         "Params": _params(kinds),
     }
     return type("+".join(name for name, _ in kinds), (Combination,), facts)
+
+
+def _has_stages(kind: type[Method]) -> bool:
+    return kind.stages is not Method.stages
 
 
 def _union(methods: list[Any], taps: str) -> tuple[str, ...]:

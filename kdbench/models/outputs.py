@@ -19,11 +19,13 @@ class Outputs:
 
     maps: tap name -> [B, D, H, W], [B, N, D] or [B, D].
     peers: of a student, what the networks like it gave that learn beside it, where the method has any.
+    others: of a student, what it gave for the further batches that the method showed it, by their names.
     """
 
     prediction: Columns
     maps: dict[str, Tensor] = field(default_factory=dict)
     peers: tuple[Outputs, ...] = ()
+    others: dict[str, Outputs] = field(default_factory=dict)
 
     @property
     def logits(self) -> Tensor:

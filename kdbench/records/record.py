@@ -124,6 +124,7 @@ class RunRecord(BaseModel):
     agreement: float | None = None  # share of test samples whose argmax equals the teacher's
     teacher_kl: float | None = None  # mean KL(teacher || student) on the test set, nats
     curve: list[dict[str, float]] = Field(default_factory=list)  # one entry an epoch
+    stages: dict[str, int] | None = None  # epochs of each stage of the training, one after the other; null where it had one
 
     # cost
     params_count: int | None = None

@@ -88,6 +88,14 @@ class Parameter:
     default: Any
     integer: bool = False
 
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values between which it is searched: both ends of a range, all options of a choice."""
+        if isinstance(self.dimension, Choice):
+            return self.dimension.options
+        low, high = self.dimension.low, self.dimension.high
+        return (math.ceil(low), math.floor(high)) if self.integer else (low, high)
+
 
 def space_of(params: BaseModel, fixed: frozenset[str] = frozenset()) -> tuple[Parameter, ...]:
     """The axes of `params`: each field annotated with a Range or a Choice, the field's present value as its default.

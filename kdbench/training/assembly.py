@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from kdbench.data.batch import Part
 from kdbench.data.loader import Loader
 from kdbench.errors import UserError
-from kdbench.experiment import Recipe, Unit
-from kdbench.methods.base import Method
+from kdbench.experiment import Recipe, TeacherRef, Unit
+from kdbench.methods.base import Method, Progress
 from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import probe, tap_shapes
@@ -24,10 +25,11 @@ from kdbench.tasks.base import Role, Splits, Task, role_of
 from kdbench.tasks.build import build_task
 from kdbench.training.cache.outputs import TeacherCache
 from kdbench.training.distiller import Distiller
-from kdbench.training.optimization import Schedule, make_average, make_optimizers, make_schedule
+from kdbench.training.optimization import Schedule, handed_over, make_average, make_optimizers, make_schedule
 from kdbench.training.precision import compiled_call, to_device
-from kdbench.training.randomness import begin_streams, restore_streams, streams
+from kdbench.training.randomness import begin_streams, restore_streams, stage_streams, streams
 from kdbench.training.session import Session
+from kdbench.training.stages import epochs_of, recipe_of
 from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
 
 
@@ -43,11 +45,14 @@ class Training:
     wrapped: nn.Module  # the distiller, with gradient exchange where there are several workers
     teacher: Teacher | None
     optimizers: tuple[torch.optim.Optimizer, ...]  # the recipe's, then those of the method's parts
-    schedule: Schedule
+    stepped: tuple[torch.optim.Optimizer, ...]  # of these, the ones that the loop steps and not the method
+    schedule: Schedule  # of the present stage, by its steps
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
     loader: Loader
     generator: torch.Generator
+    stages: tuple[range, ...]  # the epochs of each
+    left: list[dict[str, Tensor]] = field(default_factory=list)  # the distiller's state at the end of each stage that is over
     epoch: int = 0
     step: int = 0  # inside the epoch
     sums: Tensor | None = None  # of each loss term since the epoch began, on the device, in the order of `terms`
@@ -72,6 +77,27 @@ class Training:
         """Optimizer steps since the training began."""
         return self.epoch * self.loader.steps_per_epoch + self.step
 
+    @property
+    def stage(self) -> range:
+        """The epochs of the present stage."""
+        return self.stages[len(self.left)]
+
+    @property
+    def stage_steps(self) -> int:
+        """Optimizer steps since the present stage began."""
+        return self.total_steps - self.stage.start * self.loader.steps_per_epoch
+
+    @property
+    def progress(self) -> Progress:
+        per_epoch = self.loader.steps_per_epoch
+        return Progress(
+            epoch=self.epoch + self.step / per_epoch,
+            step=self.total_steps,
+            total_steps=self.unit.recipe.epochs * per_epoch,
+            stage=len(self.left),
+            stage_done=self.stage_steps / (len(self.stage) * per_epoch),
+        )
+
     def passed(self, seconds: float) -> None:
         self.seconds += seconds
         self.device_seconds += seconds * self.session.world_size
@@ -81,6 +107,7 @@ class Training:
         return {
             "unit": self.unit.key,
             "distiller": self.distiller.state_dict(),
+            "left": self.left,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -89,6 +116,9 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was. Each stage is begun again, from what the one before left, so that the networks are those of then."""
+        for left in state.get("left", ()):  # a checkpoint of an older version has none
+            self.begin_next_stage(left)
         self.distiller.load_state_dict(state["distiller"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -99,6 +129,42 @@ class Training:
         for name, value in state["progress"].items():
             setattr(self, name, value)
         self.kept_step = self.ask_at = self.total_steps
+
+    def begin_next_stage(self, left: dict[str, Tensor] | None = None) -> None:
+        """Go on with the student that the method makes of the present one, with a new optimizer, schedule and moving average.
+
+        left: what the present stage left, where a training that was killed goes on; all workers call together.
+        """
+        left = self._left_now() if left is None else left
+        old, unit, device = self.distiller, self.unit, self.session.device
+        old.load_state_dict(left)
+        self.left.append(left)
+        with stage_streams(unit.seed, len(self.left), old.method.generator, device):
+            student = old.method.begin(len(self.left), old.student)
+        recipe = recipe_of(unit.recipe, old.method.stages(), len(self.left), unit.method.name)
+        self.wrapped = self.distiller = make_distiller(
+            student, old.method, self.task, recipe, device, list(old.peers), unit.method.name, old.role
+        )
+        del old
+        gc.collect()  # gradients of the former wrapping would still be exchanged
+        method = self.distiller.method
+        self.optimizers = make_optimizers(self.distiller, method.own_optimizers(), recipe)
+        self.stepped = handed_over(self.optimizers, method)
+        self.schedule = make_schedule(recipe, self.loader.steps_per_epoch, self.optimizers[0])
+        self.average = make_average(self.distiller.student, recipe)
+        self.wrapped = self.session.prepare(self.distiller)
+        self.best, self.best_value, self.terms = None, -math.inf, ()
+
+    def _left_now(self) -> dict[str, Tensor]:
+        """A copy of the distiller's state, the student's being that which would be kept, and batch statistics the first worker's."""
+        state = self.distiller.state_dict()
+        if self.average is not None:
+            state |= {f"student.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        if self.session.world_size > 1:
+            for name, _ in self.distiller.named_buffers():
+                if name in state:
+                    state[name] = self.session.gather(state[name][None])[0]
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
 _PROGRESS = (
@@ -140,15 +206,16 @@ def assemble(unit: Unit, session: Session) -> Training:
     peers = [fresh() for _ in range(method.peer_count)]
     check_uncut(unit.method.name, method, task, recipe)
     teacher = _teacher_of(unit, method, task, session)
+    network = _network_of(teacher, unit, task, session) if method.needs_teacher_network else None
     samples = splits.train if unit.role == "teacher" else splits.transfer
     adapted = fit_method(
         method,
         student,
         probe(student, task.example(role), method.student_taps),
-        _shapes_of(teacher, method, task),
+        _shapes_of(teacher, network, method, task),
         task,
         samples,
-        _network_of(teacher, unit, task, session) if method.needs_teacher_network else None,
+        network,
     )
     distiller = make_distiller(adapted, method, task, recipe, session.device, peers, unit.method.name, role)
     loader = Loader(
@@ -189,7 +256,7 @@ def fit_method(
     Returns:
         The student as it is trained.
     """
-    method.build(ours, theirs if method.needs_teacher else None, task.info)
+    method.build(ours, theirs if method.needs_teacher or method.needs_teacher_network else None, task.info)
     if method.needs_teacher_network and teacher is not None:
         method.use_teacher(teacher, task.example("teacher"))
     method.use_samples(samples)
@@ -223,8 +290,10 @@ def make_training(
     loader: Loader,
     generator: torch.Generator,
 ) -> Training:
-    """A training before its first step: optimizers, schedule, scaler and moving average are the recipe's."""
-    recipe = unit.recipe
+    """A training before its first step: optimizers, schedule, scaler and moving average are the recipe's, in its first stage."""
+    stages = distiller.method.stages()
+    epochs = epochs_of(stages, unit.recipe.epochs, unit.method.name)
+    recipe = recipe_of(unit.recipe, stages, 0, unit.method.name)
     optimizers = make_optimizers(distiller, distiller.method.own_optimizers(), recipe)
     return Training(
         unit=unit,
@@ -235,11 +304,13 @@ def make_training(
         wrapped=session.prepare(distiller),
         teacher=teacher,
         optimizers=optimizers,
+        stepped=handed_over(optimizers, distiller.method),
         schedule=make_schedule(recipe, loader.steps_per_epoch, optimizers[0]),
         scaler=torch.amp.GradScaler(session.device.type, enabled=recipe.precision == "fp16"),
         average=make_average(distiller.student, recipe),
         loader=loader,
         generator=generator,
+        stages=epochs,
     )
 
 
@@ -280,21 +351,25 @@ def _network_of(teacher: Teacher | None, unit: Unit, task: Task, session: Sessio
     """The frozen network that a live teacher runs anyway, or that is loaded beside cached outputs."""
     if isinstance(teacher, LiveTeacher):
         return teacher.model
-    assert unit.teacher is not None, "a method that needs the network needs a teacher"
-    return load_teacher(unit.teacher, task, session.device)
+    return load_teacher(_given_teacher(unit), task, session.device)
 
 
 def _teacher_of(unit: Unit, method: Method, task: Task, session: Session) -> Teacher | None:
     if not method.needs_teacher:
         return None
+    return open_teacher(_given_teacher(unit), task, method.teacher_taps, session.device, unit.recipe, unit.data_seed)
+
+
+def _given_teacher(unit: Unit) -> TeacherRef:
+    """Raises UserError where there is none."""
     if unit.teacher is None:
         raise UserError(f"method {unit.method.name} learns from a teacher, and the experiment names none; add `teacher: {{model: ...}}`")
-    return open_teacher(unit.teacher, task, method.teacher_taps, session.device, unit.recipe, unit.data_seed)
+    return unit.teacher
 
 
-def _shapes_of(teacher: Teacher | None, method: Method, task: Task) -> Shapes | None:
-    if teacher is None:
-        return None
+def _shapes_of(teacher: Teacher | None, network: nn.Module | None, method: Method, task: Task) -> Shapes | None:
+    """What the teacher gives; network: the frozen one that the method works with, be it that it sees no outputs."""
     if isinstance(teacher, TeacherCache):
         return teacher.shapes
-    return probe(teacher.model, task.example("teacher"), method.teacher_taps)
+    model = teacher.model if teacher is not None else network
+    return probe(model, task.example("teacher"), method.teacher_taps) if model is not None else None

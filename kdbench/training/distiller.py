@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, mapped
+from kdbench.data.columns import Columns, mapped, tensors
 from kdbench.errors import UserError
 from kdbench.methods.base import Method, Progress
 from kdbench.models.batch_norm import guard_batch_norms
@@ -78,8 +78,10 @@ class Distiller(nn.Module):
         self._peer_taps = tuple(Taps(peer, method.student_taps) for peer in self.peers)
         if self.coupled:
             # All workers compute them from the joined batch, so they are equal without being sent round at every step.
-            buffers = [f"method.{name}" for name, _ in method.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
+            apart = [f"method.{name}" for name, _ in method.named_buffers()]
+            stepped = {id(one) for own in method.own_optimizers() if own.by_method for one in own.part.parameters()}
+            apart += [f"method.{name}" for name, one in method.named_parameters() if id(one) in stepped]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, apart)
 
     def forward(
         self,
@@ -96,19 +98,29 @@ class Distiller(nn.Module):
 
         Where method or task are batch-coupled and there are several workers, they see the joined batch; gradients flow back to each one's
         part.
-        Raises UserError for a term that is no scalar, and for a name that stands for two terms.
+        Raises UserError for a term that is no scalar, for a name that stands for two terms, and where there is no term at all.
         """
+        several = len(shares) > 1 and (self.coupled or self.task.batch_coupled)
+        joined_batch: Batch | None = None
+        if self.method.makes_batches:
+            if several and self.coupled:
+                joined_batch = self.method.shown(_joined_batch(batch, shares), at)
+                batch = self._own_part(joined_batch, shares)
+            else:
+                batch = self.method.shown(batch, at)
         inputs = self.task.inputs_for(self.role, batch.inputs)
         with autocast:
             outputs = self._taps(inputs)
             outputs.peers = tuple(taps(inputs) for taps in self._peer_taps)
+            outputs.others = {name: self._taps(self.task.inputs_for(self.role, other.inputs)) for name, other in batch.others.items()}
         everyones: tuple[Outputs, Batch] | None = None
-        if len(shares) > 1 and (self.coupled or self.task.batch_coupled):
-            everyones = _joined(outputs, shares), _joined_batch(batch, shares)
+        if several:
+            everyones = _joined(outputs, shares), joined_batch or _joined_batch(replace(batch, others={}), shares)
         whole = everyones if self.task.batch_coupled else None
-        tasks = self.task.loss(*(whole or (outputs, batch)))
+        tasks = self.task.loss(*(whole or (outputs, batch))) if batch.target is not None else {}
         check_terms(f"task {self.task.name}", tasks)
-        weighted = {name: self.method.params.task_weight * loss for name, loss in tasks.items()}
+        task_weight = self.method.task_weight(at)
+        weighted = {name: task_weight * loss for name, loss in tasks.items()}
         own = weighted if whole is not None else {name: weights.as_task(name, loss) for name, loss in weighted.items()}
         joined: dict[str, Tensor] = {}
         if self.coupled and everyones is not None:
@@ -120,8 +132,25 @@ class Distiller(nn.Module):
             counted = self.method.weighs_as_task
             own |= {name: weights.as_task(IMITATION, term) if name in counted else weights.by_samples(term) for name, term in added.items()}
         terms = own | joined
+        if not terms:
+            raise UserError(f"method {self.name} has no loss, and the task has none on samples without labels: nothing could be learned")
         terms[TOTAL] = torch.stack(list(terms.values())).sum()
         return terms
+
+    def _own_part(self, whole: Batch, shares: Sequence[int]) -> Batch:
+        """This worker's rows of a batch that a method made for all. Raises UserError where it can't be cut as the loader's is."""
+        rank, samples = torch.distributed.get_rank(), sum(shares)
+
+        def cut(batch: Batch, what: str) -> Batch:
+            times, rest = divmod(len(batch), samples)
+            if rest or not times:
+                raise UserError(
+                    f"method {self.name}: `shown` returned {len(batch)} samples {what} for a batch of {samples}; return a multiple of these"
+                )
+            first, rows = times * sum(shares[:rank]), times * shares[rank]
+            return replace(batch, others={}).changed(lambda tensor: tensor[first : first + rows])
+
+        return replace(cut(whole, "in its place"), others={name: cut(other, f"as {name!r}") for name, other in whole.others.items()})
 
 
 def check_terms(of: str, terms: Mapping[str, Tensor], taken: Iterable[str] = ()) -> None:
@@ -175,7 +204,15 @@ def _cut(parts: Sequence[Tensor], shares: Sequence[int]) -> Tensor:
 def _joined(outputs: Outputs, shares: Sequence[int]) -> Outputs:
     maps = {name: _join(tensor, shares) for name, tensor in outputs.maps.items()}
     prediction = mapped(outputs.prediction, lambda tensor: _join(tensor, shares))
-    return Outputs(prediction, maps, tuple(_joined(peer, shares) for peer in outputs.peers))
+    others = {}
+    for name, other in outputs.others.items():
+        times = _rows(other) // _rows(outputs)
+        others[name] = _joined(other, [times * share for share in shares])
+    return Outputs(prediction, maps, tuple(_joined(peer, shares) for peer in outputs.peers), others)
+
+
+def _rows(outputs: Outputs) -> int:
+    return len(tensors(outputs.prediction)[0])
 
 
 def _joined_batch(batch: Batch, shares: Sequence[int]) -> Batch:

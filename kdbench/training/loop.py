@@ -47,6 +47,8 @@ def fit(unit: Unit, session: Session, layout: Layout) -> RunRecord:
     if run.worker_counts[-1:] != [session.world_size]:
         run.worker_counts.append(session.world_size)
     for epoch in range(run.epoch, unit.recipe.epochs):
+        if epoch == run.stage.stop:
+            run.begin_next_stage()
         train_epoch(run, epoch)
         metrics = close_epoch(run)
         last = epoch + 1 == unit.recipe.epochs
@@ -87,9 +89,9 @@ def train_step(run: Training, batch: Batch) -> Tensor:
     """One optimizer step on one global batch (this worker's share of it); returns each loss term's mean, in the order of `run.terms`."""
     recipe = run.unit.recipe
     done = run.total_steps
-    at = Progress(run.epoch + run.step / run.loader.steps_per_epoch, done, recipe.epochs * run.loader.steps_per_epoch)
+    at = run.progress
     begin_step(run.unit.seed, done, run.session.rank, None if run.distiller.coupled else run.generator)
-    factor = run.schedule(done)
+    factor = run.schedule(run.stage_steps)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * factor
@@ -99,10 +101,10 @@ def train_step(run: Training, batch: Batch) -> Tensor:
         with run.session.without_exchange(run.wrapped) if position + 1 < len(pieces) else nullcontext():
             losses.append(_backward(run, piece, at, weights))
     if recipe.clip_grad is not None:
-        for optimizer in run.optimizers:
+        for optimizer in run.stepped:
             run.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(run.wrapped.parameters(), recipe.clip_grad)
-    for optimizer in run.optimizers:
+    for optimizer in run.stepped:
         run.scaler.step(optimizer)
     run.scaler.update()
     for optimizer in run.optimizers:

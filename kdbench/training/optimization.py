@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError, in_one_line
 from kdbench.experiment import Recipe
-from kdbench.methods.base import OwnOptimizer
+from kdbench.methods.base import Method, OwnOptimizer
 
 OPTIMIZERS = ("sgd", "adamw")
 DECAY_RATE = 0.1  # of step and multistep, where the recipe names none: timm's
@@ -72,6 +72,22 @@ def make_optimizers(module: nn.Module, own: Sequence[OwnOptimizer], recipe: Reci
     undecayed = _undecayed(module) if recipe.no_decay_on_norms else frozenset()
     rest = make_optimizer((parameter for parameter in module.parameters() if parameter not in apart), recipe, undecayed)
     return rest, *(make_optimizer(one.part.parameters(), recipe.model_copy(update=dict(one.changes)), undecayed) for one in own)
+
+
+def handed_over(optimizers: Sequence[torch.optim.Optimizer], method: Method) -> tuple[torch.optim.Optimizer, ...]:
+    """Give a method those of `make_optimizers` that it steps itself; returns the others.
+
+    Raises UserError where such a method is not batch-coupled: its workers would part ways.
+    """
+    first, *parts = optimizers
+    by_method = [own.by_method for own in method.own_optimizers()]
+    theirs = tuple(optimizer for optimizer, its in zip(parts, by_method, strict=True) if its)
+    if theirs and not method.batch_coupled:
+        raise UserError(
+            f"method {type(method).__name__} steps a part of its own, which all workers must do alike; let it say `batch_coupled = True`"
+        )
+    method.use_optimizers(theirs)
+    return first, *(optimizer for optimizer, its in zip(parts, by_method, strict=True) if not its)
 
 
 def _undecayed(module: nn.Module) -> frozenset[nn.Parameter]:

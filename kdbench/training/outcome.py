@@ -227,12 +227,15 @@ def _training_facts(run: Training, deployed: nn.Module) -> dict[str, object]:
     """Validation and cost of the training itself."""
     trained, kept = (sum(p.numel() for p in module.parameters()) for module in (run.distiller, deployed))
     recipe, curve = run.unit.recipe, run.curve
-    values = [row[f"val_{run.task.primary}"] for row in curve]
+    values = [row[f"val_{run.task.primary}"] for row in curve[run.stage.start :]]
     best = max(values) if run.task.higher_is_better else min(values)
     images = run.loader.steps_per_epoch * recipe.batch_size * recipe.epochs
     return {
         "val_metric": best if recipe.weights == "best" else values[-1],
         "curve": curve,
+        "stages": dict(zip([stage.name for stage in run.distiller.method.stages()], map(len, run.stages), strict=True))
+        if len(run.stages) > 1
+        else None,
         "train_seconds": run.seconds,
         "device_hours": run.device_seconds / 3600,
         "world_size": run.session.world_size,

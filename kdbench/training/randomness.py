@@ -8,15 +8,19 @@ go on with a training.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 from kdbench.data.hashing import hash64
+from kdbench.models.trace import generators_kept
 
 # Method generators get a stream of their own, so that a method's randomness never shifts the student's initial weights.
 _METHOD_STREAM = 0x5EED
+_STAGE_STREAM = 0x57A6E
 
 
 def begin_streams(seed: int) -> torch.Generator:
@@ -36,6 +40,22 @@ def begin_step(seed: int, step: int, rank: int, method: torch.Generator | None) 
     _seed_process(drawn)
     if method is not None:
         method.manual_seed(drawn ^ _METHOD_STREAM)
+
+
+@contextmanager
+def stage_streams(seed: int, stage: int, method: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """The streams that a stage begins with, the same on all ranks and again after a kill; afterwards all are what they were."""
+    before = method.get_state() if method is not None else None
+    with generators_kept(device):
+        drawn = int(hash64(seed, stage, _STAGE_STREAM))
+        _seed_process(drawn)
+        if method is not None:
+            method.manual_seed(drawn ^ _METHOD_STREAM)
+        try:
+            yield
+        finally:
+            if method is not None and before is not None:
+                method.set_state(before)
 
 
 def _seed_process(seed: int) -> None:

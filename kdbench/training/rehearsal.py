@@ -157,31 +157,48 @@ class _Scene:
         with _doing("its copy"):
             run = self.training(spec, images)
         batch = self._batch(run.unit.recipe, images)
-        learns: set[int] = set()
-        for parameter in run.distiller.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda parameter: learns.add(id(parameter)))
         with _doing("predicting two images"):
             before = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision, self.task, self.role)
         if any(bool(tensor.isnan().any()) for tensor in tensors(before)):
             raise UserError("its predictions are nan before it is trained; check its forward pass in evaluation, and its weights")
-        run.wrapped.train()
-        with _doing(f"a training step on {images} image{'s'[: images > 1]}"):
-            losses = train_step(run, batch).tolist()
-        self._check_gradients(run.distiller, learns)
-        if broken := [f"{name} is {value}" for name, value in zip(run.terms, losses, strict=True) if not math.isfinite(value)]:
-            raise UserError(f"in a first training step, its loss {' and '.join(broken)}; check its forward pass, and its weights")
+        self._step(run, batch)
+        for stage, epochs in zip(run.distiller.method.stages()[1:], run.stages[1:], strict=True):
+            run.epoch = epochs.start
+            with _doing(f"beginning the stage {stage.name!r}"):
+                run.begin_next_stage()
+            self._step(run, batch, f" in the stage {stage.name!r}")
         with _doing("predicting two images"):
             prediction = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision, self.task, self.role)
         self._check_objectives(prediction)
         with _doing("saving and loading its weights"):
             self._reload(run.distiller.method.export_student(run.evaluated))
 
-    def _check_gradients(self, distiller: Distiller, learns: set[int]) -> None:
-        student = {name: p for name, p in distiller.student.named_parameters() if p.requires_grad}
-        if not any(id(parameter) in learns for parameter in student.values()):
-            raise UserError("no parameter of the network gets a gradient from a training step; check what its forward pass detaches")
-        idle = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad and id(parameter) not in learns]
+    def _step(self, run: Training, batch: Batch, where: str = "") -> None:
+        learns: set[int] = set()
+        for parameter in run.distiller.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: learns.add(id(parameter)))
+        run.wrapped.train()
+        images = len(batch)
+        with _doing(f"a training step on {images} image{'s'[: images > 1]}{where}"):
+            losses = train_step(run, batch).tolist()
+        self._check_gradients(run.distiller, learns, where)
+        if broken := [f"{name} is {value}" for name, value in zip(run.terms, losses, strict=True) if not math.isfinite(value)]:
+            raise UserError(f"in a first training step{where}, its loss {' and '.join(broken)}; check its forward pass, and its weights")
+
+    def _check_gradients(self, distiller: Distiller, learns: set[int], where: str) -> None:
+        """where: in which stage. In a later one the network may be frozen, and only a part of the method learns."""
+        network = distiller if where else distiller.student
+        if not any(id(parameter) in learns for parameter in network.parameters()):
+            raise UserError(
+                f"no parameter of the network gets a gradient from a training step{where}; check what its forward pass detaches"
+            )
+        apart = {id(p) for own in distiller.method.own_optimizers() if own.by_method for p in own.part.parameters()}
+        idle = [
+            name
+            for name, parameter in distiller.named_parameters()
+            if parameter.requires_grad and id(parameter) not in learns and id(parameter) not in apart
+        ]
         if idle and worker_bounds(self.workers)[1] > 1:
             raise UserError(
                 f"{len(idle)} of its parameters get no gradient, such as {idle[0].partition('.')[2]!r}, and several workers can't train it "

@@ -102,3 +102,37 @@ def test_convolutions_that_overlap_leave_nothing_out(name: str, side: int) -> No
 
     spec = ModelSpec(name=name)
     check_sees_all(name, build_model(spec, num_classes=2, in_channels=3, image_size=side, mean=(0.5,) * 3, std=(0.5,) * 3), (3, side, side))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raises", r"beginning the stage 'head' fails: .*no such head"),
+        ("frozen", r"beginning the stage 'head' fails: .*empty parameter list"),
+        ("nan", r"in a first training step in the stage 'head', its loss .*itself is nan"),
+    ],
+)
+def test_a_fault_of_a_later_stage_is_found_too(fault: str, said: str) -> None:
+    methods = [{"name": "tests.training.own_methods:Broken", "label": "broken", "fault": fault}]
+    experiment = Experiment.model_validate(SHAPES | {"students": ["tests.training.own_methods:PlainNet"], "methods": methods})
+    task = build_task(experiment.task)
+    assert experiment.teacher is not None
+    theirs = tap_shapes(task.build_model(experiment.teacher.model), task.info.example)
+    rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
+    with pytest.raises(UserError, match=rf"^method 'broken' with student .*{said}"):
+        rehearsal.student(experiment.students[0], task.build_model(experiment.students[0]), theirs, None)
+
+
+def test_a_method_with_stages_is_rehearsed_in_each_and_leaves_no_trace() -> None:
+    student = "tests.training.own_methods:NormedNet"
+    experiment = Experiment.model_validate(SHAPES | {"students": [student], "methods": ["tests.training.own_methods:FreshHead"]})
+    task = build_task(experiment.task)
+    assert experiment.teacher is not None
+    network, teacher = task.build_model(experiment.students[0]), task.build_model(experiment.teacher.model)
+    before, drawn = {name: tensor.clone() for name, tensor in network.state_dict().items()}, generators()
+    Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu")).student(
+        experiment.students[0], network, tap_shapes(teacher, task.info.example), teacher
+    )
+    assert generators() == drawn
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())

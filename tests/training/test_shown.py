@@ -1,0 +1,137 @@
+"""What a method shows the student beside the loader's batch, or in its place, and parts that it steps itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file
+
+from kdbench.data.batch import Batch
+from kdbench.errors import UserError
+from kdbench.experiment import Unit
+from kdbench.methods.base import Method, Progress
+from kdbench.records.record import RunRecord
+from kdbench.training.assembly import assemble
+from kdbench.training.loop import fit, train_epoch
+from kdbench.training.session import LocalSession
+from tests.training.gloo import free_port
+from tests.training.own_methods import NAMES, Imagined, Zooming
+from tests.training.test_two_workers import worker
+from tests.training.units import killed_and_continued, layout, saved_teacher, unit
+
+PLAIN = {"name": "tests.training.own_methods:PlainNet"}
+
+
+def shown(folder: Path, method: str | dict[str, Any], **recipe: Any) -> Unit:
+    recipe = {"precision": "fp64", "batch_size": 64, **recipe}
+    return unit(method, saved_teacher(folder, "fp64"), student=PLAIN, recipe=recipe)
+
+
+METHODS: dict[str, str | dict[str, Any]] = {
+    "others": NAMES["Zooming"],
+    "by-method": NAMES["Imagined"],
+    "instead": {"name": NAMES["Imagined"], "instead": True, "times": 1},
+    "both": f"{NAMES['Imagined']}+{NAMES['Zooming']}",
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_two_workers_are_shown_what_one_is(tmp_path: Path, method: str | dict[str, Any]) -> None:
+    # 300 samples in batches of 63 make shares of 31 and 32 where the number of workers is a range
+    one = shown(tmp_path, method, batch_size=63)
+    two = Unit.model_validate(one.model_dump() | {"workers": {"max": 2}})
+    alone = fit(one, LocalSession(threads=1), layout(tmp_path))
+    torch.multiprocessing.spawn(worker, (2, free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
+    a, b = load_file(layout(tmp_path).student(one.key)), load_file(layout(tmp_path).student(two.key))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
+    together = RunRecord.model_validate_json((tmp_path / "record.json").read_text())
+    losses = [name for name in alone.curve[0] if name.startswith("train_")]
+    for here, there in zip(alone.curve, together.curve, strict=True):
+        assert {name: there[name] for name in losses} == pytest.approx({name: here[name] for name in losses}, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_kill_changes_nothing(tmp_path: Path, method: str | dict[str, Any]) -> None:
+    of = shown(tmp_path, method).model_copy(update={"checkpoint_seconds": 0})
+    fit(of, LocalSession(), layout(tmp_path / "whole"))
+    killed_and_continued(of, tmp_path / "continued", 6)
+    a, b = (load_file(layout(tmp_path / folder).student(of.key)) for folder in ("whole", "continued"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_micro_batches_are_shown_as_the_whole_is(tmp_path: Path) -> None:
+    whole, cut = shown(tmp_path, NAMES["Zooming"]), shown(tmp_path, NAMES["Zooming"], accumulate=2)
+    for of in (whole, cut):
+        fit(of, LocalSession(), layout(tmp_path))
+    a, b = (load_file(layout(tmp_path).student(of.key)) for of in (whole, cut))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_student_learns_from_what_it_is_shown_and_the_method_steps_its_own_part(tmp_path: Path) -> None:
+    run = assemble(shown(tmp_path, NAMES["Imagined"]), LocalSession())
+    method = run.distiller.method
+    assert isinstance(method, Imagined)
+    maker = method.maker.weight.detach().clone()
+    assert len(run.optimizers) == 2
+    assert run.stepped == run.optimizers[:1]
+    train_epoch(run, 0)
+    steps = run.loader.steps_per_epoch
+    assert not torch.equal(method.maker.weight, maker)
+    assert {state["step"].item() for state in run.optimizers[1].state.values()} == {steps}, "once a step, and by the method alone"
+    assert method.made.item() == 2 * 64 * steps
+    assert all("maker" not in name for name in run.distiller.student.state_dict())
+
+
+def test_the_task_has_no_loss_on_a_batch_without_a_target(tmp_path: Path) -> None:
+    record = fit(shown(tmp_path, METHODS["instead"]), LocalSession(), layout(tmp_path))
+    assert {name for name in record.curve[0] if name.startswith("train_")} == {"train_imagined", "train_total"}
+    assert record.curve[0]["train_imagined"] == record.curve[0]["train_total"] > 0
+
+
+def test_nothing_to_learn_from_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Imagined, "forward", lambda *_: {})
+    with pytest.raises(UserError, match="has no loss, and the task has none on samples without labels: nothing could be learned"):
+        fit(shown(tmp_path, METHODS["instead"]), LocalSession(), layout(tmp_path))
+
+
+def test_a_part_that_the_method_steps_needs_the_joined_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Imagined, "batch_coupled", False)
+    with pytest.raises(UserError, match="method Imagined steps a part of its own, which all workers must do alike; let it say `batch_coup"):
+        assemble(shown(tmp_path, NAMES["Imagined"]), LocalSession())
+
+
+def odd(rank: int, port: int, text: str, folder: str) -> None:
+    """A coupled method that makes a batch which can't be cut among workers."""
+    from tests.training.gloo import joined
+
+    kept = Imagined.shown
+
+    def one_less(self: Imagined, batch: Batch, at: Progress) -> Batch:
+        made = kept(self, batch, at)
+        return made.changed(lambda tensor: tensor[1:])
+
+    Imagined.shown = one_less  # type: ignore[method-assign]
+    with joined(rank, 2, port) as session:
+        try:
+            fit(Unit.model_validate_json(text), session, layout(Path(folder)))
+        except UserError as error:
+            (Path(folder) / f"error-{rank}").write_text(str(error))
+
+
+def test_a_made_batch_that_can_not_be_cut_is_an_error(tmp_path: Path) -> None:
+    two = Unit.model_validate(shown(tmp_path, METHODS["instead"]).model_dump() | {"workers": 2})
+    torch.multiprocessing.spawn(odd, (free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
+    said = {(tmp_path / f"error-{rank}").read_text() for rank in range(2)}
+    [line] = said
+    assert line.endswith("`shown` returned 63 samples in its place for a batch of 64; return a multiple of these")
+
+
+def test_only_a_method_that_shows_something_is_asked() -> None:
+    assert Zooming().makes_batches
+    assert not Method().makes_batches
