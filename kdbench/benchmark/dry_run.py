@@ -49,6 +49,7 @@ from kdbench.training.cost import counted_flops
 from kdbench.training.optimization import handed_over, make_optimizer, make_optimizers
 from kdbench.training.precision import DTYPES, any_loss, autocast, noise_like, placed_inputs, to_device, unmeasured
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
+from kdbench.training.stages import epochs_by_stage
 
 META = torch.device("meta")
 TIMED_FLOPS = 100e6  # of student and teacher together, an image: up to there every method is timed, which takes under a second each
@@ -77,7 +78,7 @@ class MethodEstimate:
     taps: the student's places that it looks at. extra_params: trained beside the student. flops: of one optimizer step, over all workers;
     own_flops: the part of them that the method itself needs, None where it can't be counted. memory: bytes of one worker at the peak
     of a step. step_seconds: of one worker, measured here on a smaller batch; None where it was not measured. validation_seconds: of all
-    of a training's epochs. trainings: searches, checks and finals.
+    of a training's epochs. trainings: searches, checks and finals. stages: epochs of each by name, where a training has several.
     """
 
     student: str
@@ -92,6 +93,7 @@ class MethodEstimate:
     validation_seconds: float
     steps: int
     trainings: int
+    stages: Mapping[str, int]
 
     @property
     def total_flops(self) -> float:
@@ -396,6 +398,7 @@ def _method(
         validation_seconds=clock.validation(student),
         steps=recipe.epochs * (opened.student_images // batch),
         trainings=_trainings(experiment, bool(axes)),
+        stages=epochs_by_stage(method, recipe.epochs, spec.name),
     )
 
 
@@ -454,7 +457,12 @@ def _parameters(*modules: nn.Module) -> int:
 
 
 def _own_cost(method: Method, trained: nn.Module, student: Network, teacher: Network | None, opened: _Opened) -> _Own:
-    """The method's loss and its gradients on random outputs of the two networks, where torch makes tensors at the moment."""
+    """The method's loss and its gradients on random outputs of the two networks, where torch makes tensors at the moment.
+
+    Not known of a method that makes batches of its own: what it makes follows from real networks.
+    """
+    if method.makes_batches:
+        return _Own(None, 0.0)
     example, home = opened.task.example(), torch.get_default_device()
     same = all(name in student.tap_shapes.taps for name in method.student_taps)
     shapes = student.tap_shapes if same else probe(copy.deepcopy(trained), example, method.student_taps)

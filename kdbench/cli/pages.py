@@ -165,6 +165,9 @@ def _method_page(name: str, method: type[Method]) -> str:
         ("student's taps", _taps_of(method, "student_taps")),
         ("teacher's taps", _taps_of(method, "teacher_taps") if method.needs_teacher else "none"),
     ]
+    stages = method(None).stages()
+    if len(stages) > 1:
+        facts.append(("stages", ", ".join(f"{stage.name} {stage.share:.0%} of the epochs" for stage in stages)))
     if method.batch_coupled:
         facts.append(("batch", "the loss compares samples: workers exchange theirs"))
     parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name)]
@@ -184,7 +187,8 @@ def _parameters(method: type[Method]) -> str:
     searched = {axis.name: _dimension(axis.dimension) for axis in space_of(method.Params())}
     rows = [("parameter", "default", "searched", "allowed")]
     for name, field in _fields(method.Params):
-        rows.append((name, _value(field.default), searched.get(name, "no"), _allowed(field.annotation, field.metadata)))
+        default = _value(field.get_default(call_default_factory=True))
+        rows.append((name, default, searched.get(name, "no"), _allowed(field.annotation, field.metadata)))
     return aligned(rows) + (f"\n{inspect.cleandoc(method.Params.__doc__)}" if method.Params.__doc__ else "")
 
 
@@ -255,7 +259,7 @@ def _task_page(name: str, task: type[Task], summary: str) -> str:
     facts = aligned([("ranked by", f"{task.primary}, {direction} is better"), ("version", str(task.version))])
     rows = [("option", "default", "allowed")]
     for key, field in task.Options.model_fields.items():
-        rows.append((key, _value(field.default), _allowed(field.annotation, field.metadata)))
+        rows.append((key, _value(field.get_default(call_default_factory=True)), _allowed(field.annotation, field.metadata)))
     return "\n\n".join(part for part in (name, _documentation(task) or summary, facts, aligned(rows) if len(rows) > 1 else "") if part)
 
 
@@ -325,6 +329,10 @@ def dry_run_page(found: DryRun) -> str:
         lines.append((*cells, f"{m.memory / 1e9:.2f}", f"{m.flops:.3g}{own}", milliseconds, str(m.trainings), _hours(m.total_seconds)))
     footer = [_cost(found), "GB: weights, gradients, optimizer, activations and network of one worker"]
     left = [f"not rehearsed: {what}" for what in found.not_rehearsed]
+    for m in found.methods:
+        if m.stages:
+            epochs = ", ".join(f"{name} {count} epoch{'s'[: count > 1]}" for name, count in m.stages.items())
+            left.append(f"method {m.label!r} with student {m.student!r} trains in stages: {epochs}; a step was timed in the first one")
     parts = (found.name, sizes, found.reading, "\n".join([*found.notes, *left]), aligned(networks), aligned(lines), "\n".join(footer))
     return "\n\n".join(part for part in parts if part)
 

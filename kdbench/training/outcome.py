@@ -31,6 +31,7 @@ from kdbench.training.cost import measure, peak_memory_mb
 from kdbench.training.evaluate import check_numbers, predict, targets_of
 from kdbench.training.precision import to_device
 from kdbench.training.session import Session
+from kdbench.training.stages import epochs_by_stage
 
 
 def finished_record(run: Training, layout: Layout) -> RunRecord:
@@ -233,9 +234,7 @@ def _training_facts(run: Training, deployed: nn.Module) -> dict[str, object]:
     return {
         "val_metric": best if recipe.weights == "best" else values[-1],
         "curve": curve,
-        "stages": dict(zip([stage.name for stage in run.distiller.method.stages()], map(len, run.stages), strict=True))
-        if len(run.stages) > 1
-        else None,
+        "stages": epochs_by_stage(run.distiller.method, recipe.epochs, run.unit.method.name) or None,
         "train_seconds": run.seconds,
         "device_hours": run.device_seconds / 3600,
         "world_size": run.session.world_size,

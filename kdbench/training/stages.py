@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kdbench.errors import UserError
 from kdbench.experiment import Recipe, validated
-from kdbench.methods.base import Stage
+from kdbench.methods.base import Method, Stage
 
 # Keys of the recipe that a stage may change: how weights are moved. All others hold for the whole training.
 CHANGEABLE = frozenset(
@@ -42,6 +42,12 @@ def epochs_of(stages: Sequence[Stage], epochs: int, name: str) -> tuple[range, .
             "raise epochs, or the stage's share"
         )
     return found
+
+
+def epochs_by_stage(method: Method, epochs: int, name: str) -> dict[str, int]:
+    """Epochs of each stage by its name, one after the other; empty where a training has one stage."""
+    stages = method.stages()
+    return {stage.name: len(here) for stage, here in zip(stages, epochs_of(stages, epochs, name), strict=True)} if len(stages) > 1 else {}
 
 
 def recipe_of(recipe: Recipe, stages: Sequence[Stage], number: int, name: str) -> Recipe:

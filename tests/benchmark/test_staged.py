@@ -1,0 +1,94 @@
+"""Methods of somebody's own with stages and with made batches, from a YAML to a verified board: searched, halved, trained and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from kdbench.records.store import ResultStore
+from tests.conftest import Kdbench
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray")]
+
+EPOCHS, GRACE = 8, 1
+LAST_STAGE = 6  # of a trial whose first stage is 0.75 of 8 epochs long, the longest that the search tries
+ALSO = "{recipe.lr: {low: 0.001, high: 0.5, log: true}}"
+EXPERIMENT = f"""
+name: staged
+task: {{name: classification, data: {{name: shapes, train: 60, test: 20, size: 28, target: class}}, val_size: 20}}
+teacher: {{model: {{name: tiny_cnn, width: 4}}, recipe: {{epochs: 1}}}}
+students: ["tests.training.own_methods:PlainNet"]
+methods:
+  - none
+  - {{name: "tests.training.own_methods:FreshHead", label: staged}}
+recipe: {{epochs: {EPOCHS}, batch_size: 20, lr: 0.05, precision: fp32, memory_format: contiguous}}
+search: {{trials: 6, sampler: random, scheduler: asha, grace_epochs: {GRACE}, reduction: 2, top_k: 1, also: {ALSO}}}
+seeds: 1
+"""
+
+
+def test_a_search_stops_no_trial_before_its_last_stage_is_under_way(kdbench: Kdbench) -> None:
+    Path("experiment.yaml").write_text(EXPERIMENT)
+    planned = kdbench("run", "experiment.yaml", "--dry-run")
+    assert planned.code == 0, planned.err
+    assert "trains in stages: distil 4 epochs, head 4 epochs" in planned.out
+    ended = kdbench("run", "experiment.yaml", "--results", "results", "--no-mlflow")
+    assert ended.code == 0, ended.err
+    trials = {}
+    for journal in Path("results/studies").glob("*.journal"):
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        for name in optuna.get_all_study_names(storage):
+            study = optuna.load_study(study_name=name, storage=storage)
+            trials["share" in study.trials[0].params] = study.trials
+    for staged in (False, True):
+        assert len(trials[staged]) == 6
+    least = {staged: min(len(trial.intermediate_values) for trial in found) for staged, found in trials.items()}
+    assert least[False] < LAST_STAGE, "nothing was stopped early, so this test shows nothing"
+    assert least[True] >= LAST_STAGE + GRACE
+    assert {trial.state for trial in trials[True]} <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+    [final] = [record for record in ResultStore(Path("results")).scan() if record.role == "final" and record.label == "staged"]
+    assert final.stages is not None
+    first = round(final.params["share"] * EPOCHS)
+    assert final.stages == {"distil": first, "head": EPOCHS - first}
+    assert ["train_itself" in row for row in final.curve] == [epoch >= first for epoch in range(EPOCHS)]
+    verified = kdbench("verify", "--results", "results", "--trust-code")
+    assert verified.code == 0, verified.out + verified.err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"epochs: 8": "epochs: 1"},
+            "recipe.epochs: 1 leaves the stage 'distil' of method tests.training.own_methods:FreshHead without an epoch",
+        ),
+        (
+            {"label: staged}": "label: staged, changes: {batch_size: 3}}"},
+            "stage 'head': a stage can't change recipe.batch_size",
+        ),
+        (
+            {"label: staged}": "label: staged}\n  - 'tests.training.own_methods:FreshHead+tests.training.own_methods:Broken'"},
+            "both train in stages; combine one of them with other methods",
+        ),
+    ],
+)
+@pytest.mark.parametrize("option", ["--dry-run", "--no-mlflow"])
+def test_stages_that_can_not_be_are_refused_before_anything_is_trained(
+    kdbench: Kdbench, change: dict[str, str], said: str, option: str
+) -> None:
+    text = EXPERIMENT
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    Path("experiment.yaml").write_text(text)
+    ended = kdbench("run", "experiment.yaml", "--results", "results", option)
+    assert ended.code == 2
+    [line] = ended.err.strip().splitlines()
+    assert said in line
+    assert not list(Path("results").rglob("*.parquet"))
