@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdbench import api
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.cli import app as cli
@@ -21,6 +23,7 @@ from tests.pages import fenced
 EXAMPLES = {name: block for block in fenced("CONTRIBUTING.md") if (name := block.file_name)}
 EXPERIMENTS = sorted(name for name in EXAMPLES if name.endswith(".yaml"))
 SMALL = ("recipe.epochs=1", "teacher.recipe.epochs=1", "task.transfer_size=100", "seeds=1")
+SEARCHED = {"retrained.yaml": ("recipe.epochs=3", "search.trials=2", "search.top_k=1")}  # with an epoch in each of its stages
 
 
 @pytest.fixture
@@ -32,6 +35,11 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     arrays = {"train": drawn.train, "test": drawn.test}
     images = {f"x_{part}": arrays[part].inputs[:, 0].numpy() for part in arrays}
     np.savez(tmp_path / "toys.npz", **images, **{f"y_{part}": arrays[part].target.numpy() for part in arrays})
+    boxes = open_source(DataSpec.model_validate({"name": "shapes", "train": 140, "test": 20, "size": 32, "target": "boxes"}))
+    marks = {"train": boxes.train, "test": boxes.test}
+    pictures = {f"images_{part}": marks[part].inputs.movedim(1, -1).numpy() for part in marks}
+    columns = {f"{name}_{part}": marks[part].target[name].numpy() for part in marks for name in ("boxes", "labels")}
+    np.savez(tmp_path / "marks.npz", **pictures, **columns)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
@@ -40,19 +48,37 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_there_is_an_example_of_each_thing_that_can_be_added() -> None:
-    assert {"mimic.yaml", "hint.yaml", "toys.yaml", "patch_net.yaml", "presence.yaml"} == set(EXPERIMENTS)
+    methods, data = {"mimic.yaml", "hint.yaml", "retrained.yaml", "zoomed.yaml"}, {"toys.yaml", "marks.yaml"}
+    assert methods | data | {"patch_net.yaml", "presence.yaml", "matching.yaml"} == set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_example_trains_as_it_is_printed(name: str, examples: Path) -> None:
+def test_the_examples_import_nothing_of_kdbench_but_its_api() -> None:
+    sources = {name: block.text for name, block in EXAMPLES.items() if name.endswith(".py")}
+    imported = {
+        (name, node.module if isinstance(node, ast.ImportFrom) else alias.name, alias.name)
+        for name, text in sources.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    ours = {(name, module, what) for name, module, what in imported if (module or "").startswith("kdbench")}
+    assert {module for _, module, _ in ours} == {"kdbench.api"}
+    assert {what for _, _, what in ours} <= set(api.__all__)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.ray] if name in SEARCHED else []) for name in EXPERIMENTS])
+def test_an_example_trains_as_it_is_printed(name: str, examples: Path, request: pytest.FixtureRequest) -> None:
     sys.path.append(str(examples))
-    experiment = load_experiment(examples / name, SMALL)
+    experiment = load_experiment(examples / name, [*SMALL, *SEARCHED.get(name, ())])
+    if name in SEARCHED:
+        request.getfixturevalue("ray")
     summary = run(experiment, examples / "results", Unwatched())
     assert summary.failures == ()
     finals = ResultStore(examples / "results").scan(role="final")
     assert {record.label for record in finals} == {method.label for method in experiment.methods}
     assert all(record.status == "ok" and record.test_metric is not None for record in finals)
-    assert len({record.predictions_sha256 for record in finals}) == len(experiment.methods)  # every method changes what is learned
+    learned = {(examples / "results" / (record.artifacts_uri or "")).read_bytes() for record in finals}
+    assert len(learned) == len(experiment.methods)  # every method changes what is learned
 
 
 def test_a_method_takes_under_thirty_lines() -> None:

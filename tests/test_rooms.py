@@ -13,6 +13,7 @@ import kdbench
 
 PACKAGE = Path(kdbench.__file__).parent
 ROOMS = (
+    "api",
     "cli",
     "benchmark",
     "distributed",
