@@ -33,6 +33,7 @@ from tests.pages import ROOT, Block, fenced, page_text
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
+    "docs/api.md",
     "docs/experiment.md",
     "docs/leaderboard.md",
     "docs/design-notes.md",

@@ -37,6 +37,7 @@ class Batch:
     others: Mapping[str, Batch] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
         return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
