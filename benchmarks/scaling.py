@@ -28,7 +28,7 @@ from kdbench.experiment import Experiment, Unit
 from kdbench.records.record import RunRecord
 from kdbench.search.space import Parameter, Range
 from kdbench.search.study import MethodStudy, distribution
-from kdbench.tracking import MlflowTracker, tracking_uri
+from kdbench.tracking import Facts, MlflowTracker, tracking_uri
 
 AT_ONCE = (1, 2, 4, 8)
 _EPOCHS = 20  # of a long trial; a short one has a single epoch
@@ -100,7 +100,7 @@ def _tracking(bench: Bench) -> Row:
     params = {f"param{number}": number for number in range(30)}
 
     def one(number: int) -> None:
-        tracker.log_run(None, "trial", f"trial {number}", params=params, curve=curve, metrics={"val_metric": 0.5}, tags={"a": "b"})
+        tracker.log_run(None, "trial", f"trial {number}", curve, Facts(params, {"val_metric": 0.5}, {"a": "b"}))
 
     one(0)
     spent = [timed(partial(one, number)) for number in range(1, bench.pick(quick=4, usual=20, full=100))]

@@ -15,7 +15,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -109,6 +109,18 @@ def interface(results: Path) -> Interface:
     return Interface("http://127.0.0.1:5000", f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What MLflow shows of a training beside its curve. artifacts: files and folders; texts: small files by name."""
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    status: Status = "FINISHED"
+    artifacts: Sequence[Path] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
 class Tracker(Protocol):
     """What the benchmark asks of tracking. Ids are None where nothing is tracked; every method takes such a None back."""
 
@@ -121,20 +133,9 @@ class Tracker(Protocol):
         ...
 
     def log_run(
-        self,
-        parent_id: str | None,
-        name: str,
-        key: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        curve: Sequence[Mapping[str, float]] = (),
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        status: Status = "FINISHED",
-        artifacts: Sequence[Path] = (),
-        texts: Mapping[str, str] | None = None,
+        self, parent_id: str | None, name: str, key: str, curve: Sequence[Mapping[str, float]] = (), facts: Facts | None = None
     ) -> str | None:
-        """Write one training that is over. Entries of `curve` have an "epoch"; `texts` are small files by name."""
+        """Write one training that is over. Entries of `curve` have an "epoch"."""
         ...
 
     def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
@@ -145,18 +146,7 @@ class Tracker(Protocol):
         """Open a run for a training that is over, so that its record can name it before it is written."""
         ...
 
-    def complete(
-        self,
-        run_id: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        curve: Sequence[Mapping[str, float]] = (),
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        status: Status = "FINISHED",
-        artifacts: Sequence[Path] = (),
-        texts: Mapping[str, str] | None = None,
-    ) -> str | None:
+    def complete(self, run_id: str, curve: Sequence[Mapping[str, float]], facts: Facts) -> str | None:
         """Write what an open run lacks and close it; its id, or None where MLflow does not have all of it."""
         ...
 
@@ -186,7 +176,9 @@ class NoTracker:
     def close_parent(self, run_id: str | None, status: Status = "FINISHED") -> None:
         return None
 
-    def log_run(self, parent_id: str | None, name: str, key: str, **_: Any) -> str | None:
+    def log_run(
+        self, parent_id: str | None, name: str, key: str, curve: Sequence[Mapping[str, float]] = (), facts: Facts | None = None
+    ) -> str | None:
         return None
 
     def live(self, parent_id: str | None, name: str, key: str) -> LiveRun:
@@ -195,7 +187,7 @@ class NoTracker:
     def begin(self, parent_id: str | None, name: str, key: str) -> LiveRun:
         return LiveRun(None, None)
 
-    def complete(self, run_id: str, **_: Any) -> str | None:
+    def complete(self, run_id: str, curve: Sequence[Mapping[str, float]], facts: Facts) -> str | None:
         return None
 
     def belongs_to(self, results: str) -> None:
@@ -243,48 +235,26 @@ class MlflowTracker:
             self.attempt(lambda client, _: client.set_terminated(run_id, status))
 
     def log_run(
-        self,
-        parent_id: str | None,
-        name: str,
-        key: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        curve: Sequence[Mapping[str, float]] = (),
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        status: Status = "FINISHED",
-        artifacts: Sequence[Path] = (),
-        texts: Mapping[str, str] | None = None,
+        self, parent_id: str | None, name: str, key: str, curve: Sequence[Mapping[str, float]] = (), facts: Facts | None = None
     ) -> str | None:
         """A FINISHED run of this key is returned as it is; any other is what a killed process left, and is replaced."""
         run = self.begin(parent_id, name, key)
         run.log_curve(curve)
-        return run.finish(status, params=params, metrics=metrics, tags=tags, artifacts=artifacts, texts=texts)
+        return run.finish(facts)
 
     def begin(self, parent_id: str | None, name: str, key: str) -> LiveRun:
         """A FINISHED run of this key stays as it is; any other is what a killed process left, and is replaced."""
         finished = self.attempt(lambda client, experiment: [r for r in self._find(client, experiment, key) if r.info.status == "FINISHED"])
         return LiveRun(self, finished[0].info.run_id, ended=True) if finished else self.live(parent_id, name, key)
 
-    def complete(
-        self,
-        run_id: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        curve: Sequence[Mapping[str, float]] = (),
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        status: Status = "FINISHED",
-        artifacts: Sequence[Path] = (),
-        texts: Mapping[str, str] | None = None,
-    ) -> str | None:
+    def complete(self, run_id: str, curve: Sequence[Mapping[str, float]], facts: Facts) -> str | None:
         """MLflow would keep a value that is sent again beside the first one, so only those of steps that it lacks are sent."""
         points = self.attempt(partial(_points, run_id))
         if points is None:
             return None
         run = LiveRun(self, run_id, points)
         run.log_curve(curve)
-        return run.finish(status, params=params, metrics=metrics, tags=tags, artifacts=artifacts, texts=texts)
+        return run.finish(facts)
 
     def belongs_to(self, results: str) -> None:
         self._results = results
@@ -420,29 +390,20 @@ class LiveRun:
         for entry in curve:
             self.log({name: value for name, value in entry.items() if name != "epoch"}, int(entry["epoch"]))
 
-    def finish(
-        self,
-        status: Status = "FINISHED",
-        *,
-        params: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        artifacts: Sequence[Path] = (),
-        texts: Mapping[str, str] | None = None,
-    ) -> str | None:
+    def finish(self, facts: Facts | None = None) -> str | None:
         """Send what is left and close the run; its id, or None where MLflow does not have all of it."""
         if self.run_id is None or self._tracker is None or self._ended:
             return self.run_id
-        run_id = self.run_id
-        self.log(metrics or {}, self._last_step)
+        run_id, facts = self.run_id, facts or Facts()
+        self.log(facts.metrics, self._last_step)
         infinite = {INFINITE_TAG: ", ".join(sorted(self._infinite))} if self._infinite else {}
-        if not self._send(params or {}, {**(tags or {}), **infinite}):
+        if not self._send(facts.params, {**facts.tags, **infinite}):
             return None
-        for path in artifacts:
+        for path in facts.artifacts:
             self._tracker.attempt(partial(_send_artifact, run_id, path), essential=False)
-        for name, text in (texts or {}).items():
+        for name, text in facts.texts.items():
             self._tracker.attempt(partial(_send_text, run_id, name, text), essential=False)
-        return self._tracker.attempt(partial(_close, run_id, status))
+        return self._tracker.attempt(partial(_close, run_id, facts.status))
 
     def _send(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> bool:
         """All that waits, in as few calls as MLflow's limits allow. False where MLflow does not answer; the metrics then wait on."""

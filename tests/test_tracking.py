@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kdbench import tracking
-from kdbench.tracking import MlflowTracker, NoTracker, metric_name, tracking_uri
+from kdbench.tracking import Facts, MlflowTracker, NoTracker, metric_name, tracking_uri
 
 WRITER = """
 import sys
@@ -86,12 +86,14 @@ def test_a_finished_training_reads_back_whole(tracker, client, folder, tmp_path)
         parent,
         "kd seed 0",
         "unit-1",
-        params={"temperature": 2.0, "taps": ["stage:-1"], "long": "x" * 10_000},
-        curve=[{"epoch": 1, "loss": 0.5, "val/top1": 80.0}, {"epoch": 2, "loss": 0.25, "val/top1": 85.0}],
-        metrics={"recall@5": 99.0, "a=b": math.nan, "rate": math.inf},
-        tags={"kdbench.role": "final"},
-        artifacts=[tmp_path / "student.safetensors"],
-        texts={"config.yaml": "name: quick\n"},
+        [{"epoch": 1, "loss": 0.5, "val/top1": 80.0}, {"epoch": 2, "loss": 0.25, "val/top1": 85.0}],
+        Facts(
+            params={"temperature": 2.0, "taps": ["stage:-1"], "long": "x" * 10_000},
+            metrics={"recall@5": 99.0, "a=b": math.nan, "rate": math.inf},
+            tags={"kdbench.role": "final"},
+            artifacts=[tmp_path / "student.safetensors"],
+            texts={"config.yaml": "name: quick\n"},
+        ),
     )
     tracker.close_parent(parent)
 
@@ -114,9 +116,9 @@ def test_a_finished_training_reads_back_whole(tracker, client, folder, tmp_path)
 
 
 def test_a_finished_run_is_not_written_twice(tracker, client, request) -> None:
-    first = tracker.log_run(None, "run", "unit", metrics={"top1": 1.0})
+    first = tracker.log_run(None, "run", "unit", facts=Facts(metrics={"top1": 1.0}))
 
-    assert tracker.log_run(None, "run", "unit", metrics={"top1": 2.0}) == first
+    assert tracker.log_run(None, "run", "unit", facts=Facts(metrics={"top1": 2.0})) == first
     assert [run.data.metrics for run in runs(client, request.node.name)] == [{"top1": 1.0}]
 
 
@@ -137,7 +139,7 @@ def test_what_a_killed_process_left_open_is_replaced(tracker, client, folder, re
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
 def test_a_run_ends_as_it_ended(tracker, client, status) -> None:
-    assert client.get_run(tracker.log_run(None, "run", status, status=status)).info.status == status
+    assert client.get_run(tracker.log_run(None, "run", status, facts=Facts(status=status))).info.status == status
 
 
 def test_a_closed_parent_opens_again_with_its_experiment(tracker, client) -> None:
@@ -170,9 +172,8 @@ def test_a_live_run_sends_at_most_every_ten_seconds_and_the_rest_at_the_end(trac
 
 def test_more_than_one_call_can_take_is_split(tracker, client) -> None:
     curve = [{"epoch": epoch, "loss": float(epoch), "lr": 0.1} for epoch in range(900)]
-    run_id = tracker.log_run(
-        None, "run", "big", curve=curve, params={f"p{n}": n for n in range(250)}, tags={f"t{n}": "x" for n in range(120)}
-    )
+    facts = Facts(params={f"p{n}": n for n in range(250)}, tags={f"t{n}": "x" for n in range(120)})
+    run_id = tracker.log_run(None, "run", "big", curve, facts)
 
     run = client.get_run(run_id)
     assert len(client.get_metric_history(run_id, "loss")) == 900
@@ -181,7 +182,7 @@ def test_more_than_one_call_can_take_is_split(tracker, client) -> None:
 
 
 def test_a_missing_artifact_is_a_warning_and_the_run_still_ends(tracker, client, tmp_path, caplog) -> None:
-    run_id = tracker.log_run(None, "run", "lost", metrics={"top1": 1.0}, artifacts=[tmp_path / "nowhere"])
+    run_id = tracker.log_run(None, "run", "lost", facts=Facts(metrics={"top1": 1.0}, artifacts=[tmp_path / "nowhere"]))
 
     assert client.get_run(run_id).info.status == "FINISHED"
     assert "nowhere" in caplog.text
@@ -226,12 +227,12 @@ def test_what_a_live_run_logged_while_mlflow_was_away_is_sent_when_it_is_back(tr
     now += 11
     run.log({"loss": 0.25}, 3)
     assert client.get_metric_history(run.run_id, "loss") == []
-    assert run.finish(params={"p": 1}) is None  # it would have a gap
+    assert run.finish(Facts(params={"p": 1})) is None  # it would have a gap
     assert client.get_run(run.run_id).info.status == "RUNNING"
 
     tracker._connection = connection
     assert tracker.answers()
-    assert run.finish(params={"p": 1}) == run.run_id
+    assert run.finish(Facts(params={"p": 1})) == run.run_id
     assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "loss")] == [(1, 1.0), (2, 0.5), (3, 0.25)]
     assert client.get_run(run.run_id).data.params == {"p": "1"}
 
@@ -253,8 +254,8 @@ def test_no_tracker_takes_every_call() -> None:
 
     assert tracker.parent("p", "k", {}) is None
     assert not tracker.answers()
-    assert tracker.log_run(None, "run", "k", curve=[{"epoch": 1, "loss": 1.0}], status="FAILED") is None
-    assert live.finish("KILLED", metrics={"a": 1.0}) is None
+    assert tracker.log_run(None, "run", "k", curve=[{"epoch": 1, "loss": 1.0}], facts=Facts(status="FAILED")) is None
+    assert live.finish(Facts(status="KILLED", metrics={"a": 1.0})) is None
 
 
 def test_the_address_is_the_variable_or_a_database_in_the_folder(tmp_path, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from kdbench.records.store import ResultStore
 from kdbench.storage.layout import Layout
 from kdbench.storage.lease import Lease
 from kdbench.storage.working_copy import fetch
-from kdbench.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, LiveRun, NoTracker, Status, Tracker
+from kdbench.tracking import PROTOCOL_TAG, ROLE_TAG, RUN_TAG, Facts, LiveRun, NoTracker, Status, Tracker
 from kdbench.training.outcome import code_of
 
 # A training that takes longer is shown in MLflow while it runs; a shorter one is written in one go, which is much cheaper.
@@ -88,12 +88,12 @@ class Ledger:
         self._curves.pop(_key(unit), None)
         live = self._live.pop(_key(unit), None)
         if live is not None:
-            live.finish("FAILED")
+            live.finish(Facts(status="FAILED"))
 
     def close(self) -> None:
         """What is still shown as running was stopped with the run; whoever goes on with it shows it anew."""
         while self._live:
-            self._live.popitem()[1].finish("KILLED")
+            self._live.popitem()[1].finish(Facts(status="KILLED"))
 
     def found_again(self, unit: Unit, record: RunRecord, parent: Parent = no_parent) -> None:
         """Count a unit that an earlier run put on record. If MLflow could not be reached then, it is shown when this run ends."""
@@ -115,7 +115,7 @@ class Ledger:
             self.left_open[key] = run_id
 
     def _complete(self, run_id: str, record: RunRecord) -> str | None:
-        return self.tracker.complete(run_id, curve=record.curve, **self._what(record))
+        return self.tracker.complete(run_id, record.curve, self._facts(record))
 
     def compare_code(self, title: str, now: Mapping[str, str], then: Mapping[str, str] | None) -> None:
         """Remember which of the user's modules have other code now than what `title` was trained with. None: nobody knows with which."""
@@ -214,7 +214,7 @@ class Ledger:
     def _finish(self, unit: Unit, record: RunRecord, live: LiveRun, shown: set[float], parent: Parent) -> None:
         """Write the record to its MLflow run and close that. What MLflow can't be told now is sent when this run of kdbench ends."""
         live.log_curve([row for row in record.curve if row["epoch"] not in shown])
-        if live.finish(**self._what(record)) is not None:
+        if live.finish(self._facts(record)) is not None:
             return
         key = _key(unit)
         self._missed.add(key)
@@ -225,14 +225,13 @@ class Ledger:
 
     def _write(self, unit: Unit, record: RunRecord, parent: Parent) -> str | None:
         curve = [_metrics(row, keep_epoch=True) for row in record.curve]
-        return self.tracker.log_run(parent(), unit.title, _key(unit), curve=curve, **self._what(record))
+        return self.tracker.log_run(parent(), unit.title, _key(unit), curve, self._facts(record))
 
-    def _what(self, record: RunRecord) -> dict[str, Any]:
-        """Of a record, what MLflow shows beside the curve."""
-        return {
-            "params": {**{f"recipe.{name}": value for name, value in record.recipe.items()}, **record.params, "seed": record.seed},
-            "metrics": {name: value for name, value in _summary(record).items() if value is not None},
-            "tags": {
+    def _facts(self, record: RunRecord) -> Facts:
+        return Facts(
+            params={**{f"recipe.{name}": value for name, value in record.recipe.items()}, **record.params, "seed": record.seed},
+            metrics={name: value for name, value in _summary(record).items() if value is not None},
+            tags={
                 RUN_TAG: record.run_id,
                 ROLE_TAG: record.role,
                 "kdbench.method": record.label,
@@ -241,10 +240,10 @@ class Ledger:
                 "kdbench.failure": record.failure or "",
                 PROTOCOL_TAG: record.protocol_hash,
             },
-            "status": STATUSES[record.status],
-            "artifacts": self._artifacts(record),
-            "texts": {"experiment.yaml": record.config or ""} if record.role != "trial" else {},
-        }
+            status=STATUSES[record.status],
+            artifacts=self._artifacts(record),
+            texts={"experiment.yaml": record.config or ""} if record.role != "trial" else {},
+        )
 
 
 def _key(unit: Unit) -> str:
