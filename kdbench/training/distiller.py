@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, mapped
+from kdbench.data.columns import Columns, mapped, tensors
 from kdbench.errors import UserError
 from kdbench.methods.base import Method, Progress
 from kdbench.models.batch_norm import guard_batch_norms
@@ -94,6 +94,8 @@ class Distiller(nn.Module):
 
         shares: how many samples of the batch each worker has. weights: of the terms that are means over this worker's own.
 
+        Without a target the task's own loss is left out.
+
         Where method or task are batch-coupled and there are several workers, they see the joined batch; gradients flow back to each one's
         part.
         Raises UserError for a term that is no scalar, and for a name that stands for two terms.
@@ -106,7 +108,7 @@ class Distiller(nn.Module):
         if len(shares) > 1 and (self.coupled or self.task.batch_coupled):
             everyones = _joined(outputs, shares), _joined_batch(batch, shares)
         whole = everyones if self.task.batch_coupled else None
-        tasks = self.task.loss(*(whole or (outputs, batch)))
+        tasks = self.task.loss(*(whole or (outputs, batch))) if batch.target is not None else {}
         check_terms(f"task {self.task.name}", tasks)
         weighted = {name: self.method.params.task_weight * loss for name, loss in tasks.items()}
         own = weighted if whole is not None else {name: weights.as_task(name, loss) for name, loss in weighted.items()}
@@ -120,8 +122,19 @@ class Distiller(nn.Module):
             counted = self.method.weighs_as_task
             own |= {name: weights.as_task(IMITATION, term) if name in counted else weights.by_samples(term) for name, term in added.items()}
         terms = own | joined
+        if batch.target is None:
+            terms[TOTAL] = torch.stack([*terms.values(), _nothing(outputs.prediction)]).sum()
+            return terms
         terms[TOTAL] = torch.stack(list(terms.values())).sum()
         return terms
+
+
+def _nothing(prediction: Columns) -> Tensor:
+    """0, with a gradient of 0 for all that predicts: samples without labels leave the task's loss out, and no part of the network.
+
+    A method may look at a place in the middle alone, or add nothing at all, and workers exchange the gradients of every parameter.
+    """
+    return torch.stack([0.0 * tensor.double().sum() for tensor in tensors(prediction) if tensor.is_floating_point()]).sum()
 
 
 def check_terms(of: str, terms: Mapping[str, Tensor], taken: Iterable[str] = ()) -> None:
