@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,9 @@ class Classification(Task):
 
     def as_teacher(self, network: nn.Module) -> nn.Module:
         """A network that gives as many class logits for these samples, whatever it was trained on."""
-        return checked_network(network, self.source, (self.source.num_classes,), "teacher.task: its network")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a network of other inputs may warn before it fails
+            return checked_network(network, self.source, (self.source.num_classes,), "teacher.task: its network")
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
         """prediction: logits [N, C]; target: [N].
