@@ -233,11 +233,10 @@ def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
         if students > images and options.transfer != NOISE:
             raise UserError(f"transfer_size {students} is more than the {images} images of data {facts.name!r} that are left for training")
         changes |= {"val_size": 1, "transfer_size": None, "labelled": None if options.labelled is None else 1}
-        if options.teacher_classes is not None:  # whose names are not known; one class is a share of the images
-            changes["teacher_classes"] = [0]
-            images = images * len(options.teacher_classes) // facts.classes
-        images = round(images * options.teacher_share)
-        changes["teacher_share"] = 1.0
+        if options.teacher_classes is not None or options.teacher_share != 1:
+            changes |= {"teacher_classes": None, "teacher_share": 0.9}  # the names of classes are not known, but that there is such a part
+            shown = facts.classes if options.teacher_classes is None else len(options.teacher_classes)
+            images = round(images * shown / facts.classes * options.teacher_share)
     task = build_task(TaskSpec.model_validate(given | changes))
     task.data_name = facts.name
     transfer = task.splits().transfer
