@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdbench.data.batch import Batch
 from kdbench.data.columns import Columns, mapped, tensors
 from kdbench.errors import UserError
-from kdbench.methods.base import Method, Progress
+from kdbench.methods.base import Method, Progress, loss_precision
 from kdbench.models.batch_norm import guard_batch_norms
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
@@ -134,7 +134,7 @@ def _nothing(prediction: Columns) -> Tensor:
 
     A method may look at a place in the middle alone, or add nothing at all, and workers exchange the gradients of every parameter.
     """
-    return torch.stack([0.0 * tensor.double().sum() for tensor in tensors(prediction) if tensor.is_floating_point()]).sum()
+    return torch.stack([0.0 * tensor.sum() for tensor in loss_precision(*tensors(prediction)) if tensor.is_floating_point()]).sum()
 
 
 def check_terms(of: str, terms: Mapping[str, Tensor], taken: Iterable[str] = ()) -> None:

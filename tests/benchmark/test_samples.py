@@ -212,6 +212,24 @@ def test_a_teacher_of_another_task_is_read_from_a_file(tmp_path: Path) -> None:
     verified(tmp_path / "second", 3)
 
 
+def test_the_code_of_the_teachers_own_task_is_on_record_with_its_students(tmp_path: Path) -> None:
+    own = {**OTHER, "data": {"name": "tests.data.further:with_more"}, "val_size": 10}
+    run(experiment({"teacher.task": own, "methods": ["kd"], "seeds": 1}), tmp_path, Unwatched())
+    (kd,) = ResultStore(tmp_path).scan(role="final")
+    assert kd.code is not None
+    assert "tests.data.further" in kd.code
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_other_processes_search_on_noise_with_a_teacher_of_another_task(tmp_path: Path, ray: None) -> None:
+    search = {"trials": 2, "sampler": "random", "scheduler": "none", "top_k": 1}
+    asked = experiment({"task.transfer": "noise", "teacher.task": OTHER, "search": search, "methods": ["kd"], "seeds": 1})
+    assert run(asked, tmp_path, Unwatched()).failures == ()
+    assert sorted(record.role for record in ResultStore(tmp_path).scan()) == ["final", "teacher"]
+    verified(tmp_path, 2)
+
+
 WEIGHTS = "somewhere.safetensors"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dkd on noise": (
