@@ -173,12 +173,16 @@ OBJECTIVES = ("train_seconds", "nll", "ece")
 
 
 class TeacherSpec(_Part):
-    """The teacher: trained here with `recipe` (keys that differ from the experiment's), or read from `weights`, a file or timm's own."""
+    """The teacher: trained here with `recipe` (keys that differ from the experiment's), or read from `weights`, a file or timm's own.
+
+    task: what it is trained for and measured on; None for the experiment's own task.
+    """
 
     model: ModelSpec
     recipe: dict[str, Any] = Field(default_factory=dict)
     weights: Literal["pretrained"] | Path | None = None
     seed: Seed = 0
+    task: Annotated[TaskSpec | None, LEFT_OUT_UNSET] = None
 
     @model_validator(mode="after")
     def _pretrained(self) -> TeacherSpec:
@@ -307,8 +311,9 @@ class Experiment(_Part):
 
     @model_validator(mode="after")
     def _names(self) -> Experiment:
-        if not known("task", self.task.name, TASKS):
-            raise ValueError(f"task: unknown task {shown(self.task.name)}{nearest(self.task.name, TASKS)}")
+        for key, task in (("task", self.task), ("teacher.task", self.task_of("teacher"))):
+            if not known("task", task.name, TASKS):
+                raise ValueError(f"{key}: unknown task {shown(task.name)}{nearest(task.name, TASKS)}")
         for method in self.methods:
             try:
                 check_method_name(method.name)
@@ -323,6 +328,11 @@ class Experiment(_Part):
             if twice := sorted({label for label in labels if labels.count(label) > 1}):
                 raise ValueError(f"{key}: {shown(twice[0])} stands twice; give one of them another `label`")
         return self
+
+    def task_of(self, role: str) -> TaskSpec:
+        """What a network of this role, `teacher` or any other, is trained for and measured on."""
+        own = self.teacher.task if self.teacher is not None and role == "teacher" else None
+        return self.task if own is None else own
 
     def teacher_recipe(self) -> Recipe:
         """The experiment's recipe with the teacher's own keys."""
@@ -455,7 +465,8 @@ class TeacherRef(_Part):
     """A teacher that is ready: its weights, how good it is, and where its cached outputs lie.
 
     sha: SHA-256 of the weights' file. state: of the tensors as the network holds them once they are loaded (`models.weights.state_sha256`),
-    which is the same for every kind of file; None where nobody loaded them.
+    which is the same for every kind of file; None where nobody loaded them. task: what the network was trained for, where that is another
+    task than the students', with `task_facts`, a content hash of what decides its outputs there; its metric is None then.
     """
 
     model: ModelSpec
@@ -466,15 +477,18 @@ class TeacherRef(_Part):
     precision: str = "fp32"
     memory_format: str = "contiguous"
     cache: Path | None = None
+    task: Annotated[TaskSpec | None, LEFT_OUT_UNSET] = None
+    task_facts: Annotated[str | None, LEFT_OUT_UNSET] = None
 
     @property
     def identity(self) -> str:
-        """Content hash of all that decides the teacher's outputs: tensors, model and its options, precision and memory format.
+        """Content hash of all that decides the teacher's outputs: tensors, model and its options, precision and memory format, other task.
 
         Its label, its file and how it was trained are left out.
         """
         model = self.model.model_dump(mode="json", exclude={"label", "weights"})
-        return content_hash([self.state or self.sha, model, self.precision, self.memory_format])
+        facts = [self.state or self.sha, model, self.precision, self.memory_format]
+        return content_hash(facts if self.task_facts is None else [*facts, self.task_facts])
 
 
 class Unit(_Part):

@@ -27,6 +27,7 @@ from kdbench.data.batch import Batch, Part
 from kdbench.data.download import without_downloads
 from kdbench.data.facts import Facts, NotHere
 from kdbench.data.loader import in_order
+from kdbench.data.sources import NOISE
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, TeacherSpec, worker_bounds
@@ -41,7 +42,7 @@ from kdbench.models.weights import check_weights
 from kdbench.storage.folder import local_path
 from kdbench.tasks.base import Role, Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
-from kdbench.tasks.networks import outlined
+from kdbench.tasks.networks import as_teacher, outlined
 from kdbench.tasks.splits import SplitOptions, validation_size
 from kdbench.training.assembly import fit_method, make_distiller
 from kdbench.training.cache.outputs import view_count
@@ -144,38 +145,41 @@ def dry_run(experiment: Experiment) -> DryRun:
     """
     with without_weights(), without_downloads():
         notes: list[str] = []
-        opened = _open(experiment, notes)
-        check_plan(experiment, opened.task)
-        notes += [f"warning: {caution}" for caution in slow_averages(experiment, opened.teacher_images, opened.student_images)]
+        opened = _open(experiment, experiment.task, notes)
+        of_teacher = experiment.task_of("teacher")
+        own = opened if of_teacher == experiment.task else _open(experiment, of_teacher, notes)
+        check_plan(experiment, opened.task, own.task)
+        notes += [f"warning: {caution}" for caution in slow_averages(experiment, own.teacher_images, opened.student_images)]
         notes += random_axes(experiment)
-        unseen = check_images(opened.task)
-        notes += [unseen] if unseen else []
-        reading = opened.task.source.reading if opened.task.source is not None else ""
+        both = list(dict.fromkeys((opened.task, own.task)))
+        notes += [unseen for unseen in map(check_images, both) if unseen]
+        reading = "; ".join(dict.fromkeys(task.source.reading for task in both if task.source is not None and task.source.reading))
         check_fits_here(experiment.runtime)
         students = [Network(opened.task, spec) for spec in experiment.students]
-        teacher = Network(opened.task, experiment.teacher.model, "teacher") if experiment.teacher else None
+        teacher = Network(own.task, experiment.teacher.model, "teacher") if experiment.teacher else None
+        taught = teacher.seen_by(opened.task) if teacher is not None else None
         for network in students:
             _check_file(network, network.spec.weights, "students: weights", experiment, notes)
         if teacher is not None and experiment.teacher is not None:
             _check_file(teacher, teacher.spec.weights, "teacher.model.weights", experiment, notes)
             if isinstance(experiment.teacher.weights, Path):
                 _check_file(teacher, experiment.teacher.weights, "teacher.weights", experiment, notes)
-        not_rehearsed = _rehearse(experiment, opened, students, teacher)
+        not_rehearsed = _rehearse(experiment, opened, own, students, teacher)
         networks = [NetworkEstimate("student", n.spec.label, n.params, n.flops, _source(n.spec)) for n in students]
-        clock = _Clock(experiment, opened)
+        clock = _Clock(experiment, opened, own)
         teacher_flops, teacher_seconds = 0.0, 0.0 if clock.runs else None
         if teacher is not None and experiment.teacher is not None:
             fact = _teacher_fact(experiment.teacher, experiment.teacher_recipe())
             networks.insert(0, NetworkEstimate("teacher", teacher.spec.label, teacher.params, teacher.flops, fact))
             if experiment.teacher.weights is None:
-                seen = experiment.teacher_recipe().epochs * opened.teacher_images
+                seen = experiment.teacher_recipe().epochs * own.teacher_images
                 teacher_flops = float(_FORWARD_AND_BACKWARD * teacher.flops * seen)
                 teacher_seconds = clock.teacher(teacher)
-        methods = tuple(_method(experiment, spec, student, teacher, opened, clock) for student in students for spec in experiment.methods)
+        methods = tuple(_method(experiment, spec, student, taught, opened, clock) for student in students for spec in experiment.methods)
         return DryRun(
             name=experiment.name,
             data=opened.task.data_name,
-            teacher_images=opened.teacher_images,
+            teacher_images=own.teacher_images,
             student_images=opened.student_images,
             notes=tuple(notes),
             networks=tuple(networks),
@@ -193,10 +197,10 @@ def dry_run(experiment: Experiment) -> DryRun:
 
 @dataclass(frozen=True)
 class _Opened:
-    """The task, on its data or on noise that stands in for them, and how many images the real ones have for training."""
+    """A task, on its data or on noise that stands in for them, and how many images the real ones have for training."""
 
     task: Task
-    teacher_images: int
+    teacher_images: int  # that a teacher of this task learns from
     samples: Part  # what students learn from: labels and positions as they are, or as many of them
     validation_images: int
     stands_in: bool = False
@@ -206,16 +210,16 @@ class _Opened:
         return len(self.samples)
 
 
-def _open(experiment: Experiment, notes: list[str]) -> _Opened:
+def _open(experiment: Experiment, spec: TaskSpec, notes: list[str]) -> _Opened:
     try:
-        task = build_task(experiment.task)
+        task = build_task(spec)
         splits = task.splits()
-        return _Opened(task, len(splits.train), splits.transfer, len(splits.val))
+        return _Opened(task, len(splits.learned_by("teacher")), splits.transfer, len(splits.val))
     except NotHere as missing:
         if experiment.runtime.address is None and not missing.downloadable:
             raise
         notes.append(str(missing))
-        return _stand_in(experiment.task, missing.facts)
+        return _stand_in(spec, missing.facts)
 
 
 def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
@@ -228,13 +232,20 @@ def _stand_in(spec: TaskSpec, facts: Facts) -> _Opened:
         validation = validation_size(options, facts.train, facts.name)
         images -= validation
         students = options.transfer_size or images
-        if students > images:
+        if students > images and options.transfer != NOISE:
             raise UserError(f"transfer_size {students} is more than the {images} images of data {facts.name!r} that are left for training")
-        changes |= {"val_size": 1, "transfer_size": None}
+        changes |= {"val_size": 1, "transfer_size": None, "labelled": None if options.labelled is None else 1}
+        if options.teacher_classes is not None or options.teacher_share != 1:
+            changes |= {"teacher_classes": None, "teacher_share": 0.9}  # the names of classes are not known, but that there is such a part
+            shown = facts.classes if options.teacher_classes is None else len(options.teacher_classes)
+            images = round(images * shown / facts.classes * options.teacher_share)
     task = build_task(TaskSpec.model_validate(given | changes))
     task.data_name = facts.name
+    transfer = task.splits().transfer
+    rows = torch.arange(students)
     blank = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(students, -1, -1, -1)
-    return _Opened(task, images, Part(blank, torch.arange(students) % facts.classes, torch.arange(students)), validation, True)
+    target = None if transfer.target is None else transfer.labels[rows % len(transfer)] if transfer.without_label else rows % facts.classes
+    return _Opened(task, images, Part(blank, target, rows), validation, True)
 
 
 def _check_file(network: Network, path: Path | None, where: str, experiment: Experiment, notes: list[str]) -> None:
@@ -277,14 +288,23 @@ class Network:
     spec: ModelSpec
     role: Role = "student"
     lacks: str = ""  # what is missing for a rehearsal
+    of: Network | None = None  # the network of another task that this one is for `task`
+
+    def seen_by(self, task: Task) -> Network:
+        """The network as batches of `task` go into it. Raises UserError where `task` has no use for a network of this one's task."""
+        return self if task is self.task else Network(task, self.spec, self.role, self.lacks, self)
 
     @cached_property
     def outline(self) -> nn.Module:
         """The network without memory for its weights; the real one where its code needs numbers to build or run."""
+        if self.of is not None:
+            return as_teacher(self.of.outline, self.of.task, self.task)
         return outlined(self.task, self.spec, lambda: self.real)
 
     @cached_property
     def real(self) -> nn.Module:
+        if self.of is not None:
+            return as_teacher(self.of.real, self.of.task, self.task)
         return self.task.build_model(self.spec)
 
     @property
@@ -309,25 +329,30 @@ class Network:
         return forward_cost(self.outline, self.task.example(self.role))
 
 
-def _rehearse(experiment: Experiment, opened: _Opened, students: Sequence[Network], teacher: Network | None) -> tuple[str, ...]:
-    """Rehearse what can be; says of the rest why not. Raises UserError for what can't work."""
-    rehearsal = Rehearsal(experiment, opened.task, [experiment.recipe, *searched_recipes(experiment)], device_here(experiment.runtime))
+def _rehearse(
+    experiment: Experiment, opened: _Opened, own: _Opened, students: Sequence[Network], teacher: Network | None
+) -> tuple[str, ...]:
+    """Rehearse what can be; says of the rest why not. own: the teacher's task. Raises UserError for what can't work."""
+    device = device_here(experiment.runtime)
+    rehearsal = Rehearsal(experiment, opened.task, [experiment.recipe, *searched_recipes(experiment)], device)
     left = []
 
     def outlined(role: str, network: Network) -> bool:
-        reason = f"data {opened.task.data_name} is not here" if opened.stands_in else network.lacks
+        data = own if role == "teacher" else opened
+        reason = f"data {data.task.data_name} is not here" if data.stands_in else network.lacks
         if not network.small:
             reason = reason or f"more than {_REAL_PARAMETERS:,} parameters"
         if reason:
             left.append(f"{role} {network.spec.label!r} ({reason})")
-            check_sees_all(f"{role} {network.spec.label!r}", network.outline, opened.task.example(network.role))
+            check_sees_all(f"{role} {network.spec.label!r}", network.outline, data.task.example(network.role))
         return bool(reason)
 
     if teacher is not None and experiment.teacher is not None and not outlined("teacher", teacher) and experiment.teacher.weights is None:
-        rehearsal.teacher(teacher.real)
+        Rehearsal(experiment, own.task, [], device).teacher(teacher.real)
+    taught = teacher.seen_by(opened.task) if teacher is not None else None
     for student in students:
         if not outlined("student", student):
-            theirs, network = (teacher.tap_shapes, teacher.real if teacher.small else None) if teacher is not None else (None, None)
+            theirs, network = (taught.tap_shapes, taught.real if taught.small else None) if taught is not None else (None, None)
             without = rehearsal.student(student.spec, student.real, theirs, network)
             left += [f"method {label!r} with student {student.spec.label!r} (it needs the teacher's network)" for label in without]
     return tuple(left)
@@ -540,8 +565,9 @@ class _Clock:
     Nothing is measured where a cluster does the work, and no network that is too large to be built here.
     """
 
-    def __init__(self, experiment: Experiment, opened: _Opened) -> None:
-        self.experiment, self.opened = experiment, opened
+    def __init__(self, experiment: Experiment, opened: _Opened, own: _Opened) -> None:
+        """opened: the students' task; own: the teacher's."""
+        self.experiment, self.opened, self.own = experiment, opened, own
         runtime = experiment.runtime
         self.runs = runtime.address is None
         on_ray = needs_ray(runtime, experiment.search is not None)
@@ -571,8 +597,8 @@ class _Clock:
         if not self.runs or not teacher.small:
             return None
         recipe, image = self.experiment.teacher_recipe(), self._image(teacher, trained=True) / self.workers
-        steps = recipe.epochs * (self.opened.teacher_images // recipe.batch_size)
-        return steps * recipe.batch_size * image + recipe.epochs * self.opened.validation_images * image / _FORWARD_AND_BACKWARD
+        steps = recipe.epochs * (self.own.teacher_images // recipe.batch_size)
+        return steps * recipe.batch_size * image + recipe.epochs * self.own.validation_images * image / _FORWARD_AND_BACKWARD
 
     def validation(self, student: Network) -> float:
         """Seconds in which all of a training's epochs are validated; 0 where nothing is measured."""
@@ -583,7 +609,7 @@ class _Clock:
 
     def _image(self, network: Network, trained: bool) -> float:
         """Seconds an image of a training step or of a forward pass: the shortest of a few, on noise."""
-        key = network.spec.model_dump_json(), trained
+        key = f"{network.task.data_name} {network.spec.model_dump_json()}", trained
         if key not in self._measured:
             with self._as_a_worker():
                 self._measured[key] = _image_seconds(network, self.experiment.recipe, trained, device_here(self.experiment.runtime))

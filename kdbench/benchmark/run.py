@@ -46,7 +46,8 @@ from kdbench.storage.locks import Held, locked
 from kdbench.storage.scratch import clear_scratch
 from kdbench.storage.working_copy import fetch, forget_folder, holder, origin, store_at
 from kdbench.tasks.base import Task
-from kdbench.tasks.build import build_task, task_facts
+from kdbench.tasks.build import TaskSpec, build_task, task_facts
+from kdbench.tasks.networks import as_teacher, outputs_facts
 from kdbench.tracking import NoTracker, Tracker
 from kdbench.training.assembly import assemble
 from kdbench.training.cache.outputs import view_count
@@ -114,34 +115,67 @@ def build_cache(experiment: Experiment, results: Path, watch: Watch) -> None:
 def check(experiment: Experiment, ledger: Ledger) -> _Built:
     """Everything that can be known to be wrong before the first step; the networks, built. Raises UserError."""
     check_fits_here(experiment.runtime)
-    task = build_task(experiment.task)
-    check_plan(experiment, task)
+    task, own = build_task(experiment.task), build_task(experiment.task_of("teacher"))
+    check_plan(experiment, task, own)
     teacher = experiment.teacher
     with torch.random.fork_rng(devices=[]):
         students = [task.build_model(student) for student in experiment.students]
         network = None
         if teacher is not None:
             read = {"weights": _existing(teacher.weights)} if isinstance(teacher.weights, Path) else {}
-            network = task.build_model(teacher.model.model_copy(update=read))
-    built = _Built(experiment, task, students, network)
+            network = own.build_model(teacher.model.model_copy(update=read))
+            if own is not task:
+                as_teacher(network, own, task)  # which refuses what has no use
+    built = _Built(experiment, task, own, students, network)
     if not ledger.layout.lock(experiment.name).exists():  # what ran here before is not looked at again where nothing is left to do
         built.check_images(ledger.watch)
     ledger.store.check_writable()  # last: it makes the folder, of which nothing should be left where the experiment is wrong
     return built
 
 
-def check_plan(experiment: Experiment, task: Task) -> None:
-    """What can be known to be wrong on any machine. Raises UserError."""
+def check_plan(experiment: Experiment, task: Task, own: Task) -> None:
+    """What can be known to be wrong on any machine. own: the teacher's task, `task` itself or another. Raises UserError."""
     check_choices(experiment, type(task))
-    splits = task.splits()
-    for recipe in _recipes(experiment):
-        for part in (splits.train, splits.transfer):
-            check_views(part, recipe.augment)
-    for part in (splits.val, splits.test):  # which are never augmented
+    _check_taught(experiment, task, own)
+    _check_labels(experiment, task)
+    for recipe in (experiment.recipe, *_searched(experiment)):
+        check_views(task.splits().transfer, recipe.augment)
+    check_views(own.splits().learned_by("teacher"), experiment.teacher_recipe().augment)
+    for part in (part for each in (task, own) for part in (each.splits().val, each.splits().test)):  # which are never augmented
         check_views(part, Augment())
 
 
-@lru_cache(maxsize=1)
+def _check_taught(experiment: Experiment, task: Task, own: Task) -> None:
+    """Raise UserError where the task says what its teacher learns from, and it has none that learns that."""
+    says = "teacher_share and teacher_classes say what the teacher learns from"
+    for each in dict.fromkeys((task, own)):
+        if each.splits().teacher is None:
+            continue
+        key = "task" if each is task else "teacher.task"
+        if experiment.teacher is None:
+            raise UserError(f"{key}: {says}, and {experiment.name} has no teacher; leave them out")
+        if experiment.teacher.weights is not None:
+            raise UserError(f"{key}: {says}, and teacher.weights are given, so the teacher learns nothing; leave one of the two out")
+        if each is not own:
+            raise UserError(f"{key}: {says}, and the teacher has a task of its own; write them in teacher.task")
+
+
+def _check_labels(experiment: Experiment, task: Task) -> None:
+    """Raise UserError for a method that reads labels that the samples which students learn from don't have."""
+    transfer = task.splits().transfer
+    missing = transfer.without_label
+    for method in experiment.methods if missing else ():
+        kind = method_class(method)
+        imitates = task.imitation_needs_labels and "imitation" in kind.reads & task.gives
+        if kind.needs_labels or imitates:
+            which = "none of them has any" if missing == len(transfer) else f"{missing} of them have none"
+            raise UserError(
+                f"method {method.label} reads the labels of the {len(transfer)} samples that students learn from, and {which}; leave the "
+                "method out, or set task.transfer to labelled samples"
+            )
+
+
+@lru_cache(maxsize=2)  # of students and of a teacher with another task
 def check_images(task: Task) -> str:
     """Look at the images once a process: at those that only evaluation needs, and at a sample of a large training set.
 
@@ -159,6 +193,7 @@ def check_images(task: Task) -> str:
             "training": check_decodable(splits.train, "training", sample=len(splits.train) > DECODED_FIRST),
             "validation": check_decodable(splits.val, "validation"),
             "test": check_decodable(splits.test, "test"),
+            **({"transfer": check_decodable(splits.apart, "transfer", sample=True)} if splits.apart is not None else {}),
         }
     )
 
@@ -181,7 +216,7 @@ def check_choices(experiment: Experiment, task: type[Task]) -> None:
             for number in range(len(stages)):
                 check_optimization(recipe_of(recipe, stages, number, method.name))
     fewest, most = worker_bounds(experiment.runtime.workers)
-    for recipe in _recipes(experiment):
+    for recipe in (experiment.recipe, experiment.teacher_recipe(), *_searched(experiment)):
         check_optimization(recipe)
         if recipe.warmup_epochs >= recipe.epochs:
             raise UserError(
@@ -236,9 +271,7 @@ def _check_shares(recipe: Recipe, fewest: int, most: int) -> None:
         raise UserError("recipe.accumulate needs a fixed number of workers, and runtime.workers is a range; use accumulate: 1")
 
 
-def _recipes(experiment: Experiment) -> Iterator[Recipe]:
-    yield experiment.recipe
-    yield experiment.teacher_recipe()
+def _searched(experiment: Experiment) -> Iterator[Recipe]:
     yield from searched_recipes(experiment)
     yield from searched_recipes(experiment, together=2)
 
@@ -336,17 +369,18 @@ def _run(experiment: Experiment, ledger: Ledger, built: _Built, search_only: boo
 
 def _pairs(experiment: Experiment, ledger: Ledger, built: _Built, may_train: bool) -> list[Pair]:
     """The experiment's teacher, trained now if need be, with each of its students."""
-    task, students, network = built.task, built.students, built.network
+    task, own, students, network = built.task, built.own, built.students, built.network
     asked = Asked(experiment, task.version, EarlierData(task.splits()))
-    if task.source is not None and task.source.reading:
-        ledger.watch.note(task.source.reading)
+    asked_teacher = asked if own is task else Asked(experiment, own.version, EarlierData(own.splits()))
+    for reading in dict.fromkeys(each.source.reading for each in (task, own) if each.source is not None and each.source.reading):
+        ledger.watch.note(reading)
     for line in random_axes(experiment):
         ledger.watch.note(line)
-    for caution in slow_averages(experiment, len(asked.data.splits.train), len(asked.data.splits.transfer)):
+    for caution in slow_averages(experiment, len(own.splits().learned_by("teacher")), len(task.splits().transfer)):
         ledger.watch.note(f"warning: {caution}")
-    taught = _ready_teacher(asked, ledger, task, built, network, may_train) if network is not None else None
+    taught = _ready_teacher(asked_teacher, ledger, built, network, may_train) if network is not None else None
     teacher, predictions = taught or (None, None)
-    theirs = tap_shapes(network, task.example("teacher")) if network is not None else None
+    theirs = built.places_of_teacher(network)
     return [
         _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, built)
         for spec, model in zip(experiment.students, students, strict=True)
@@ -356,8 +390,9 @@ def _pairs(experiment: Experiment, ledger: Ledger, built: _Built, may_train: boo
 class _Built:
     """The networks of an experiment, each built once. They are let go of when all that is trained has been rehearsed."""
 
-    def __init__(self, experiment: Experiment, task: Task, students: Sequence[nn.Module], teacher: nn.Module | None) -> None:
-        self.experiment, self.task = experiment, task
+    def __init__(self, experiment: Experiment, task: Task, own: Task, students: Sequence[nn.Module], teacher: nn.Module | None) -> None:
+        """own: the teacher's task, `task` itself or another. teacher: the network of that task."""
+        self.experiment, self.task, self.own = experiment, task, own
         self.students, self.network = students, teacher
         self.done = self.looked = False
 
@@ -365,8 +400,17 @@ class _Built:
         """Look at the images the first time that it is asked for, and say what of them is not shown. Raises UserError for a broken one."""
         if not self.looked:
             self.looked = True
-            if unseen := check_images(self.task):
-                watch.note(unseen)
+            for task in dict.fromkeys((self.task, self.own)):
+                if unseen := check_images(task):
+                    watch.note(unseen)
+
+    def as_teacher(self, network: nn.Module) -> nn.Module:
+        """The teacher's network as the students' batches go into it."""
+        return network if self.own is self.task else as_teacher(network, self.own, self.task)
+
+    def places_of_teacher(self, network: nn.Module | None) -> Shapes | None:
+        """Every place of the teacher's network that a method can look at; None where there is no teacher."""
+        return tap_shapes(self.as_teacher(network), self.task.example("teacher")) if network is not None else None
 
     def rehearse(self, teacher_too: bool = False) -> None:
         """Rehearse all that the experiment trains, the first time that it is asked for.
@@ -375,14 +419,14 @@ class _Built:
         """
         if self.done:
             return
-        rehearsal = Rehearsal(
-            self.experiment, self.task, [self.experiment.recipe, *searched_recipes(self.experiment)], device_here(self.experiment.runtime)
-        )
+        device = device_here(self.experiment.runtime)
         if self.network is not None and teacher_too:
-            rehearsal.teacher(self.network)
-        theirs = tap_shapes(self.network, self.task.example("teacher")) if self.network is not None else None
+            Rehearsal(self.experiment, self.own, [], device).teacher(self.network)
+        rehearsal = Rehearsal(self.experiment, self.task, [self.experiment.recipe, *searched_recipes(self.experiment)], device)
+        theirs = self.places_of_teacher(self.network)
+        network = self.as_teacher(self.network) if self.network is not None else None
         for spec, model in zip(self.experiment.students, self.students, strict=True):
-            rehearsal.student(spec, model, theirs, self.network)
+            rehearsal.student(spec, model, theirs, network)
         self.done, self.students, self.network = True, (), None
 
     @contextmanager
@@ -424,21 +468,20 @@ def needs_ray(runtime: Runtime, searching: bool) -> bool:
 # --- teacher ---------------------------------------------------------------------------------------------------------
 
 
-def _ready_teacher(
-    asked: Asked, ledger: Ledger, task: Task, built: _Built, model: nn.Module, may_train: bool
-) -> tuple[TeacherRef, str | None]:
+def _ready_teacher(asked: Asked, ledger: Ledger, built: _Built, model: nn.Module, may_train: bool) -> tuple[TeacherRef, str | None]:
     """The teacher, trained, and where the store has its predictions for the test part. Its metric is made known first of all.
 
-    It comes from the results folder or from its weights file, or is trained now.
+    It comes from the results folder or from its weights file, or is trained now. One of another task predicts another test part and is
+    measured in another unit: its students are told neither. asked: of the teacher's task.
     """
-    experiment, splits = asked.experiment, asked.data.splits
+    experiment, splits, task = asked.experiment, asked.data.splits, built.own
     spec = experiment.teacher
     assert spec is not None
     ledger.watch.progress("teacher", 0, 1)
     asked_recipe, device = experiment.teacher_recipe(), device_here(experiment.runtime)
-    memo = _memo(ledger, experiment, spec.model, asked_recipe)
+    memo = _memo(ledger, experiment.task_of("teacher"), experiment, spec.model, asked_recipe)
     with built.explaining():
-        recipe = settled(asked_recipe, model, task.example("teacher"), len(splits.train), device, memo)
+        recipe = settled(asked_recipe, model, task.example("teacher"), len(splits.learned_by("teacher")), device, memo)
     unit = _teacher_unit(experiment, spec, recipe, task, model)
     fits = partial(_ready_to_train, built, ledger.watch) if may_train else partial(_refuse, experiment, ledger)
     given = _saved(model, ledger.layout.teacher(unit.key)) if spec.weights == "pretrained" else spec.weights
@@ -446,13 +489,16 @@ def _ready_teacher(
     recall = Recall(asked, ledger)
     record, weights = _given(recall, given, unit, task, check_first) if given else _trained(recall, unit, task, model, fits)
     ledger.watch.progress("teacher", 1, 1)
-    ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}")
+    other = "" if task is built.task else f" on its own task, {task.name} on {task.data_name}"
+    ledger.watch.note(f"teacher {spec.model.label}: test {task.primary} {record.test_metric:.2f}{other}")
     chance = task.chance(targets_of(splits.test)) if record.chance_metric is None else record.chance_metric
     if caution := chance_caution(spec.model.label, record.test_metric, chance, task.higher_is_better):
         ledger.watch.note(f"warning: {caution}")
     assert record.teacher_sha is not None
     reference = _reference(unit, weights, record.teacher_sha, record.teacher_state)
-    return reference.model_copy(update={"metric": record.test_metric}), record.predictions_uri
+    if not other:
+        return reference.model_copy(update={"metric": record.test_metric}), record.predictions_uri
+    return reference.model_copy(update={"task": unit.task, "task_facts": content_hash(outputs_facts(task, unit.task))}), None
 
 
 def _reference(unit: Unit, weights: Path, sha: str, state: str | None) -> TeacherRef:
@@ -483,13 +529,13 @@ def _refuse(experiment: Experiment, ledger: Ledger) -> None:
 
 
 def _teacher_unit(experiment: Experiment, spec: TeacherSpec, recipe: Recipe, task: Task, model: nn.Module) -> Unit:
-    learned = task.splits().learned_hash
+    learned, of_task = task.splits().learned_hash_of("teacher"), experiment.task_of("teacher")
     return Unit(
         role="teacher",
         experiment=experiment.name,
-        protocol_hash=teacher_protocol(task_facts(experiment.task), task.data_name, learned, recipe),
+        protocol_hash=teacher_protocol(task_facts(of_task, "teacher"), task.data_name, learned, recipe),
         data_hash=learned,
-        task=experiment.task,
+        task=of_task,
         task_version=task.version,
         student=spec.model,
         student_init=_initial_content(spec.model, model),
@@ -546,7 +592,7 @@ def _given(recall: Recall, path: Path, unit: Unit, task: Task, check_first: Call
     state = _loaded_state(unit, weights, task)  # first: what holds no weights is not read to its end
     sha = file_sha256(weights)
     identity = _reference(unit, weights, sha, state).identity
-    key = given_teacher_key(task_facts(unit.task), identity, unit.student.label)
+    key = given_teacher_key(task_facts(unit.task, "teacher"), identity, unit.student.label)
     weights = _reachable(weights, ledger.layout, content_hash([key, sha]))
     told = {"teacher_sha": sha, "teacher_state": state, "teacher_id": identity}
     record = recall.given(unit, key, recall.asked.rule.teacher_key(unit, sha), **told)
@@ -624,7 +670,7 @@ def _pair(
     built: _Built,
 ) -> Pair:
     experiment, splits = asked.experiment, asked.data.splits
-    memo = _memo(ledger, experiment, student, experiment.recipe)
+    memo = _memo(ledger, experiment.task, experiment, student, experiment.recipe)
     with built.explaining():
         recipe = settled(experiment.recipe, model, task.example(), len(splits.transfer), device_here(experiment.runtime), memo)
     caching = teacher is not None and view_count(recipe) is not None
@@ -650,11 +696,11 @@ def _cached_outputs(wanted: Iterable[tuple[Pair, Sequence[MethodSpec]]], experim
         yield
 
 
-def _memo(ledger: Ledger, experiment: Experiment, model: ModelSpec, recipe: Recipe) -> Memo:
+def _memo(ledger: Ledger, task: TaskSpec, experiment: Experiment, model: ModelSpec, recipe: Recipe) -> Memo:
     """Where the choices are kept that were measured for this model on this task and device, for what the recipe asks."""
     device = str(device_here(experiment.runtime))
-    earlier = [model.model_dump(mode="json"), experiment.task.model_dump(mode="json"), device]
-    place = [model.model_dump(mode="json", exclude={"weights"}), task_facts(experiment.task), device]
+    earlier = [model.model_dump(mode="json"), task.model_dump(mode="json"), device]
+    place = [model.model_dump(mode="json", exclude={"weights"}), task_facts(task), device]
     return Memo(ledger.layout.choice(content_hash([*place, question(recipe)])), earlier=ledger.layout.choice(content_hash(earlier)))
 
 

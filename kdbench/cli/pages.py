@@ -162,6 +162,7 @@ def _method_page(name: str, method: type[Method]) -> str:
         ("checked against", paper.checked_against or "its formula"),
         ("reads", " or ".join(sorted(method.reads)) or "maps alone"),
         ("teacher", teacher),
+        ("labels", "needed" if method.needs_labels else "not needed"),
         ("student's taps", _taps_of(method, "student_taps")),
         ("teacher's taps", _taps_of(method, "teacher_taps") if method.needs_teacher else "none"),
     ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdbench.data.columns import Columns, mapped, named
 from kdbench.data.encoded import EncodedImages
 from kdbench.data.kinds import Kind
-from kdbench.data.samples import kinds_of, size_of
+from kdbench.data.samples import UNLABELLED, kinds_of, size_of
 
 INPUTS, TARGET = "inputs", "target"  # what a single tensor is called among names
 
@@ -62,7 +62,7 @@ class Part:
 
     inputs:  images uint8 [N, C, H, W], or `EncodedImages`, which stand for such a tensor and are decoded when they are asked for. Several
              inputs by name; at most one of them is encoded.
-    target:  [N, ...], several by name, or None where the samples have no labels.
+    target:  [N, ...], several by name, or None where the samples have no labels. In int64 [N], UNLABELLED is no label.
     index:   int64 [N], the positions in the source data set.
     classes: of how many classes a target [N] names one; None where nobody said, and then labels can't be mixed.
     rows:    int64 [N], which of `inputs` are the part's, so that a part of a part shares its pixels; None for all, in their order.
@@ -115,6 +115,13 @@ class Part:
     def one_label(self) -> bool:
         """Whether the target is one number a sample."""
         return isinstance(self.target, Tensor) and self.target.ndim == 1
+
+    @property
+    def without_label(self) -> int:
+        """How many of the samples have no label."""
+        if self.target is None:
+            return len(self)
+        return int((self.labels == UNLABELLED).sum()) if self.one_label and self.labels.dtype == torch.int64 else 0
 
     @property
     def kinds_of_inputs(self) -> dict[str, Kind]:

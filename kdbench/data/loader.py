@@ -124,7 +124,7 @@ def check_views(part: Part, augment: Augment) -> None:
     reason = unfit(part.values, of_inputs, augment, size)
     if part.target is not None:
         reason = reason or unfit(part.target, of_target, augment, size)
-        reason = reason or unmixable(part.values, part.target, (of_inputs, of_target), part.classes, augment)
+    reason = reason or unmixable(part.values, part.target, (of_inputs, of_target), part.classes, augment)
     if part.encoded is not None and augment.resized_crop and not all(isinstance(kind, Plain) for kind in of_target.values()):
         reason = reason or "recipe.augment.resized_crop is done where a file is decoded, and these targets would not follow; leave it out"
     if reason:

@@ -12,6 +12,8 @@ from kdbench.data.kinds import Enlarged, Image, Kind, Labels, Pixels, Plain, for
 from kdbench.data.views import Augment, View
 from kdbench.errors import UserError
 
+UNLABELLED = -1  # the label of a sample that has none, in a part where others have theirs
+
 
 def kinds_of(columns: Columns, kinds: Mapping[str, Kind], images: bool) -> dict[str, Kind]:
     """The kind of each column: the named one, or that of `kind_of`, which `images` is for.
@@ -52,7 +54,7 @@ def unfit(columns: Columns, kinds: Mapping[str, Kind], steps: Augment, size: tup
 
 
 def unmixable(
-    inputs: Columns, target: Columns, kinds: tuple[Mapping[str, Kind], Mapping[str, Kind]], classes: int | None, steps: Augment
+    inputs: Columns, target: Columns | None, kinds: tuple[Mapping[str, Kind], Mapping[str, Kind]], classes: int | None, steps: Augment
 ) -> str | None:
     """Why two of these samples can't be mixed, in one line; None where they can, or where no step mixes any.
 
@@ -61,6 +63,8 @@ def unmixable(
     """
     if not steps.mixes:
         return None
+    if target is None or (alone(target) and bool((tensors(target)[0] == UNLABELLED).any())):
+        return f"{mixing(steps)}, and not all of these samples have one; leave it out"
     if alone(inputs) and alone(target) and classes is not None:
         (image,), (label,) = tensors(inputs), tensors(target)
         of_image, of_label = isinstance(kinds[0][""], Image), isinstance(kinds[1][""], Plain)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -21,12 +21,13 @@ from kdbench.data.columns import Columns, described, named
 from kdbench.data.encoded import EncodedImages
 from kdbench.data.loader import in_order
 from kdbench.data.options import NamedSpec
-from kdbench.data.samples import unfit
+from kdbench.data.samples import UNLABELLED, unfit
 from kdbench.data.views import Augment
 from kdbench.data.vocabulary import Vocabulary
 from kdbench.errors import KDBenchError, UserError, explain, in_one_line
 from kdbench.own_code import check_maker
 
+TRAIN, NOISE = "train", "noise"  # what `transfer:` of a task can name with every data set
 _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of megabytes
 
 
@@ -37,6 +38,7 @@ class Source:
     train, test: images uint8 [N, C, H, W], or `EncodedImages` that stand for them; targets int64 [N], or uint8 or int64 [N, H, W];
     positions int64 [N], no two alike in the source.
     mean, std: one number a channel, of images in [0, 1]. ignore_index: the label of pixels that don't count, None where all do.
+    more: further parts by name, from which students can learn (`transfer:` of a task). Their samples may have no labels.
     """
 
     name: str
@@ -49,11 +51,14 @@ class Source:
     ignore_index: int | None = None
     read: str = ""  # of a source in files: what was read of them and what was left out, in one line
     vocabulary: Vocabulary | None = None  # of the tokens among the inputs or targets, None where there is no text
+    more: Mapping[str, Part] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content: both parts and the facts beside them. The name is left out: a copy of a data set is the same data."""
-        return hashlib.sha256(json.dumps([self.train_sha256, self.test_sha256, *self._facts]).encode()).hexdigest()
+        """Hash of the content: all parts and the facts beside them. The name is left out: a copy of a data set is the same data."""
+        more = [[name, part.sha256()] for name, part in sorted(self.more.items())]
+        contents = [self.train_sha256, self.test_sha256, *self._facts, *([more] if more else [])]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     @cached_property
     def train_sha256(self) -> str:
@@ -81,7 +86,7 @@ class Source:
     @property
     def turned(self) -> int:
         """How many images in files are shown turned, see `encoded.turned`."""
-        return sum(part.encoded_images.store.turned for part in (self.train, self.test) if part.encoded is not None)
+        return sum(part.encoded_images.store.turned for part in (self.train, self.test, *self.more.values()) if part.encoded is not None)
 
     @property
     def reading(self) -> str:
@@ -169,16 +174,20 @@ def _problem(source: Any) -> str | None:
     """What is wrong with what a data set's function returned, or None."""
     if not isinstance(source, Source):
         return f"the function must return a kdbench.data.sources.Source, got {type(source).__name__}"
-    for title, part in (("train", source.train), ("test", source.test)):
-        problem = _part_problem(part, source)
+    if taken := sorted(source.more.keys() & {TRAIN, NOISE}):
+        return f"a further part can't be called {taken[0]!r}, which has a meaning of its own; rename it"
+    further = {"test": source.test, **source.more}
+    for title, part in {"train": source.train, **further}.items():
+        problem = _part_problem(part, source, title in source.more)
         if problem:
             return f"{title} {problem}"
-    for what, train, test in _pairs_of_columns(source):
-        if train.shape[1:] != test.shape[1:]:
-            return f"train {what} are {_shape(train)} and test {what} {_shape(test)}; their sizes must agree"
-    positions = torch.cat([source.train.index, source.test.index])
+    for title, part in further.items():
+        for what, train, other in _pairs_of_columns(source.train, part):
+            if train.shape[1:] != other.shape[1:]:
+                return f"train {what} are {_shape(train)} and {title} {what} {_shape(other)}; their sizes must agree"
+    positions = torch.cat([source.train.index, *(part.index for part in further.values())])
     if len(positions.unique()) != len(positions):
-        return "two samples have the same index; train and test together must count every sample once"
+        return f"two samples have the same index; train and {' and '.join(further)} together must count every sample once"
     if len(source.class_names) != source.num_classes:
         return f"{len(source.class_names)} class_names for {source.num_classes} classes"
     channels = source.image_shape[0] if source.image is not None else 0
@@ -187,13 +196,14 @@ def _problem(source: Any) -> str | None:
     return None
 
 
-def _pairs_of_columns(source: Source) -> Iterator[tuple[str, Tensor | EncodedImages, Tensor | EncodedImages]]:
+def _pairs_of_columns(one: Part, other: Part) -> Iterator[tuple[str, Tensor | EncodedImages, Tensor | EncodedImages]]:
     """What each input is called, with both parts' values."""
-    for name, column in source.train.columns.items():
-        yield "images" if name == INPUTS else name, column, source.test.columns[name]
+    for name, column in one.columns.items():
+        yield "images" if name == INPUTS else name, column, other.columns[name]
 
 
-def _part_problem(part: Part, source: Source) -> str | None:
+def _part_problem(part: Part, source: Source, further: bool) -> str | None:
+    """further: of `Source.more`, where a sample may have no label."""
     names, expected = sorted(part.columns), sorted(source.train.columns)
     if names != expected:
         return f"has the inputs {', '.join(names)}, the training part has {', '.join(expected)}"
@@ -212,9 +222,12 @@ def _part_problem(part: Part, source: Source) -> str | None:
     for columns, of_columns in zip((part.values, part.target), kinds, strict=True):
         if columns is not None and (problem := unfit(columns, of_columns, Augment(), part.image_size)):
             return problem
+    if further and part.target is not None and described(part.target) != described(source.train.target):
+        return f"has the target {described(part.target)}, the training part has {described(source.train.target)}"
     if not isinstance(part.target, Tensor) or TARGET in part.kinds or part.target.dtype not in (torch.uint8, torch.int64):
         return None
-    return None if part.target.ndim == 2 else _labels_problem(part.target, part.image_size, source)
+    target = part.target[part.target != UNLABELLED] if further and part.one_label else part.target
+    return None if target.ndim == 2 or not len(target) else _labels_problem(target, part.image_size, source)
 
 
 def _labels_problem(target: Tensor, size: tuple[int, int] | None, source: Source) -> str | None:

@@ -117,7 +117,7 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Columns, di
     experiment = experiment_of(record)
     spec = model_spec(record, experiment)
     with names_from_records():
-        task = build_task(experiment.task)
+        task = build_task(experiment.task_of(record.role))
         weights = _weights(record, store_root)
         with at_most(weights.stat().st_size):  # a parameter has a byte or more
             model = rebuilt(task, spec, weights)

@@ -167,6 +167,11 @@ class _Check:
     def _experiment(self) -> Experiment:
         return experiment_of(self.record)
 
+    @property
+    def _task(self) -> TaskSpec:
+        """What the record's network was trained for."""
+        return self._experiment.task_of(self.record.role)
+
     def _keys(self) -> Iterator[str]:
         """The unit key, and the board's, are those of the record's own fields."""
         record = self.record
@@ -215,7 +220,7 @@ class _Check:
 
     def _states(self) -> Mapping[str, bool]:
         spec = model_spec(self.record, self._experiment)
-        return _states_of_described(spec.model_dump_json(exclude={"label", "weights"}), self._experiment.task.model_dump_json())
+        return _states_of_described(spec.model_dump_json(exclude={"label", "weights"}), self._task.model_dump_json())
 
     def _problems(self) -> Iterator[str]:
         record = self.record
@@ -250,7 +255,7 @@ class _Check:
     def _metrics(self, uri: str, teacher: RunRecord | None) -> Iterator[str]:
         record = self.record
         content = self.store.read_bytes(uri)
-        task = build_task(self._experiment.task)
+        task = build_task(self._task)
         metrics = rederive(record, task, content)
         self.done.add("derived")
         splits = task.splits()
@@ -269,7 +274,7 @@ class _Check:
             yield from self._agreement(content, teacher, teacher.predictions_uri)
 
     def _agreement(self, content: bytes, teacher: RunRecord, uri: str) -> Iterator[str]:
-        record, task = self.record, build_task(self._experiment.task)
+        record, task = self.record, build_task(self._task)
         ours, samples = unpack_predictions(content)
         try:
             theirs, index = unpack_predictions(self.store.read_bytes(uri))

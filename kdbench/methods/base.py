@@ -88,6 +88,7 @@ class Method(nn.Module):
     # What it reads of predictions, any one of which a task's networks must give (`Task.gives`); MAPS_ALONE works on every task.
     reads: ClassVar[frozenset[str]] = frozenset({"class logits"})
     needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True  # whether its terms read the target; those that don't work on samples without labels too
     batch_coupled: ClassVar[bool] = False  # the loss looks across samples: the frame gathers the batch of all workers first
     # Terms that are means over what the task's loss counts (`Task.weight`), such as labelled pixels. All others are means over samples.
     weighs_as_task: ClassVar[frozenset[str]] = frozenset()

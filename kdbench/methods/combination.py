@@ -170,6 +170,7 @@ def combined(kinds: tuple[tuple[str, type[Method]], ...]) -> type[Combination]:
         ),
         "version": sum(method.version for method in methods),  # rises with any part's
         "reads": frozenset[str]().union(*(method.reads for method in methods)),
+        "needs_labels": any(method.needs_labels for method in methods),
         "needs_teacher": any(method.needs_teacher for method in methods),
         "needs_teacher_network": any(method.needs_teacher_network for method in methods),
         "batch_coupled": any(method.batch_coupled for method in methods),

@@ -103,6 +103,7 @@ class CRD(FeatureMethod):
         formula="L = w_task CE + weight (NCE(e_s, memory_t) + NCE(e_t, memory_s)),  e = W f / |W f|,  h = exp(e . m / T) / Z",
         checked_against="megvii-research/mdistiller@a08d46f",
     )
+    needs_labels = True
     batch_coupled = True  # its memory holds all samples: every worker moves the same rows of it
 
     class Params(FeatureMethod.Params):

@@ -48,6 +48,7 @@ class CTKD(Method):
         formula="L = w_task CE + w_kd T^2 KL(softmax(z_t / T) || softmax(z_s / T)),  T = T_0 + span sigmoid(theta), theta ascends",
         checked_against="zhengli97/CTKD@7d52522",
     )
+    needs_labels = False
 
     class Params(Method.Params):
         """Defaults are those of CIFAR-100; ImageNet: both weights 1. The temperature moves between `lowest` and `lowest` + `span`."""

@@ -81,6 +81,7 @@ class DIST(Method):
     )
     reads = frozenset({"class logits", "pixel logits"})
     batch_coupled = True
+    needs_labels = False
 
     class Params(Method.Params):
         """Defaults are those of CIFAR-100; temperature 1 on ImageNet, and none (1) for segmentation."""
@@ -97,7 +98,7 @@ class DIST(Method):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
-        params, valid = self.params, labelled_pixels(batch.labels)
+        params, valid = self.params, labelled_pixels(batch.target)
         return {
             "inter": params.weight * params.beta * inter_class_loss(s.logits, t.logits, params.temperature, valid),
             "intra": params.weight * params.gamma * intra_class_loss(s.logits, t.logits, params.temperature, valid),

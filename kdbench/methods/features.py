@@ -21,6 +21,8 @@ _STAGES_OF_A_TRANSFORMER = 4  # one of a single resolution has no stages of its 
 class FeatureMethod(Method):
     """A method that compares places of the student with places of the teacher, in pairs: `student_taps[k]` with `teacher_taps[k]`."""
 
+    needs_labels = False
+
     class Params(Method.Params):
         """student_taps, teacher_taps: what is compared with what, as many of the one as of the other; empty: chosen for the pair."""
 

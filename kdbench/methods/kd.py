@@ -50,6 +50,7 @@ class KD(Method):
     )
     reads = frozenset({"class logits", "pixel logits", "imitation"})
     weighs_as_task = frozenset({"kd"})
+    needs_labels = False
 
     class Params(Method.Params):
         task_weight: Annotated[float, Range(0.0, 1.0), Field(ge=0)] = 0.1
@@ -72,4 +73,4 @@ class KD(Method):
         if self._imitation is not None:
             return {"kd": self.params.kd_weight * self._imitation(s, t, batch, self.params.temperature)}
         loss = FORMS[self.params.form]
-        return {"kd": self.params.kd_weight * loss(s.logits, t.logits, self.params.temperature, labelled_pixels(batch.labels))}
+        return {"kd": self.params.kd_weight * loss(s.logits, t.logits, self.params.temperature, labelled_pixels(batch.target))}

@@ -140,4 +140,4 @@ class KDSVD(FeatureMethod):
             (correlation(student, before_s) - correlation(teacher, before_t)).square().sum()
             for (before_s, before_t), (student, teacher) in pairwise(directions)
         ]
-        return {"kdsvd": self.params.weight * torch.stack(distances).sum() / len(batch.labels)}
+        return {"kdsvd": self.params.weight * torch.stack(distances).sum() / len(batch)}

@@ -36,6 +36,7 @@ class LogitStandardisation(Method):
         venue="CVPR 2024",
         formula="L = w_task CE + w_kd T^2 KL(softmax(z(t) / T) || softmax(z(s) / T)),  z(x) = (x - mean x) / std x",
     )
+    needs_labels = False
 
     class Params(Method.Params):
         """Defaults are those of CIFAR-100; for other pairs the authors suggest temperatures of 2 to 3 and weights of 3 to 15."""

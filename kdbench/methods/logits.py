@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdbench.data.columns import Columns
 from kdbench.errors import UserError
 from kdbench.models.outputs import Shapes
 
@@ -40,9 +41,9 @@ def mean_over(values: Tensor, valid: Tensor | None) -> Tensor:
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
 
 
-def labelled_pixels(target: Tensor) -> Tensor | None:
-    """Boolean [B, H, W], true where a dense int64 target has a class; None for labels of whole images, which all count."""
-    return target != IGNORED_PIXEL if target.dim() == 3 else None
+def labelled_pixels(target: Columns | None) -> Tensor | None:
+    """Boolean [B, H, W], true where a dense int64 target has a class; None without labels or for those of whole images, which all count."""
+    return target != IGNORED_PIXEL if isinstance(target, Tensor) and target.dim() == 3 else None
 
 
 def require_same_classes(method: str, student: Shapes, teacher: Shapes | None) -> None:

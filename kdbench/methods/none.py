@@ -18,6 +18,7 @@ class Undistilled(Method):
     paper = Paper("No distillation", formula="L = L_task")
     reads = MAPS_ALONE
     needs_teacher = False
+    needs_labels = False
 
     class Params(Method.Params):
         task_weight: Annotated[float, Field(ge=0)] = 1.0  # no Range: a lone loss has no weight to search beside the learning rate

@@ -120,6 +120,7 @@ class NORM(FeatureMethod):
         "u = BN(conv1x1(x)), x' = x + BN(conv1x1(u)), ln(z) = scale layer_norm(z)",
         checked_against="OSVAI/NORM@c6dfc39",
     )
+    needs_labels = True
 
     class Params(FeatureMethod.Params):
         """segments: N; with 1 the student stays as it is, and both maps need one width. task_weight: gamma stands in its place.

@@ -107,7 +107,7 @@ class ReviewKD(FeatureMethod):
 
     def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
         assert t is not None
-        if self.training and self._single_position and len(batch.labels) == 1:
+        if self.training and self._single_position and len(batch) == 1:
             raise UserError(f"method {self.name}: its batch norms can't measure a batch of one; change recipe.batch_size")
         losses, passed = [], None
         levels = zip(self.student_taps, self.teacher_taps, self._shapes, self.fusions, strict=True)

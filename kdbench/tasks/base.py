@@ -17,6 +17,7 @@ from kdbench.data.batch import Batch, Part
 from kdbench.data.columns import Columns
 from kdbench.data.options import StrictOptions
 from kdbench.data.sources import Source
+from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs, predicted
 from kdbench.models.trace import Example
@@ -40,11 +41,16 @@ class TaskInfo:
     imitation: Imitation | None = None
 
 
+Role = Literal["teacher", "student"]
+
+
 @dataclass(frozen=True)
 class Splits:
-    """train: what a teacher learns from. transfer: what students learn from, `train` or a part of it. val: what choices are made on.
+    """train: the samples that training has. transfer: what students learn from, `train` or a part of it. val: what choices are made on.
 
     test: touched once per final run. source: what the parts are cut from; None where a task makes its parts otherwise.
+    teacher: the part of `train` that a teacher learns from; None for all of it. apart: what `transfer` is or is cut from, where that is no
+    part of `train`: made images, or a further part of the source.
     The hashes are of content and are computed when they are first asked for: of images in files that means reading them, once.
     """
 
@@ -53,6 +59,14 @@ class Splits:
     val: Part
     test: Part
     source: Source | None = None
+    teacher: Part | None = None
+    apart: Part | None = None
+
+    def learned_by(self, role: Role) -> Part:
+        """What a teacher or a student learns from."""
+        if role == "student":
+            return self.transfer
+        return self.train if self.teacher is None else self.teacher
 
     @cached_property
     def data_hash(self) -> str:
@@ -64,15 +78,27 @@ class Splits:
     @cached_property
     def hash(self) -> str:
         """Of the data set and of how the four parts are cut from it."""
-        return _digest(self.data_hash, *(("", part.index) for part in (self.train, self.transfer, self.val, self.test)))
+        transfer = (self._apart_sha256, self.transfer.index)
+        return _digest(self.data_hash, ("", self.train.index), transfer, *(("", part.index) for part in (self.val, self.test)))
+
+    @cached_property
+    def _apart_sha256(self) -> str:
+        return "" if self.apart is None else self.apart.sha256()
 
     @cached_property
     def learned_hash(self) -> str:
-        """Of train, transfer and val: of all data that decide a training. The test part is left out."""
-        parts = (self.train, self.transfer, self.val)
+        """Of train, transfer and val: of all data that decide a student's training. The test part is left out."""
+        return self._learned_hash(self.train)
+
+    def learned_hash_of(self, role: Role) -> str:
+        """`learned_hash`; of a teacher with what it learns from in the place of train."""
+        return self.learned_hash if role == "student" or self.teacher is None else self._learned_hash(self.teacher)
+
+    def _learned_hash(self, train: Part) -> str:
         if self.source is not None:  # whose training images are read once, however many parts show them
-            return _digest(self.source.facts + self.source.train_sha256, *(("", part.index) for part in parts))
-        return _digest("", *((part.sha256(), None) for part in parts))
+            transfer = (self._apart_sha256, self.transfer.index)
+            return _digest(self.source.facts + self.source.train_sha256, ("", train.index), transfer, ("", self.val.index))
+        return _digest("", *((part.sha256(), None) for part in (train, self.transfer, self.val)))
 
     @cached_property
     def test_hash(self) -> str:
@@ -92,9 +118,6 @@ def _digest(first: str, *parts: tuple[str, Tensor | None]) -> str:
     return digest.hexdigest()
 
 
-Role = Literal["teacher", "student"]
-
-
 def role_of(role: str) -> Role:
     """What a unit or record of this role trains: a teacher, or in a trial, check or final a student."""
     return "teacher" if role == "teacher" else "student"
@@ -111,6 +134,7 @@ class Task(ABC):
     primary: ClassVar[str]  # the key of `metrics` that runs are chosen and ranked by
     higher_is_better: ClassVar[bool] = True
     batch_coupled: ClassVar[bool] = False  # its loss compares samples: the frame gathers the batch of all workers first
+    imitation_needs_labels: ClassVar[bool] = False  # whether `TaskInfo.imitation` reads the batch's target
 
     class Options(StrictOptions):
         """The keys that `task:` takes in an experiment beside `name`."""
@@ -122,9 +146,23 @@ class Task(ABC):
     def __init__(self, options: BaseModel) -> None:
         self.options = options
 
+    def as_teacher(self, network: nn.Module) -> nn.Module:
+        """A trained network of another task (`teacher.task`) as this task's batches go into it, giving what this task's teachers give.
+
+        Args:
+            network: resizes and normalises images as it was trained to see them.
+
+        Returns:
+            The network itself or one around it, on the same weights.
+
+        Raises:
+            UserError: this task has no use for such a network. By default it has none.
+        """
+        raise UserError(f"teacher.task: task {self.name} takes no teacher of another task; leave teacher.task out")
+
     @abstractmethod
     def splits(self) -> Splits:
-        """The same four parts in every process that asks."""
+        """The same parts in every process that asks."""
 
     @abstractmethod
     def build_model(self, spec: ModelSpec) -> nn.Module:
@@ -141,7 +179,15 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The undistilled loss by name, float32 or wider. A term is a mean over what `weight` counts, S / max(1, w)."""
+        """The undistilled loss by name, float32 or wider. A term is a mean over what `weight` counts, S / max(1, w).
+
+        Not called where the batch has no target: the task adds nothing to the loss then.
+        """
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether `weight` is the number of samples, which is known without asking other workers."""
+        return type(self).weight is Task.weight
 
     def weight(self, batch: Batch) -> Tensor | dict[str, Tensor]:
         """How much each term of `loss` is a mean of, w: one number for all terms, or one by name for each; the samples by default.

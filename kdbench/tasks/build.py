@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from kdbench.catalogue import resolve
 from kdbench.data import DATA
-from kdbench.data.options import NamedSpec
+from kdbench.data.options import TEACHER_ALONE, NamedSpec
 from kdbench.data.sources import DataSpec, source_maker
 from kdbench.errors import UserError, explain
 from kdbench.storage.folder import file_sha256, local_path
 from kdbench.tasks import TASKS
-from kdbench.tasks.base import Task
+from kdbench.tasks.base import Role, Task
 
 
 class TaskSpec(NamedSpec):
@@ -51,15 +51,16 @@ def check_task(spec: TaskSpec) -> type[Task]:
     return task_class(spec)
 
 
-def task_facts(spec: TaskSpec) -> dict[str, Any]:
+def task_facts(spec: TaskSpec, role: Role = "student") -> dict[str, Any]:
     """What of a task decides a training, beside the content of its data (`Splits.learned_hash`): its name, version and options.
 
     Where data lie is left out, and so are all options of kdbench's own data sets, which decide nothing but content. Of a user's own data
     set the options count that are no `Path`, as it may hold what no hash sees. A `Path` among the task's own options counts as the content
-    of that file. Raises UserError as `build_task` does.
+    of that file. Options that decide a teacher's training alone are no facts of a student's. Raises UserError as `build_task` does.
     """
     options = _options(spec)
-    facts: dict[str, Any] = options.model_dump(mode="json")
+    left_out = {name for name, field in type(options).model_fields.items() if role == "student" and TEACHER_ALONE in field.metadata}
+    facts: dict[str, Any] = options.model_dump(mode="json", exclude=left_out)
     for name in facts:
         value = getattr(options, name, None)
         if isinstance(value, DataSpec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.data.columns import Columns, described, single
+from kdbench.data.samples import UNLABELLED
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
 from kdbench.tasks.agreement import agreement, agreement_tolerance
 from kdbench.tasks.base import Splits, Task, TaskInfo
-from kdbench.tasks.networks import network_for
+from kdbench.tasks.networks import checked_network, network_for
 from kdbench.tasks.splits import SplitOptions, cut
 
 CALIBRATION_BINS = 15  # as in Guo et al., arXiv 1706.04599
@@ -41,7 +43,8 @@ class Classification(Task):
             raise UserError(f"task 'classification' needs one label per sample, int64 [N]; data {self.source.name!r} gives {given}")
         self.data_name = self.source.name
         self.info = TaskInfo(self.name, self.source.num_classes, self.source.example, self.source.class_names)
-        self._splits = cut(self.source, options)
+        self._splits = cut(self.source, options, of_classes=True)
+        self._partly_labelled = self._splits.transfer.target is not None and self._splits.transfer.without_label > 0
 
     def splits(self) -> Splits:
         return self._splits
@@ -50,10 +53,34 @@ class Classification(Task):
         return network_for(spec, self.source, (self.source.num_classes,))
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of logits [B, C] with labels [B] or with probabilities [B, C], mean over the batch."""
+        """Cross-entropy of logits [B, C] with labels [B] or with probabilities [B, C], mean over the batch.
+
+        Where some samples have no label, mean over those that have one; 0 where none has.
+        """
         logits = outputs.logits if outputs.logits.dtype == torch.float64 else outputs.logits.float()
         target = batch.labels.to(logits.dtype) if batch.labels.is_floating_point() else batch.labels
-        return {"cross_entropy": F.cross_entropy(logits, target)}
+        if not self._partly_labelled or target.is_floating_point():
+            return {"cross_entropy": F.cross_entropy(logits, target)}
+        total = F.cross_entropy(logits, target, ignore_index=UNLABELLED, reduction="sum")
+        return {"cross_entropy": total / (target != UNLABELLED).sum().clamp(min=1)}
+
+    @property
+    def counts_samples(self) -> bool:
+        return not self._partly_labelled
+
+    def weight(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """The samples; where some have no label, those that have one, while distillation counts all."""
+        samples = super().weight(batch)
+        assert isinstance(samples, Tensor)
+        if not self._partly_labelled:
+            return samples
+        return {"cross_entropy": (batch.labels != UNLABELLED).sum(), "imitation": samples.to(batch.index.device)}
+
+    def as_teacher(self, network: nn.Module) -> nn.Module:
+        """A network that gives as many class logits for these samples, whatever it was trained on."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a network of other inputs may warn before it fails
+            return checked_network(network, self.source, (self.source.num_classes,), "teacher.task: its network")
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
         """prediction: logits [N, C]; target: [N].

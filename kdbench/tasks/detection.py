@@ -38,6 +38,7 @@ class Detection(Task):
 
     name = "detection"
     gives = frozenset({"boxes", "imitation"})
+    imitation_needs_labels = True  # it is a mean over the cells that learn an object
     primary = "ap"
 
     class Options(SplitOptions):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +16,11 @@ from kdbench.data.loader import in_order
 from kdbench.data.sources import Source
 from kdbench.errors import TooMuch, UserError, in_one_line, shown
 from kdbench.models.build import ModelSpec, build_model
+from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import predicted
 from kdbench.models.taps import probe
 from kdbench.tasks.base import Task
+from kdbench.tasks.build import TaskSpec, task_facts
 
 
 def rebuilt(task: Task, spec: ModelSpec, weights: Path) -> nn.Module:
@@ -96,15 +101,50 @@ def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...] | dic
     model = build_model(spec, **source.network_facts)
     if isinstance(expected, dict):
         model.prediction_names = tuple(expected)  # type: ignore[assignment]
+    return checked_network(model, source, expected, f"model {spec.name!r}")
+
+
+def checked_network(model: nn.Module, source: Source, expected: tuple[int, ...] | dict[str, tuple[int | None, ...]], who: str) -> nn.Module:
+    """The model, after one forward pass on samples of `source`. expected: as in `network_for`. who: what errors call it.
+
+    Raises UserError where the pass fails or gives something else.
+    """
     try:
         given = probe(model, source.example).prediction
     except Exception as error:  # whatever a user's own class may raise
         reason = error if isinstance(error, UserError) else in_one_line(error)
-        raise UserError(f"model {spec.name!r} doesn't work on {source.in_words} of data {source.name!r}: {reason}") from error
+        raise UserError(f"{who} doesn't work on {source.in_words} of data {source.name!r}: {reason}") from error
     if given == expected or (isinstance(given, dict) and isinstance(expected, dict) and _fits(given, expected)):
         return model
     if isinstance(given, dict) or isinstance(expected, dict):
-        raise UserError(f"model {spec.name!r} gives {_listed(given)} for a sample, the task needs {_listed(expected)}")
+        raise UserError(f"{who} gives {_listed(given)} for a sample, the task needs {_listed(expected)}")
     if len(given) == len(expected) == 1:
-        raise UserError(f"model {spec.name!r} gives {given[0]} outputs, data {source.name!r} has {expected[0]} classes")
-    raise UserError(f"model {spec.name!r} gives {list(given)} for an image, data {source.name!r} needs {list(expected)}")
+        raise UserError(f"{who} gives {given[0]} outputs, data {source.name!r} has {expected[0]} classes")
+    raise UserError(f"{who} gives {list(given)} for an image, data {source.name!r} needs {list(expected)}")
+
+
+def as_teacher(network: nn.Module, own: Task, task: Task) -> nn.Module:
+    """A network of the task `own` as batches of `task` go into it: the same weights, at the image size that `own` shows it.
+
+    Raises UserError where `task` has no use for it.
+    """
+    return task.as_teacher(_at_own_size(network, own.source))
+
+
+def _at_own_size(network: nn.Module, source: Source | None) -> nn.Module:
+    """The network that resizes whatever images it is given to those of `source`, where it says how its images are normalised."""
+    spec = getattr(network, "input_spec", None)
+    if source is None or source.image is None or not isinstance(spec, InputSpec) or spec.size is not None:
+        return network
+    _, height, width = source.image_shape
+    if height != width:
+        return network
+    resizing = copy.copy(network)  # on the same modules and weights, so that the network itself stays as it is
+    resizing.input_spec = replace(spec, size=height)  # type: ignore[assignment]
+    return resizing
+
+
+def outputs_facts(own: Task, spec: TaskSpec) -> dict[str, Any]:
+    """What of a network's task decides its outputs beside its weights: what its builder is told of the data."""
+    facts = own.source.network_facts if own.source is not None else task_facts(spec, "teacher")
+    return {"name": own.name, "version": own.version, "data": facts}

@@ -207,7 +207,7 @@ def assemble(unit: Unit, session: Session) -> Training:
     check_uncut(unit.method.name, method, task, recipe)
     teacher = _teacher_of(unit, method, task, session)
     network = _network_of(teacher, unit, task, session) if method.needs_teacher_network else None
-    samples = splits.train if unit.role == "teacher" else splits.transfer
+    samples = splits.learned_by(role)
     adapted = fit_method(
         method,
         student,
@@ -330,9 +330,9 @@ def check_content(unit: Unit, task: Task, splits: Splits) -> None:
         raise UserError(
             f"method {unit.method.name} has version {version} here and {unit.method_version} where the run began: update its code"
         )
-    if unit.data_hash is not None and splits.learned_hash != unit.data_hash:
+    if unit.data_hash is not None and (learned := splits.learned_hash_of(role_of(unit.role))) != unit.data_hash:
         raise UserError(
-            f"the training data of {task.data_name} have other content here than where the run began ({splits.learned_hash[:12]}..., "
+            f"the training data of {task.data_name} have other content here than where the run began ({learned[:12]}..., "
             f"expected {unit.data_hash[:12]}...): give all machines the same files, and change none while a run is under way"
         )
 

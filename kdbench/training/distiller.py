@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdbench.data.batch import Batch
 from kdbench.data.columns import Columns, mapped, tensors
 from kdbench.errors import UserError
-from kdbench.methods.base import Method, Progress
+from kdbench.methods.base import Method, Progress, loss_precision
 from kdbench.models.batch_norm import guard_batch_norms
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
@@ -96,9 +96,11 @@ class Distiller(nn.Module):
 
         shares: how many samples of the batch each worker has. weights: of the terms that are means over this worker's own.
 
+        Without a target the task's own loss is left out.
+
         Where method or task are batch-coupled and there are several workers, they see the joined batch; gradients flow back to each one's
         part.
-        Raises UserError for a term that is no scalar, for a name that stands for two terms, and where there is no term at all.
+        Raises UserError for a term that is no scalar, and for a name that stands for two terms.
         """
         several = len(shares) > 1 and (self.coupled or self.task.batch_coupled)
         joined_batch: Batch | None = None
@@ -132,8 +134,9 @@ class Distiller(nn.Module):
             counted = self.method.weighs_as_task
             own |= {name: weights.as_task(IMITATION, term) if name in counted else weights.by_samples(term) for name, term in added.items()}
         terms = own | joined
-        if not terms:
-            raise UserError(f"method {self.name} has no loss, and the task has none on samples without labels: nothing could be learned")
+        if batch.target is None:
+            terms[TOTAL] = torch.stack([*terms.values(), _nothing(outputs.prediction)]).sum()
+            return terms
         terms[TOTAL] = torch.stack(list(terms.values())).sum()
         return terms
 
@@ -151,6 +154,14 @@ class Distiller(nn.Module):
             return replace(batch, others={}).changed(lambda tensor: tensor[first : first + rows])
 
         return replace(cut(whole, "in its place"), others={name: cut(other, f"as {name!r}") for name, other in whole.others.items()})
+
+
+def _nothing(prediction: Columns) -> Tensor:
+    """0, with a gradient of 0 for all that predicts: samples without labels leave the task's loss out, and no part of the network.
+
+    A method may look at a place in the middle alone, or add nothing at all, and workers exchange the gradients of every parameter.
+    """
+    return torch.stack([0.0 * tensor.sum() for tensor in loss_precision(*tensors(prediction)) if tensor.is_floating_point()]).sum()
 
 
 def check_terms(of: str, terms: Mapping[str, Tensor], taken: Iterable[str] = ()) -> None:

@@ -12,6 +12,7 @@ from kdbench.experiment import Experiment, Recipe, TeacherRef, Unit, board_hash,
 from kdbench.methods.build import PLUS, MethodSpec
 from kdbench.models.build import ModelSpec
 from kdbench.records.record import RunRecord
+from kdbench.tasks.base import Role, role_of
 from kdbench.tasks.build import TaskSpec, depends_on_files, task_facts
 from kdbench.training.cache.outputs import view_count
 from kdbench.training.earlier_keys import EarlierRule
@@ -86,7 +87,7 @@ def derived(record: RunRecord, experiment: Experiment) -> Derived:
     teacher = _teacher(record, experiment, cached=view_count(pair_recipe) is not None)
     if record.learned_hash is None:
         return _by_earlier_rule(record, experiment, spec, recipe, pair_recipe, teacher)
-    facts = _task_facts(experiment.task, record.task_version)
+    facts = _task_facts(experiment.task_of(record.role), record.task_version, role_of(record.role))
     identity = record.teacher_id
     if record.role == "teacher":
         protocol = teacher_protocol(facts, record.data, record.learned_hash, recipe)
@@ -114,12 +115,12 @@ def _is_given(experiment: Experiment) -> bool:
     return experiment.teacher is not None and experiment.teacher.weights is not None
 
 
-def _task_facts(spec: TaskSpec, version: int) -> dict[str, Any]:
+def _task_facts(spec: TaskSpec, version: int, role: Role) -> dict[str, Any]:
     """With the version of the task's code that the record has, which may be another one than this kdbench's."""
     try:
         if depends_on_files(spec):
             raise NotDerivable("the task has files among its options, and their content of then is not on record")
-        return {**task_facts(spec), "version": version}
+        return {**task_facts(spec, role), "version": version}
     except (UserError, CodeRefused) as error:
         raise NotDerivable(str(error)) from error
 
@@ -176,7 +177,7 @@ def _units(
             "experiment": record.experiment,
             "protocol_hash": protocol,
             "data_hash": record.learned_hash,
-            "task": experiment.task,
+            "task": experiment.task_of(record.role),
             "task_version": record.task_version,
             "student": spec,
             "student_init": record.student_init,

@@ -20,7 +20,6 @@ from kdbench.methods.base import Progress
 from kdbench.models.outputs import Outputs
 from kdbench.records.record import RunRecord
 from kdbench.storage.layout import Layout
-from kdbench.tasks.base import Task
 from kdbench.training.assembly import Training, assemble
 from kdbench.training.distiller import TOTAL, Weights, check_same_terms
 from kdbench.training.evaluate import check_numbers, predict, targets_of
@@ -127,7 +126,7 @@ def _weights(run: Training, pieces: Sequence[Batch]) -> list[Weights]:
     task, workers = run.task, run.session.world_size
     whole = sum(run.loader.shares) if workers > 1 else sum(map(len, pieces))
     by_samples = [Weights(len(piece) * workers / whole) for piece in pieces]
-    if type(task).weight is Task.weight or (workers == 1 and len(pieces) == 1):
+    if task.counts_samples or pieces[0].target is None or (workers == 1 and len(pieces) == 1):
         return by_samples  # known without asking the others
     counted = [task.weight(piece) for piece in pieces]
     values = [torch.stack(list(one.values())) if isinstance(one, dict) else one for one in counted]

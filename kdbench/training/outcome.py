@@ -160,7 +160,7 @@ def of_now(unit: Unit, splits: Splits) -> dict[str, Any]:
         "protocol_hash": board_hash(unit.protocol_hash, splits.test_hash),
         "data_hash": splits.data_hash,
         "split_hash": splits.hash,
-        "learned_hash": splits.learned_hash,
+        "learned_hash": splits.learned_hash_of(role_of(unit.role)),
         "test_hash": splits.test_hash if unit.evaluates_test else None,
         "mlflow_run_id": None,
     }
@@ -175,7 +175,9 @@ def _finished(unit: Unit, weights: Path, task: Task, session: Session) -> nn.Mod
 def code_of(unit: Unit) -> dict[str, str]:
     """The user's own modules that take part in a training, each with a hash of its code; empty where all is kdbench's or installed."""
     models = [unit.student, *([unit.teacher.model] if unit.teacher is not None else [])]
-    return own_code([*task_code(unit.task), *method_code(unit.method), *(thing for spec in models for thing in model_code(spec))])
+    tasks = [unit.task, *([unit.teacher.task] if unit.teacher is not None and unit.teacher.task is not None else [])]
+    of_tasks, of_models = (thing for task in tasks for thing in task_code(task)), (thing for spec in models for thing in model_code(spec))
+    return own_code([*of_tasks, *method_code(unit.method), *of_models])
 
 
 def failed_record(unit: Unit, reason: str) -> RunRecord:
@@ -199,7 +201,7 @@ def base_record(unit: Unit, task: Task, splits: Splits) -> RunRecord:
         data=task.data_name,
         data_hash=splits.data_hash,
         split_hash=splits.hash,
-        learned_hash=splits.learned_hash,
+        learned_hash=splits.learned_hash_of(role_of(unit.role)),
         test_hash=splits.test_hash if unit.evaluates_test else None,
         recipe=unit.recipe.model_dump(mode="json"),
         global_batch=unit.recipe.batch_size,

@@ -55,7 +55,7 @@ class Rehearsal:
         """Rehearse the teacher's training."""
         spec = self.experiment.teacher
         assert spec is not None
-        recipe, samples = self.experiment.teacher_recipe(), self.task.splits().train
+        recipe, samples = self.experiment.teacher_recipe(), self.task.splits().learned_by("teacher")
         _Scene(self, f"teacher {spec.model.label!r}", spec.model, model, (recipe,), samples, role="teacher").network()
 
     def student(self, spec: ModelSpec, model: nn.Module, teacher: Shapes | None, network: nn.Module | None) -> tuple[str, ...]:
@@ -244,7 +244,7 @@ class _Scene:
             role="trial",
             experiment=self.experiment.name,
             protocol_hash="",
-            task=self.experiment.task,
+            task=self.experiment.task_of(self.role),
             student=self.spec,
             method=spec,
             recipe=recipe,

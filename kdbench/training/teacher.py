@@ -17,6 +17,8 @@ from kdbench.models.weights import state_sha256
 from kdbench.storage.layout import Layout
 from kdbench.storage.working_copy import fetch
 from kdbench.tasks.base import Task
+from kdbench.tasks.build import build_task
+from kdbench.tasks.networks import as_teacher
 from kdbench.training.cache.copies import bring
 from kdbench.training.cache.outputs import TeacherCache, open_cache, read_entry, streams_of
 from kdbench.training.precision import autocast, placed_inputs, to_device
@@ -29,12 +31,18 @@ def teacher_here(ref: TeacherRef, layout: Layout) -> TeacherRef:
 
 
 def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module:
-    """The frozen network: weights read strictly, eval mode, no gradients. Raises UserError where the weights don't fit the data."""
+    """The frozen network: weights read strictly, eval mode, no gradients; of another task, as batches of `task` go into it.
+
+    Raises UserError where the weights don't fit the data.
+    """
+    own = task if ref.task is None else build_task(ref.task)
     # Its initial weights are drawn only to be overwritten: a training draws the same numbers whether it loads the teacher or not.
     with torch.random.fork_rng(devices=[]):
-        model = task.build_model(ref.model.model_copy(update={"weights": fetch(ref.weights, sha256=ref.sha)}))
+        model = own.build_model(ref.model.model_copy(update={"weights": fetch(ref.weights, sha256=ref.sha)}))
     if ref.state is not None and state_sha256(model) != ref.state:
         raise UserError(f"the teacher's weights, {ref.weights}, are others here than where the run began: give all machines the same file")
+    if own is not task:
+        model = as_teacher(model, own, task)
     guard_batch_norms(model)  # a method's gradients may flow through a part of it
     return to_device(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
 

@@ -54,6 +54,44 @@ def test_data_that_are_not_here_are_named_and_the_rest_is_still_looked_at(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        ({"transfer": "noise"}, (45_000, 45_000)),
+        ({"transfer": "noise", "transfer_size": 60_000}, (45_000, 60_000)),
+        ({"labelled": 400}, (45_000, 45_000)),
+        ({"teacher_share": 0.5}, (22_500, 45_000)),
+        ({"teacher_classes": ["apple", "wolf"]}, (900, 45_000)),
+    ],
+)
+def test_what_is_learned_from_is_counted_and_checked_without_the_data(options: dict[str, Any], images: tuple[int, int]) -> None:
+    task = {**CIFAR["task"], **options}
+    found = of(task=task, methods=["none", "kd"])
+    assert (found.teacher_images, found.student_images) == images
+    if "teacher_share" in options or "teacher_classes" in options:
+        assert of(task=task, methods=["dkd"]).student_images == images[1]
+        with pytest.raises(UserError, match=r"^task: teacher_share and teacher_classes say what the teacher learns from, and pair has no"):
+            of(task=task, methods=["none"], teacher=None)
+        return
+    with pytest.raises(UserError, match=r"^method dkd reads the labels of the"):
+        of(task=task, methods=["dkd"])
+
+
+def test_a_teacher_of_another_task_is_counted_on_its_own_images_and_runs_at_its_own_size() -> None:
+    data = {"name": "shapes", "target": "class", "train": 300, "test": 30}
+    task = {"name": "classification", "data": {**data, "size": 16}, "val_size": 100}
+    own = {"name": "classification", "data": {**data, "train": 150, "size": 32}, "val_size": 30}
+    asked: dict[str, Any] = {"task": task, "teacher": {"model": {"name": "tiny_cnn", "width": 6}, "recipe": {"epochs": 2}, "task": own}}
+    found = of(**asked, students=[{"name": "tiny_cnn", "width": 4}], methods=["kd"], cache={"budget_gb": 0.0})
+    assert (found.teacher_images, found.student_images) == (120, 200)
+    teacher, student = found.networks
+    assert found.teacher_flops == 3 * teacher.flops * 2 * 120
+    (kd,) = found.methods
+    assert kd.own_flops is not None
+    assert kd.flops == 64 * (3 * student.flops + teacher.flops) + kd.own_flops
+    assert found.not_rehearsed == ()
+
+
 def test_flops_count_the_students_pass_three_times_the_teachers_where_it_runs_and_the_methods_own() -> None:
     found = of(cache={"budget_gb": 0.1})
     teacher, student = (network.flops for network in found.networks)

@@ -19,7 +19,7 @@ from kdbench.benchmark import pair as pairs
 from kdbench.benchmark.cache import cache_spec
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork, axes_of
-from kdbench.benchmark.run import _pairs, check, run
+from kdbench.benchmark.run import _pairs, _teacher_unit, check, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.boards.leaderboard import boards
 from kdbench.boards.summary import summaries
@@ -27,7 +27,7 @@ from kdbench.bounded import read_file
 from kdbench.data import image_folder, sources
 from kdbench.deploy.verification import verify
 from kdbench.errors import UserError
-from kdbench.experiment import Experiment
+from kdbench.experiment import Experiment, TeacherRef, content_hash
 from kdbench.methods.base import Method
 from kdbench.methods.build import MethodSpec, fitted
 from kdbench.methods.kd import KD
@@ -35,10 +35,13 @@ from kdbench.models.build import ModelSpec
 from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
 from kdbench.tasks import build
-from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.tasks.build import TaskSpec, build_task, task_facts
 from kdbench.tasks.classification import Classification
+from kdbench.tasks.networks import outputs_facts
 from kdbench.tracking import NoTracker
 from kdbench.training.assembly import assemble
+from kdbench.training.cache.outputs import CacheSpec
+from kdbench.training.keys import student_protocol
 from kdbench.training.session import LocalSession
 
 ASKED: dict[str, Any] = {
@@ -138,6 +141,13 @@ def _called(value: object) -> str:
         ({"teacher.recipe.lr": 0.9}, set()),  # a teacher that is given is not trained
         ({"task.val_size": 6}, {"unit", "study", "cache"}),
         ({"task.transfer_size": 8}, {"unit", "study", "cache"}),
+        ({"task.transfer": "train"}, set()),
+        ({"task.transfer": "noise"}, {"unit", "study", "cache"}),
+        ({"task.labelled": 4}, {"unit", "study"}),  # the teacher's outputs are the same
+        ({"task.labelled": None}, set()),
+        ({"task.teacher_share": 1.0}, set()),
+        ({"teacher.task": ASKED["task"]}, set()),
+        ({"teacher.task": {**ASKED["task"], "val_size": 6}}, {"unit", "study", "cache"}),
         ({"task.data.path": "./pictures"}, set()),
         ({"task.data.path": "pictures/../pictures"}, set()),
         ({"task.data.test": "val"}, set()),
@@ -165,6 +175,51 @@ def _called(value: object) -> str:
 )
 def test_what_is_asked_for_changes_these_keys(changes: dict[str, Any], expected: set[str]) -> None:
     assert changed(keys(), keys(changes)) == expected
+
+
+PLAIN: dict[str, Any] = {
+    "task": {
+        "name": "classification",
+        "data": {"name": "shapes", "target": "class", "train": 60, "test": 10, "size": 16},
+        "val_size": 10,
+        "transfer_size": 30,
+    },
+    "teacher": {"model": {"name": "tiny_cnn", "width": 4}},
+    "students": [{"name": "tiny_cnn", "width": 2}],
+    "recipe": {"epochs": 1, "batch_size": 10, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous", "compile": False},
+}
+
+
+def test_what_is_not_asked_for_is_in_no_key() -> None:
+    """The keys were computed by the code before tasks and teachers had options on what is learned from."""
+    asked = experiment({**PLAIN, "name": "plain"})
+    assert asked.teacher is not None
+    task, facts = build_task(asked.task), task_facts(asked.task)
+    ref = TeacherRef(model=asked.teacher.model, weights=Path("elsewhere"), sha="ab", state="cd")
+    assert content_hash(asked.model_dump(mode="json")) == "2b3558421e3ea5d3"
+    assert content_hash(facts) == content_hash(task_facts(asked.task, "teacher")) == "9db9eb05435e639c"
+    assert ref.identity == "dacaa0f459ebeae4"
+    assert _teacher_unit(asked, asked.teacher, asked.teacher_recipe(), task, network(4)).key == "16ca694db19d7eb2"
+    assert CacheSpec(teacher=ref, task=asked.task, recipe=asked.recipe, data_seed=0).key == "af49e0058374e69a"
+    learned = task.splits().learned_hash
+    assert student_protocol(asked, facts, "shapes", learned, asked.recipe, ref.identity, True) == "6e8afe16d9170252"
+
+
+@pytest.mark.parametrize("option", [{"teacher_share": 0.5}, {"teacher_classes": ["circle"]}])
+def test_what_a_teacher_learns_from_is_in_its_key_and_not_among_the_facts_of_its_students(option: dict[str, Any]) -> None:
+    plain, asked = experiment(PLAIN), experiment({**PLAIN, "task": {**PLAIN["task"], **option}})
+    assert plain.teacher is not None
+    keys = [_teacher_unit(one, plain.teacher, plain.teacher_recipe(), build_task(one.task), network(4)).key for one in (plain, asked)]
+    assert keys[0] != keys[1]
+    assert task_facts(asked.task) == task_facts(plain.task)
+    assert task_facts(asked.task, "teacher") != task_facts(plain.task, "teacher")
+
+
+@pytest.mark.parametrize("change", [{"size": 24}, {"seed": 3}, {"test": 11}])
+def test_a_teacher_of_another_task_is_named_by_what_its_network_is_told_of_its_data(change: dict[str, Any]) -> None:
+    plain, asked = (TaskSpec.model_validate({**PLAIN["task"], "data": {**PLAIN["task"]["data"], **more}}) for more in ({}, change))
+    here, there = (content_hash(outputs_facts(build_task(spec), spec)) for spec in (plain, asked))
+    assert (here == there) == ("test" in change)  # of the test part it is told nothing
 
 
 def new_picture(part: str) -> Callable[[], None]:

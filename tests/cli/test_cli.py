@@ -181,6 +181,8 @@ def test_show_of_a_method_tells_paper_loss_parameters_and_published_figures(kdbe
     assert "arXiv 2303.13005" in shown
     assert "L = w_task CE" in shown
     assert ["teacher", "needed"] in [line.split() for line in shown.splitlines()]
+    assert ["labels", "needed"] in [line.split() for line in shown.splitlines()]
+    assert ["labels", "not", "needed"] in [line.split() for line in kdbench("show", "kd").out.splitlines()]
     assert rows["temperature"] == ["3", "1", "..", "4,", "logarithmic", "float", ">", "0"]
     assert rows["resnet34"][:6] == ["resnet18", "ImageNet-1k", "top1", "69.90", "71.96", "+2.06"]
 

@@ -58,6 +58,24 @@ UNSOUND = {
     ),
     "sizes": (lambda: source(test=part(2, 4, inputs=torch.zeros(2, 3, 9, 9, dtype=torch.uint8))), "their sizes must agree"),
     "same index twice": (lambda: source(test=part(2, first=3)), "two samples have the same index"),
+    "same index in a further part": (lambda: source(more={"web": part(2, first=5, target=None)}), "train and test and web together must"),
+    "further part called noise": (
+        lambda: source(more={"noise": part(2, first=9)}),
+        "can't be called 'noise', which has a meaning of its own",
+    ),
+    "small further images": (
+        lambda: source(more={"web": part(2, 9, inputs=torch.zeros(2, 3, 4, 4, dtype=torch.uint8))}),
+        r"train images are \[4, 3, 8, 8\] and web images \[2, 3, 4, 4\]; their sizes must agree",
+    ),
+    "further classes": (
+        lambda: source(more={"web": part(3, 9, target=torch.tensor([-1, 0, 2]))}),
+        r"web targets must be 0 \.\. 1 .* found 2",
+    ),
+    "further masks": (
+        lambda: source(more={"web": part(2, 9, target=torch.zeros(2, 8, 8, dtype=torch.long))}),
+        r"web has the target int64 \[8, 8\], the training part has int64",
+    ),
+    "unlabelled training": (lambda: source(train=part(target=torch.tensor([0, 1, -1, 0]))), r"targets must be 0 \.\. 1 .* found -1"),
     "names": (lambda: source(class_names=("a",)), "1 class_names for 2 classes"),
     "mean": (lambda: source(mean=(0.5,)), "one number for each of the 3 channels"),
     "std": (lambda: source(std=(0.0,) * 3), "std above 0"),
@@ -131,3 +149,14 @@ def test_the_hash_does_not_depend_on_the_name():
 def test_the_catalogue_is_read_without_torch():
     code = "import sys, kdbench.data; assert kdbench.data.DATA and 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_further_part_may_lack_labels_and_counts_in_the_hash_of_the_data_alone(monkeypatch):
+    unlabelled, partly = part(3, 9, target=None), part(3, 20, target=torch.tensor([-1, 0, -1]))
+    monkeypatch.setattr(sys.modules[__name__], "mine", lambda: source(more={"web": unlabelled, "shop": partly}))
+    mine.__annotations__ = {"return": Source}
+    found = open_source(DataSpec(name=f"{__name__}:mine"))
+    assert (found.more["web"].without_label, found.more["shop"].without_label, found.train.without_label) == (3, 2, 0)
+    assert found.train_sha256 == source().train_sha256
+    others = {source(more=more).sha256 for more in ({"web": unlabelled}, {"web": partly}, {"shop": unlabelled}, {})}
+    assert len(others | {found.sha256}) == 5

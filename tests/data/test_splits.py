@@ -35,3 +35,11 @@ def test_a_larger_cut_of_equal_classes_holds_the_smaller_one():
 def test_more_than_there_is_cannot_be_chosen(size):
     with pytest.raises(ValueError, match="of 10 rows"):
         stratified(torch.zeros(10, dtype=torch.long), size, 0)
+
+
+def test_with_positions_the_choice_does_not_depend_on_the_order_of_the_rows():
+    target, index, turned = torch.arange(60) % 3, torch.arange(60) * 7 + 5, torch.arange(59, -1, -1)
+    chosen, _ = stratified(target, 20, 3, index)
+    again, _ = stratified(target[turned], 20, 3, index[turned])
+    assert set(index[chosen].tolist()) == set(index[turned][again].tolist())
+    assert set(chosen.tolist()) != set(stratified(target, 20, 3)[0].tolist())

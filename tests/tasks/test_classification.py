@@ -9,9 +9,10 @@ from kdbench.data.batch import Batch
 from kdbench.data.sources import DataSpec
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
-from kdbench.models.outputs import Outputs
+from kdbench.models.outputs import Outputs, predicted
 from kdbench.tasks import networks
 from kdbench.tasks.classification import Classification
+from kdbench.tasks.segmentation import Segmentation
 
 SHAPES = DataSpec.model_validate({"name": "shapes", "target": "class", "train": 120, "test": 20, "size": 16})
 
@@ -164,3 +165,60 @@ def test_a_model_that_cannot_take_the_images_is_refused(task, monkeypatch):
 def test_data_with_masks_is_refused():
     with pytest.raises(UserError, match=r"needs one label per sample, int64 .*; data 'shapes' gives one per pixel"):
         Classification(Classification.Options(data=DataSpec.model_validate({"name": "shapes", "train": 5, "test": 2, "size": 16})))
+
+
+@pytest.fixture(scope="module")
+def partly() -> Classification:
+    return Classification(Classification.Options(data=SHAPES, labelled=20))
+
+
+def test_samples_without_a_label_count_neither_in_the_loss_nor_in_its_weight(partly):
+    prediction, target = logits(8, 5)
+    mixed = torch.where(torch.arange(8) % 3 == 0, target, -1)
+    found = partly.loss(Outputs(prediction), batch(mixed))["cross_entropy"]
+    assert found.item() == pytest.approx(F.cross_entropy(prediction[::3], target[::3]).item(), rel=1e-6)
+    assert {name: int(weight) for name, weight in partly.weight(batch(mixed)).items()} == {"cross_entropy": 3, "imitation": 8}
+    none = torch.full((8,), -1)
+    prediction.requires_grad_()
+    loss = partly.loss(Outputs(prediction), batch(none))["cross_entropy"]
+    loss.backward()
+    assert (loss.item(), int(prediction.grad.count_nonzero()), int(partly.weight(batch(none))["cross_entropy"])) == (0.0, 0, 0)
+
+
+def test_fully_labelled_samples_count_as_before(task, partly):
+    target = torch.tensor([1, 4, 0])
+    assert (task.counts_samples, int(task.weight(batch(target)))) == (True, 3)
+    assert not partly.counts_samples
+    prediction, _ = logits(3, 5)
+    assert torch.equal(task.loss(Outputs(prediction), batch(target))["cross_entropy"], F.cross_entropy(prediction, target))
+
+
+def test_a_teacher_of_other_pictures_sees_these_at_its_own_size_and_with_its_own_normalisation(task):
+    data = {"name": "shapes", "target": "class", "train": 60, "test": 10, "size": 24, "seed": 5}
+    own = Classification(Classification.Options(data=DataSpec.model_validate(data)))
+    network = own.build_model(ModelSpec.model_validate({"name": "tiny_cnn", "width": 4})).eval()
+    seen = networks.as_teacher(network, own, task)
+    images = torch.rand(6, 3, 16, 16)
+    larger = F.interpolate(images, size=(24, 24), mode="bilinear", align_corners=False, antialias=True)
+    with torch.no_grad():
+        assert torch.equal(predicted(seen, images), predicted(network, larger))
+        assert not torch.equal(predicted(seen, images), predicted(network, images))
+    assert network.input_spec.size is None
+    assert {id(weight) for weight in seen.parameters()} == {id(weight) for weight in network.parameters()}
+
+
+def test_a_network_of_another_number_of_classes_or_of_pixels_is_no_teacher(task):
+    with pytest.raises(UserError, match=r"^teacher.task: its network gives 7 outputs, data 'shapes' has 5 classes$"):
+        task.as_teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 7)))
+    with pytest.raises(UserError, match=r"^teacher.task: its network gives \[5, 16, 16\] for an image, data 'shapes' needs \[5\]$"):
+        task.as_teacher(nn.Conv2d(3, 5, 3, padding=1))
+    with pytest.raises(
+        UserError, match=r"^teacher.task: its network doesn't work on images \[3, 16, 16\] of data 'shapes': .*shapes cannot be"
+    ):
+        task.as_teacher(nn.Sequential(nn.Flatten(), nn.Linear(5, 5)))
+
+
+def test_a_task_takes_no_teacher_of_another_by_default():
+    other = Segmentation(Segmentation.Options(data=DataSpec.model_validate({"name": "shapes", "train": 20, "test": 5, "size": 16})))
+    with pytest.raises(UserError, match=r"^teacher.task: task segmentation takes no teacher of another task; leave teacher.task out$"):
+        other.as_teacher(nn.Identity())

@@ -94,12 +94,6 @@ def test_the_task_has_no_loss_on_a_batch_without_a_target(tmp_path: Path) -> Non
     assert record.curve[0]["train_imagined"] == record.curve[0]["train_total"] > 0
 
 
-def test_nothing_to_learn_from_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Imagined, "forward", lambda *_: {})
-    with pytest.raises(UserError, match="has no loss, and the task has none on samples without labels: nothing could be learned"):
-        fit(shown(tmp_path, METHODS["instead"]), LocalSession(), layout(tmp_path))
-
-
 def test_a_part_that_the_method_steps_needs_the_joined_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Imagined, "batch_coupled", False)
     with pytest.raises(UserError, match="method Imagined steps a part of its own, which all workers must do alike; let it say `batch_coup"):

@@ -97,6 +97,7 @@ class CacheSpec(StrictOptions):
             "views": self.views,
             "data_seed": self.data_seed,
             "kept": self.options.numbers,
+            **({} if teacher.task_facts is None else {"task": teacher.task_facts}),
         }
 
 
