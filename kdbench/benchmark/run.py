@@ -34,7 +34,7 @@ from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import tap_shapes
 from kdbench.models.weight_files import check_declared
-from kdbench.models.weights import state_sha256
+from kdbench.models.weights import inherited, state_sha256, taken_of, tensors_sha256
 from kdbench.records.record import RunRecord
 from kdbench.records.seals import seal
 from kdbench.search.space import Choice
@@ -60,6 +60,7 @@ from kdbench.training.precision import Memo, question, settled
 from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.rehearsal import Rehearsal
 from kdbench.training.session import LocalSession
+from kdbench.training.teacher import tensors_for
 from kdbench.training.work import Work, run_here
 
 _PROFILED_STEPS = 30
@@ -122,6 +123,9 @@ def check(experiment: Experiment, ledger: Ledger) -> _Built:
         if teacher is not None:
             read = {"weights": _existing(teacher.weights)} if isinstance(teacher.weights, Path) else {}
             network = task.build_model(teacher.model.model_copy(update=read))
+            for spec, model in zip(experiment.students, students, strict=True):
+                if spec.weights == "teacher":
+                    inherited(model, network.state_dict(), name=spec.label, of=teacher.model.label)
     built = _Built(experiment, task, students, network)
     if not ledger.layout.lock(experiment.name).exists():  # what ran here before is not looked at again where nothing is left to do
         built.check_images(ledger.watch)
@@ -627,9 +631,13 @@ def _pair(
         spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
     ours = tap_shapes(model, task.example())
-    return Pair(
-        asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), has_dropout(model), ours, theirs
-    )
+    if student.weights == "teacher" and teacher is not None:
+        taken = tensors_for(model, student.label, teacher, task)
+        ledger.watch.note(f"student {student.label} begins with {taken_of(taken, model)} from {teacher.model.label}")
+        begun: str | None = tensors_sha256(taken)
+    else:
+        begun = _initial_content(student, model)
+    return Pair(asked, student, teacher, teacher_predictions, task, recipe, begun, has_dropout(model), ours, theirs)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,11 +27,12 @@ from kdbench.storage.folder import local_path
 class ModelSpec(LabelledSpec):
     """Which network: `cifar_resnet8`, or `{name: resnet8x4, stem_stride: 2}`.
 
-    Keys beside `name`, `label`, `pretrained` and `weights` go to the builder.
+    Keys beside `name`, `label`, `pretrained` and `weights` go to the builder. weights: a file; or `teacher`, for a student that begins with
+    the teacher's tensors. These are not here when a network is built: see `models.weights.inherited`.
     """
 
     pretrained: bool = False
-    weights: Path | None = None
+    weights: Literal["teacher"] | Path | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def build_model(
     else:
         model = _build_timm(spec, num_classes, in_channels, image_size)
         inputs = _timm_inputs(model, spec, image_size, mean, std)
-    if spec.weights is not None and not _WEIGHTLESS.get():
+    if isinstance(spec.weights, Path) and not _WEIGHTLESS.get():
         load_weights(model, local_path(spec.weights, f"model {spec.name!r}: weights"), name=spec.name, num_classes=num_classes)
     # A user's class may come with an input_spec of its own, which is then right.
     if not isinstance(getattr(model, "input_spec", None), InputSpec | dict):

@@ -19,7 +19,7 @@ from kdbench.methods.base import Method
 from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import probe, tap_shapes
-from kdbench.models.weights import state_sha256
+from kdbench.models.weights import tensors_sha256
 from kdbench.tasks.base import Role, Splits, Task, role_of
 from kdbench.tasks.build import build_task
 from kdbench.training.cache.outputs import TeacherCache
@@ -28,7 +28,7 @@ from kdbench.training.optimization import Schedule, make_average, make_optimizer
 from kdbench.training.precision import compiled_call, to_device
 from kdbench.training.randomness import begin_streams, restore_streams, streams
 from kdbench.training.session import Session
-from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
+from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher, tensors_for
 
 
 @dataclass
@@ -129,7 +129,8 @@ def assemble(unit: Unit, session: Session) -> Training:
 
     def fresh() -> nn.Module:
         model = task.build_model(unit.student)
-        if unit.student_init is not None and state_sha256(model) != unit.student_init:
+        begun = _from_teacher(model, unit, task) if unit.student.weights == "teacher" else model.state_dict()
+        if unit.student_init is not None and tensors_sha256(begun) != unit.student_init:
             weights = unit.student.weights
             raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
         return to_device(model, recipe.precision, recipe.memory_format, session.device)
@@ -264,6 +265,15 @@ def check_content(unit: Unit, task: Task, splits: Splits) -> None:
             f"the training data of {task.data_name} have other content here than where the run began ({splits.learned_hash[:12]}..., "
             f"expected {unit.data_hash[:12]}...): give all machines the same files, and change none while a run is under way"
         )
+
+
+def _from_teacher(student: nn.Module, unit: Unit, task: Task) -> dict[str, Tensor]:
+    """Fill the student with the teacher's tensors, whatever the method, also one that has no teacher. Returns what was filled in."""
+    if unit.teacher is None:
+        raise UserError(f"student {unit.student.label}: weights: teacher needs a teacher, and this training has none")
+    taken = tensors_for(student, unit.student.label, unit.teacher, task)
+    student.load_state_dict(taken, strict=False)
+    return taken
 
 
 def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session, generator: torch.Generator) -> Method:
