@@ -185,4 +185,3 @@ def test_a_dry_run_says_how_much_is_taken(kdbench: Kdbench, tmp_path: Path) -> N
     ended = kdbench("run", str(file), "--dry-run")
     assert ended.code == 0, ended.err
     assert "begins with 56 of its 56 tensors from the teacher" in ended.out
-
