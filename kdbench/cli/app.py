@@ -391,16 +391,25 @@ def show(
 
 @app.command(epilog=example("taps resnet18 --image 3x224x224 --classes 1000"))
 def taps(
-    model: Annotated[str, typer.Argument(help="A model of `kdbench list models` or of timm, or package.module:Class.", show_default=False)],
-    image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image.")] = "3x32x32",
-    classes: Annotated[int, typer.Option(callback=within(1, 100_000), help="Classes that the model tells apart.")] = 100,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model of `kdbench list models` or of timm, or package.module:Class; or an experiment's YAML file, for its networks.",
+            show_default=False,
+        ),
+    ],
+    image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image, for a model.")] = "3x32x32",
+    classes: Annotated[int, typer.Option(callback=within(1, 100_000), help="Classes that a model tells apart.")] = 100,
     all_: Annotated[bool, typer.Option("--all", help="Every module, not only those with an alias such as stage:-1.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Names, shapes and strides of the places inside a model that a method can look at."""
-    from kdbench.cli.pages import image_shape, taps_page
+    from kdbench.cli.pages import experiment_taps_page, image_shape, taps_page
 
-    typer.echo(taps_page(model, image_shape(image), classes, all_))
+    if Path(model).suffix in (".yaml", ".yml"):
+        typer.echo(experiment_taps_page(Path(model), all_))
+    else:
+        typer.echo(taps_page(model, image_shape(image), classes, all_))
 
 
 @app.command(epilog=example("export 01KAMZ3Q --format onnx"))

@@ -40,6 +40,10 @@ class ModelSpec(LabelledSpec):
         return dict(self.model_extra or {})
 
 
+class OptionNeeded(UserError):
+    """A model can't be built without an option that is not given."""
+
+
 # Options by which timm's and torchvision's builders read or fetch files.
 _READING_OPTIONS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights_backbone", "pretrained_backbone"}
 
@@ -183,7 +187,7 @@ def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int],
             raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a whole number from 1 to {LARGEST_SIZE}")
     for key in choices:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
-            raise UserError(f"model {shown(name)} needs the option {shown(key)}")
+            raise OptionNeeded(f"model {shown(name)} needs the option {shown(key)}")
     # Through **kwargs goes num_classes alone: torchvision's builders take it there, and would refuse in_channels.
     told: dict[str, Any] = {key: value for key, value in facts.items() if key in named or (takes_all and key == "num_classes")}
     if "weights_backbone" in named:  # torchvision's builders would fetch a backbone's weights by default
