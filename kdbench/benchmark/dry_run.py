@@ -327,11 +327,11 @@ def _rehearse(experiment: Experiment, opened: _Opened, students: Sequence[Networ
         return bool(reason)
 
     if teacher is not None and experiment.teacher is not None and not outlined("teacher", teacher) and experiment.teacher.weights is None:
-        rehearsal.teacher(teacher.real)
+        rehearsal.teacher(teacher.real, teacher.tap_shapes)
     for student in students:
         if not outlined("student", student):
             theirs, network = (teacher.tap_shapes, teacher.real if teacher.small else None) if teacher is not None else (None, None)
-            without = rehearsal.student(student.spec, student.real, theirs, network)
+            without = rehearsal.student(student.spec, student.real, student.tap_shapes, theirs, network)
             left += [f"method {label!r} with student {student.spec.label!r} (it needs the teacher's network)" for label in without]
     return tuple(left)
 

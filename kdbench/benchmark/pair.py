@@ -15,7 +15,8 @@ from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, board_hash, content_hash, validated, worker_bounds
-from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, search_axes
+from kdbench.methods.base import Method
+from kdbench.methods.build import NO_OVERRIDES, MethodSpec, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
 from kdbench.records.record import RunRecord
@@ -85,7 +86,7 @@ class Pair:
         changes = {name.removeprefix("recipe."): value for name, value in params.items() if name.startswith("recipe.")}
         own = {name: value for name, value in params.items() if not name.startswith("recipe.")}
         experiment = self.experiment
-        params_here = fitted(spec, self.student_shapes, self.teacher_shapes, overrides=own).params
+        params_here = self._fitted(spec, own).params
         return Unit(
             role=role,
             experiment=experiment.name,
@@ -106,13 +107,25 @@ class Pair:
             number=number,
         )
 
+    def _fitted(self, spec: MethodSpec, own: Mapping[str, Any] = NO_OVERRIDES) -> Method:
+        """The method with its taps chosen for the pair, at parameters of its own; not built. Without such it is made once."""
+        if own:
+            return fitted(spec, self.student_shapes, self.teacher_shapes, overrides=own)
+        if spec.label not in self._as_configured:
+            self._as_configured[spec.label] = fitted(spec, self.student_shapes, self.teacher_shapes)
+        return self._as_configured[spec.label]
+
+    @cached_property
+    def _as_configured(self) -> dict[str, Method]:
+        return {}
+
     def sample(self, spec: MethodSpec) -> Unit:
         """A training of the method, to see what it takes."""
         return self.unit(spec, "trial", {}, TRIAL_SEED, 0)
 
     def teacher_taps(self, specs: Sequence[MethodSpec]) -> list[tuple[str, ...]]:
         """What each of the methods that has a teacher looks at inside it."""
-        methods = [build_method(self.sample(spec).method, None) for spec in specs]
+        methods = [self._fitted(spec) for spec in specs]
         return [method.teacher_taps for method in methods if method.needs_teacher]
 
     def study_id(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search) -> str:
@@ -142,7 +155,7 @@ class Pair:
                 earlier, self.student, self.teacher, spec.label, draws_noise(self.dropout, spec)
             ):
                 study_id = earlier
-        warmup = build_method(spec, None).warmup_epochs(self.recipe.epochs)
+        warmup = self._fitted(spec).warmup_epochs(self.recipe.epochs)
         asha = Asha(max(search.grace_epochs, math.ceil(warmup)), search.reduction) if search.scheduler == "asha" else None
         main: Direction = "maximize" if self.task.higher_is_better else "minimize"
         costs: list[Direction] = ["minimize"] * len(search.objectives)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -345,10 +345,10 @@ def _pairs(experiment: Experiment, ledger: Ledger, built: _Built, may_train: boo
         ledger.watch.note(f"warning: {caution}")
     taught = _ready_teacher(asked, ledger, task, built, network, may_train) if network is not None else None
     teacher, predictions = taught or (None, None)
-    theirs = tap_shapes(network, task.example("teacher")) if network is not None else None
+    shapes = [(ours, built.theirs) for ours in built.ours]
     return [
-        _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, built)
-        for spec, model in zip(experiment.students, students, strict=True)
+        _pair(asked, ledger, spec, model, teacher, predictions, of_both, task, built)
+        for spec, model, of_both in zip(experiment.students, students, shapes, strict=True)
     ]
 
 
@@ -359,6 +359,16 @@ class _Built:
         self.experiment, self.task = experiment, task
         self.students, self.network = students, teacher
         self.done = self.looked = False
+
+    @cached_property
+    def theirs(self) -> Shapes | None:
+        """Every place of the teacher that a method can look at."""
+        return tap_shapes(self.network, self.task.example("teacher")) if self.network is not None else None
+
+    @cached_property
+    def ours(self) -> tuple[Shapes, ...]:
+        """Every place of each student."""
+        return tuple(tap_shapes(student, self.task.example()) for student in self.students)
 
     def check_images(self, watch: Watch) -> None:
         """Look at the images the first time that it is asked for, and say what of them is not shown. Raises UserError for a broken one."""
@@ -377,11 +387,10 @@ class _Built:
         rehearsal = Rehearsal(
             self.experiment, self.task, [self.experiment.recipe, *searched_recipes(self.experiment)], device_here(self.experiment.runtime)
         )
-        if self.network is not None and teacher_too:
-            rehearsal.teacher(self.network)
-        theirs = tap_shapes(self.network, self.task.example("teacher")) if self.network is not None else None
-        for spec, model in zip(self.experiment.students, self.students, strict=True):
-            rehearsal.student(spec, model, theirs, self.network)
+        if self.network is not None and self.theirs is not None and teacher_too:
+            rehearsal.teacher(self.network, self.theirs)
+        for spec, model, ours in zip(self.experiment.students, self.students, self.ours, strict=True):
+            rehearsal.student(spec, model, ours, self.theirs, self.network)
         self.done, self.students, self.network = True, (), None
 
     @contextmanager
@@ -618,7 +627,7 @@ def _pair(
     model: nn.Module,
     teacher: TeacherRef | None,
     teacher_predictions: str | None,
-    theirs: Shapes | None,
+    shapes: tuple[Shapes, Shapes | None],
     task: Task,
     built: _Built,
 ) -> Pair:
@@ -630,14 +639,13 @@ def _pair(
     if teacher is not None and caching:
         spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
-    ours = tap_shapes(model, task.example())
     if student.weights == "teacher" and teacher is not None:
         taken = tensors_for(model, student.label, teacher, task)
         ledger.watch.note(f"student {student.label} begins with {taken_of(taken, model)} from {teacher.model.label}")
         begun: str | None = tensors_sha256(taken)
     else:
         begun = _initial_content(student, model)
-    return Pair(asked, student, teacher, teacher_predictions, task, recipe, begun, has_dropout(model), ours, theirs)
+    return Pair(asked, student, teacher, teacher_predictions, task, recipe, begun, has_dropout(model), *shapes)
 
 
 @contextmanager

@@ -43,11 +43,11 @@ def test_networks_and_generators_stay_exactly_as_they_were() -> None:
     before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in (student, teacher)]
     assert isinstance(student, Draws)
     steps, flags, drawn = student.steps, [m.training for m in student.modules()], generators()
-    theirs = tap_shapes(teacher, task.info.example)
+    ours, theirs = tap_shapes(student, task.info.example), tap_shapes(teacher, task.info.example)
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
-    rehearsal.teacher(teacher)
+    rehearsal.teacher(teacher, theirs)
     student.steps = steps
-    assert rehearsal.student(experiment.students[0], student, theirs, teacher) == ()
+    assert rehearsal.student(experiment.students[0], student, ours, theirs, teacher) == ()
     assert generators() == drawn
     assert [m.training for m in student.modules()] == flags
     assert not any(m.training for m in teacher.modules())
@@ -83,8 +83,8 @@ def test_every_method_is_rehearsed_and_one_that_needs_the_teachers_network_is_le
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
     theirs = tap_shapes(student, task.info.example)
     assert "srrl" in METHODS
-    assert rehearsal.student(experiment.students[0], student, theirs, None) == ("srrl",)
-    assert rehearsal.student(experiment.students[0], student, theirs, student) == ()
+    assert rehearsal.student(experiment.students[0], student, theirs, theirs, None) == ("srrl",)
+    assert rehearsal.student(experiment.students[0], student, theirs, theirs, student) == ()
 
 
 @pytest.mark.parametrize("padding", [0, "valid"])
