@@ -22,6 +22,7 @@ from kdbench.training import loop
 from kdbench.training.session import LocalSession
 
 IMAGES = 512
+FIXED = {"precision": "fp32", "memory_format": "contiguous", "compile": False}
 
 
 class Begun(BaseException):
@@ -65,7 +66,7 @@ def _starts(folder: Path) -> dict[str, Callable[[], object]]:
             "teacher": {"model": QUICKSTART.teacher, "weights": str(teacher.weights)},
             "students": [QUICKSTART.student],
             "methods": ["none", "kd"],
-            "recipe": {"epochs": 2, "batch_size": 128, "precision": "fp32", "memory_format": "contiguous", "compile": False},
+            "recipe": {"epochs": 2, "batch_size": 128, "augment": {"crop": 2}, "views": None, **FIXED},
             "seeds": 1,
         }
     )

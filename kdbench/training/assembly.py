@@ -129,8 +129,8 @@ def assemble(unit: Unit, session: Session) -> Training:
 
     def fresh() -> nn.Module:
         model = task.build_model(unit.student)
-        begun = _from_teacher(model, unit, task) if unit.student.weights == "teacher" else model.state_dict()
-        if unit.student_init is not None and tensors_sha256(begun) != unit.student_init:
+        taken = _from_teacher(model, unit, task) if unit.student.weights == "teacher" else None
+        if unit.student_init is not None and tensors_sha256(taken or model.state_dict()) != unit.student_init:
             weights = unit.student.weights
             raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
         return to_device(model, recipe.precision, recipe.memory_format, session.device)
@@ -142,11 +142,13 @@ def assemble(unit: Unit, session: Session) -> Training:
     check_uncut(unit.method.name, method, task, recipe)
     teacher = _teacher_of(unit, method, task, session)
     samples = splits.train if unit.role == "teacher" else splits.transfer
+    # Else nobody asks for shapes, and probing both networks takes forward passes.
+    looked_at = method.student_taps or type(method).build is not Method.build
     adapted = fit_method(
         method,
         student,
-        probe(student, task.example(role), method.student_taps),
-        _shapes_of(teacher, method, task),
+        probe(student, task.example(role), method.student_taps) if looked_at else None,
+        _shapes_of(teacher, method, task) if looked_at else None,
         task,
         samples,
         _network_of(teacher, unit, task, session) if method.needs_teacher_network else None,
@@ -170,7 +172,7 @@ def assemble(unit: Unit, session: Session) -> Training:
 def fit_method(
     method: Method,
     student: nn.Module,
-    ours: Shapes,
+    ours: Shapes | None,
     theirs: Shapes | None,
     task: Task,
     samples: Part,
@@ -181,7 +183,7 @@ def fit_method(
     Args:
         method: its taps are chosen.
         student: the network; it may be changed.
-        ours: what the student gives at these taps, and as its prediction.
+        ours: what the student gives at these taps, and as its prediction; None for a method that looks at nothing and builds nothing.
         theirs: what the teacher gives; None where there is none.
         task: what both are trained for.
         samples: what the student learns from.
@@ -190,7 +192,8 @@ def fit_method(
     Returns:
         The student as it is trained.
     """
-    method.build(ours, theirs if method.needs_teacher else None, task.info)
+    if ours is not None:
+        method.build(ours, theirs if method.needs_teacher else None, task.info)
     if method.needs_teacher_network and teacher is not None:
         method.use_teacher(teacher, task.example("teacher"))
     method.use_samples(samples)

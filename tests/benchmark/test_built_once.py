@@ -17,7 +17,10 @@ from kdbench.methods.base import Method
 from kdbench.models.build import ModelSpec
 from kdbench.models.tiny import TinyCNN
 from kdbench.tasks.classification import Classification
-from kdbench.training import loop
+from kdbench.training import assembly, loop
+from kdbench.training.assembly import assemble
+from kdbench.training.session import LocalSession
+from tests.training.units import saved_teacher, unit
 
 ASKED: dict[str, Any] = {
     "name": "built",
@@ -77,3 +80,21 @@ def test_a_run_of_none_and_kd_builds_each_network_and_method_as_often_as_it_must
     assert (before["KD"], none["KD"], kd["KD"]) == (1, 2, 3)  # rehearsed, planned, trained
     assert none["Undistilled"] - before["Undistilled"] == 2  # planned, trained
     assert kd["Undistilled"] == none["Undistilled"]
+
+
+@pytest.mark.parametrize(("method", "probed"), [("none", 0), ("kd", 0), ("sp", 2)])
+def test_networks_are_probed_for_a_method_that_looks_at_them_alone(
+    method: str, probed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, count = assembly.probe, 0
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return probe(*arguments)
+
+    monkeypatch.setattr(assembly, "probe", counting)
+    of = unit(method, saved_teacher(tmp_path), student={"name": "tiny_cnn", "width": 4})
+    training = assemble(of, LocalSession())
+    assert count == probed
+    assert training.distiller.method.student_taps == (("stage:-1",) if method == "sp" else ())
