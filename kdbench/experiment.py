@@ -188,6 +188,8 @@ class TeacherSpec(_Part):
     def _pretrained(self) -> TeacherSpec:
         if self.weights == "pretrained" and not self.model.pretrained:
             raise ValueError("weights: pretrained needs a pretrained model, such as model: {name: resnet50, pretrained: true}")
+        if self.model.weights == "teacher":
+            raise ValueError("model.weights: teacher is for students; name a file, or train the teacher from random weights")
         return self
 
 
@@ -324,6 +326,8 @@ class Experiment(_Part):
                 check_label(spec.label, f"{key}.{place}.label")
         if self.teacher is not None:
             check_label(self.teacher.model.label, "teacher.model.label")
+        elif inheriting := [spec.label for spec in self.students if spec.weights == "teacher"]:
+            raise ValueError(f"students: {shown(inheriting[0])} has weights: teacher, and the file has no `teacher:`; add one")
         for key, labels in (("methods", [m.label for m in self.methods]), ("students", [s.label for s in self.students])):
             if twice := sorted({label for label in labels if labels.count(label) > 1}):
                 raise ValueError(f"{key}: {shown(twice[0])} stands twice; give one of them another `label`")
@@ -495,7 +499,8 @@ class Unit(_Part):
     """One training, fully described: the same unit gives the same weights wherever it runs. `key` names it.
 
     protocol_hash: what the trainings of a board share, the test part left out. data_hash: content of train, transfer and val; task_version:
-    of the task's code; student_init: content of the student's `weights` (`models.weights.state_sha256`). A process that finds other content
+    of the task's code; student_init: content of the student's `weights` (`models.weights.state_sha256`), or of the tensors
+    that it takes from its teacher. A process that finds other content
     or another version refuses to train; None asks for no such check.
     """
 

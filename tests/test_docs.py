@@ -23,7 +23,7 @@ from kdbench.data.views import Augment
 from kdbench.experiment import CacheOptions, Experiment, Recipe, Runtime, Search, TeacherSpec, load_experiment
 from kdbench.methods.build import MethodSpec
 from kdbench.models.build import ModelSpec
-from kdbench.report.rendering import board_data, row_data, summary_data
+from kdbench.report.rendering import board_data, row_data, student_row_data, summary_data
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import TaskSpec
 from kdbench.tasks.classification import Classification
@@ -216,6 +216,7 @@ def test_the_json_contract_has_every_key_that_is_printed() -> None:
     table = _table("docs/leaderboard.md", "A board")
     assert list(table) == list(board_data(board))
     assert all(f"`{key}`" in table["teacher"][0] for key in board_data(board)["teacher"])
+    assert list(_table("docs/leaderboard.md", "A row of a board of students")) == list(student_row_data(Row(**empty)))
     rows = (SummaryRow("kd", "kd", *[None] * 6),)
     summary = summary_data(Summary("f", "t", "accuracy", (), rows, None, None, ()))
     assert list(_table("docs/leaderboard.md", "Across pairs")) == list(summary)

@@ -38,7 +38,7 @@ from kdbench.models.inputs import model_inputs
 from kdbench.models.outputs import Outputs, Shapes, predicted
 from kdbench.models.taps import Taps, probe, tap_shapes
 from kdbench.models.trace import Example, generators_kept, samples
-from kdbench.models.weights import check_weights
+from kdbench.models.weights import check_weights, inherited, taken_of
 from kdbench.storage.folder import local_path
 from kdbench.tasks.base import Role, Task
 from kdbench.tasks.build import TaskSpec, build_task, task_class
@@ -159,13 +159,15 @@ def dry_run(experiment: Experiment) -> DryRun:
         teacher = Network(own.task, experiment.teacher.model, "teacher") if experiment.teacher else None
         taught = teacher.seen_by(opened.task) if teacher is not None else None
         for network in students:
-            _check_file(network, network.spec.weights, "students: weights", experiment, notes)
+            if network.spec.weights != "teacher":
+                _check_file(network, network.spec.weights, "students: weights", experiment, notes)
         if teacher is not None and experiment.teacher is not None:
-            _check_file(teacher, teacher.spec.weights, "teacher.model.weights", experiment, notes)
+            if isinstance(teacher.spec.weights, Path):
+                _check_file(teacher, teacher.spec.weights, "teacher.model.weights", experiment, notes)
             if isinstance(experiment.teacher.weights, Path):
                 _check_file(teacher, experiment.teacher.weights, "teacher.weights", experiment, notes)
         not_rehearsed = _rehearse(experiment, opened, own, students, teacher)
-        networks = [NetworkEstimate("student", n.spec.label, n.params, n.flops, _source(n.spec)) for n in students]
+        networks = [NetworkEstimate("student", n.spec.label, n.params, n.flops, _source(n.spec, n.outline, teacher)) for n in students]
         clock = _Clock(experiment, opened, own)
         teacher_flops, teacher_seconds = 0.0, 0.0 if clock.runs else None
         if teacher is not None and experiment.teacher is not None:
@@ -270,8 +272,11 @@ def _teacher_fact(spec: TeacherSpec, recipe: Recipe) -> str:
     return f"weights from {spec.weights}"
 
 
-def _source(spec: ModelSpec) -> str:
-    """Where a network's first weights come from."""
+def _source(spec: ModelSpec, student: nn.Module | None = None, teacher: Network | None = None) -> str:
+    """Where a network's first weights come from. Raises UserError where a student begins with its teacher's, and none of them agrees."""
+    if spec.weights == "teacher" and student is not None and teacher is not None:
+        taken = inherited(student, teacher.outline.state_dict(), name=spec.label, of=teacher.spec.label)
+        return f"begins with {taken_of(taken, student)} from the teacher"
     if spec.weights is not None:
         return f"begins with {spec.weights}"
     return "begins with timm's weights" if spec.pretrained else "begins with random weights"
@@ -348,12 +353,12 @@ def _rehearse(
         return bool(reason)
 
     if teacher is not None and experiment.teacher is not None and not outlined("teacher", teacher) and experiment.teacher.weights is None:
-        Rehearsal(experiment, own.task, [], device).teacher(teacher.real)
+        Rehearsal(experiment, own.task, [], device).teacher(teacher.real, teacher.tap_shapes)
     taught = teacher.seen_by(opened.task) if teacher is not None else None
     for student in students:
         if not outlined("student", student):
             theirs, network = (taught.tap_shapes, taught.real if taught.small else None) if taught is not None else (None, None)
-            without = rehearsal.student(student.spec, student.real, theirs, network)
+            without = rehearsal.student(student.spec, student.real, student.tap_shapes, theirs, network)
             left += [f"method {label!r} with student {student.spec.label!r} (it needs the teacher's network)" for label in without]
     return tuple(left)
 

@@ -16,7 +16,8 @@ from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, board_hash, content_hash, validated, worker_bounds
-from kdbench.methods.build import MethodSpec, build_method, fitted, method_class, search_axes
+from kdbench.methods.base import Method
+from kdbench.methods.build import NO_OVERRIDES, MethodSpec, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
 from kdbench.records.record import RunRecord
@@ -87,7 +88,7 @@ class Pair:
         changes = {name.removeprefix("recipe."): value for name, value in params.items() if name.startswith("recipe.")}
         own = {name: value for name, value in params.items() if not name.startswith("recipe.")}
         experiment = self.experiment
-        params_here = fitted(spec, self.student_shapes, self.teacher_shapes, overrides=own).params
+        params_here = self._fitted(spec, own).params
         return Unit(
             role=role,
             experiment=experiment.name,
@@ -108,13 +109,25 @@ class Pair:
             number=number,
         )
 
+    def _fitted(self, spec: MethodSpec, own: Mapping[str, Any] = NO_OVERRIDES) -> Method:
+        """The method with its taps chosen for the pair, at parameters of its own; not built. Without such it is made once."""
+        if own:
+            return fitted(spec, self.student_shapes, self.teacher_shapes, overrides=own)
+        if spec.label not in self._as_configured:
+            self._as_configured[spec.label] = fitted(spec, self.student_shapes, self.teacher_shapes)
+        return self._as_configured[spec.label]
+
+    @cached_property
+    def _as_configured(self) -> dict[str, Method]:
+        return {}
+
     def sample(self, spec: MethodSpec) -> Unit:
         """A training of the method, to see what it takes."""
         return self.unit(spec, "trial", {}, TRIAL_SEED, 0)
 
     def teacher_taps(self, specs: Sequence[MethodSpec]) -> list[tuple[str, ...]]:
         """What each of the methods that has a teacher looks at inside it."""
-        methods = [build_method(self.sample(spec).method, None) for spec in specs]
+        methods = [self._fitted(spec) for spec in specs]
         return [method.teacher_taps for method in methods if method.needs_teacher]
 
     def study_id(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search) -> str:
@@ -167,15 +180,14 @@ class Pair:
         Until its method's warm-up is over, and until its last stage is under way for as long as the search lets any trial be: a fresh head
         starts low. Where a searched parameter moves the stages, until the latest beginning that an end of its range leads to.
         """
-        epochs, method = self.recipe.epochs, build_method(spec, None)
+        epochs = self.recipe.epochs
         points: list[dict[str, Any]] = [{}]
         points += [{axis.name: value} for axis in axes if not axis.name.startswith("recipe.") for value in axis.ends]
         last = 0
         for point in points:
             with suppress(UserError):  # two parameters' ends may not go together
-                there = build_method(self.unit(spec, "trial", point, TRIAL_SEED, 0).method, None)
-                last = max(last, epochs_of(there.stages(), epochs, spec.name)[-1].start)
-        return max(last + grace, math.ceil(method.warmup_epochs(epochs)))
+                last = max(last, epochs_of(self._fitted(spec, point).stages(), epochs, spec.name)[-1].start)
+        return max(last + grace, math.ceil(self._fitted(spec).warmup_epochs(epochs)))
 
 
 def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Parameter, ...]:

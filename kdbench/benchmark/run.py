@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import tap_shapes
 from kdbench.models.weight_files import check_declared
-from kdbench.models.weights import state_sha256
+from kdbench.models.weights import inherited, state_sha256, taken_of, tensors_sha256
 from kdbench.records.record import RunRecord
 from kdbench.records.seals import seal
 from kdbench.search.space import Choice
@@ -62,6 +62,7 @@ from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.rehearsal import Rehearsal
 from kdbench.training.session import LocalSession
 from kdbench.training.stages import recipe_of
+from kdbench.training.teacher import tensors_for
 from kdbench.training.work import Work, run_here
 
 _PROFILED_STEPS = 30
@@ -126,6 +127,9 @@ def check(experiment: Experiment, ledger: Ledger) -> _Built:
             network = own.build_model(teacher.model.model_copy(update=read))
             if own is not task:
                 as_teacher(network, own, task)  # which refuses what has no use
+            for spec, model in zip(experiment.students, students, strict=True):
+                if spec.weights == "teacher":
+                    inherited(model, network.state_dict(), name=spec.label, of=teacher.model.label)
     built = _Built(experiment, task, own, students, network)
     if not ledger.layout.lock(experiment.name).exists():  # what ran here before is not looked at again where nothing is left to do
         built.check_images(ledger.watch)
@@ -380,10 +384,10 @@ def _pairs(experiment: Experiment, ledger: Ledger, built: _Built, may_train: boo
         ledger.watch.note(f"warning: {caution}")
     taught = _ready_teacher(asked_teacher, ledger, built, network, may_train) if network is not None else None
     teacher, predictions = taught or (None, None)
-    theirs = built.places_of_teacher(network)
+    shapes = [(ours, built.theirs) for ours in built.ours]
     return [
-        _pair(asked, ledger, spec, model, teacher, predictions, theirs, task, built)
-        for spec, model in zip(experiment.students, students, strict=True)
+        _pair(asked, ledger, spec, model, teacher, predictions, of_both, task, built)
+        for spec, model, of_both in zip(experiment.students, students, shapes, strict=True)
     ]
 
 
@@ -395,6 +399,16 @@ class _Built:
         self.experiment, self.task, self.own = experiment, task, own
         self.students, self.network = students, teacher
         self.done = self.looked = False
+
+    @cached_property
+    def theirs(self) -> Shapes | None:
+        """Every place of the teacher that a method can look at; None where there is no teacher."""
+        return tap_shapes(self.as_teacher(self.network), self.task.example("teacher")) if self.network is not None else None
+
+    @cached_property
+    def ours(self) -> tuple[Shapes, ...]:
+        """Every place of each student."""
+        return tuple(tap_shapes(student, self.task.example()) for student in self.students)
 
     def check_images(self, watch: Watch) -> None:
         """Look at the images the first time that it is asked for, and say what of them is not shown. Raises UserError for a broken one."""
@@ -408,10 +422,6 @@ class _Built:
         """The teacher's network as the students' batches go into it."""
         return network if self.own is self.task else as_teacher(network, self.own, self.task)
 
-    def places_of_teacher(self, network: nn.Module | None) -> Shapes | None:
-        """Every place of the teacher's network that a method can look at; None where there is no teacher."""
-        return tap_shapes(self.as_teacher(network), self.task.example("teacher")) if network is not None else None
-
     def rehearse(self, teacher_too: bool = False) -> None:
         """Rehearse all that the experiment trains, the first time that it is asked for.
 
@@ -421,12 +431,11 @@ class _Built:
             return
         device = device_here(self.experiment.runtime)
         if self.network is not None and teacher_too:
-            Rehearsal(self.experiment, self.own, [], device).teacher(self.network)
+            Rehearsal(self.experiment, self.own, [], device).teacher(self.network, tap_shapes(self.network, self.own.example("teacher")))
         rehearsal = Rehearsal(self.experiment, self.task, [self.experiment.recipe, *searched_recipes(self.experiment)], device)
-        theirs = self.places_of_teacher(self.network)
         network = self.as_teacher(self.network) if self.network is not None else None
-        for spec, model in zip(self.experiment.students, self.students, strict=True):
-            rehearsal.student(spec, model, theirs, network)
+        for spec, model, ours in zip(self.experiment.students, self.students, self.ours, strict=True):
+            rehearsal.student(spec, model, ours, self.theirs, network)
         self.done, self.students, self.network = True, (), None
 
     @contextmanager
@@ -665,7 +674,7 @@ def _pair(
     model: nn.Module,
     teacher: TeacherRef | None,
     teacher_predictions: str | None,
-    theirs: Shapes | None,
+    shapes: tuple[Shapes, Shapes | None],
     task: Task,
     built: _Built,
 ) -> Pair:
@@ -677,10 +686,13 @@ def _pair(
     if teacher is not None and caching:
         spec = cache_spec(asked, teacher, recipe, ledger.layout)
         teacher = teacher.model_copy(update={"cache": ledger.layout.cache(spec.key)})
-    ours = tap_shapes(model, task.example())
-    return Pair(
-        asked, student, teacher, teacher_predictions, task, recipe, _initial_content(student, model), has_dropout(model), ours, theirs
-    )
+    if student.weights == "teacher" and teacher is not None:
+        taken = tensors_for(model, student.label, teacher, task)
+        ledger.watch.note(f"student {student.label} begins with {taken_of(taken, model)} from {teacher.model.label}")
+        begun: str | None = tensors_sha256(taken)
+    else:
+        begun = _initial_content(student, model)
+    return Pair(asked, student, teacher, teacher_predictions, task, recipe, begun, has_dropout(model), *shapes)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from kdbench.boards.filters import check_method
+from kdbench.boards.filters import check_row
 from kdbench.boards.formatting import interval, short
 from kdbench.boards.leaderboard import CONTROLS, Board, Row
 from kdbench.boards.stats import paired_difference, paired_p_value
@@ -65,7 +65,7 @@ def explain(boards: Sequence[Board], records: Iterable[RunRecord], method: str) 
     by_id = {record.run_id: record for record in records}
     found = [_explanation(board, row, by_id) for board in boards for row in board.rows if method in (row.label, row.method)]
     if not found:
-        check_method(boards, method, "--explain")
+        check_row(boards, method, "--explain")
         raise UserError(f"--explain {method}: no board has this method")
     return found
 
@@ -118,7 +118,14 @@ class _Trace:
         self.counted = tuple(run.counted for run in runs if run.counted is not None)
 
     def figures(self) -> list[Figure]:
-        found = [self._rank(), self._mean(), self._paired("gain", "undistilled"), self._gap(), self._paired("vs_kd", "control"), self._p()]
+        found = [
+            self._rank(),
+            self._mean(),
+            self._paired("gain", "undistilled", "gain"),
+            self._gap(),
+            self._paired("vs_kd", "control", "vs_control"),
+            self._p(),
+        ]
         found += [self._cost(name) for name in ("latency_ms_p50", "params_count", "flops")]
         return [figure for figure in [*found, self._device_hours(), self._params()] if figure is not None]
 
@@ -148,9 +155,9 @@ class _Trace:
         shown = interval(row.mean, row.low, row.high, f".{self.decimals}f")
         return Figure("mean", shown, f"({sum_}) / {len(values)}{self._t(values)}", self.counted)
 
-    def _paired(self, name: str, other: str) -> Figure | None:
+    def _paired(self, name: str, other: str, field: str) -> Figure | None:
         row = self.row
-        middle, low, high = (getattr(row, name + end) for end in ("", "_low", "_high"))
+        middle, low, high = (getattr(row, field + end) for end in ("", "_low", "_high"))
         if middle is None:
             return None
         couples = [(run, getattr(run, other)) for run in self.runs if run.value is not None and getattr(run, other) is not None]
@@ -176,12 +183,12 @@ class _Trace:
 
     def _p(self) -> Figure | None:
         row, control = self.row, self.board.row(self.board.control)
-        if row.vs_kd_p is None or control is None:
+        if row.vs_control_p is None or control is None:
             return None
-        family = [other for other in self.board.rows if other.vs_kd_p is not None and other.method not in CONTROLS]
+        family = [other for other in self.board.rows if other.vs_control_p is not None and other.method not in CONTROLS]
         plain = paired_p_value(row.values, control.values)
         how = f"paired t-test: {short(plain)}; adjusted by Holm for {len(family)} methods: {', '.join(other.label for other in family)}"
-        return Figure("vs_kd_p", short(row.vs_kd_p), how, (*row.run_ids, *control.run_ids))
+        return Figure("vs_kd_p", short(row.vs_control_p), how, (*row.run_ids, *control.run_ids))
 
     def _cost(self, name: str) -> Figure | None:
         records = self._records() if name != "latency_ms_p50" else self._of_one_network()

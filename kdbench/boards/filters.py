@@ -41,8 +41,16 @@ def filtered(source: Records, filters: Mapping[str, str], without: Collection[st
     raise UserError(f"no result has {' and '.join(f'--{name} {value}' for name, value in filters.items())} together")
 
 
-def check_method(boards: Sequence[Board], method: str, option: str = "--method") -> None:
-    """Raise UserError where there are boards and none has a row of that label or method."""
-    rows = [row for board in boards for row in board.rows]
-    if rows and not any(method in (row.label, row.method) for row in rows):
-        raise UserError(f"{option} {method}: no board has this method{nearest(method, {row.label for row in rows})}")
+def check_row(boards: Sequence[Board], name: str, option: str = "--method") -> None:
+    """Raise UserError where there are boards and none has a row of that name."""
+    rows = [(board, row) for board in boards for row in board.rows]
+    if rows and not any(name in board.names(row) for board, row in rows):
+        raise UserError(f"{option} {name}: no board has this {boards[0].rows_by}{nearest(name, {row.label for _, row in rows})}")
+
+
+def students_by(boards: Sequence[Board], method: str) -> list[Board]:
+    """The boards of students of that method, by its label or name. Raises UserError where there are boards and none is."""
+    found = [board for board in boards if board.trained_by(method)]
+    if boards and not found:
+        raise UserError(f"--method {method}: no two students have it{nearest(method, {str(board.method) for board in boards})}")
+    return found

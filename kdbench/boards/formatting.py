@@ -26,6 +26,13 @@ def short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def ranks(low: int | None, high: int | None) -> str:
+    """`1`, or `1-3` where any of these may be the rank."""
+    if low is None:
+        return UNKNOWN
+    return str(low) if high in (None, low) else f"{low}-{high}"
+
+
 def scaled(count: int | None) -> str:
     """1234567 as 1.23M."""
     if count is None:

@@ -1,19 +1,20 @@
-"""From records to boards: who is best on one protocol and one pair, by how much, and how sure that is."""
+"""From records to boards: who is best on one protocol, of a pair's methods or a method's students, by how much, and how sure that is."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from statistics import fmean, median, variance
-from typing import Any
+from typing import Any, Literal
 
 from kdbench.boards.cautions import board_cautions
 from kdbench.boards.published import PublishedFigure
+from kdbench.boards.simultaneous import Spreads, differences, partial_difference, rank_intervals, smallest_found, spreads
 from kdbench.boards.stats import (
     LEVEL,
     POWER,
@@ -34,12 +35,16 @@ CONTROL = "kd"
 WITHOUT_DISTILLATION = frozenset({UNDISTILLED, "label_smoothing"})
 CONTROLS = WITHOUT_DISTILLATION | {CONTROL}  # methods that are there to be beaten
 COSTS = ("latency_ms_p50", "params_count", "device_hours")  # what a better metric is weighed against
+RowsBy = Literal["method", "student"]
 SPEED_ONLY = frozenset({"memory_format", "compile"})  # keys of a recipe that change how fast it is, not what is trained
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method of a board. Differences are signed so that positive is better; an end of an interval is None where one seed gives none."""
+    """One method of a board, or one student of a board of students.
+
+    Differences are signed so that positive is better; an end of an interval is None where one seed gives none.
+    """
 
     label: str
     method: str
@@ -51,10 +56,10 @@ class Row:
     gain_low: float | None
     gain_high: float | None
     gap_recovered: float | None
-    vs_kd: float | None  # over tuned kd, paired by seed; None for kd itself
-    vs_kd_low: float | None
-    vs_kd_high: float | None
-    vs_kd_p: float | None  # of the paired t-test against kd, adjusted by Holm for all methods that are no controls; None for controls
+    vs_control: float | None  # over tuned kd, or the student that is named as control, paired by seed; None for the control itself
+    vs_control_low: float | None
+    vs_control_high: float | None
+    vs_control_p: float | None  # of methods: the paired t-test's, by Holm, None for controls; of students: Dunnett's
     values: Mapping[int, float]  # by seed, what `mean` is the mean of
     seeds: int  # that count in the mean, failed ones included
     failed: int  # seeds that diverged or died; where another seed finished, each counts as the undistilled student of its seed
@@ -67,19 +72,23 @@ class Row:
     device_hours: float | None  # what one tuned student costs: the mean of the final trainings plus the whole search
     pareto: tuple[str, ...]  # the COSTS for which no other ranked row is at least as good and as cheap, and better in one
     run_ids: tuple[str, ...]
+    rank_high: int | None = None  # of a student: the worst rank that it may have, `rank` being the best; None for a method
 
     @property
     def verdict(self) -> int:
-        """Against kd: 1 surely better, -1 surely worse, 0 can't be told. Of a method, after Holm; of a control, by its own interval."""
-        if self.vs_kd is None:
+        """Against the control: 1 surely better, -1 surely worse, 0 can't be told.
+
+        Of a method, after Holm; of kd, none and label_smoothing, by the own interval; of a student, by the interval that holds with all.
+        """
+        if self.vs_control is None:
             return 0
-        told = _apart_from_zero(self) if self.vs_kd_p is None else self.vs_kd_p < 1 - LEVEL
-        return (1 if self.vs_kd > 0 else -1) if told else 0
+        told = _apart_from_zero(self) if self.vs_control_p is None else self.vs_control_p < 1 - LEVEL
+        return (1 if self.vs_control > 0 else -1) if told else 0
 
 
 @dataclass(frozen=True)
 class Board:
-    """Everything measured under one protocol for one teacher and one student, ranked, the incomplete last."""
+    """Everything measured under one protocol for one teacher and one student, or one method, ranked, the incomplete last."""
 
     protocol_hash: str
     family: str  # the same for boards whose protocols differ in data, split and networks alone
@@ -88,23 +97,30 @@ class Board:
     teacher: str | None
     teacher_metric: float | None
     teacher_sha: str | None
-    student: str
+    student: str  # empty on a board of students
     primary: str
     higher_is_better: bool
     undistilled: str | None  # label of the row that `gain` is over
-    control: str | None  # label of the row that `vs_kd` is over
-    detectable: float | None  # the smallest true difference to kd that this many seeds find four times in five
+    control: str | None  # label of the row that `vs_control` is over
+    detectable: float | None  # the smallest true difference to the control that this many seeds find four times in five
     rows: tuple[Row, ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...]
     published: tuple[PublishedFigure, ...] = ()
     data_hash: str = ""  # of the content of the data set; metrics on other content do not compare
     trainings: frozenset[str] = frozenset()  # the unit keys of all finals
+    method: str | None = None  # on a board of students, the label of the method that all of them were trained with; None on one of methods
+
+    @property
+    def rows_by(self) -> RowsBy:
+        """What a row is."""
+        return "method" if self.method is None else "student"
 
     @property
     def title(self) -> str:
-        """`classification on fashion_mnist: cifar_resnet56 -> cifar_resnet8`."""
-        return f"{self.task} on {self.data}: {self.teacher or 'no teacher'} -> {self.student}"
+        """`classification on fashion_mnist: cifar_resnet56 -> cifar_resnet8`, or `... -> students, by kd`."""
+        into = self.student if self.method is None else f"students, by {self.method}"
+        return f"{self.task} on {self.data}: {self.teacher or 'no teacher'} -> {into}"
 
     @property
     def decimals(self) -> int:
@@ -125,10 +141,18 @@ class Board:
         """The row of that label; None where there is none."""
         return next((row for row in self.rows if row.label == label), None)
 
+    def trained_by(self, method: str) -> bool:
+        """Whether this is a board of students of the method, by its label or name."""
+        return self.method is not None and method in (self.method, self.rows[0].method)
+
+    def names(self, row: Row) -> frozenset[str]:
+        """By what a person may ask for the row: its label, and a method's name too."""
+        return frozenset({row.label, row.method} if self.method is None else {row.label})
+
 
 @dataclass(frozen=True)
 class _Finals:
-    """The final runs of one label with one setting, a record a seed."""
+    """The final runs of one label with one setting, a record a seed. label: of the method, or of the student on a board of students."""
 
     label: str
     records: Mapping[int, RunRecord]
@@ -156,18 +180,40 @@ class _Finals:
         return (self.label,) if None in known else known
 
 
-def boards(records: Iterable[RunRecord], published: Sequence[PublishedFigure] = ()) -> list[Board]:
+@dataclass(frozen=True)
+class _Standing:
+    """Where a row stands: its rank, and how much better than the control it is, with the ends of the interval and the p-value."""
+
+    rank: int | None = None
+    rank_high: int | None = None
+    versus: tuple[float | None, float | None, float | None] = (None, None, None)
+    p_value: float | None = None
+
+
+def boards(
+    records: Iterable[RunRecord],
+    published: Sequence[PublishedFigure] = (),
+    *,
+    rows_by: RowsBy = "method",
+    control: str | None = None,
+) -> list[Board]:
     """One board a protocol, task, data set, teacher (name and identity) and student, from the final runs that kdbench made.
 
     A protocol holds the test part: one set of trainings that was measured on two of them has two boards.
 
-    `published` figures go to the boards that have their method, to be shown apart; they are never ranked.
+    Args:
+        records: All that is known; what is no final run is looked at for the teacher's metric alone.
+        published: Figures that go to the boards of methods that have their method, to be shown apart; they are never ranked.
+        rows_by: What a row is. By "student", a board has all students of one method (by its label), and there are only boards of two
+            students or more.
+        control: The student that the others of its board are compared with; without it, students are ranked and no more.
     """
     records = list(records)
     pairs: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)
     for record in records:
         if record.role == "final" and record.source == "kdbench" and record.status != "stopped":
-            pairs[(record.task, record.data, record.teacher or "", record.student, record.protocol_hash)].append(record)
+            shared = record.student if rows_by == "method" else record.label
+            pairs[(record.task, record.data, record.teacher or "", shared, record.protocol_hash)].append(record)
     found = []
     for _, finals in sorted(pairs.items()):
         teachers: list[str | None] = [*sorted({name for r in finals if (name := _teacher_of(r)) is not None and r.method != UNDISTILLED})]
@@ -176,7 +222,11 @@ def boards(records: Iterable[RunRecord], published: Sequence[PublishedFigure] = 
             members = [r for r in finals if _teacher_of(r) in (teacher, None) or r.method == UNDISTILLED]
             shas = [r.teacher_sha for r in sorted(members, key=_age) if _teacher_of(r) == teacher]
             sha = shas[-1] if shas else None  # one teacher may have come in several kinds of file
-            found.append(_board(members, sha, _teacher_metric(members, teacher, records), published))
+            metric = _teacher_metric(members, teacher, records)
+            if rows_by == "method":
+                found.append(_board_of_methods(members, sha, metric, published))
+            elif len({record.student for record in members}) > 1:
+                found.append(_board_of_students(members, sha, metric, control))
     return found
 
 
@@ -185,32 +235,95 @@ def _teacher_of(record: RunRecord) -> str | None:
     return record.teacher_id or record.teacher_sha
 
 
-def _board(
+def _board_of_methods(
     members: Sequence[RunRecord], teacher_sha: str | None, teacher_metric: float | None, published: Sequence[PublishedFigure]
 ) -> Board:
-    first = members[0]
-    groups = _groups(members, 1.0 if first.higher_is_better else -1.0)
+    groups = _groups(members, "method")
     control, undistilled = _chosen(groups, CONTROL), _chosen(groups, UNDISTILLED)
     for group in groups:
         group.values.update(_values(group, undistilled))
-    groups.sort(key=lambda group: (-group.better * fmean(group.values.values()) if group.values else math.inf, group.label))
+    groups = _sorted(groups)
     wanted = max(len(group.values) for group in groups)
     complete = [group for group in groups if len(group.values) == wanted > 0]
-    incomplete = [group for group in groups if group not in complete]
-    ranks = _ranks(complete)
-    ordered = [*complete, *incomplete]
-    judged = _p_values(ordered, control)
-    latencies = _latencies(groups)
-    rows = _with_fronts(
-        [
-            _row(group, ranks.get(group.label), undistilled, control, teacher_metric, judged.get(group.label), latencies.get(group.network))
-            for group in ordered
-        ],
-        first.higher_is_better,
-    )
+    ranks, judged = _ranks(complete), _p_values(groups, control)
+    standings = {
+        group.label: _Standing(ranks.get(group.label), None, _difference(group, control), judged.get(group.label)) for group in groups
+    }
     detectable = _detectable([group for group in complete if group.label in judged], control, wanted)
-    methods = {row.method for row in rows}
-    board = Board(
+    board = _ranked(members, groups, standings, teacher_sha, teacher_metric, undistilled, control, detectable)
+    methods = {row.method for row in board.rows}
+    board = replace(board, published=tuple(figure for figure in published if figure.method in methods))
+    return replace(board, findings=_findings(board), notes=(*_notes(board, groups, wanted), *board.notes))
+
+
+def _board_of_students(members: Sequence[RunRecord], teacher_sha: str | None, teacher_metric: float | None, named: str | None) -> Board:
+    """No student stands for another's failed seed, so one that misses a seed of the others is not ranked."""
+    groups = _groups(members, "student")
+    for group in groups:
+        group.values.update(_values(group, None))
+    groups = _sorted(groups)
+    seeds = _block(groups)
+    complete = [group for group in groups if seeds and group.values.keys() >= set(seeds)]
+    control = next((group for group in complete if group.label == named), None)
+    block = [[group.signed[seed] for seed in seeds] for group in complete]
+    known = spreads(block) if len(complete) > 1 and len(seeds) > 1 else None
+    standings, detectable = {group.label: _Standing(1, len(complete)) for group in complete}, None
+    if known is not None:
+        ranks = rank_intervals(block, known)
+        against = differences(block, complete.index(control), known) if control else {}
+        for place, (group, rank) in enumerate(zip(complete, ranks, strict=True)):
+            found = against.get(place)
+            standings[group.label] = _Standing(*rank) if found is None else _Standing(*rank, (found.middle, found.low, found.high), found.p)
+        detectable = smallest_found(len(complete), len(seeds), known) if control else None
+    for group in groups:
+        if control is not None and group is not control and (known is None or group not in complete):
+            standings[group.label] = _incomplete(group, control, standings.get(group.label, _Standing()), len(complete), known)
+    board = _ranked(members, groups, standings, teacher_sha, teacher_metric, None, control, detectable)
+    board = replace(board, student="", method=members[0].label)
+    notes = _notes_of_students(board, groups, len(seeds), known, named)
+    return replace(board, findings=_findings_of_students(board), notes=(*notes, *board.notes))
+
+
+def _block(groups: Sequence[_Finals]) -> list[int]:
+    """The seeds that rows are compared on: as many as a row has at most, those that most rows have, of these the lowest."""
+    counts = Counter(seed for group in groups for seed in group.values)
+    return sorted(sorted(counts, key=lambda seed: (-counts[seed], seed))[: max(len(group.values) for group in groups)])
+
+
+def _incomplete(group: _Finals, control: _Finals, before: _Standing, rows: int, known: Spreads | None) -> _Standing:
+    """A student that is not in the block, or whose block gives no error: the difference over the seeds that both have."""
+    middle, _, _ = _difference(group, control)
+    common = sorted(group.values.keys() & control.values.keys())
+    ours, theirs = ([each.signed[seed] for seed in common] for each in (group, control))
+    found = partial_difference(ours, theirs, rows, known) if known is not None else None
+    low, high, p_value = (None, None, None) if found is None else (found.low, found.high, found.p)
+    return replace(before, versus=(middle, low, high), p_value=p_value)
+
+
+def _sorted(groups: Sequence[_Finals]) -> list[_Finals]:
+    """The best mean first; who has none, last."""
+    return sorted(groups, key=lambda group: (-group.better * fmean(group.values.values()) if group.values else math.inf, group.label))
+
+
+def _ranked(
+    members: Sequence[RunRecord],
+    groups: Sequence[_Finals],
+    standings: Mapping[str, _Standing],
+    teacher_sha: str | None,
+    teacher_metric: float | None,
+    undistilled: _Finals | None,
+    control: _Finals | None,
+    detectable: float | None,
+) -> Board:
+    """The board without its sentences, but for what its records say against trusting it; who has no rank comes last."""
+    first = members[0]
+    latencies = _latencies(groups)
+    ordered = sorted(groups, key=lambda group: standings.get(group.label, _Standing()).rank is None)
+    rows = [
+        _row(group, standings.get(group.label, _Standing()), undistilled, teacher_metric, latencies.get(group.network)) for group in ordered
+    ]
+    finals = [record for group in ordered for record in group.records.values()]
+    return Board(
         protocol_hash=first.protocol_hash,
         family=_family(groups),
         task=first.task,
@@ -224,23 +337,20 @@ def _board(
         undistilled=undistilled.label if undistilled else None,
         control=control.label if control else None,
         detectable=detectable,
-        rows=rows,
+        rows=_with_fronts(rows, first.higher_is_better),
         findings=(),
-        notes=(),
-        published=tuple(figure for figure in published if figure.method in methods),
+        notes=tuple(board_cautions(finals, first.teacher, teacher_metric)),
         data_hash=first.data_hash,
         trainings=frozenset(record.unit_key for record in members),
     )
-    finals = [record for group in groups for record in group.records.values()]
-    cautions = board_cautions(finals, board.teacher, board.teacher_metric)
-    return replace(board, findings=_findings(board), notes=(*_notes(board, groups, wanted), *cautions))
 
 
-def _groups(members: Sequence[RunRecord], better: float) -> list[_Finals]:
+def _groups(members: Sequence[RunRecord], rows_by: RowsBy) -> list[_Finals]:
     """One group a label: the setting that was run last, never a mixture of two settings."""
+    better = 1.0 if members[0].higher_is_better else -1.0
     by_label: dict[str, dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
     for record in sorted(members, key=_age):
-        by_label[record.label][_setting(record)].append(record)
+        by_label[record.label if rows_by == "method" else record.student][_setting(record)].append(record)
     groups = []
     for label, settings in by_label.items():
         latest = max(settings.values(), key=lambda runs: _age(runs[-1]))
@@ -351,19 +461,11 @@ def _latencies(groups: Sequence[_Finals]) -> dict[tuple[object, ...], float]:
     return {network: median(values) for network, values in measured.items() if values}
 
 
-def _row(
-    group: _Finals,
-    rank: int | None,
-    undistilled: _Finals | None,
-    control: _Finals | None,
-    teacher_metric: float | None,
-    p_value: float | None,
-    latency: float | None,
-) -> Row:
+def _row(group: _Finals, standing: _Standing, undistilled: _Finals | None, teacher_metric: float | None, latency: float | None) -> Row:
     values = list(group.values.values())
     mean, low, high = t_interval(values) if values else (None, None, None)
     gain, gain_low, gain_high = _difference(group, undistilled)
-    vs_kd, vs_kd_low, vs_kd_high = _difference(group, control)
+    vs_control, vs_control_low, vs_control_high = standing.versus
     gap = None
     if mean is not None and undistilled is not None and undistilled is not group and undistilled.values and teacher_metric is not None:
         baseline = list(undistilled.values.values())
@@ -373,7 +475,8 @@ def _row(
     return Row(
         label=group.label,
         method=group.newest.method,
-        rank=rank,
+        rank=standing.rank,
+        rank_high=standing.rank_high,
         mean=mean,
         low=low,
         high=high,
@@ -381,10 +484,10 @@ def _row(
         gain_low=gain_low,
         gain_high=gain_high,
         gap_recovered=gap,
-        vs_kd=vs_kd,
-        vs_kd_low=vs_kd_low,
-        vs_kd_high=vs_kd_high,
-        vs_kd_p=p_value,
+        vs_control=vs_control,
+        vs_control_low=vs_control_low,
+        vs_control_high=vs_control_high,
+        vs_control_p=standing.p_value,
         values=dict(group.values),
         seeds=len(values),
         failed=group.failed,
@@ -462,7 +565,7 @@ def _name(control: Row) -> str:
 
 def _rivals(board: Board) -> list[Row]:
     """The rows that are compared with kd and are no controls themselves."""
-    return [row for row in board.rows if row.method not in CONTROLS and row.vs_kd is not None]
+    return [row for row in board.rows if row.method not in CONTROLS and row.vs_control is not None]
 
 
 def _lead(board: Board, undistilled: float) -> float:
@@ -474,33 +577,87 @@ def _lead(board: Board, undistilled: float) -> float:
 def _notes(board: Board, groups: Sequence[_Finals], wanted: int) -> tuple[str, ...]:
     """What a reader must know to trust the board: seeds, the search's budget, what stays open, and whatever is not as it should be."""
     rows, control, undistilled = board.rows, board.row(board.control), board.row(board.undistilled)
-    notes = [f"{wanted} seed{'' if wanted == 1 else 's'} a method; {_search_budget(groups)}"]
+    notes = [f"{wanted} seed{'' if wanted == 1 else 's'} a method; {_search_budget(groups, 'method')}"]
     if wanted == 1:
         notes.append("one seed tells nothing apart: all complete methods share rank 1; set seeds to 3 or more")
     if board.detectable:
-        notes.append(
-            f"with {wanted} seeds, this board has less than {POWER:.0%} power to detect a difference from kd "
-            f"smaller than {board.detectable:.2g}"
-        )
+        notes.append(_power(wanted, CONTROL, board.detectable))
     undecided = [row.label for row in _rivals(board) if row.verdict == 0]
     if control is not None and wanted > 1 and undecided:
         notes.append(f"no difference from {_name(control)} was found, which does not show that there is none: " + ", ".join(undecided))
-    if corrected := [row.label for row in rows if row.vs_kd_p is not None and row.verdict == 0 and _apart_from_zero(row)]:
-        family = sum(row.vs_kd_p is not None for row in rows)
+    if corrected := [row.label for row in rows if row.vs_control_p is not None and row.verdict == 0 and _apart_from_zero(row)]:
+        family = sum(row.vs_control_p is not None for row in rows)
         notes.append(f"the interval to kd leaves out 0, but not after Holm's correction for {family} methods: " + ", ".join(corrected))
     if undistilled is not None and undistilled.mean is not None and _lead(board, undistilled.mean) > 0 and _no_gap(board, undistilled):
         notes.append(
             f"the teacher's lead over the undistilled student is below {SMALLEST_GAP:g} or below two standard errors: the gap is left out"
         )
+    notes += _not_ranked(rows, f"fewer than {wanted} seeds")
+    if failed := [f"{row.label} ({row.failed})" for row in rows if row.failed and row.mean is not None]:
+        notes.append("failed seeds count as the undistilled student of the same seed: " + ", ".join(failed))
+    return (*notes, *_older_runs(groups))
+
+
+def _not_ranked(rows: Sequence[Row], why: str) -> list[str]:
+    notes = []
     if lost := [f"{row.label} ({row.failed})" for row in rows if row.failed and row.mean is None]:
         notes.append("not ranked, every seed failed: " + ", ".join(lost))
     if incomplete := [f"{row.label} ({row.seeds})" for row in rows if row.rank is None and row.mean is not None]:
-        notes.append(f"not ranked, fewer than {wanted} seeds: " + ", ".join(incomplete))
-    if failed := [f"{row.label} ({row.failed})" for row in rows if row.failed and row.mean is not None]:
-        notes.append("failed seeds count as the undistilled student of the same seed: " + ", ".join(failed))
-    if left_out := [f"{group.label} ({group.left_out})" for group in groups if group.left_out]:
-        notes.append("older final runs with another setting are left out: " + ", ".join(left_out))
-    return tuple(notes)
+        notes.append(f"not ranked, {why}: " + ", ".join(incomplete))
+    return notes
+
+
+def _older_runs(groups: Sequence[_Finals]) -> list[str]:
+    left_out = [f"{group.label} ({group.left_out})" for group in groups if group.left_out]
+    return ["older final runs with another setting are left out: " + ", ".join(left_out)] if left_out else []
+
+
+def _findings_of_students(board: Board) -> tuple[str, ...]:
+    ranked = [row for row in board.rows if row.rank is not None]
+    leaders = [row.label for row in board.leaders]
+    found = ["may be the best: " + ", ".join(leaders)] if leaders and len(leaders) < len(ranked) else []
+    for word, verdict in (("worse than", -1), ("better than", 1)):
+        if named := [row.label for row in board.rows if row.vs_control is not None and row.verdict == verdict]:
+            found.append(f"{word} {board.control}: " + ", ".join(named))
+    return tuple(found)
+
+
+def _notes_of_students(board: Board, groups: Sequence[_Finals], wanted: int, known: Spreads | None, named: str | None) -> tuple[str, ...]:
+    """What holds for a board of students: seeds, search, what the ranks and differences rest on, and who is not ranked."""
+    notes = [f"{wanted} seed{'' if wanted == 1 else 's'} a student; {_search_budget(groups, 'student')}"]
+    ranked = [row for row in board.rows if row.rank is not None]
+    if named is not None and board.control is None:
+        held = "misses seeds that others have" if board.row(named) is not None else "is not on this board"
+        notes.append(f"{named} {held}: no differences are given")
+    if known is not None:
+        what = "ranks" if board.control is None else f"ranks, and differences from {board.control},"
+        notes.append(
+            f"{what} hold all at once with {LEVEL:.0%}; the error is pooled over {len(ranked) - int(known.wide.sum())} students "
+            f"({known.degrees} degrees of freedom), a student's own where that is larger"
+        )
+        notes.append("they speak of new seeds: of these parameters, this teacher, this split and these test samples")
+        if wide := [row.label for row, scatters in zip(ranked, known.wide, strict=True) if scatters]:
+            notes.append("judged by its own spread alone, as its seeds scatter far more than the others': " + ", ".join(wide))
+        if known.uneven:
+            notes.append(f"the students' spreads differ: intervals are taken wider, for {known.df} degrees of freedom")
+    elif wanted == 1:
+        notes.append("one seed tells nothing apart: set seeds to 3 or more")
+    elif len(ranked) > 1:
+        notes.append("all seeds agree exactly: nothing is told apart")
+    if board.detectable:
+        notes.append(_power(wanted, str(board.control), board.detectable))
+    undecided = [row.label for row in board.rows if row.vs_control_p is not None and row.verdict == 0]
+    if undecided:
+        notes.append(f"no difference from {board.control} was found, which does not show that there is none: " + ", ".join(undecided))
+    notes += _not_ranked(board.rows, "not all of the seeds that others have")
+    if failed := [f"{row.label} ({row.failed})" for row in board.rows if row.failed and row.mean is not None]:
+        notes.append("failed seeds are left out: " + ", ".join(failed))
+    return (*notes, *_older_runs(groups))
+
+
+def _power(seeds: int, control: str, detectable: float) -> str:
+    found = f"less than {POWER:.0%} power to detect a difference from {control}"
+    return f"with {seeds} seeds, this board has {found} smaller than {detectable:.2g}"
 
 
 def _no_gap(board: Board, undistilled: Row) -> bool:
@@ -512,15 +669,15 @@ def _no_gap(board: Board, undistilled: Row) -> bool:
 
 
 def _apart_from_zero(row: Row) -> bool:
-    return row.vs_kd_low is not None and row.vs_kd_high is not None and not row.vs_kd_low <= 0 <= row.vs_kd_high
+    return row.vs_control_low is not None and row.vs_control_high is not None and not row.vs_control_low <= 0 <= row.vs_control_high
 
 
-def _search_budget(groups: Sequence[_Finals]) -> str:
+def _search_budget(groups: Sequence[_Finals], rows_by: RowsBy) -> str:
     trials = {group.label: group.newest.trials or 0 for group in groups}
     if not any(trials.values()):
         return "no search, parameters as configured"
     how = ", ".join(sorted({name for group in groups for name in (group.newest.sampler, group.newest.scheduler) if name}))
     suffix = f" ({how})" if how else ""
     if len(set(trials.values())) == 1:
-        return f"search: {next(iter(trials.values()))} trials a method{suffix}"
+        return f"search: {next(iter(trials.values()))} trials a {rows_by}{suffix}"
     return f"search budgets DIFFER{suffix}: " + ", ".join(f"{label} {count}" for label, count in sorted(trials.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TypeVar
@@ -94,7 +94,16 @@ def _newest(board: Board) -> str:
 
 def of_method(found: Sequence[T], method: str) -> list[T]:
     """The boards or summaries that have the method, with its rows alone; figures and ranks stay those of the whole."""
-    kept = [(each, tuple(row for row in each.rows if method in (row.label, row.method))) for each in found]
+    return _of_rows(found, lambda row: method in (row.label, row.method))
+
+
+def of_student(found: Sequence[Board], student: str) -> list[Board]:
+    """The same for the rows of one student on boards of students."""
+    return _of_rows(found, lambda row: row.label == student)
+
+
+def _of_rows(found: Sequence[T], wanted: Callable[[Row | SummaryRow], bool]) -> list[T]:
+    kept = [(each, tuple(row for row in each.rows if wanted(row))) for each in found]
     return [replace(each, rows=rows) for each, rows in kept if rows]
 
 

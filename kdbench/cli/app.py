@@ -39,7 +39,7 @@ from kdbench.credentials import keep_out_of_logs, without_secrets
 from kdbench.errors import NO_SPACE, KDBenchError, UserError, for_terminal, in_one_line, not_written, printable
 
 if TYPE_CHECKING:
-    from kdbench.boards.leaderboard import Board
+    from kdbench.boards.leaderboard import Board, RowsBy
     from kdbench.boards.summary import Summary
     from kdbench.records.folders import Folders
     from kdbench.records.record import RunRecord
@@ -202,7 +202,9 @@ def _end_with(failures: tuple[str, ...]) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog=example("leaderboard --data fashion_mnist --html report.html"))
+@app.command(
+    epilog=f"{example('leaderboard --data fashion_mnist --html report.html')}\n\n{example('leaderboard --by student --control tiny_cnn')}"
+)
 def leaderboard(
     results: ManyResults = None,
     format_: Format = "table",
@@ -212,6 +214,13 @@ def leaderboard(
     student: Student = None,
     method: Annotated[str | None, typer.Option(help="Only this method (its gain over `none` is still shown).", show_default=False)] = None,
     experiment: OfExperiment = None,
+    by: Annotated[
+        str, typer.Option(metavar="ROWS", help="What a row is: method, or student to compare the students of each method.")
+    ] = "method",
+    control: Annotated[
+        str | None,
+        typer.Option(metavar="STUDENT", help="With --by student: also give each student's difference from this one.", show_default=False),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the gains: FILE.png, .svg or .pdf.", show_default=False)
     ] = None,
@@ -230,7 +239,7 @@ def leaderboard(
     port: Annotated[int, typer.Option(callback=within(0, 65_535), help="Of --serve; 0 takes any that is free.")] = 8230,
 ) -> None:
     """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
-    from kdbench.boards.filters import check_method
+    from kdbench.boards.filters import check_row
     from kdbench.boards.summary import of_method, summaries
     from kdbench.records.folders import Folders
     from kdbench.report.rendering import check_format
@@ -243,7 +252,12 @@ def leaderboard(
         raise UserError(f"{others[0]} is of what is printed, and --html, --site and --serve print nothing; give one of the two")
     if picture is not None and (pages or explain is not None):
         raise UserError("--picture is of what is printed, and --html, --site, --serve and --explain print no board; give one of the two")
+    refused = {"--html": html, "--site": site, "--serve": serve, "--picture": picture, "--explain": explain, "--published": published}
+    _check_rows(by, control, [name for name, given in refused.items() if given])
     folders = Folders([results_folder(folder) for folder in results] if results else [results_folder()])
+    if by == "student":
+        _students(folders, wanted, method, control, format_)
+        return
     if pages:
         _report(folders, wanted, method, html, site, port if serve else None)
         return
@@ -253,13 +267,41 @@ def leaderboard(
     found = _boards(folders, wanted)
     across = summaries(found)
     if method is not None:
-        check_method(found, method)
+        check_row(found, method)
         found, across = of_method(found, method), of_method(across, method)
     _print_boards(found, format_, across, published)
     if picture is not None:
         from kdbench.report.picture import draw
 
         draw(found, picture)
+
+
+def _check_rows(by: str, control: str | None, others: Sequence[str]) -> None:
+    """Raise UserError for --by, --control and other options that make no sense together."""
+    if by not in ("method", "student"):
+        raise UserError(f"--by {by}: expected method or student")
+    if control is not None and by == "method":
+        raise UserError("--control requires --by student")
+    if by == "student" and others:
+        report = others[0] in ("--html", "--site", "--serve")
+        way_out = "the report has a section for students without --by" if report else "leave one of them out"
+        raise UserError(f"{others[0]} is not supported with --by student: {way_out}")
+
+
+def _students(folders: "Folders", filters: Mapping[str, str], method: str | None, control: str | None, format_: str) -> None:
+    """The students of each method side by side. A student that is asked for keeps the figures that it has beside all others."""
+    from kdbench.boards.filters import check_row, students_by
+    from kdbench.boards.summary import of_student
+
+    found = _boards(folders, {name: value for name, value in filters.items() if name != "student"}, "student", control)
+    if method is not None:
+        found = students_by(found, method)
+    for name, option in ((control, "--control"), (filters.get("student"), "--student")):
+        if name is not None:
+            check_row(found, name, option)
+    if "student" in filters:
+        found = of_student(found, filters["student"])
+    _print_boards(found, format_)
 
 
 def _report(
@@ -283,7 +325,7 @@ def _report(
         typer.echo("stopped")
 
 
-def _boards(folders: "Folders", filters: Mapping[str, str]) -> "list[Board]":
+def _boards(folders: "Folders", filters: Mapping[str, str], rows_by: "RowsBy" = "method", control: str | None = None) -> "list[Board]":
     """The boards of the records that the filters leave; says what to do where there is none. Raises UserError where no record fits."""
     from kdbench.boards.filters import filtered
     from kdbench.boards.leaderboard import boards
@@ -292,9 +334,9 @@ def _boards(folders: "Folders", filters: Mapping[str, str]) -> "list[Board]":
     from kdbench.report.rendering import nothing_to_rank
 
     records = filtered(folders, filters, without=LONG_FIELDS)
-    found = boards(records, load_published())
+    found = boards(records, load_published(), rows_by=rows_by, control=control)
     if not found:
-        typer.echo(nothing_to_rank(str(folders), records), err=True)
+        typer.echo(nothing_to_rank(str(folders), records, rows_by), err=True)
     if folders.single_files > _MANY_FILES:
         typer.echo(f"kdbench: {folders.single_files} files of one record each: kdbench results compact makes reading faster", err=True)
     return found
@@ -349,16 +391,25 @@ def show(
 
 @app.command(epilog=example("taps resnet18 --image 3x224x224 --classes 1000"))
 def taps(
-    model: Annotated[str, typer.Argument(help="A model of `kdbench list models` or of timm, or package.module:Class.", show_default=False)],
-    image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image.")] = "3x32x32",
-    classes: Annotated[int, typer.Option(callback=within(1, 100_000), help="Classes that the model tells apart.")] = 100,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model of `kdbench list models` or of timm, or package.module:Class; or an experiment's YAML file, for its networks.",
+            show_default=False,
+        ),
+    ],
+    image: Annotated[str, typer.Option(metavar="CxHxW", help="Channels, height and width of an image, for a model.")] = "3x32x32",
+    classes: Annotated[int, typer.Option(callback=within(1, 100_000), help="Classes that a model tells apart.")] = 100,
     all_: Annotated[bool, typer.Option("--all", help="Every module, not only those with an alias such as stage:-1.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Names, shapes and strides of the places inside a model that a method can look at."""
-    from kdbench.cli.pages import image_shape, taps_page
+    from kdbench.cli.pages import experiment_taps_page, image_shape, taps_page
 
-    typer.echo(taps_page(model, image_shape(image), classes, all_))
+    if Path(model).suffix in (".yaml", ".yml"):
+        typer.echo(experiment_taps_page(Path(model), all_))
+    else:
+        typer.echo(taps_page(model, image_shape(image), classes, all_))
 
 
 @app.command(epilog=example("export 01KAMZ3Q --format onnx"))

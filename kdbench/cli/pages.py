@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from kdbench.boards.explanation import Explanation
     from kdbench.boards.recommendation import Answer, Budget, Option
     from kdbench.methods.base import Method
+    from kdbench.models.build import ModelSpec
+    from kdbench.models.taps import TapRow
+    from kdbench.models.trace import Example
     from kdbench.search.space import Dimension
     from kdbench.tasks.base import Task
     from kdbench.training.cache.entries import Listed
@@ -368,30 +372,81 @@ def taps_page(name: str, image_shape: tuple[int, int, int], num_classes: int, ev
 
     image_shape: [C, H, W]. Raises UserError for an unknown model, and for one that does not run on such an image.
     """
-    from kdbench.models.build import ModelSpec, build_model
+    from kdbench.models.build import ModelSpec, OptionNeeded, build_model
     from kdbench.models.outputs import in_words
     from kdbench.models.taps import probe, tap_table
 
     channels, height, width = image_shape
     mean, std = (0.0,) * channels, (1.0,) * channels  # neutral
-    model = build_model(
-        ModelSpec(name=name), num_classes=num_classes, in_channels=channels, image_size=max(height, width), mean=mean, std=std
-    )
+    facts: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_channels": channels,
+        "image_size": max(height, width),
+        "mean": mean,
+        "std": std,
+    }
+    try:
+        model = build_model(ModelSpec(name=name), **facts)
+    except OptionNeeded as error:
+        raise UserError(f"{error}; kdbench taps EXPERIMENT.yaml shows the networks of an experiment with their options") from error
     try:
         prediction = probe(model, image_shape).prediction
         table = tap_table(model, image_shape)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"model {name!r} doesn't work on an image {in_words(image_shape)}: {reason}; try a larger --image") from error
+    title = f"{name} on images {in_words(image_shape)}: prediction {in_words(prediction)}"
+    return f"{title}\n\n{_places(table, every_module, name)}"
+
+
+def experiment_taps_page(path: Path, every_module: bool = False) -> str:
+    """The same of every network of an experiment, on samples of its data, which may be several tensors by name. Downloads nothing.
+
+    Raises UserError as reading the experiment, its data and building its networks do.
+    """
+    from kdbench.data.download import without_downloads
+    from kdbench.experiment import load_experiment
+    from kdbench.models.build import without_weights
+    from kdbench.models.outputs import in_words
+    from kdbench.models.taps import probe, tap_table
+    from kdbench.tasks.base import Role
+    from kdbench.tasks.build import build_task
+
+    experiment = load_experiment(path)
+    networks: list[tuple[Role, ModelSpec]] = [("student", spec) for spec in experiment.students]
+    if experiment.teacher is not None:
+        networks.insert(0, ("teacher", experiment.teacher.model))
+    pages = []
+    with without_downloads("kdbench taps downloads nothing"), without_weights():
+        task = build_task(experiment.task)
+        for role, spec in networks:
+            model, example = task.build_model(spec), task.example(role)
+            title = f"{role} {spec.label} on {_sample_in_words(example)}: prediction {in_words(probe(model, example).prediction)}"
+            pages.append(f"{title}\n\n{_places(tap_table(model, example), every_module, str(path))}")
+    return "\n\n".join(pages)
+
+
+def _sample_in_words(example: Example) -> str:
+    """`images 3x32x32`, or `image 3x32x32, tokens 13`."""
+    from kdbench.data.columns import named
+    from kdbench.models.outputs import in_words
+
+    shapes = {"images": example} if isinstance(example, tuple) else {name: t.shape[1:] for name, t in named(example, "inputs").items()}
+    return ", ".join(f"{name} {in_words(tuple(shape))}" for name, shape in shapes.items())
+
+
+def _places(table: Sequence[TapRow], every_module: bool, of: str) -> str:
+    """A line each place. of: what the command was asked for."""
+    from kdbench.models.outputs import in_words
+
     shown = [row for row in table if row.aliases or every_module]
     lines = [("module", "aliases", "kind", "shape", "stride")]
     for row in shown:
         place = f"{row.path} (its input)" if row.side == "input" else row.path
         lines.append((place, " ".join(row.aliases), row.kind, in_words(row.shape), "" if row.stride is None else str(row.stride)))
-    title = f"{name} on images {in_words(image_shape)}: prediction {in_words(prediction)}"
     hidden = len(table) - len(shown)
-    footer = f"\n\n{hidden} more modules can be tapped by their path: kdbench taps {name} --all" if hidden else ""
-    return f"{title}\n\n{aligned(lines)}{footer}"
+    footer = f"\n\n{hidden} more modules can be tapped by their path: kdbench taps {of} --all" if hidden else ""
+    return f"{aligned(lines)}{footer}"
 
 
 def image_shape(text: str) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,16 +27,21 @@ from kdbench.storage.folder import local_path
 class ModelSpec(LabelledSpec):
     """Which network: `cifar_resnet8`, or `{name: resnet8x4, stem_stride: 2}`.
 
-    Keys beside `name`, `label`, `pretrained` and `weights` go to the builder.
+    Keys beside `name`, `label`, `pretrained` and `weights` go to the builder. weights: a file; or `teacher`, for a student that begins with
+    the teacher's tensors. These are not here when a network is built: see `models.weights.inherited`.
     """
 
     pretrained: bool = False
-    weights: Path | None = None
+    weights: Literal["teacher"] | Path | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the model's own builder."""
         return dict(self.model_extra or {})
+
+
+class OptionNeeded(UserError):
+    """A model can't be built without an option that is not given."""
 
 
 # Options by which timm's and torchvision's builders read or fetch files.
@@ -94,7 +99,7 @@ def build_model(
     else:
         model = _build_timm(spec, num_classes, in_channels, image_size)
         inputs = _timm_inputs(model, spec, image_size, mean, std)
-    if spec.weights is not None and not _WEIGHTLESS.get():
+    if isinstance(spec.weights, Path) and not _WEIGHTLESS.get():
         load_weights(model, local_path(spec.weights, f"model {spec.name!r}: weights"), name=spec.name, num_classes=num_classes)
     # A user's class may come with an input_spec of its own, which is then right.
     if not isinstance(getattr(model, "input_spec", None), InputSpec | dict):
@@ -182,7 +187,7 @@ def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int],
             raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a whole number from 1 to {LARGEST_SIZE}")
     for key in choices:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
-            raise UserError(f"model {shown(name)} needs the option {shown(key)}")
+            raise OptionNeeded(f"model {shown(name)} needs the option {shown(key)}")
     # Through **kwargs goes num_classes alone: torchvision's builders take it there, and would refuse in_channels.
     told: dict[str, Any] = {key: value for key, value in facts.items() if key in named or (takes_all and key == "num_classes")}
     if "weights_backbone" in named:  # torchvision's builders would fetch a backbone's weights by default

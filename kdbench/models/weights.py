@@ -50,6 +50,33 @@ def matched(stored: Mapping[str, Tensor], model: nn.Module, path: Path, *, name:
     return stored
 
 
+def inherited(model: nn.Module, teacher: Mapping[str, Tensor], *, name: str, of: str) -> dict[str, Tensor]:
+    """The teacher's tensors that a student begins with: those that the student has with the same name and shape.
+
+    Args:
+        model: the student, which may be on the meta device and stays as it is.
+        teacher: the teacher's state_dict.
+        name: the student's label, for messages.
+        of: the teacher's.
+
+    Raises:
+        UserError: no parameter agrees, so that nothing would be learned from it.
+    """
+    ours = model.state_dict()
+    agree = {key: value for key, value in teacher.items() if isinstance(value, Tensor) and key in ours and ours[key].shape == value.shape}
+    if not agree.keys() & dict(model.named_parameters(remove_duplicate=False)).keys():
+        raise UserError(
+            f"students: {name} has weights: teacher, but none of its parameters has the name and shape of one of {of}'s; "
+            "remove `weights`, or name a file"
+        )
+    return agree
+
+
+def taken_of(taken: Mapping[str, Tensor], model: nn.Module) -> str:
+    """`12 of its 20 tensors`, for people."""
+    return f"{len(taken)} of its {len(model.state_dict())} tensors"
+
+
 def aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tied tensors: each name after a tensor's first one -> that first name.
 
@@ -108,8 +135,13 @@ def state_sha256(model: nn.Module) -> str:
 
     Whatever kind of file they were loaded from, and whatever stood in front of the names there: equal networks have equal hashes.
     """
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The same of some tensors of a network, by name."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         if not isinstance(value, Tensor):  # what a module keeps beside its tensors
             digest.update(f"{name} {value!r}\n".encode())
             continue

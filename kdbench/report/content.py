@@ -101,14 +101,14 @@ class Page:
             Difference(
                 e.row.label,
                 e.number,
-                e.row.vs_kd,
-                e.row.vs_kd_low,
-                e.row.vs_kd_high,
+                e.row.vs_control,
+                e.row.vs_control_low,
+                e.row.vs_control_high,
                 VERDICTS[e.row.verdict],
-                "" if e.row.vs_kd_p is None else f"p = {e.row.vs_kd_p:.3g} after Holm",
+                "" if e.row.vs_control_p is None else f"p = {e.row.vs_control_p:.3g} after Holm",
             )
             for e in self.entries
-            if e.row.vs_kd is not None
+            if e.row.vs_control is not None
         ]
         return sorted(found, key=lambda difference: -difference.middle)
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdbench.boards.filters import check_method, filtered
+from kdbench.boards.filters import check_row, filtered
 from kdbench.boards.leaderboard import Board
 from kdbench.boards.leaderboard import boards as boards_of
 from kdbench.boards.published import load_published
@@ -39,7 +39,8 @@ class Report:
         """All boards in one file. Raises UserError for a folder and where there is no board, RunFailed where it can't be written."""
         if path.is_dir():
             raise UserError(f"--html {path}: is a folder, expected a file name such as report.html")
-        _write(path, render_report(self._boards(), self._interface, title=TITLE))
+        made, students = self._boards()
+        _write(path, render_report(made, self._interface, title=TITLE, students=students))
         return path
 
     def write_site(self, folder: Path) -> Path:
@@ -50,12 +51,12 @@ class Report:
         """
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--site {folder}: is a file, expected a folder")
-        made = self._boards()
+        made, students = self._boards()
         files = {page.anchor: f"{page.anchor}.html" for page in made}
         for page in made:
             title = f"{page.board.data}: {page.board.teacher or 'no teacher'} → {page.board.student}"
             _write(folder / files[page.anchor], render_report([page], self._interface, title=title, home=INDEX))
-        _write(folder / INDEX, render_index(made, files, title=TITLE))
+        _write(folder / INDEX, render_index(made, files, title=TITLE, students=students))
         return folder / INDEX
 
     @property
@@ -73,15 +74,16 @@ class Report:
                 return
 
     def _live(self, records: Sequence[RunRecord], version: str) -> str:
-        return render_report(self._pages(records), self._interface, title=TITLE, live=version)
+        return render_report(self._pages(records), self._interface, title=TITLE, live=version, students=self._students(records))
 
-    def _boards(self) -> list[Page]:
+    def _boards(self) -> tuple[list[Page], list[Board]]:
+        """A page for each board, and the boards of students."""
         records = self._records()
         found = self._pages(records)
         if not found:
             self.check()
             raise UserError(nothing_to_rank(str(self.folders), records))
-        return found
+        return found, self._students(records)
 
     def _records(self) -> list[RunRecord]:
         found = {record.run_id: record for wanted in self.filters for record in self.folders.scan(**wanted)}
@@ -92,10 +94,14 @@ class Report:
         for wanted in self.filters:
             filtered(self.folders, wanted)
         if self.method is not None:
-            check_method(boards_of(self._records()), self.method)
+            check_row(boards_of(self._records()), self.method)
 
     def _pages(self, records: Sequence[RunRecord]) -> list[Page]:
         return pages(records, load_published(), self.folders.paths, self._interface, self.method)
+
+    def _students(self, records: Sequence[RunRecord]) -> list[Board]:
+        found = boards_of(records, rows_by="student")
+        return found if self.method is None else [board for board in found if board.trained_by(self.method)]
 
     @property
     def _interface(self) -> Interface:

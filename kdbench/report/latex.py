@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from kdbench import __version__
+from kdbench.boards.formatting import UNKNOWN, ranks, scaled, short
 from kdbench.boards.leaderboard import Board, Row
 
 _SPECIAL = {
@@ -33,7 +34,11 @@ def escaped(text: str) -> str:
 def _table(board: Board) -> str:
     decimals = board.decimals
     rows = [[_name(row, board), *_figures(row, board, decimals)] for row in board.rows]
-    heads = ["Method", escaped(board.primary), "Gain", "vs.\\ kd", "Gap", "Seeds"]
+    if board.rows_by == "method":
+        heads = ["Method", escaped(board.primary), "Gain", "vs.\\ kd", "Gap", "Seeds"]
+    else:
+        costs = ["Parameters", "FLOPs", "ms", "Device-h"]
+        heads = ["Student", escaped(board.primary), "Rank", f"vs.\\ {escaped(board.control or '')}", "Seeds", *costs]
     used = [place for place in range(len(heads)) if place < 2 or any(row[place] != _NONE for row in rows)]
     lines = [" & ".join(row[place] for place in used) + r" \\" for row in [heads, *rows]]
     return "\n".join(
@@ -41,7 +46,7 @@ def _table(board: Board) -> str:
             r"\begin{table}",
             r"\centering\small\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{_caption(board, decimals)}}}",
-            rf"\label{{tab:{re.sub(r'[^A-Za-z0-9-]+', '-', f'kdbench-{board.protocol_hash}-{board.student}')}}}",
+            rf"\label{{tab:{re.sub(r'[^A-Za-z0-9-]+', '-', f'kdbench-{board.protocol_hash}-{board.method or board.student}')}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(used) - 1)}}}",
             r"\toprule",
             lines[0],
@@ -55,18 +60,34 @@ def _table(board: Board) -> str:
 
 
 def _name(row: Row, board: Board) -> str:
-    return escaped(row.label) + ("$^{*}$" if row.vs_kd_p is not None and row.verdict > 0 else "")
+    return escaped(row.label) + ("$^{*}$" if row.vs_control_p is not None and row.verdict > 0 else "")
 
 
 def _figures(row: Row, board: Board, decimals: int) -> list[str]:
     best = row.rank == 1
+    if board.rows_by == "student":
+        return [
+            _interval(row.mean, row.low, row.high, f".{decimals}f", best),
+            _NONE if row.rank is None else ranks(row.rank, row.rank_high).replace("-", "--"),
+            _interval(row.vs_control, row.vs_control_low, row.vs_control_high, f"+.{decimals}f"),
+            _seeds(row),
+            *map(_shown, (scaled(row.params_count), scaled(row.flops), short(row.latency_ms_p50), short(row.device_hours))),
+        ]
     return [
         _interval(row.mean, row.low, row.high, f".{decimals}f", best),
         _interval(row.gain, row.gain_low, row.gain_high, f"+.{decimals}f"),
-        _interval(row.vs_kd, row.vs_kd_low, row.vs_kd_high, f"+.{decimals}f"),
+        _interval(row.vs_control, row.vs_control_low, row.vs_control_high, f"+.{decimals}f"),
         _NONE if row.gap_recovered is None else f"${100 * row.gap_recovered:.0f}$\\,\\%",
-        f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else ""),
+        _seeds(row),
     ]
+
+
+def _shown(text: str) -> str:
+    return _NONE if text == UNKNOWN else text
+
+
+def _seeds(row: Row) -> str:
+    return f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else "")
 
 
 def _interval(middle: float | None, low: float | None, high: float | None, spec: str, bold: bool = False) -> str:
@@ -82,12 +103,23 @@ def _caption(board: Board, decimals: int) -> str:
     if board.teacher_metric is not None:
         teacher += f" (${board.teacher_metric:.{decimals}f}$)"
     seeds = max((row.seeds for row in board.rows), default=0)
+    shared = f"student {escaped(board.student)}" if board.method is None else f"method {escaped(board.method)}"
     told = [
-        f"{escaped(board.task)} on {escaped(board.data)}, {teacher}, student {escaped(board.student)}:",
+        f"{escaped(board.task)} on {escaped(board.data)}, {teacher}, {shared}:",
         f"{escaped(board.primary)} ({'higher' if board.higher_is_better else 'lower'} is better),",
+    ]
+    if board.method is not None:
+        what = "ranks" if board.control is None else f"ranks, and differences to {escaped(board.control)},"
+        told += [
+            f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; {what} hold all at once with 95\\,\\%.",
+            "Bold: students that may be the best.",
+            *(["$^{*}$: better than the control."] if board.control is not None else []),
+        ]
+        return " ".join([*told, f"Protocol {escaped(board.protocol_hash)}."])
+    told += [
         f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; gain over the undistilled student and difference to kd are paired by seed.",
         "Bold: rank 1, the best mean and the methods after it whose paired interval to it holds 0.",
     ]
-    if any(row.vs_kd_p is not None for row in board.rows):
+    if any(row.vs_control_p is not None for row in board.rows):
         told.append(r"$^{*}$: better than kd at the 5\,\% level after Holm's correction.")
     return " ".join([*told, f"Protocol {escaped(board.protocol_hash)}."])

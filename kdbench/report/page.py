@@ -17,13 +17,13 @@ from markupsafe import Markup
 
 from kdbench import __version__
 from kdbench.boards.across_pairs import SMALLEST_NUMBER_OF_PAIRS
-from kdbench.boards.formatting import interval, scaled, short
-from kdbench.boards.leaderboard import Row
+from kdbench.boards.formatting import interval, ranks, scaled, short
+from kdbench.boards.leaderboard import Board, Row
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, summaries
 from kdbench.report import charts
 from kdbench.report.content import Page, by_protocol, trade_offs
-from kdbench.report.rendering import board_data, summary_data
+from kdbench.report.rendering import content_data, pareto_text
 from kdbench.tracking import Interface
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -37,9 +37,17 @@ COST_AXES = (
 """Of a `Row`: the field, what its axis is called, and the unit in words."""
 
 
-def render_report(pages: Sequence[Page], interface: Interface, *, title: str, live: str | None = None, home: str | None = None) -> str:
+def render_report(
+    pages: Sequence[Page],
+    interface: Interface,
+    *,
+    title: str,
+    live: str | None = None,
+    home: str | None = None,
+    students: Sequence[Board] = (),
+) -> str:
     """The report of some boards. live: the version that a server serves;
-    the page asks it for newer ones. home: the address of the page above it."""
+    the page asks it for newer ones. home: the address of the page above it. students: boards of students, in a section of their own."""
     return _render(
         "report.html",
         title=title,
@@ -48,18 +56,19 @@ def render_report(pages: Sequence[Page], interface: Interface, *, title: str, li
         interface=interface,
         live=live,
         home=home,
+        students=students,
     )
 
 
-def render_index(pages: Sequence[Page], files: Mapping[str, str], *, title: str) -> str:
-    """A page that leads to others: one line a board. files: by anchor."""
-    return _render("index.html", title=title, pages=pages, files=files)
+def render_index(pages: Sequence[Page], files: Mapping[str, str], *, title: str, students: Sequence[Board] = ()) -> str:
+    """A page that leads to others: one line a board. files: by anchor. students: boards of students, shown below."""
+    return _render("index.html", title=title, pages=pages, files=files, students=students)
 
 
 # --- the templates and what they may call ----------------------------------------------------------------------------
 
 
-def _render(template: str, *, title: str, pages: Sequence[Page], live: str | None = None, **more: Any) -> str:
+def _render(template: str, *, title: str, pages: Sequence[Page], students: Sequence[Board], live: str | None = None, **more: Any) -> str:
     style, script = (Markup((_TEMPLATES / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
     across = summaries(page.board for page in pages)
     return (
@@ -73,12 +82,8 @@ def _render(template: str, *, title: str, pages: Sequence[Page], live: str | Non
             style=style,
             script=script,
             policy=_policy(style, script, live is not None),
-            data=_embedded(
-                {
-                    "boards": [board_data(page.board) for page in pages],
-                    "across_pairs": [summary_data(summary) for summary in across],
-                }
-            ),
+            students=students,
+            data=_embedded(content_data([*(page.board for page in pages), *students], across)),
             version=__version__,
             newest=max((page.newest for page in pages), default=None),
             live=live,
@@ -105,6 +110,8 @@ def _environment() -> Environment:
         "trade_offs": trade_offs,
         "differ": _differ,
         "published_cells": published_cells,
+        "ranks": ranks,
+        "pareto_text": pareto_text,
     }
     return made
 

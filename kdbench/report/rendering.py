@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kdbench.boards.formatting import UNKNOWN, finite, interval, scaled, short
-from kdbench.boards.leaderboard import UNDISTILLED, Board, Row
+from kdbench.boards.formatting import UNKNOWN, finite, interval, ranks, scaled, short
+from kdbench.boards.leaderboard import UNDISTILLED, Board, Row, RowsBy
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, SummaryRow
 from kdbench.catalogue import nearest
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "markdown", "latex", "csv", "json")
 _COST_TITLES = {"latency_ms_p50": "ms", "params_count": "params", "device_hours": "device-h"}
-_WORDS = ("method", "tuned", "Pareto")  # columns of text, on the left
-NUMBERS = ("gain", "gain_low", "gain_high", "gap_recovered", "vs_kd", "vs_kd_low", "vs_kd_high", "vs_kd_p")
+_WORDS = ("method", "student", "tuned", "Pareto")  # columns of text, on the left
+_WELCOME = ("finding: beats", "finding: better", "finding: may be the best")
+_ENDS = ("", "_low", "_high", "_p")
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ def render(
     if format == "csv":
         return _csv(boards)
     if format == "json":
-        content = {"boards": [board_data(board) for board in boards], "across_pairs": [summary_data(summary) for summary in across]}
-        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+        return json.dumps(content_data(boards, across), indent=2, allow_nan=False) + "\n"
     check_format(format)
     raise AssertionError(f"{format} is in FORMATS and not rendered")
 
@@ -74,30 +74,44 @@ def check_format(format: str) -> None:
         raise UserError(f"unknown format {format!r}{nearest(format, FORMATS)}")
 
 
-def nothing_to_rank(location: str, records: Sequence[RunRecord]) -> str:
+def nothing_to_rank(location: str, records: Sequence[RunRecord], rows_by: RowsBy = "method") -> str:
     """What to tell a person whose results folder gives no board."""
     if not records:
         return f"no results in {location}: start with `kdbench run experiments/quickstart.yaml`, or name another folder with --results DIR"
     counts = Counter(record.role for record in records)
+    if rows_by == "student" and counts["final"]:
+        return (
+            f"no method in {location} has final runs of two students under one protocol: list several under `students:` in one experiment"
+        )
     held = ", ".join(f"{count} {role}" for role, count in sorted(counts.items()))
     return f"no final run to rank in {location} (it holds {held}): `kdbench run EXPERIMENT.yaml` continues where it stopped"
 
 
+def content_data(boards: Sequence[Board], across: Sequence[Summary]) -> dict[str, Any]:
+    """All that JSON holds. Boards of students are never among boards of methods: their rows have other keys."""
+    return {
+        "boards": [board_data(board) for board in boards if board.rows_by == "method"],
+        "across_pairs": [summary_data(summary) for summary in across],
+        "students": [board_data(board) for board in boards if board.rows_by == "student"],
+    }
+
+
 def board_data(board: Board) -> dict[str, Any]:
-    """One board as plain data for JSON: null where a number is unknown, never nan."""
+    """One board as plain data for JSON: null where a number is unknown, never nan. Of students, `method` stands for the student."""
+    of_methods = board.rows_by == "method"
     return {
         "protocol_hash": board.protocol_hash,
         "family": board.family,
         "task": board.task,
         "data": board.data,
         "teacher": {"name": board.teacher, "metric": finite(board.teacher_metric), "sha": board.teacher_sha},
-        "student": board.student,
+        **({"student": board.student} if of_methods else {"method": board.method, "method_name": board.rows[0].method}),
         "primary": board.primary,
         "higher_is_better": board.higher_is_better,
-        "undistilled": board.undistilled,
+        **({"undistilled": board.undistilled} if of_methods else {}),
         "control": board.control,
         "detectable": finite(board.detectable),
-        "rows": [row_data(row) for row in board.rows],
+        "rows": [row_data(row) if of_methods else student_row_data(row) for row in board.rows],
         "findings": list(board.findings),
         "notes": list(board.notes),
     }
@@ -109,7 +123,25 @@ def row_data(row: Row) -> dict[str, Any]:
         "rank": row.rank,
         "method": row.label,
         "method_name": row.method,
-        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", *NUMBERS)},
+        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", "gain", "gain_low", "gain_high", "gap_recovered")},
+        **{f"vs_kd{end}": finite(getattr(row, f"vs_control{end}")) for end in _ENDS},
+        **_runs_and_costs(row),
+    }
+
+
+def student_row_data(row: Row) -> dict[str, Any]:
+    """One row of a board of students as plain data."""
+    return {
+        "rank": row.rank,
+        "rank_high": row.rank_high,
+        "student": row.label,
+        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", *(f"vs_control{end}" for end in _ENDS))},
+        **_runs_and_costs(row),
+    }
+
+
+def _runs_and_costs(row: Row) -> dict[str, Any]:
+    return {
         "values": {str(seed): finite(value) for seed, value in row.values.items()},
         "seeds": row.seeds,
         "failed": row.failed,
@@ -154,8 +186,8 @@ def _columns(board: Board) -> list[Column]:
     decimals = board.decimals
     seeds = max(row.seeds for row in board.rows)
     shown = [
-        Column("rank", lambda r: UNKNOWN if r.rank is None else str(r.rank), style=lambda r: "bold" if r.rank == 1 else ""),
-        Column("method", lambda r: r.label, style=lambda r: "bold" if r.rank == 1 else "dim" if r.rank is None else ""),
+        Column("rank", lambda r: ranks(r.rank, r.rank_high), style=lambda r: "bold" if r.rank == 1 else ""),
+        Column(board.rows_by, lambda r: r.label, style=lambda r: "bold" if r.rank == 1 else "dim" if r.rank is None else ""),
         Column(f"{board.primary} [95%]", lambda r: interval(r.mean, r.low, r.high, f".{decimals}f")),
         Column(
             "gain [95%]",
@@ -164,8 +196,8 @@ def _columns(board: Board) -> list[Column]:
             lambda r: _verdict(r.gain_low, r.gain_high),
         ),
         Column(
-            "vs kd [95%]",
-            lambda r: interval(r.vs_kd, r.vs_kd_low, r.vs_kd_high, f"+.{decimals}f"),
+            f"vs {'kd' if board.rows_by == 'method' else board.control} [95%]",
+            lambda r: interval(r.vs_control, r.vs_control_low, r.vs_control_high, f"+.{decimals}f"),
             3,
             lambda r: {1: "green", -1: "red", 0: ""}[r.verdict],
         ),
@@ -176,9 +208,15 @@ def _columns(board: Board) -> list[Column]:
         Column("params", lambda r: scaled(r.params_count), 8),
         Column("FLOPs", lambda r: scaled(r.flops), 9),
         Column("tuned", _tuned, 10),
-        Column("Pareto", lambda r: ", ".join(_COST_TITLES[cost] for cost in r.pareto) or UNKNOWN, 11),
+        Column("Pareto", pareto_text, 11),
     ]
-    return [column for column in shown if column.expendable < 4 or any(column.cell(row) != UNKNOWN for row in board.rows)]
+    always = 4 if board.rows_by == "method" else 1
+    return [column for column in shown if column.expendable < always or any(column.cell(row) != UNKNOWN for row in board.rows)]
+
+
+def pareto_text(row: Row) -> str:
+    """The costs for which the row is on the front, as the columns are called."""
+    return ", ".join(_COST_TITLES[cost] for cost in row.pareto) or UNKNOWN
 
 
 def _summary_columns(summary: Summary) -> list[Column]:
@@ -230,15 +268,14 @@ def _below(board: Board) -> list[str]:
         else f"teacher {board.teacher} {UNKNOWN if board.teacher_metric is None else f'{board.teacher_metric:.{decimals}f}'}"
     )
     direction = "higher" if board.higher_is_better else "lower"
-    protocol = (
-        f"protocol {board.protocol_hash} | {teacher} | student {board.student} | {board.data} | {board.primary}, {direction} is better"
-    )
+    shared = f"student {board.student}" if board.rows_by == "method" else f"method {board.method}"
+    protocol = f"protocol {board.protocol_hash} | {teacher} | {shared} | {board.data} | {board.primary}, {direction} is better"
     return [protocol, *board.notes, *(f"finding: {finding}" for finding in board.findings)]
 
 
 def _warns(line: str) -> bool:
     """Whether a line below the board says that something is not as one would wish it."""
-    return "DIFFER" in line or (line.startswith("finding: ") and not line.startswith("finding: beats"))
+    return "DIFFER" in line or (line.startswith("finding: ") and not line.startswith(_WELCOME))
 
 
 def _published_lines(board: Board) -> list[str]:
@@ -261,7 +298,7 @@ def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published
     with console.capture() as captured:
         for board in boards:
             console.print(f"[bold]{escape(board.title)}[/bold]", highlight=False)
-            console.print(_fitting_table(_columns(board), board.rows, console))
+            console.print(_fitting_table(_columns(board), board.rows, console, dim=_undistilled(board)))
             for line in _below(board):
                 console.print(escape(line), style="yellow" if _warns(line) else "dim", highlight=False)
             if with_published and board.published:
@@ -278,9 +315,14 @@ def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published
     return captured.get()
 
 
-def _fitting_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], console: Console) -> Table:
-    """The table with as many columns as the terminal has room for."""
-    while (table := _table(columns, rows)).__rich_measure__(console, console.options.update(max_width=10_000)).maximum > console.width:
+def _undistilled(board: Board) -> str | None:
+    """The method whose rows stand back among others."""
+    return UNDISTILLED if board.rows_by == "method" else None
+
+
+def _fitting_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], console: Console, dim: str | None = UNDISTILLED) -> Table:
+    """The table with as many columns as the terminal has room for. dim: the method whose rows stand back."""
+    while (table := _table(columns, rows, dim)).__rich_measure__(console, console.options.update(max_width=10_000)).maximum > console.width:
         expendable = max(column.expendable for column in columns)
         if expendable == 0:
             break
@@ -288,7 +330,7 @@ def _fitting_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], 
     return table
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> Table:
+def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], dim: str | None) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -298,7 +340,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> Table
         table.add_column(column.title, justify="left" if column.title in _WORDS else "right", overflow="fold")
     for row in rows:
         cells = (Text(column.cell(row), style=column.style(row)) for column in columns)
-        table.add_row(*cells, style="dim" if row.method == UNDISTILLED else "")
+        table.add_row(*cells, style="dim" if row.method == dim else "")
     return table
 
 
@@ -326,7 +368,8 @@ def _csv(boards: Sequence[Board]) -> str:
     writer = None
     for board in boards:
         facts = board_data(board)
-        own = {name: facts[name] for name in ("protocol_hash", "task", "data", "student", "primary", "higher_is_better", "family")}
+        shared = ("student",) if board.rows_by == "method" else ("method", "method_name", "control")
+        own = {name: facts[name] for name in ("protocol_hash", "task", "data", *shared, "primary", "higher_is_better", "family")}
         own |= {f"teacher_{name}" if name != "name" else "teacher": value for name, value in facts["teacher"].items()}
         for row in facts["rows"]:
             as_text = {name: json.dumps(row[name]) for name in ("params", "values")}

@@ -20,7 +20,7 @@ from kdbench.methods.base import Method, Progress
 from kdbench.methods.build import build_method, fitted, method_class
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import probe, tap_shapes
-from kdbench.models.weights import state_sha256
+from kdbench.models.weights import tensors_sha256
 from kdbench.tasks.base import Role, Splits, Task, role_of
 from kdbench.tasks.build import build_task
 from kdbench.training.cache.outputs import TeacherCache
@@ -30,7 +30,7 @@ from kdbench.training.precision import compiled_call, to_device
 from kdbench.training.randomness import begin_streams, restore_streams, stage_streams, streams
 from kdbench.training.session import Session
 from kdbench.training.stages import epochs_of, recipe_of
-from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher
+from kdbench.training.teacher import LiveTeacher, Teacher, load_teacher, open_teacher, tensors_for
 
 
 @dataclass
@@ -195,7 +195,8 @@ def assemble(unit: Unit, session: Session) -> Training:
 
     def fresh() -> nn.Module:
         model = task.build_model(unit.student)
-        if unit.student_init is not None and state_sha256(model) != unit.student_init:
+        taken = _from_teacher(model, unit, task) if unit.student.weights == "teacher" else None
+        if unit.student_init is not None and tensors_sha256(taken or model.state_dict()) != unit.student_init:
             weights = unit.student.weights
             raise UserError(f"the weights that {unit.student.label} begins with, {weights}, are others here than where the run began")
         return to_device(model, recipe.precision, recipe.memory_format, session.device)
@@ -208,11 +209,13 @@ def assemble(unit: Unit, session: Session) -> Training:
     teacher = _teacher_of(unit, method, task, session)
     network = _network_of(teacher, unit, task, session) if method.needs_teacher_network else None
     samples = splits.learned_by(role)
+    # Else nobody asks for shapes, and probing both networks takes forward passes.
+    looked_at = method.student_taps or type(method).build is not Method.build
     adapted = fit_method(
         method,
         student,
-        probe(student, task.example(role), method.student_taps),
-        _shapes_of(teacher, network, method, task),
+        probe(student, task.example(role), method.student_taps) if looked_at else None,
+        _shapes_of(teacher, network, method, task) if looked_at else None,
         task,
         samples,
         network,
@@ -236,7 +239,7 @@ def assemble(unit: Unit, session: Session) -> Training:
 def fit_method(
     method: Method,
     student: nn.Module,
-    ours: Shapes,
+    ours: Shapes | None,
     theirs: Shapes | None,
     task: Task,
     samples: Part,
@@ -247,7 +250,7 @@ def fit_method(
     Args:
         method: its taps are chosen.
         student: the network; it may be changed.
-        ours: what the student gives at these taps, and as its prediction.
+        ours: what the student gives at these taps, and as its prediction; None for a method that looks at nothing and builds nothing.
         theirs: what the teacher gives; None where there is none.
         task: what both are trained for.
         samples: what the student learns from.
@@ -256,7 +259,8 @@ def fit_method(
     Returns:
         The student as it is trained.
     """
-    method.build(ours, theirs if method.needs_teacher or method.needs_teacher_network else None, task.info)
+    if ours is not None:
+        method.build(ours, theirs if method.needs_teacher or method.needs_teacher_network else None, task.info)
     if method.needs_teacher_network and teacher is not None:
         method.use_teacher(teacher, task.example("teacher"))
     method.use_samples(samples)
@@ -335,6 +339,15 @@ def check_content(unit: Unit, task: Task, splits: Splits) -> None:
             f"the training data of {task.data_name} have other content here than where the run began ({learned[:12]}..., "
             f"expected {unit.data_hash[:12]}...): give all machines the same files, and change none while a run is under way"
         )
+
+
+def _from_teacher(student: nn.Module, unit: Unit, task: Task) -> dict[str, Tensor]:
+    """Fill the student with the teacher's tensors, whatever the method, also one that has no teacher. Returns what was filled in."""
+    if unit.teacher is None:
+        raise UserError(f"student {unit.student.label}: weights: teacher needs a teacher, and this training has none")
+    taken = tensors_for(student, unit.student.label, unit.teacher, task)
+    student.load_state_dict(taken, strict=False)
+    return taken
 
 
 def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session, generator: torch.Generator) -> Method:

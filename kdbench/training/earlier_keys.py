@@ -223,7 +223,9 @@ class Asked:
         begun = record.created_at.timestamp() - (record.train_seconds or 0.0)
         if self.data.changed > begun:
             yield "the images were written or copied after it was trained, so nobody can tell whether they are the same"
-        if student.weights is not None and _written(student.weights) > begun:
+        if student.weights == "teacher":
+            yield "kdbench of then had no `weights: teacher`"
+        elif student.weights is not None and _written(student.weights) > begun:
             yield f"{student.weights} was written after it was trained, so nobody can tell whether it is the same"
         kept = _config(record)
         if kept is None:

@@ -59,10 +59,10 @@ def profile_steps(run: Training, steps: int, trace: Path) -> StepProfile:
 
 
 def _endless(run: Training) -> Iterator[Batch]:
-    epoch = 0
+    """The training's epochs over and over: the teacher's cache has no views of later ones."""
     while True:
-        yield from run.loader.batches(epoch)
-        epoch += 1
+        for epoch in range(run.unit.recipe.epochs):
+            yield from run.loader.batches(epoch)
 
 
 class _Clock:

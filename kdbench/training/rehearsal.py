@@ -28,7 +28,6 @@ from kdbench.methods.base import Method
 from kdbench.methods.build import MethodSpec, fitted
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs, Shapes
-from kdbench.models.taps import tap_shapes
 from kdbench.models.trace import Example, generators_kept, trace
 from kdbench.models.weights import matched, portable
 from kdbench.tasks.base import Role, Task
@@ -51,21 +50,23 @@ class Rehearsal:
         self.experiment, self.task, self.device = experiment, task, device
         self.recipes = tuple(recipes)
 
-    def teacher(self, model: nn.Module) -> None:
-        """Rehearse the teacher's training."""
+    def teacher(self, model: nn.Module, shapes: Shapes) -> None:
+        """Rehearse the teacher's training. shapes: of all of its places (`models.taps.tap_shapes`)."""
         spec = self.experiment.teacher
         assert spec is not None
         recipe, samples = self.experiment.teacher_recipe(), self.task.splits().learned_by("teacher")
-        _Scene(self, f"teacher {spec.model.label!r}", spec.model, model, (recipe,), samples, role="teacher").network()
+        _Scene(self, f"teacher {spec.model.label!r}", spec.model, model, shapes, (recipe,), samples, role="teacher").network()
 
-    def student(self, spec: ModelSpec, model: nn.Module, teacher: Shapes | None, network: nn.Module | None) -> tuple[str, ...]:
+    def student(
+        self, spec: ModelSpec, model: nn.Module, shapes: Shapes, teacher: Shapes | None, network: nn.Module | None
+    ) -> tuple[str, ...]:
         """Rehearse a student alone, then with every method. Returns the labels of the methods that were left out.
 
-        teacher: its places; what it gives there is made up. network: the teacher itself, for methods that work with it; without it these
-        are left out.
+        shapes: of all of its places (`models.taps.tap_shapes`). teacher: the teacher's; what it gives there is made up. network: the
+        teacher itself, for methods that work with it; without it these are left out.
         """
         samples = self.task.splits().transfer
-        scene = _Scene(self, f"student {spec.label!r}", spec, model, self.recipes, samples, teacher, network)
+        scene = _Scene(self, f"student {spec.label!r}", spec, model, shapes, self.recipes, samples, teacher, network)
         scene.network()
         return tuple(method.label for method in self.experiment.methods if not scene.method(method))
 
@@ -79,6 +80,7 @@ class _Scene:
         name: str,
         spec: ModelSpec,
         model: nn.Module,
+        ours: Shapes,
         recipes: tuple[Recipe, ...],
         samples: Part,
         teacher: Shapes | None = None,
@@ -93,7 +95,7 @@ class _Scene:
         self._frozen: nn.Module | None = None
         val = self.task.splits().val
         self.few = val.select(torch.arange(min(2, len(val))))
-        self.ours = tap_shapes(model, self.task.example(self.role))
+        self.ours = ours
 
     # --- what is rehearsed -------------------------------------------------------------------------------------------
 
@@ -113,27 +115,32 @@ class _Scene:
         for recipe in self.recipes:
             check_uncut(spec.name, method, self.task, recipe)
         size = min(recipe.batch_size for recipe in self.recipes) if method.batch_coupled or self.task.batch_coupled else self.smallest
-        self._at_smallest(f"method {spec.label!r} with {self.name}", spec, size)
+        if size == self.smallest and (spec.name, spec.pinned) == (_ALONE.name, _ALONE.pinned):
+            return True  # as the network without any method, which was rehearsed
+        self._at_smallest(f"method {spec.label!r} with {self.name}", spec, size, method)
         return True
 
     @property
     def smallest(self) -> int:
         return smallest_micro_batch(self.recipes, self.workers, len(self.samples))
 
-    def _at_smallest(self, who: str, spec: MethodSpec, smallest: int) -> None:
-        """Rehearse with `smallest` images, or with fewer where these do. Raises UserError where neither works."""
+    def _at_smallest(self, who: str, spec: MethodSpec, smallest: int, method: Method | None = None) -> None:
+        """Rehearse with `smallest` images, or with fewer where these do. Raises UserError where neither works.
+
+        method: that of the spec, its taps chosen, where there is one that was not built yet: the first rehearsal takes it.
+        """
         size = min(smallest, MOST_IMAGES)
-        failure = self._failure(spec, size)
+        failure = self._failure(spec, size, method)
         if failure is not None and size < smallest:
             size, failure = smallest, self._failure(spec, smallest)
         if failure is not None:
             raise UserError(f"{who}: {failure}{self._way_out(spec, size)}")
 
-    def _failure(self, spec: MethodSpec, images: int) -> str | None:
+    def _failure(self, spec: MethodSpec, images: int, method: Method | None = None) -> str | None:
         """Why a rehearsal with so many images fails; None where it works."""
         try:
             with generators_kept(self.device):
-                self._rehearse(spec, images)
+                self._rehearse(spec, images, method)
         except UserError as error:
             return str(error)
         return None
@@ -153,9 +160,9 @@ class _Scene:
 
     # --- one rehearsal -----------------------------------------------------------------------------------------------
 
-    def _rehearse(self, spec: MethodSpec, images: int) -> None:
+    def _rehearse(self, spec: MethodSpec, images: int, method: Method | None) -> None:
         with _doing("its copy"):
-            run = self.training(spec, images)
+            run = self.training(spec, images, method)
         batch = self._batch(run.unit.recipe, images)
         with _doing("predicting two images"):
             before = predict(run.evaluated, self.few, run.session, run.unit.recipe.precision, self.task, self.role)
@@ -226,7 +233,7 @@ class _Scene:
 
     # --- what a training consists of ---------------------------------------------------------------------------------
 
-    def training(self, spec: MethodSpec, images: int) -> Training:
+    def training(self, spec: MethodSpec, images: int, method: Method | None) -> Training:
         """The training of a copy of the network with a method, at its very beginning, `images` images a step, on made teacher outputs."""
         asked = self.recipes[0]
         recipe = unmeasured(asked).model_copy(
@@ -236,7 +243,7 @@ class _Scene:
             }
         )
         torch.manual_seed(0)
-        method = self._chosen(spec)
+        method = method or self._chosen(spec)
         network = self._frozen_network(recipe) if method.needs_teacher_network else None
         student = fit_method(method, self._placed(self.model, recipe), self.ours, self.teacher, self.task, self.samples, network)
         peers = [self._placed(self.model, recipe) for _ in range(method.peer_count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.errors import UserError
@@ -13,7 +13,7 @@ from kdbench.experiment import Recipe, TeacherRef
 from kdbench.models.batch_norm import guard_batch_norms
 from kdbench.models.outputs import Outputs
 from kdbench.models.taps import Taps
-from kdbench.models.weights import state_sha256
+from kdbench.models.weights import inherited, state_sha256
 from kdbench.storage.layout import Layout
 from kdbench.storage.working_copy import fetch
 from kdbench.tasks.base import Task
@@ -30,21 +30,38 @@ def teacher_here(ref: TeacherRef, layout: Layout) -> TeacherRef:
     return ref.model_copy(update={"weights": layout.here(ref.weights), "cache": cache})
 
 
+def tensors_for(student: nn.Module, label: str, ref: TeacherRef, task: Task) -> dict[str, Tensor]:
+    """What a student with `weights: teacher` begins with, on the CPU: see `models.weights.inherited`. The student stays as it is.
+
+    Raises UserError where nothing agrees, and as `load_teacher` does.
+    """
+    return inherited(student, _loaded(ref, _own_task(ref, task)).state_dict(), name=label, of=ref.model.label)
+
+
 def load_teacher(ref: TeacherRef, task: Task, device: torch.device) -> nn.Module:
     """The frozen network: weights read strictly, eval mode, no gradients; of another task, as batches of `task` go into it.
 
     Raises UserError where the weights don't fit the data.
     """
-    own = task if ref.task is None else build_task(ref.task)
+    own = _own_task(ref, task)
+    model = _loaded(ref, own)
+    if own is not task:
+        model = as_teacher(model, own, task)
+    guard_batch_norms(model)  # a method's gradients may flow through a part of it
+    return to_device(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
+
+
+def _own_task(ref: TeacherRef, task: Task) -> Task:
+    return task if ref.task is None else build_task(ref.task)
+
+
+def _loaded(ref: TeacherRef, own: Task) -> nn.Module:
     # Its initial weights are drawn only to be overwritten: a training draws the same numbers whether it loads the teacher or not.
     with torch.random.fork_rng(devices=[]):
         model = own.build_model(ref.model.model_copy(update={"weights": fetch(ref.weights, sha256=ref.sha)}))
     if ref.state is not None and state_sha256(model) != ref.state:
         raise UserError(f"the teacher's weights, {ref.weights}, are others here than where the run began: give all machines the same file")
-    if own is not task:
-        model = as_teacher(model, own, task)
-    guard_batch_norms(model)  # a method's gradients may flow through a part of it
-    return to_device(model, ref.precision, ref.memory_format, device).eval().requires_grad_(False)
+    return model
 
 
 class LiveTeacher:

@@ -46,7 +46,7 @@ def test_a_row_holds_the_means_and_paired_intervals_of_its_seeds(finals) -> None
     assert (nkd_row.gain_low, nkd_row.gain_high) == pytest.approx((gain.low, gain.high))
     assert nkd_row.gain == pytest.approx((gain.low + gain.high) / 2)
     against = oracle.ttest_rel(nkd, kd).confidence_interval()
-    assert (nkd_row.vs_kd_low, nkd_row.vs_kd_high) == pytest.approx((against.low, against.high))
+    assert (nkd_row.vs_control_low, nkd_row.vs_control_high) == pytest.approx((against.low, against.high))
     assert nkd_row.gap_recovered == pytest.approx((nkd_row.mean - row(board, "none").mean) / (94.0 - row(board, "none").mean))
     assert nkd_row.seeds == 3
     assert board.teacher_metric == 94.0
@@ -55,8 +55,8 @@ def test_a_row_holds_the_means_and_paired_intervals_of_its_seeds(finals) -> None
 def test_a_control_is_not_compared_with_itself(finals) -> None:
     board = only(boards([*finals("none", [90.0, 90.2]), *finals("kd", [91.0, 91.2])]))
 
-    assert (row(board, "kd").vs_kd, row(board, "none").gain, row(board, "none").gap_recovered) == (None, None, None)
-    assert row(board, "none").vs_kd == pytest.approx(-1.0)
+    assert (row(board, "kd").vs_control, row(board, "none").gain, row(board, "none").gap_recovered) == (None, None, None)
+    assert row(board, "none").vs_control == pytest.approx(-1.0)
 
 
 def test_methods_that_nothing_tells_apart_share_a_rank(finals) -> None:
@@ -187,16 +187,16 @@ def test_the_only_method_kd_is_the_control_under_any_label(finals) -> None:
         boards([*finals("hinton", [91.0, 91.2], method="kd"), *finals("plain", [90.0, 90.1], method="none"), *finals("nkd", [92.0, 92.3])])
     )
 
-    assert row(board, "hinton").vs_kd is None
-    assert row(board, "nkd").vs_kd == pytest.approx(1.05)
+    assert row(board, "hinton").vs_control is None
+    assert row(board, "nkd").vs_control == pytest.approx(1.05)
     assert row(board, "nkd").gain == pytest.approx(2.1)
 
 
 def test_the_label_kd_is_the_control_among_several(finals) -> None:
     board = only(boards([*finals("kd", [91.0]), *finals("kd_hot", [93.0], method="kd")]))
 
-    assert row(board, "kd_hot").vs_kd == 2.0
-    assert row(board, "kd").vs_kd is None
+    assert row(board, "kd_hot").vs_control == 2.0
+    assert row(board, "kd").vs_control is None
 
 
 def test_lower_is_better_turns_signs_and_order(finals) -> None:
@@ -206,7 +206,7 @@ def test_lower_is_better_turns_signs_and_order(finals) -> None:
     assert [r.label for r in board.rows] == ["kd", "nkd", "none"]
     kd, nkd = row(board, "kd"), row(board, "nkd")
     assert (kd.gain, kd.gain_low, kd.gain_high) == pytest.approx((1.0, 1.0, 1.0))
-    assert nkd.vs_kd == pytest.approx(-0.5)
+    assert nkd.vs_control == pytest.approx(-0.5)
     assert kd.gap_recovered == pytest.approx(1.0 / 2.1)
 
 
@@ -276,7 +276,7 @@ def test_a_method_whose_seeds_all_failed_has_no_figures_and_no_rank(finals, make
     board = only(boards([*finals("none", [90.0, 90.1, 90.2]), *finals("kd", [90.0, 90.5, 89.9]), *lost]))
 
     w = row(board, "w")
-    assert (w.rank, w.mean, w.gain, w.vs_kd, w.vs_kd_p, w.seeds, w.failed) == (None, None, None, None, None, 0, 3)
+    assert (w.rank, w.mean, w.gain, w.vs_control, w.vs_control_p, w.seeds, w.failed) == (None, None, None, None, None, 0, 3)
     assert board.rows[-1] is w
     assert "not ranked, every seed failed: w (3)" in board.notes
     assert not any("failed seeds count" in note or "fewer than" in note for note in board.notes)
@@ -288,7 +288,7 @@ def test_a_control_whose_seeds_all_failed_is_compared_with_nothing(finals, make_
     no_kd = only(boards([*finals("none", [90.0, 90.1, 90.21]), *nkd, *(make_record(method="kd", seed=s, **lost) for s in range(3))]))
     no_none = only(boards([*finals("kd", [90.0, 90.1, 90.21]), *nkd, *(make_record(method="none", seed=s, **lost) for s in range(3))]))
 
-    assert (row(no_kd, "nkd").vs_kd, row(no_kd, "nkd").gain) == (None, pytest.approx(2.0, abs=0.01))
+    assert (row(no_kd, "nkd").vs_control, row(no_kd, "nkd").gain) == (None, pytest.approx(2.0, abs=0.01))
     assert no_kd.findings == ("no seed of kd finished: whether a method beats it is not known",)
     assert row(no_none, "nkd").gain is None
     assert no_none.findings[0] == "no seed of the undistilled student (none) finished: gains can't be given"
@@ -298,7 +298,7 @@ def test_missing_controls_are_findings(finals) -> None:
     board = only(boards(finals("nkd", [92.0, 92.5])))
 
     assert [("undistilled" in f, "no kd" in f) for f in board.findings] == [(True, False), (False, True)]
-    assert (board.rows[0].gain, board.rows[0].vs_kd, board.rows[0].gap_recovered) == (None, None, None)
+    assert (board.rows[0].gain, board.rows[0].vs_control, board.rows[0].gap_recovered) == (None, None, None)
 
 
 def test_unequal_search_budgets_are_shouted(finals) -> None:
@@ -343,13 +343,13 @@ def test_verdicts_against_kd_are_corrected_for_the_number_of_methods(crowded) ->
     board = only(boards(records))
 
     plain = {label: oracle.ttest_1samp(by, 0.0).pvalue for label, by in differences.items()}
-    p_values = {r.label: r.vs_kd_p for r in board.rows}
+    p_values = {r.label: r.vs_control_p for r in board.rows}
     assert p_values["b"] == pytest.approx(3 * plain["b"])  # the third smallest of five
     assert min(plain["a"], plain["e"]) * 5 == pytest.approx(min(p_values["a"], p_values["e"]), rel=1e-6)
     assert (p_values["kd"], p_values["none"]) == (None, None)
     assert {r.label: r.verdict for r in board.rows} == {"a": 1, "b": 0, "c": 0, "d": 0, "e": -1, "none": -1, "kd": 0}
     assert board.findings == ("worse than kd (not tuned): e", "beats kd (not tuned): a")
-    assert row(board, "b").vs_kd_low > 0
+    assert row(board, "b").vs_control_low > 0
     assert any(note == "the interval to kd leaves out 0, but not after Holm's correction for 5 methods: b" for note in board.notes)
 
 
@@ -368,7 +368,7 @@ def test_without_kd_or_with_one_seed_no_effect_is_called_detectable(finals) -> N
     no_kd = only(boards(finals("nkd", [92.0, 92.5])))
 
     assert (one_seed.detectable, no_kd.detectable) == (None, None)
-    assert (row(one_seed, "nkd").vs_kd_p, row(one_seed, "nkd").verdict) == (None, 0)
+    assert (row(one_seed, "nkd").vs_control_p, row(one_seed, "nkd").verdict) == (None, 0)
 
 
 def test_a_board_names_the_rows_that_gains_and_differences_are_over(finals) -> None:

@@ -72,7 +72,7 @@ def test_json_keeps_its_contract_and_full_precision(found) -> None:
 
 
 def test_no_board_is_an_empty_list_in_json() -> None:
-    assert json.loads(render([], "json")) == {"boards": [], "across_pairs": []}
+    assert json.loads(render([], "json")) == {"boards": [], "across_pairs": [], "students": []}
 
 
 def test_csv_reads_back_row_by_row(found) -> None:

@@ -43,11 +43,11 @@ def test_networks_and_generators_stay_exactly_as_they_were() -> None:
     before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in (student, teacher)]
     assert isinstance(student, Draws)
     steps, flags, drawn = student.steps, [m.training for m in student.modules()], generators()
-    theirs = tap_shapes(teacher, task.info.example)
+    ours, theirs = tap_shapes(student, task.info.example), tap_shapes(teacher, task.info.example)
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
-    rehearsal.teacher(teacher)
+    rehearsal.teacher(teacher, theirs)
     student.steps = steps
-    assert rehearsal.student(experiment.students[0], student, theirs, teacher) == ()
+    assert rehearsal.student(experiment.students[0], student, ours, theirs, teacher) == ()
     assert generators() == drawn
     assert [m.training for m in student.modules()] == flags
     assert not any(m.training for m in teacher.modules())
@@ -83,8 +83,8 @@ def test_every_method_is_rehearsed_and_one_that_needs_the_teachers_network_is_le
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
     theirs = tap_shapes(student, task.info.example)
     assert "srrl" in METHODS
-    assert rehearsal.student(experiment.students[0], student, theirs, None) == ("srrl",)
-    assert rehearsal.student(experiment.students[0], student, theirs, student) == ()
+    assert rehearsal.student(experiment.students[0], student, theirs, theirs, None) == ("srrl",)
+    assert rehearsal.student(experiment.students[0], student, theirs, theirs, student) == ()
 
 
 @pytest.mark.parametrize("padding", [0, "valid"])
@@ -120,7 +120,8 @@ def test_a_fault_of_a_later_stage_is_found_too(fault: str, said: str) -> None:
     theirs = tap_shapes(task.build_model(experiment.teacher.model), task.info.example)
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
     with pytest.raises(UserError, match=rf"^method 'broken' with student .*{said}"):
-        rehearsal.student(experiment.students[0], task.build_model(experiment.students[0]), theirs, None)
+        network = task.build_model(experiment.students[0])
+        rehearsal.student(experiment.students[0], network, tap_shapes(network, task.info.example), theirs, None)
 
 
 def test_a_method_with_stages_is_rehearsed_in_each_and_leaves_no_trace() -> None:
@@ -130,9 +131,8 @@ def test_a_method_with_stages_is_rehearsed_in_each_and_leaves_no_trace() -> None
     assert experiment.teacher is not None
     network, teacher = task.build_model(experiment.students[0]), task.build_model(experiment.teacher.model)
     before, drawn = {name: tensor.clone() for name, tensor in network.state_dict().items()}, generators()
-    Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu")).student(
-        experiment.students[0], network, tap_shapes(teacher, task.info.example), teacher
-    )
+    ours, theirs = (tap_shapes(one, task.info.example) for one in (network, teacher))
+    Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu")).student(experiment.students[0], network, ours, theirs, teacher)
     assert generators() == drawn
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(parameter.requires_grad for parameter in network.parameters())
