@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdbench.data.columns import Columns
+from kdbench.data.columns import Columns, alone, tensors
 from kdbench.errors import UserError
 from kdbench.models.outputs import Shapes
 
@@ -43,7 +43,10 @@ def mean_over(values: Tensor, valid: Tensor | None) -> Tensor:
 
 def labelled_pixels(target: Columns | None) -> Tensor | None:
     """Boolean [B, H, W], true where a dense int64 target has a class; None without labels or for those of whole images, which all count."""
-    return target != IGNORED_PIXEL if isinstance(target, Tensor) and target.dim() == 3 else None
+    if target is None or not alone(target):
+        return None
+    (labels,) = tensors(target)
+    return labels != IGNORED_PIXEL if labels.dim() == 3 else None
 
 
 def require_same_classes(method: str, student: Shapes, teacher: Shapes | None) -> None:
