@@ -82,7 +82,7 @@ def test_a_run_of_none_and_kd_builds_each_network_and_method_as_often_as_it_must
     assert kd["Undistilled"] == none["Undistilled"]
 
 
-@pytest.mark.parametrize(("method", "probed"), [("none", 0), ("logits", 0), ("sp", 2)])
+@pytest.mark.parametrize(("method", "probed"), [("none", 0), ("tf_nkd", 0), ("kd", 2), ("sp", 2)])
 def test_networks_are_probed_for_a_method_that_looks_at_them_alone(
     method: str, probed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
