@@ -32,7 +32,10 @@ def start(experiment: Path, results: Path | str, environment: dict[str, str] | N
 def finish(experiment: Path, results: Path | str, environment: dict[str, str] | None = None, *options: str) -> str:
     """What the command said, which must succeed."""
     process = start(experiment, results, environment, *options)
-    output = process.communicate(timeout=240)[0].decode()
+    try:
+        output = process.communicate(timeout=400)[0].decode()
+    finally:
+        process.kill()  # so that one that hangs ends with its test
     assert process.returncode == 0, output
     return output
 

@@ -88,7 +88,7 @@ def experiment_file(task: str, folder: Path) -> Path:
             "also": {"recipe.lr": {"low": 0.005, "high": 0.05, "log": True}},
         },
         "seeds": 2,
-        "runtime": {"checkpoint_seconds": 0},
+        "runtime": {"checkpoint_seconds": 0.05},
     }
     file = folder / f"{task}.yaml"
     file.write_text(yaml.safe_dump(asked, sort_keys=False))

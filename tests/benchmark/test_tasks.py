@@ -43,7 +43,7 @@ from tests.object_storage import KEY, SECRET, ObjectStorage
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class Said(NamedTuple):
