@@ -260,12 +260,15 @@ def test_a_registered_network_serves_what_the_network_gives(kdbench: Kdbench, un
         assert "MLflow traces networks of one input, this one has image, tokens; use --format onnx" in registered.err
         return
     assert registered.code == 0, registered.err
-    mlflow.set_tracking_uri(registered.out.partition(", at ")[2].split("\n")[0])
     student = load_experiment(undisturbed.experiment).students[0]
     network = task.build_model(student.model_copy(update={"weights": undisturbed.results / str(record.artifacts_uri)})).eval()
+    mlflow.set_tracking_uri(registered.out.partition(", at ")[2].split("\n")[0])
+    try:
+        loaded = mlflow.pytorch.load_model("models:/network/1")
+    finally:
+        mlflow.set_tracking_uri(None)  # it is MLflow's own for the whole process, and in its environment
     with torch.no_grad():
-        served = named(mlflow.pytorch.load_model("models:/network/1")(inputs), "")
-        expected = named(predicted(network, inputs), "")
+        served, expected = named(loaded(inputs), ""), named(predicted(network, inputs), "")
     for name, tensor in expected.items():
         torch.testing.assert_close(served[name], tensor, rtol=0, atol=TOLERANCE * float(tensor.abs().max()))
 
