@@ -366,7 +366,7 @@ def of_task(task: str) -> dict[str, Any]:
         return {"teacher": TEACHER, "recipe": FP64}
     tiny = EACH_TASK[task]
     teacher = {"model": tiny.teacher, "recipe": {"epochs": 1}}
-    return {"task": tiny.task, "students": [tiny.smooth], "teacher": teacher, "recipe": FP64 | {"batch_size": 9, "lr": 0.01}}
+    return {"task": tiny.task, "students": [tiny.smooth], "teacher": teacher, "recipe": FP64 | {"batch_size": 12, "lr": 0.01}}
 
 
 @pytest.mark.timeout(600)
