@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -46,12 +45,14 @@ def kill_when(experiment: Path, results: Path, moment: Moment) -> str:
 
 def kill_once(process: subprocess.Popen[bytes], it_is_time: Callable[[], bool]) -> str:
     """What the process had said when it was killed."""
-    limit = time.monotonic() + 200
-    while not it_is_time():
-        assert process.poll() is None, process.communicate()[0].decode()
-        assert time.monotonic() < limit, "the moment never came"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    limit = time.monotonic() + 400
+    try:
+        while not it_is_time():
+            assert process.poll() is None, process.communicate()[0].decode()
+            assert time.monotonic() < limit, "the moment never came"
+            time.sleep(0.01)
+    finally:
+        process.kill()
     return process.communicate()[0].decode()
 
 
