@@ -18,6 +18,8 @@ import torch
 from kdbench.distributed.cluster import quiet
 from kdbench.storage.layout import Layout, results_folder
 from tests import private_ray
+from tests.browser import browser as browser
+from tests.browser import chromium as chromium
 from tests.console import Kdbench
 from tests.making_records import make_record as make_record
 from tests.object_storage import ObjectStorage

@@ -1,130 +1,297 @@
-"""Tasks of several tensors from their YAML to files that ship: every command that knows of inputs or predictions takes several."""
+"""Every task from its YAML to files that ship, and through what interrupts a run: killed means paused.
+
+One run of each task that nothing disturbs is what the others are compared with, and what is verified, exported and looked at.
+"""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlflow.pytorch
 import onnxruntime
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
+from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
+from torch import Tensor
 
-from kdbench.data.columns import Columns, named, several
+from kdbench.data.columns import Columns, named
 from kdbench.data.loader import in_order
-from kdbench.experiment import Experiment
+from kdbench.deploy.export import TOLERANCE
+from kdbench.experiment import load_experiment
+from kdbench.models.outputs import predicted
+from kdbench.records.folders import Folders
 from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
+from kdbench.report.files import Report
+from kdbench.storage.journals import fetch_journal
+from kdbench.storage.layout import results_folder
+from kdbench.tasks import TASKS
+from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import unpack_predictions
-from kdbench.yaml12 import load
-from tests.conftest import Kdbench
+from tests.console import Kdbench
+from tests.drivers import board, finish, in_finals, in_search, in_teacher, kill_once, kill_when, records, start, trials
+from tests.each_task import EACH_TASK, experiment_file
+from tests.object_storage import KEY, SECRET, ObjectStorage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
-RECIPE = "{epochs: 2, batch_size: 12, lr: 0.01, precision: fp32, memory_format: contiguous, augment: {crop: 2}, views: 2}"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-class Case(NamedTuple):
-    """An experiment, and what its board, its exported graph and its records say. kept: a stored tensor that follows from the graph."""
+class Said(NamedTuple):
+    """What a task's board and its exported graph say of themselves. kept: a stored tensor that follows from the graph."""
 
-    experiment: str
-    board: str
     primary: str
     inputs: str
     outputs: str
-    kept: str
+    kept: str = ""
 
 
-CASES = {
-    "detection": Case(
-        f"""
-name: boxes
-task: {{name: detection, data: {{name: shapes, target: boxes, size: 32, train: 60, test: 12}}, val_size: 12, transfer_size: 24}}
-teacher: {{model: {{name: tiny_fcos, width: 6}}, recipe: {{epochs: 2}}}}
-students: [{{name: tiny_fcos, width: 4}}]
-methods: [none, kd, {{name: mgd, student_taps: ["level:0"], teacher_taps: ["level:0"]}}]
-recipe: {RECIPE}
-search: {{trials: 2, scheduler: none}}
-seeds: 2
-""",
-        "detection on shapes: tiny_fcos -> tiny_fcos",
-        "ap, higher is better",
-        "input: float32 images 3x32x32, any number of them, in [0, 1]",
-        "output: logits 80x5, boxes 80x4 for each image",
-        "scores",
-    ),
-    "image_text": Case(
-        f"""
-name: captions
-task: {{name: image_text, data: {{name: shapes, target: caption, size: 32, train: 60, test: 12}}, val_size: 12, transfer_size: 24}}
-teacher: {{model: {{name: tiny_towers, width: 12}}, recipe: {{epochs: 2}}}}
-students: [{{name: tiny_towers, width: 8, depth: 1}}]
-methods: [none, kd, {{name: fitnet, student_taps: [image.blocks.0], teacher_taps: [image.blocks.0]}}]
-recipe: {RECIPE}
-search: {{trials: 2, scheduler: none}}
-seeds: 2
-""",
-        "image_text on shapes: tiny_towers -> tiny_towers",
-        "recall_at_1, higher is better",
-        "input: float32 image 3x32x32, any number of them, in [0, 1], which the graph normalises; int64 tokens 13, any number of them",
-        "output: image 32, text 32 for each image",
-        "text",
+IMAGES = "float32 images 3x32x32, any number of them, in [0, 1], which the graph normalises"
+SAID = {
+    "classification": Said("accuracy", IMAGES.replace("32x32", "28x28"), "5"),
+    "segmentation": Said("miou", IMAGES, "6x32x32"),
+    "detection": Said("ap", IMAGES, "logits 80x5, boxes 80x4", "scores"),
+    "image_text": Said(
+        "recall_at_1", IMAGES.replace("images", "image") + "; int64 tokens 13, any number of them", "image 32, text 32", "text"
     ),
 }
+METHODS = 3
+TRIALS = 2 * METHODS
+FINALS = 2 * METHODS
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_task_is_searched_ranked_verified_and_exported(kdbench: Kdbench, name: str) -> None:
-    case = CASES[name]
-    Path("experiment.yaml").write_text(case.experiment)
-    planned = kdbench("run", "experiment.yaml", "--dry-run")
-    assert planned.code == 0, planned.err
-    ended = kdbench("run", "experiment.yaml", "--results", "results")
+class Undisturbed(NamedTuple):
+    name: str
+    experiment: Path
+    results: Path
+
+    @property
+    def finals(self) -> list[RunRecord]:
+        return ResultStore(self.results).scan(role="final")
+
+    @property
+    def looks_inside(self) -> RunRecord:
+        """A final of the method that reads maps."""
+        return next(record for record in self.finals if record.label not in ("none", "kd"))
+
+    def task(self) -> Task:
+        return build_task(load_experiment(self.experiment).task)
+
+
+@pytest.fixture(scope="module", params=EACH_TASK)
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp(request.param)
+    run = Undisturbed(request.param, experiment_file(request.param, folder), folder / "results")
+    finish(run.experiment, run.results)
+    return run
+
+
+def test_no_task_of_the_catalogue_is_left_out() -> None:
+    assert EACH_TASK.keys() == SAID.keys() == set(TASKS)
+
+
+# --- killed means paused ---------------------------------------------------------------------------------------------
+
+
+def test_a_driver_killed_in_every_phase_ends_at_the_undisturbed_board_bit_for_bit(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    kill_when(undisturbed.experiment, tmp_path, in_teacher)
+    kill_when(undisturbed.experiment, tmp_path, in_search)
+    assert {record["role"] for record in records(tmp_path)} == {"teacher"}
+    kill_when(undisturbed.experiment, tmp_path, in_finals)
+    assert sum(record["role"] == "final" for record in records(tmp_path)) < FINALS
+    finish(undisturbed.experiment, tmp_path)
+    assert board(tmp_path) == board(undisturbed.results)
+
+    keys = [record["unit_key"] for record in records(tmp_path)]
+    assert len(keys) == len(set(keys)), "a unit ran twice"
+    assert sorted(keys) == sorted(record["unit_key"] for record in records(undisturbed.results))
+
+    mine, theirs = trials(tmp_path), trials(undisturbed.results)
+    assert len(mine) == TRIALS
+    assert {trial.state for trial in mine} == {TrialState.COMPLETE}
+    assert sorted((t.number, str(t.params), t.value) for t in mine) == sorted((t.number, str(t.params), t.value) for t in theirs)
+    assert not list((tmp_path / "checkpoints").rglob("*.*")), "a checkpoint of finished work is left"
+    assert _runs_in_mlflow(tmp_path) == _runs_in_mlflow(undisturbed.results)
+
+
+def _runs_in_mlflow(results: Path) -> list[tuple[str, str]]:
+    """Name and status of every run that MLflow shows."""
+    client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    return sorted((run.info.run_name, run.info.status) for run in runs)
+
+
+def test_a_driver_killed_on_one_machine_goes_on_from_the_bucket_on_another_and_on_a_cluster_that_shares_no_disk_with_it(
+    undisturbed: Undisturbed, tmp_path: Path, object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, one, other, nodes = object_storage.new_bucket(), tmp_path / "one", tmp_path / "other", tmp_path / "nodes"
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "4")
+
+    def is_in_search() -> bool:
+        return b'"epochs"' in object_storage.journals(bucket)
+
+    said = kill_once(start(undisturbed.experiment, bucket, object_storage.environment(one)), is_in_search)
+    done = [path for path in object_storage.objects(bucket) if path.startswith("v1/")]
+    traces = _everything(one)
+    shutil.rmtree(one)
+    for name, value in object_storage.environment(nodes).items():
+        monkeypatch.setenv(name, value)
+    with _cluster() as address:
+        said += finish(undisturbed.experiment, bucket, object_storage.environment(other), "--set", f"runtime.address={address}")
+
+    assert [path.name for path in nodes.rglob("model.safetensors")] == [], "the cached outputs were enough"
+    assert list(nodes.rglob("logits.npy")), "the processes of the cluster had working copies of their own"
+    assert board(bucket) == board(undisturbed.results)
+    kept = object_storage.objects(bucket)
+    assert not [path for path in kept if path.startswith(".ray-")], "what Tune noted down is left"
+    copy = tmp_path / "downloaded"
+    for path, content in kept.items():
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path).write_bytes(content)
+    keys = [record["unit_key"] for record in records(copy)]
+    assert set(done) <= kept.keys()
+    assert sorted(keys) == sorted(record["unit_key"] for record in records(undisturbed.results)), "a unit ran twice, or is lost"
+    for path in kept:
+        if path.endswith(".journal"):
+            fetch_journal(results_folder(bucket) / path)
+    mine, theirs = trials(results_folder(bucket)), trials(undisturbed.results)
+    assert sorted((t.number, str(t.params), t.value) for t in mine) == sorted((t.number, str(t.params), t.value) for t in theirs)
+    assert not [path for path in kept if path.startswith("checkpoints/")], "a checkpoint of finished work is left"
+    traces += _everything(other) + _everything(nodes) + said.encode() + b"".join(kept.values())
+    assert not [secret for secret in (KEY, SECRET) if secret.encode() in traces]
+
+
+@contextmanager
+def _cluster() -> Iterator[str]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        yield str(cluster.address)
+    finally:
+        cluster.shutdown()
+
+
+def _everything(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and "/data/" not in str(path))
+
+
+def test_a_finished_experiment_trains_nothing_again(kdbench: Kdbench, undisturbed: Undisturbed) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (undisturbed.results / "v1").rglob("*.parquet")}
+    asked = [(trial.number, trial.datetime_complete) for trial in trials(undisturbed.results)]
+    ended = kdbench("run", undisturbed.experiment, "--results", undisturbed.results)
     assert ended.code == 0, ended.err
-    folder = Path("results").absolute()
-    records = ResultStore(folder).scan()
-    finals = [record for record in records if record.role == "final"]
-    assert len(finals) == 6
-    assert [record.agreement for record in finals if record.agreement is None] == []
-    ranked = kdbench("leaderboard", "--results", folder)
-    assert case.board in ranked.out
-    assert case.primary in ranked.out
-    verified = kdbench("verify", "--results", folder)
+    told, _, shown = ended.out.partition(f"{undisturbed.name} on shapes")
+    assert "trial" not in told
+    assert "kd" in shown
+    assert {path: path.stat().st_mtime_ns for path in (undisturbed.results / "v1").rglob("*.parquet")} == before
+    assert [(trial.number, trial.datetime_complete) for trial in trials(undisturbed.results)] == asked
+
+
+# --- what a finished run is good for ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_planned_ranked_and_verified(kdbench: Kdbench, undisturbed: Undisturbed) -> None:
+    planned = kdbench("run", undisturbed.experiment, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert len(undisturbed.finals) == FINALS
+    assert [record for record in undisturbed.finals if record.agreement is None] == []
+    ranked = kdbench("leaderboard", "--results", undisturbed.results)
+    student = EACH_TASK[undisturbed.name].student["name"]
+    assert f"{undisturbed.name} on shapes: {student} -> {student}" in ranked.out
+    assert f"{SAID[undisturbed.name].primary}, higher is better" in ranked.out
+    verified = kdbench("verify", "--results", undisturbed.results)
     assert verified.code == 0, verified.out + verified.err
-    again = kdbench("run", "experiment.yaml", "--results", folder)
-    assert again.code == 0
-    assert len(ResultStore(folder).scan()) == len(records)
-    _exported(kdbench, folder, next(record for record in finals if record.label not in ("none", "kd")), case)
+    count = len(ResultStore(undisturbed.results).scan())
+    assert (
+        f"{count} records: {FINALS + 1} with metrics derived again, {FINALS} compared with their teacher, {count} with keys" in verified.out
+    )
+    assert f"{count} as they were sealed, no problems" in verified.out
 
 
-def _exported(kdbench: Kdbench, folder: Path, record: RunRecord, case: Case) -> None:
-    """The graph takes and gives every tensor by name, for any number of samples; the stored predictions follow from what it gives."""
-    assert kdbench("export", record.run_id, "--results", folder).code == 0
-    written = kdbench("export", record.run_id, "--format", "onnx", "--output", "network.onnx", "--results", folder)
+def test_an_exported_graph_gives_what_the_network_gives_and_the_stored_predictions_follow_from_it(
+    kdbench: Kdbench, undisturbed: Undisturbed
+) -> None:
+    record, said, task = undisturbed.looks_inside, SAID[undisturbed.name], undisturbed.task()
+    assert kdbench("export", record.run_id, "--results", undisturbed.results).code == 0
+    written = kdbench("export", record.run_id, "--format", "onnx", "--output", "network.onnx", "--results", undisturbed.results)
     assert written.code == 0, written.err
-    assert case.inputs in written.out
-    assert case.outputs in written.out
-    task = build_task(Experiment.model_validate(load(case.experiment)).task)
-    inputs: Columns = next(in_order(task.splits().test, 100)).inputs
+    assert f"input: {said.inputs}\n" in written.out
+    assert f"output: {said.outputs} for each image\n" in written.out
+    student = load_experiment(undisturbed.experiment).students[0]
+    network = task.build_model(student.model_copy(update={"weights": undisturbed.results / str(record.artifacts_uri)})).eval()
+    for samples in (12, 1, 5):
+        inputs = next(in_order(task.splits().test, samples)).inputs
+        with torch.no_grad():
+            expected = named(predicted(network, inputs), "prediction")
+        found = _of_graph(inputs)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=TOLERANCE * float(tensor.abs().max()))
+    whole = _of_graph(next(in_order(task.splits().test, 12)).inputs)
+    assert record.predictions_uri is not None
+    stored, _ = unpack_predictions((undisturbed.results / record.predictions_uri).read_bytes())
+    kept = named(task.kept(whole if said.kept else whole["prediction"]), "")[said.kept]
+    # they are stored in half precision, and a sum of float32 in another order may be rounded to the other side
+    torch.testing.assert_close(kept, named(stored, "")[said.kept].float(), atol=1e-4, rtol=torch.finfo(torch.half).eps)
+
+
+def _of_graph(inputs: Columns) -> dict[str, Tensor]:
+    """What onnxruntime makes of samples, by the names of the predictions."""
     session = onnxruntime.InferenceSession("network.onnx", providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    arrays = session.run(names, {name: tensor.numpy() for name, tensor in named(inputs, "images").items()})
-    found: dict[str, Any] = {
-        name: torch.from_numpy(array) for name, array in zip((name.removesuffix("_output") for name in names), arrays, strict=True)
-    }
-    assert record.predictions_uri is not None
-    stored, _ = unpack_predictions((folder / record.predictions_uri).read_bytes())
-    kept = several(task.kept(found))[case.kept]
-    torch.testing.assert_close(kept, several(stored)[case.kept].float(), atol=2e-3, rtol=2e-3)
-    registered = kdbench("export", record.run_id, "--register", "network", "--results", folder)
+    arrays: list[Any] = session.run(names, {name: tensor.numpy() for name, tensor in named(inputs, "images").items()})
+    return {name.removesuffix("_output"): torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+
+def test_a_registered_network_serves_what_the_network_gives(kdbench: Kdbench, undisturbed: Undisturbed) -> None:
+    record, task = undisturbed.looks_inside, undisturbed.task()
+    inputs = next(in_order(task.splits().test, 12)).inputs
+    registered = kdbench("export", record.run_id, "--register", "network", "--results", undisturbed.results)
     if isinstance(inputs, dict):
         assert registered.code == 2
         assert "MLflow traces networks of one input, this one has image, tokens; use --format onnx" in registered.err
         return
     assert registered.code == 0, registered.err
+    student = load_experiment(undisturbed.experiment).students[0]
+    network = task.build_model(student.model_copy(update={"weights": undisturbed.results / str(record.artifacts_uri)})).eval()
     mlflow.set_tracking_uri(registered.out.partition(", at ")[2].split("\n")[0])
+    try:
+        loaded = mlflow.pytorch.load_model("models:/network/1")
+    finally:
+        mlflow.set_tracking_uri(None)  # it is MLflow's own for the whole process, and in its environment
     with torch.no_grad():
-        served = mlflow.pytorch.load_model("models:/network/1")(inputs)
-    for key, tensor in found.items():
-        torch.testing.assert_close(served[key], tensor, rtol=1e-4, atol=1e-3)
+        served, expected = named(loaded(inputs), ""), named(predicted(network, inputs), "")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(served[name], tensor, rtol=0, atol=TOLERANCE * float(tensor.abs().max()))
+
+
+def test_a_report_of_a_real_run_works_in_the_browser(browser: Chrome, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The fixture says what went wrong in the page's scripts; here is what a reader sees."""
+    browser.get(Report(Folders([undisturbed.results])).write(tmp_path / "report.html").as_uri())
+
+    def seen(selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].filter((e) => e.checkVisibility()).map((e) => e.innerText)"
+        found: list[str] = browser.execute_script(script, selector)
+        return found
+
+    primary = SAID[undisturbed.name].primary
+    text = browser.execute_script("return document.body.innerText")
+    assert f"{undisturbed.name} on shapes" in text
+    assert any(header.split()[0] == primary for header in seen("table.board thead button"))
+    labels = ["none", "kd", undisturbed.looks_inside.label]
+    assert sorted(seen("section.one-board table.board tbody th")) == sorted(labels)
+    means = {row["method"]: row["mean"] for row in board(undisturbed.results)[0]["rows"]}
+    for row in browser.find_elements("css selector", "section.one-board table.board tbody tr"):
+        label = row.find_element("css selector", "th").text
+        assert f"{means[label]:.2f}" in row.text, row.text
+    drawn = browser.execute_script("return [...document.querySelectorAll('.plot')].map((p) => p.querySelectorAll('.mark').length)")
+    assert drawn
+    assert min(drawn) > 0, "a chart without a mark"

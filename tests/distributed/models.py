@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.training.units import SmoothNet
+from kdbench.data.columns import Columns
+from tests.training.units import PairNet, PlainDetector, SmoothNet, dense_net, smooth_net
 
 
 class Fragile(SmoothNet):
@@ -61,24 +62,25 @@ def broken(num_classes: int, in_channels: int, **options: Any) -> nn.Module:
     return _seen(Broken(num_classes, in_channels, **options))
 
 
-class Placed(SmoothNet):
+class Placed(nn.Module):
     """Takes its time at every training step, and leaves a note of who runs it: a file `NODE.RANK.PID` in a folder.
 
     Where a file `FOLDER.hold` says so, no worker makes another step before so many have signed in all, or two minutes have passed.
     """
 
-    def __init__(self, num_classes: int, in_channels: int, notes: str, pause: float) -> None:
-        super().__init__(num_classes, in_channels)
-        self.notes, self.pause, self.steps = Path(notes), pause, 0
+    def __init__(self, network: nn.Module, notes: str, pause: float) -> None:
+        super().__init__()
+        self.network, self.notes, self.pause, self.steps = network, Path(notes), pause, 0
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Columns) -> Columns:
         if self.training:
             time.sleep(self.pause)
             if self.steps == 0:
                 self._sign()
             self.steps += 1
             self._hold()
-        return super().forward(images)
+        prediction: Columns = self.network(inputs)
+        return prediction
 
     def _hold(self) -> None:
         held, until = self.notes.with_suffix(".hold"), time.monotonic() + 120
@@ -93,8 +95,20 @@ class Placed(SmoothNet):
         (self.notes / f"{node}.{rank}.{os.getpid()}").touch()
 
 
-def placed(num_classes: int, in_channels: int, **options: Any) -> nn.Module:
-    return _seen(Placed(num_classes, in_channels, **options))
+def placed(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:
+    return Placed(smooth_net(num_classes, in_channels), notes, pause)
+
+
+def placed_detector(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:
+    return Placed(PlainDetector(num_classes, in_channels), notes, pause)
+
+
+def placed_pixels(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:
+    return Placed(dense_net(num_classes, in_channels), notes, pause)
+
+
+def placed_pairs(in_channels: int, image_size: int, vocabulary: int, notes: str, pause: float) -> nn.Module:
+    return Placed(PairNet(in_channels, image_size, vocabulary), notes, pause)
 
 
 def noted(num_classes: int, in_channels: int, folder: str) -> nn.Module:

@@ -31,6 +31,7 @@ from kdbench.experiment import Experiment, Unit
 from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
 from tests import private_ray
+from tests.each_task import EACH_TASK
 from tests.listening import descendants
 from tests.training.units import TEACHER, saved_teacher
 
@@ -199,16 +200,26 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
 # --- searches --------------------------------------------------------------------------------------------------------
 
 
-def search(folder: Path, watch: Watch, **runtime: Any) -> dict[str, Any]:
-    """Six trials, a teacher whose outputs are cached, one final."""
-    weights = folder / "teacher.safetensors"
+PLACED = {  # each task's network that leaves notes
+    "classification": "placed",
+    "segmentation": "placed_pixels",
+    "detection": "placed_detector",
+    "image_text": "placed_pairs",
+}
+
+
+def search(folder: Path, watch: Watch, of: str = "classification", **runtime: Any) -> dict[str, Any]:
+    """Six trials on a task, a teacher whose outputs are cached, one final."""
+    weights, tiny = folder / "teacher.safetensors", EACH_TASK[of]
+    task, teacher, recipe = (TASK, TEACHER, RECIPE) if of == "classification" else (tiny.task, tiny.teacher, RECIPE | {"batch_size": 9})
+    found = str(weights if weights.exists() else saved_teacher(folder, model=teacher, of_task=task).weights)
     return {
         "name": "search",
-        "task": TASK,
-        "teacher": {"model": TEACHER, "weights": str(weights if weights.exists() else saved_teacher(folder).weights)},
-        "students": [student(watch)],
+        "task": task,
+        "teacher": {"model": teacher, "weights": found},
+        "students": [student(watch) | {"name": f"tests.distributed.models:{PLACED[of]}"}],
         "methods": ["kd"],
-        "recipe": RECIPE | {"precision": "fp32", "views": 1},
+        "recipe": recipe | {"precision": "fp32", "views": 1},
         "search": {"trials": 6, "sampler": "random", "scheduler": "none", "top_k": 1, "also": {"recipe.lr": {"low": 0.01, "high": 0.3}}},
         "seeds": 1,
         "runtime": {"checkpoint_seconds": 0} | runtime,
@@ -228,6 +239,7 @@ def records_of(results: Path) -> list[tuple[Any, ...]]:
 
 
 class Searched(NamedTuple):
+    task: str
     folder: Path
     watch: Watch
 
@@ -236,17 +248,18 @@ class Searched(NamedTuple):
         return self.folder / "one"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+@pytest.fixture(scope="module", params=["classification"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     """The search in one process, without Ray and without a fault."""
     folder = tmp_path_factory.mktemp("search")
-    searched = Searched(folder, Watch(folder / "notes"))
+    searched = Searched(request.param, folder, Watch(folder / "notes"))
     with pytest.MonkeyPatch.context() as here:
         here.setattr(running, "needs_ray", lambda *_: False)
-        run(Experiment.model_validate(search(folder, searched.watch)), searched.results, searched.watch)
+        run(Experiment.model_validate(search(folder, searched.watch, searched.task)), searched.results, searched.watch)
     return searched
 
 
+@pytest.mark.parametrize("undisturbed", EACH_TASK, indirect=True)
 def test_a_search_uses_all_nodes_and_loses_nothing_when_two_of_them_are_lost(
     nodes: Nodes, undisturbed: Searched, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -265,7 +278,8 @@ def test_a_search_uses_all_nodes_and_loses_nothing_when_two_of_them_are_lost(
         nodes.kill((set(trained) - before).pop().node)
 
     watch.in_cache, watch.at_epoch = in_cache, {2: kill_a_trial}
-    of = Experiment.model_validate(search(undisturbed.folder, watch, address=nodes.address))
+    nodes.add(3 - len(nodes.cluster.worker_nodes))
+    of = Experiment.model_validate(search(undisturbed.folder, watch, undisturbed.task, address=nodes.address))
     assert run(of, undisturbed.folder / "three", watch).failures == ()
     assert len({note.node for note in set(watch.trained()) - before}) == 3
     assert [message.split(":")[1] for message in caplog.messages] == [" its process died; another one goes on with it"]

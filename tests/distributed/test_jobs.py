@@ -20,8 +20,8 @@ import requests
 import yaml
 from optuna.trial import TrialState
 
-from tests.benchmark.test_kill import board, records, trials
 from tests.clusters.files import ROOT
+from tests.drivers import board, records, trials
 from tests.listening import descendants, listening
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

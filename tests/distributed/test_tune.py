@@ -36,6 +36,7 @@ from kdbench.records.store import ResultStore
 from kdbench.storage.layout import Layout
 from kdbench.tracking import MlflowTracker, NoTracker, Tracker, tracking_uri
 from kdbench.training.work import ENDING, Ending, pack_death, pack_ending, pack_epoch, pack_resumed
+from tests.each_task import EACH_TASK
 from tests.training.units import unit as training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray")]
@@ -359,10 +360,21 @@ def weights_of(ran: Ran) -> dict[str, torch.Tensor]:
     return load_file(ran.folder / (record.artifacts_uri or ""))
 
 
+def of_task(task: str) -> dict[str, Any]:
+    """What an experiment says of data, teacher, student and recipe; `labels` is the one of the other tests."""
+    if task == "labels":
+        return {"teacher": TEACHER, "recipe": FP64}
+    tiny = EACH_TASK[task]
+    teacher = {"model": tiny.teacher, "recipe": {"epochs": 1}}
+    return {"task": tiny.task, "students": [tiny.smooth], "teacher": teacher, "recipe": FP64 | {"batch_size": 12, "lr": 0.01}}
+
+
 @pytest.mark.timeout(600)
-def test_two_workers_search_without_deadlock_and_end_with_the_weights_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["labels", "detection", "image_text"])
+def test_two_workers_search_without_deadlock_and_end_with_the_weights_of_one(tmp_path: Path, task: str) -> None:
     search = {"trials": 2, "sampler": "random", "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.1)}
-    two = experiment(teacher=TEACHER, methods=["kd"], recipe=FP64, search=search, seeds=1, runtime={"workers": 2})
+    asked = of_task(task)
+    two = experiment(**asked, methods=["kd"], search=search, seeds=1, runtime={"workers": 2})
     ran = run_in(tmp_path / "two", two)
     assert ran.summary.failures == ()
     (trials,) = studies(ran.folder).values()
@@ -373,10 +385,10 @@ def test_two_workers_search_without_deadlock_and_end_with_the_weights_of_one(tmp
     assert (final.world_size, taught.world_size, len(final.devices)) == (2, 2, 2)
 
     weights = Layout(ran.folder).teacher(taught.unit_key)
-    recipe = FP64 | {"lr": final.recipe["lr"]}
-    given = {"model": TEACHER["model"], "weights": str(weights)}
+    recipe = asked["recipe"] | {"lr": final.recipe["lr"]}
+    given = {"model": asked["teacher"]["model"], "weights": str(weights)}
     method = {"name": "kd", **{name: value for name, value in final.params.items() if not name.startswith("recipe.")}}
-    alone = run_in(tmp_path / "one", experiment(teacher=given, methods=[method], recipe=recipe, seeds=1))
+    alone = run_in(tmp_path / "one", experiment(**asked | {"teacher": given, "recipe": recipe}, methods=[method], seeds=1))
     one, joined = weights_of(alone), weights_of(ran)
     for name in one:
         torch.testing.assert_close(joined[name], one[name], rtol=1e-6, atol=1e-9)  # the cached teacher's outputs are float32

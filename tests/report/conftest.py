@@ -1,16 +1,13 @@
-"""Results to report on: a board of twelve methods with five seeds each, curves and searches; and a real browser to look at it with."""
+"""Results to report on: a board of twelve methods with five seeds each, curves and searches."""
 
 from __future__ import annotations
 
 import math
-import os
 import random
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import pytest
@@ -21,9 +18,6 @@ from optuna.trial import TrialState
 from kdbench.records.record import RunRecord, new_run_id
 from kdbench.records.store import ResultStore
 from kdbench.storage.layout import Layout
-
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
 
 GAINS = {
     "none": 0.0,
@@ -41,7 +35,6 @@ GAINS = {
 }
 TRIALS = 24
 START = datetime(2030, 1, 1, tzinfo=UTC)
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def final(method: str, seed: int, value: float | None, **fields: Any) -> RunRecord:
@@ -151,59 +144,3 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("twelve")
     write_board(folder)
     return folder
-
-
-# --- a real browser --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Chrome]:
-    """A headless Chromium with a new, empty profile. Skips where there is none, unless KDBENCH_BROWSER_TESTS=required."""
-    if BROWSER is None or DRIVER is None:
-        how = "no Chromium here; on Debian: apt-get install chromium chromium-driver"
-        if os.environ.get("KDBENCH_BROWSER_TESTS") == "required":
-            pytest.fail(how)
-        pytest.skip(how)
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--disable-dev-shm-usage",
-            f"--user-data-dir={profile}",
-        ):
-            options.add_argument(flag)
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-        driver.set_page_load_timeout(60)
-        yield driver
-        driver.quit()
-
-
-@pytest.fixture
-def browser(chromium: Chrome) -> Iterator[Chrome]:
-    """The browser at desktop size, in light colours; a test that leaves an error in its console fails."""
-    chromium.get("about:blank")
-    chromium.get_log("browser")
-    look_at(chromium, width=1280)
-    yield chromium
-    severe = [entry["message"] for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"]
-    assert severe == []
-
-
-def look_at(driver: Chrome, width: int, height: int = 900, scheme: str = "light", media: str = "") -> None:
-    """Set the size of the page's window in CSS pixels, the colour scheme, and `print` or the screen."""
-    phone = width < 600
-    driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
-    )
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [{"name": "prefers-color-scheme", "value": scheme}]})

@@ -17,7 +17,8 @@ from kdbench.records.folders import Folders
 from kdbench.records.store import ResultStore
 from kdbench.report.files import Report
 from kdbench.report.serve import report_server
-from tests.report.conftest import GAINS, final, look_at, write_board
+from tests.browser import look_at
+from tests.report.conftest import GAINS, final, write_board
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

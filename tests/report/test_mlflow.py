@@ -32,8 +32,8 @@ from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
 from kdbench.report.files import Report, publish
 from kdbench.tracking import ENVIRONMENT, MlflowTracker, interface, tracking_uri
+from tests.browser import look_at
 from tests.console import Kdbench
-from tests.report.conftest import look_at
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""Image-text retrieval through the frame: two inputs, two outputs, and a loss of the task's own that compares samples."""
+"""Image-text retrieval through the frame: two inputs and two outputs. Its loss, which compares samples: `test_two_workers.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from kdbench.data.columns import several
 from kdbench.data.sources import DataSpec
@@ -17,11 +16,10 @@ from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.tasks.image_text import ImageText
 from kdbench.training.assembly import assemble
 from kdbench.training.cache.outputs import open_cache
-from kdbench.training.loop import fit, train_step
+from kdbench.training.loop import fit
 from kdbench.training.outcome import rederive
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher, load_teacher
-from tests.training.gloo import free_port, joined
 from tests.training.units import layout, saved_teacher, unit, with_cache
 
 CPU = torch.device("cpu")
@@ -35,35 +33,6 @@ FITNET = {"name": "fitnet", "student_taps": ["image.blocks.0"], "teacher_taps": 
 def towers(method: Any, folder: Path, **changes: Any) -> Any:
     teacher = saved_teacher(folder, "fp64", {"name": "tiny_towers", "width": 12, "depth": 1, "embedding": 16}, TASK)
     return unit(method, teacher, task=TASK, student=STUDENT, recipe=RECIPE | changes.pop("recipe", {}), **changes)
-
-
-def step(method: Any, folder: Path, session: Any, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of a first step, and the weights after it."""
-    run = assemble(towers(method, folder, **changes), session)
-    losses = train_step(run, next(iter(run.loader.batches(0))))
-    return losses, {name: weight.detach().clone() for name, weight in run.distiller.student.named_parameters()}
-
-
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    with joined(rank, 2, port) as session:
-        for name, method in (("none", "none"), ("kd", "kd")):
-            for shares in ({"workers": 2}, {"workers": {"max": 2}, "recipe": {"batch_size": 9}}):
-                size = shares.get("recipe", {}).get("batch_size", 10)  # type: ignore[attr-defined]
-                torch.save(step(method, Path(folder), session, **shares), Path(folder) / f"{name} {size} {rank}.pt")
-
-
-def test_two_workers_give_what_one_gives_on_the_joined_batch(tmp_path: Path) -> None:
-    towers("kd", tmp_path)  # writes the teacher
-    torch.multiprocessing.spawn(worker, (free_port(), str(tmp_path)), nprocs=2)
-    for name, method in (("none", "none"), ("kd", "kd")):
-        for size in (10, 9):
-            losses, weights = step(method, tmp_path, LocalSession(), recipe={"batch_size": size})
-            theirs = [torch.load(tmp_path / f"{name} {size} {rank}.pt") for rank in range(2)]
-            torch.testing.assert_close(torch.stack([found[0] for found in theirs]).mean(0), losses, rtol=1e-9, atol=1e-12)
-            for _, found in theirs:
-                for key, weight in weights.items():
-                    torch.testing.assert_close(found[key], weight, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", ["none", "kd", FITNET])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from kdbench.data.batch import Part
+from kdbench.data.columns import named
 from kdbench.experiment import Unit
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import unpack_predictions
 from kdbench.training.evaluate import predict
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
+from tests.each_task import EACH_TASK
 from tests.training.alike import AlikeSession
 from tests.training.gloo import free_port, joined
 from tests.training.units import layout, unit
@@ -75,13 +78,28 @@ def worker(rank: int, port: int, text: str, folder: str) -> None:
         fit(Unit.model_validate_json(text), session, layout(Path(folder)))
 
 
-@pytest.mark.parametrize("recipe", [{}, pytest.param({"ema": 0.5}, marks=pytest.mark.slow)], ids=["last", "average"])
-def test_two_workers_measure_the_batch_statistics_that_are_saved(tmp_path: Path, recipe: dict) -> None:
-    both = unit(student={"name": "tiny_cnn", "width": 4}, workers=2, recipe={"precision": "fp64", "epochs": 1, **recipe})
+NORMALIZED: dict[str, dict[str, Any]] = {
+    "labels": {},
+    "boxes": {"task": EACH_TASK["detection"].task, "student": EACH_TASK["detection"].student, "recipe": {"batch_size": 12}},
+    "pairs": {
+        "task": EACH_TASK["image_text"].task,
+        "student": {**EACH_TASK["image_text"].smooth, "batch_statistics": True},
+        "recipe": {"batch_size": 12},
+    },
+    "average": {"recipe": {"ema": 0.5}},
+}
+
+
+@pytest.mark.parametrize("case", [*[name for name in NORMALIZED if name != "average"], pytest.param("average", marks=pytest.mark.slow)])
+def test_two_workers_measure_the_batch_statistics_that_are_saved(tmp_path: Path, case: str) -> None:
+    recipe = {"precision": "fp64", "epochs": 1, **NORMALIZED[case].get("recipe", {})}
+    both = unit(**{"student": {"name": "tiny_cnn", "width": 4}, "workers": 2, **NORMALIZED[case], "recipe": recipe})
     torch.multiprocessing.spawn(worker, (free_port(), both.model_dump_json(), str(tmp_path)), nprocs=2)
     task, where = build_task(both.task), layout(tmp_path)
     saved = task.build_model(both.student.model_copy(update={"weights": where.student(both.key)})).double()
-    alone = predict(saved, task.splits().test, LocalSession(device=CPU), "fp64", task)
+    assert [module for module in saved.modules() if isinstance(module, nn.BatchNorm2d)]
+    alone = named(predict(saved, task.splits().test, LocalSession(device=CPU), "fp64", task), "")
     stored, _ = unpack_predictions((tmp_path / where.predictions(both.key, task.splits().test_hash)).read_bytes())
     # they are rounded to half precision, which two sums of one number in float64 may be to different sides of
-    torch.testing.assert_close(stored.double(), alone, rtol=torch.finfo(torch.half).eps, atol=1e-6)
+    for name, tensor in named(stored, "").items():
+        torch.testing.assert_close(tensor.double(), alone[name].double(), rtol=torch.finfo(torch.half).eps, atol=1e-6)

@@ -14,16 +14,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdbench.data.batch import Batch
+from kdbench.data.columns import tensors
 from kdbench.experiment import Unit
 from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
 from kdbench.models.outputs import Outputs
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
+from tests.each_task import EACH_TASK
 from tests.training.gloo import Stopped, free_port, joined
 from tests.training.units import DyingSession, Killed, killed_and_continued, layout, saved_teacher, unit
 
-STEPS = 10  # two epochs of 300 samples in batches of 60
+STEPS = 10  # two epochs of 300 samples in batches of 60, of 40 in batches of 8
 DROPOUT = {"name": "tests.training.units:smooth_net", "dropout": 0.3}
+PAIRS: dict[str, Any] = {
+    "task": {**EACH_TASK["image_text"].task, "transfer_size": 40},
+    "student": EACH_TASK["image_text"].smooth,
+    "recipe": {"precision": "fp64", "batch_size": 8},
+}
+INPUTS: dict[str, dict[str, Any]] = {"one": {}, "by-name": PAIRS}  # one tensor a sample, and an image with its words
 SOURCES = ("dropout", "method", "python", "numpy")
 
 
@@ -51,7 +59,8 @@ class Noise(Method):
         if self.params.folder:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "alone"
             torch.save(drawn, Path(self.params.folder) / f"{rank}-{at.step}.pt")
-        return {"noise": (drawn.to(s.logits) @ s.logits[:, :4].T).mean()}
+        prediction = tensors(s.prediction)[-1]
+        return {"noise": (drawn.to(prediction) @ prediction[:, :4].T).mean()}
 
 
 class CoupledNoise(Noise):
@@ -60,8 +69,8 @@ class CoupledNoise(Noise):
 
 def noisy(kind: str = "Noise", folder: Path | None = None, **changes: Any) -> Unit:
     method = {"name": f"tests.training.test_randomness:{kind}", "folder": str(folder or "")}
-    recipe = {"precision": "fp64", "batch_size": 60}
-    return unit(method, student={"name": "tests.training.units:smooth_net"}, recipe=recipe, **changes)
+    others = {"student": {"name": "tests.training.units:smooth_net"}, "recipe": {"precision": "fp64", "batch_size": 60}}
+    return unit(method, **(others | changes))
 
 
 def worker(rank: int, port: int, text: str, folder: str) -> None:
@@ -69,9 +78,9 @@ def worker(rank: int, port: int, text: str, folder: str) -> None:
         fit(Unit.model_validate_json(text), session, layout(Path(folder)))
 
 
-def draws(kind: str, folder: Path) -> dict[str, Tensor]:
+def draws(kind: str, folder: Path, **changes: Any) -> dict[str, Tensor]:
     """What each process drew at each step [STEPS, sources]: of a single worker `alone`, and of two."""
-    one = noisy(kind, folder)
+    one = noisy(kind, folder, **changes)
     fit(one, LocalSession(threads=1), layout(folder))
     two = one.model_copy(update={"workers": 2})
     torch.multiprocessing.spawn(worker, (free_port(), two.model_dump_json(), str(folder)), nprocs=2)
@@ -79,8 +88,9 @@ def draws(kind: str, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["Noise", "CoupledNoise"])
-def test_rank_0_draws_what_a_single_worker_draws_and_rank_1_something_else(tmp_path: Path, kind: str) -> None:
-    found = draws(kind, tmp_path)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_rank_0_draws_what_a_single_worker_draws_and_rank_1_something_else(tmp_path: Path, kind: str, inputs: str) -> None:
+    found = draws(kind, tmp_path, **INPUTS[inputs])
     assert torch.equal(found["0"], found["alone"])
     for column, source in enumerate(SOURCES):
         first, second = found["0"][:, column], found["1"][:, column]
@@ -107,12 +117,14 @@ def scramble() -> None:
         seed(12345)
 
 
-@pytest.mark.parametrize("method", ["noise", pytest.param("mgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["noise", "noise-by-name", pytest.param("mgd", marks=pytest.mark.slow)])
 def test_two_workers_that_are_killed_go_on_to_the_bits_of_two_that_were_not(tmp_path: Path, method: str) -> None:
-    both = noisy() if method == "noise" else unit("mgd", saved_teacher(tmp_path), student={"name": "tiny_cnn", "width": 4})
+    both = {
+        "noise": lambda: noisy(student=DROPOUT),
+        "noise-by-name": lambda: noisy(**PAIRS | {"student": {**PAIRS["student"], "dropout": 0.3}}),
+        "mgd": lambda: unit("mgd", saved_teacher(tmp_path), student={"name": "tiny_cnn", "width": 4}),
+    }[method]()
     both = both.model_copy(update={"workers": 2, "checkpoint_seconds": 0})
-    if method == "noise":
-        both = Unit.model_validate(both.model_dump() | {"student": DROPOUT})
     text, (a, b) = both.model_dump_json(), (tmp_path / "undisturbed", tmp_path / "killed")
     torch.multiprocessing.spawn(worker, (free_port(), text, str(a)), nprocs=2)
     torch.multiprocessing.spawn(interrupted, ((free_port(), free_port()), text, str(b)), nprocs=2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,58 +15,103 @@ from kdbench.experiment import Unit
 from kdbench.records.record import RunRecord
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
+from tests.each_task import EACH_TASK
+from tests.tolerances import rounding
 from tests.training.gloo import Stopped, free_port, joined
-from tests.training.units import layout, pixel_unit, saved_teacher, unit
+from tests.training.units import layout, pixel_unit, saved_teacher, unit, unit_of
+
+# Two workers add up in another order. The longest sum is of a gradient over a batch of 64 images of 28 x 28 pixels; what it is off by in
+# each of up to 12 steps is in the weights that the next begins with, which learning rates as small as these do not magnify.
+RELATIVE = rounding(torch.float64, 12 * 64 * 28 * 28)
 
 
-def worker(rank: int, world: int, port: int, text: str, folder: str) -> None:
+def workers(rank: int, world: int, port: int, trainings: list[tuple[str, Path]]) -> None:
+    """Train one after the other; each leaves its record in its folder."""
     with joined(rank, world, port) as session:
-        record = fit(Unit.model_validate_json(text), session, layout(Path(folder)))
-    if rank == 0:
-        (Path(folder) / "record.json").write_text(record.model_dump_json())
+        for text, folder in trainings:
+            record = fit(Unit.model_validate_json(text), session, layout(folder))
+            if rank == 0:
+                (folder / "record.json").write_text(record.model_dump_json())
 
 
-@pytest.mark.parametrize(
-    ("method", "recipe"),
-    [("kd", {}), ({"name": "crd", "negatives": 64}, {}), ("kd", {"accumulate": 2, "clip_grad": 0.5})],
-    ids=["kd", "batch-coupled", "micro-batches"],
-)
-def test_two_workers_give_the_weights_of_one_on_the_joined_batches(tmp_path: Path, method: str | dict, recipe: dict) -> None:
-    # the transfer set of 300 in batches of 64 leaves a rest, and the 2,000 test images are shared out unevenly by no one
-    one = unit(method, saved_teacher(tmp_path, "fp64"), recipe={"precision": "fp64", "batch_size": 64, **recipe})
-    two = one.model_copy(update={"workers": 2})
-    alone = fit(one, LocalSession(threads=1), layout(tmp_path))
-    torch.multiprocessing.spawn(worker, (2, free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
-    a, b = load_file(layout(tmp_path).student(one.key)), load_file(layout(tmp_path).student(two.key))
+Asked = Callable[[Path], Unit]  # a training whose files are in a folder
+SOME = {"max": 2}  # any number of workers: shares of a batch may differ
+SP = {"name": "sp", "student_taps": ["image.blocks.0"], "teacher_taps": ["image.blocks.0"]}  # it compares the samples of a batch
+
+
+def on_labels(method: str | dict[str, Any], **recipe: Any) -> Asked:
+    """The transfer set of 300 in batches of 64 leaves a rest, and the 2,000 test images are shared out unevenly by no one."""
+    recipe = {"precision": "fp64", "batch_size": 64, **recipe}
+    return lambda folder: unit(method, saved_teacher(folder, "fp64"), recipe=recipe)
+
+
+def on_pixels(method: str | dict[str, Any], **recipe: Any) -> Asked:
+    return lambda folder: pixel_unit(method, folder, **recipe, epochs=1)
+
+
+def on(task: str, method: str | dict[str, Any], student: dict[str, Any] | None = None, **recipe: Any) -> Asked:
+    return lambda folder: unit_of(task, method, folder, **({"student": student} if student else {}), recipe=recipe)
+
+
+def looking_inside(task: str) -> dict[str, Any]:
+    """With plain distillation beside it, which on some tasks compares samples."""
+    method = {name: value for name, value in EACH_TASK[task].looks_inside.items() if name != "name"}
+    return {"name": "fitnet+kd", "fitnet": method}
+
+
+TOWERS = EACH_TASK["image_text"].student
+CASES: dict[str, tuple[Asked, int | dict[str, int]]] = {
+    "labels": (on_labels("kd"), 2),
+    "labels-batch-coupled": (on_labels({"name": "crd", "negatives": 64}), 2),
+    "labels-micro-batches": (on_labels("kd", accumulate=2, clip_grad=0.5), 2),
+    "pixels": (on_pixels("kd"), 2),
+    "pixels-micro-batches": (on_pixels("label_smoothing", accumulate=3, clip_grad=0.5), 2),
+    "pixels-unequal-shares": (on_pixels({"name": "cwd+kd", "kd": {"kd_weight": 0.3}}, batch_size=19), SOME),
+    "pixels-batch-coupled": (on_pixels("dist"), 2),
+    "boxes": (on("detection", "none"), 2),
+    "boxes-micro-batches": (on("detection", "kd", accumulate=3, clip_grad=0.5), 2),
+    "boxes-unequal-shares": (on("detection", {"name": "kd", "task_weight": 0.5}, batch_size=11), SOME),
+    "pairs": (on("image_text", "none"), 2),
+    "pairs-clipped": (on("image_text", "kd", clip_grad=0.5), 2),
+    "pairs-unequal-shares": (on("image_text", looking_inside("image_text"), TOWERS, batch_size=11), SOME),
+    "pairs-batch-coupled": (on("image_text", SP, TOWERS), 2),
+}
+
+
+class Both(NamedTuple):
+    """A training for one worker, and that for two, which is done."""
+
+    one: Unit
+    two: Unit
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
+    """All cases by the same two processes: starting them takes longer than all that they do."""
+    found = {}
+    for name, (asked, number) in CASES.items():
+        folder = tmp_path_factory.mktemp(name)
+        one = asked(folder)
+        found[name] = Both(one, Unit.model_validate(one.model_dump() | {"workers": number}), folder)
+    trainings = [(both.two.model_dump_json(), both.folder) for both in found.values()]
+    torch.multiprocessing.spawn(workers, (2, free_port(), trainings), nprocs=2)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_give_the_weights_of_one_on_the_joined_batches(trained: dict[str, Both], case: str) -> None:
+    one, two, folder = trained[case]
+    alone = fit(one, LocalSession(threads=1), layout(folder))
+    a, b = load_file(layout(folder).student(one.key)), load_file(layout(folder).student(two.key))
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
-    together = RunRecord.model_validate_json((tmp_path / "record.json").read_text())
+        torch.testing.assert_close(a[name], b[name], rtol=RELATIVE, atol=1e-12)
+    together = RunRecord.model_validate_json((folder / "record.json").read_text())
     assert together.metrics == pytest.approx(alone.metrics)
     assert together.world_size == 2
-    assert together.curve[-1]["val_accuracy"] == alone.curve[-1]["val_accuracy"]
-
-
-@pytest.mark.parametrize(
-    ("method", "recipe", "workers"),
-    [
-        ("kd", {}, 2),
-        ("label_smoothing", {"accumulate": 3, "clip_grad": 0.5}, 2),
-        ({"name": "cwd+kd", "kd": {"kd_weight": 0.3}}, {"batch_size": 19}, {"max": 2}),
-        ("dist", {}, 2),
-    ],
-    ids=["kd", "micro-batches", "unequal-shares", "batch-coupled"],
-)
-def test_pixels_count_alike_for_any_number_of_workers(tmp_path: Path, method: str | dict, recipe: dict, workers: int | dict) -> None:
-    one = pixel_unit(method, tmp_path, **recipe, epochs=1)
-    two = Unit.model_validate(one.model_dump() | {"workers": workers})
-    alone = fit(one, LocalSession(threads=1), layout(tmp_path))
-    torch.multiprocessing.spawn(worker, (2, free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
-    a, b = load_file(layout(tmp_path).student(one.key)), load_file(layout(tmp_path).student(two.key))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
-    together = RunRecord.model_validate_json((tmp_path / "record.json").read_text())
-    losses = [name for name in alone.curve[0] if name.startswith("train_")]
-    assert {name: together.curve[0][name] for name in losses} == pytest.approx({name: alone.curve[0][name] for name in losses}, rel=1e-10)
+    for mine, ours in zip(alone.curve, together.curve, strict=True):
+        figures = {name: value for name, value in mine.items() if name.startswith(("train_", "val_"))}
+        assert {name: ours[name] for name in figures} == pytest.approx(figures, rel=RELATIVE, nan_ok=True)
 
 
 def shrinking(rank: int, ports: tuple[int, int], text: str, folder: str) -> None:

@@ -22,6 +22,7 @@ from kdbench.training.cache.outputs import CacheSpec
 from kdbench.training.checkpoint import save_weights
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession, State
+from tests.each_task import EACH_TASK, RECIPE
 
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 300}
 STUDENT = {"name": "tests.training.units:smooth_net"}
@@ -69,6 +70,21 @@ class PlainDetector(nn.Module):
         return {"logits": cells[..., :-4], "boxes": decoded(cells[..., -4:], centres, strides)}
 
 
+class PairNet(nn.Module):
+    """Embeddings of an image and of its words; with dropout and batch statistics where asked."""
+
+    def __init__(self, in_channels: int, image_size: int, vocabulary: int, dropout: float = 0.0, batch_statistics: bool = False) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(6) if batch_statistics else nn.Identity()
+        self.image = nn.Sequential(nn.Conv2d(in_channels, 6, 8, stride=8), norm, nn.GELU(), nn.Dropout(dropout), nn.Flatten())
+        self.image_head = nn.Linear(6 * (image_size // 8) ** 2, 8)
+        self.words, self.dropout, self.text_head = nn.Embedding(vocabulary, 8), nn.Dropout(dropout), nn.Linear(8, 8)
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        words = self.dropout(self.words(inputs["tokens"]).mean(1))
+        return {"image": self.image_head(self.image(inputs["image"])), "text": self.text_head(words)}
+
+
 def unit(method: str | dict[str, Any] = "none", teacher: TeacherRef | None = None, **changes: Any) -> Unit:
     recipe = {"epochs": 2, "batch_size": 60, "lr": 0.1, "precision": "fp32", "memory_format": "contiguous"} | changes.pop("recipe", {})
     return Unit.model_validate(
@@ -93,6 +109,14 @@ def pixel_unit(method: str | dict[str, Any], folder: Path, **recipe: Any) -> Uni
     teacher = saved_teacher(folder, "fp64", {"name": "tiny_fcn"}, PIXELS)
     student = {"name": "tests.training.units:dense_net"}
     return unit(method, teacher, task=PIXELS, student=student, recipe={**PIXEL_RECIPE, **recipe})
+
+
+def unit_of(task: str, method: str | dict[str, Any], folder: Path, **changes: Any) -> Unit:
+    """A small training in float64 on a task, of a student without batch statistics, with a teacher, which is written to `folder`."""
+    tiny = EACH_TASK[task]
+    teacher = saved_teacher(folder, "fp64", tiny.teacher, tiny.task)
+    recipe = {**RECIPE, "precision": "fp64", **changes.pop("recipe", {})}
+    return unit(method, teacher, **{"task": tiny.task, "student": tiny.smooth, "recipe": recipe, **changes})
 
 
 def saved_teacher(
