@@ -29,7 +29,7 @@ from kdbench.data.views import Augment
 from kdbench.distributed.cluster import check_fits_here, device_here, nodes_of, slots_of
 from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, Recipe, Runtime, TeacherRef, TeacherSpec, Unit, content_hash, validated, worker_bounds
-from kdbench.methods.build import MethodSpec, build_method, method_class, params_of
+from kdbench.methods.build import MethodSpec, method_class, params_of
 from kdbench.models.build import ModelSpec, check_model_name
 from kdbench.models.outputs import Shapes
 from kdbench.models.taps import tap_shapes
@@ -61,7 +61,6 @@ from kdbench.training.precision import Memo, question, settled
 from kdbench.training.profiling import StepProfile, profile_steps
 from kdbench.training.rehearsal import Rehearsal
 from kdbench.training.session import LocalSession
-from kdbench.training.stages import recipe_of
 from kdbench.training.teacher import tensors_for
 from kdbench.training.work import Work, run_here
 
@@ -215,10 +214,6 @@ def check_choices(experiment: Experiment, task: type[Task]) -> None:
             raise UserError(f"method {method.name} reads {' or '.join(sorted(kind.reads))}; networks of task {task.name} give {given}")
         if (kind.needs_teacher or kind.needs_teacher_network) and experiment.teacher is None:
             raise UserError(f"method {method.name} learns from a teacher, and {experiment.name} names none; add `teacher: {{model: ...}}`")
-        stages = build_method(method, None).stages()
-        for recipe in [experiment.recipe, *searched_recipes(experiment)]:
-            for number in range(len(stages)):
-                check_optimization(recipe_of(recipe, stages, number, method.name))
     fewest, most = worker_bounds(experiment.runtime.workers)
     for recipe in (experiment.recipe, experiment.teacher_recipe(), *_searched(experiment)):
         check_optimization(recipe)

@@ -22,7 +22,6 @@ ImageSide = Annotated[int, Field(ge=8, le=4096)]  # pixels
 LONGEST_NAME: Final = 100  # characters; a file's name is made of two names and a run id, and may have 255 bytes
 
 LEFT_OUT_UNSET: Final = "left out of dumps while unset"
-TEACHER_ALONE: Final = "decides a teacher's training and no student's"  # marks an option as `Annotated[..., TEACHER_ALONE]`
 
 
 class SparseDump(BaseModel):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
@@ -88,17 +88,19 @@ class Splits:
     @cached_property
     def learned_hash(self) -> str:
         """Of train, transfer and val: of all data that decide a student's training. The test part is left out."""
-        return self._learned_hash(self.train)
+        return self._learned_hash(self.train, self.transfer)
 
     def learned_hash_of(self, role: Role) -> str:
-        """`learned_hash`; of a teacher with what it learns from in the place of train."""
-        return self.learned_hash if role == "student" or self.teacher is None else self._learned_hash(self.teacher)
+        """`learned_hash`; of a teacher with what it learns from in the place of train, and nothing of samples that students alone see."""
+        if role == "student" or (self.teacher is None and self.apart is None):
+            return self.learned_hash
+        return self._learned_hash(self.learned_by(role), self.transfer if self.apart is None else self.train)
 
-    def _learned_hash(self, train: Part) -> str:
+    def _learned_hash(self, train: Part, transfer: Part) -> str:
         if self.source is not None:  # whose training images are read once, however many parts show them
-            transfer = (self._apart_sha256, self.transfer.index)
-            return _digest(self.source.facts + self.source.train_sha256, ("", train.index), transfer, ("", self.val.index))
-        return _digest("", *((part.sha256(), None) for part in (train, self.transfer, self.val)))
+            apart = self._apart_sha256 if transfer is self.transfer else ""
+            return _digest(self.source.facts + self.source.train_sha256, ("", train.index), (apart, transfer.index), ("", self.val.index))
+        return _digest("", *((part.sha256(), None) for part in (train, transfer, self.val)))
 
     @cached_property
     def test_hash(self) -> str:
@@ -138,6 +140,10 @@ class Task(ABC):
 
     class Options(StrictOptions):
         """The keys that `task:` takes in an experiment beside `name`."""
+
+        def facts_of(self, role: Role) -> dict[str, Any]:
+            """The options that decide a teacher's or a student's training, as plain values: all by default."""
+            return self.model_dump(mode="json")
 
     source: Source | None = None  # the data set, where the task has one
     info: TaskInfo

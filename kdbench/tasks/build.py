@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from kdbench.catalogue import resolve
 from kdbench.data import DATA
-from kdbench.data.options import TEACHER_ALONE, NamedSpec
+from kdbench.data.options import NamedSpec
 from kdbench.data.sources import DataSpec, source_maker
 from kdbench.errors import UserError, explain
 from kdbench.storage.folder import file_sha256, local_path
@@ -59,8 +59,7 @@ def task_facts(spec: TaskSpec, role: Role = "student") -> dict[str, Any]:
     of that file. Options that decide a teacher's training alone are no facts of a student's. Raises UserError as `build_task` does.
     """
     options = _options(spec)
-    left_out = {name for name, field in type(options).model_fields.items() if role == "student" and TEACHER_ALONE in field.metadata}
-    facts: dict[str, Any] = options.model_dump(mode="json", exclude=left_out)
+    facts = options.facts_of(role)
     for name in facts:
         value = getattr(options, name, None)
         if isinstance(value, DataSpec):
@@ -93,7 +92,7 @@ def _data_facts(spec: DataSpec) -> dict[str, Any] | None:
     return {"name": spec.name, **{name: value for name, value in options.items() if name not in places}}
 
 
-def _options(spec: TaskSpec) -> BaseModel:
+def _options(spec: TaskSpec) -> Task.Options:
     kind = task_class(spec)
     try:
         return kind.Options.model_validate(json.loads(spec.options_json))

@@ -14,12 +14,12 @@ from kdbench.catalogue import nearest
 from kdbench.data.batch import Part
 from kdbench.data.hashing import hash64
 from kdbench.data.noise import noise_part
-from kdbench.data.options import LEFT_OUT_UNSET, TEACHER_ALONE, Seed
+from kdbench.data.options import LEFT_OUT_UNSET, Seed
 from kdbench.data.samples import UNLABELLED
 from kdbench.data.sources import NOISE, TRAIN, Source
 from kdbench.data.splits import stratified
 from kdbench.errors import UserError, shown
-from kdbench.tasks.base import Splits, Task
+from kdbench.tasks.base import Role, Splits, Task
 
 _TEACHER, _LABELLED = 1, 2  # choices that are drawn with a hash of their own
 
@@ -55,8 +55,20 @@ class SplitOptions(Task.Options):
     split_seed: Seed = 0
     transfer: Annotated[str, LEFT_OUT_UNSET] = TRAIN
     labelled: Annotated[Annotated[int | float, BeforeValidator(_number), AfterValidator(_count_or_share)] | None, LEFT_OUT_UNSET] = None
-    teacher_share: Annotated[float, Field(gt=0, le=1), LEFT_OUT_UNSET, TEACHER_ALONE] = 1.0
-    teacher_classes: Annotated[Annotated[tuple[int | str, ...], Field(min_length=1)] | None, LEFT_OUT_UNSET, TEACHER_ALONE] = None
+    teacher_share: Annotated[float, Field(gt=0, le=1), LEFT_OUT_UNSET] = 1.0
+    teacher_classes: Annotated[Annotated[tuple[int | str, ...], Field(min_length=1)] | None, LEFT_OUT_UNSET] = None
+
+    def facts_of(self, role: Role) -> dict[str, Any]:
+        """What students learn from decides no teacher's training, and what the teacher learns from none of theirs.
+
+        `transfer_size` stays a fact of teachers where students learn from training samples: so it was when their keys were made.
+        """
+        facts = super().facts_of(role)
+        for name in ("transfer", "labelled") if role == "teacher" else ("teacher_share", "teacher_classes"):
+            facts.pop(name, None)
+        if role == "teacher" and self.transfer != TRAIN:
+            facts["transfer_size"] = None
+        return facts
 
 
 def validation_size(options: SplitOptions, total: int, name: str) -> int:

@@ -110,6 +110,17 @@ def test_on_noise_none_stays_as_it_began_and_kd_learns_from_the_teacher(tmp_path
     verified(tmp_path, 7)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"task.transfer": "noise", "task.transfer_size": 40}, {"task.labelled": 30}], ids=["noise", "labelled"]
+)
+def test_what_students_alone_see_makes_no_other_teacher(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run(experiment({"seeds": 1}), tmp_path, Unwatched())
+    summary = run(experiment({"seeds": 1, **changes}), tmp_path, Unwatched())
+    assert (summary.trained, summary.found) == (2, 1), "two students, and the teacher of before"
+    assert len([record for record in ResultStore(tmp_path).scan() if record.role == "teacher"]) == 1
+    verified(tmp_path, 5)
+
+
 def test_few_labels_count_in_the_loss_and_all_samples_in_distillation(tmp_path: Path) -> None:
     board, records = ran({"task.labelled": 30}, tmp_path)
     assert {row.label for row in board.rows} == {"none", "kd"}

@@ -119,9 +119,10 @@ def test_a_fault_of_a_later_stage_is_found_too(fault: str, said: str) -> None:
     assert experiment.teacher is not None
     theirs = tap_shapes(task.build_model(experiment.teacher.model), task.info.example)
     rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
+    network = task.build_model(experiment.students[0])
+    ours = tap_shapes(network, task.info.example)
     with pytest.raises(UserError, match=rf"^method 'broken' with student .*{said}"):
-        network = task.build_model(experiment.students[0])
-        rehearsal.student(experiment.students[0], network, tap_shapes(network, task.info.example), theirs, None)
+        rehearsal.student(experiment.students[0], network, ours, theirs, None)
 
 
 def test_a_method_with_stages_is_rehearsed_in_each_and_leaves_no_trace() -> None:
