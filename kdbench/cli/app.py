@@ -121,7 +121,7 @@ def submit(
 
     The results folder has to be one that all nodes see. The same command again follows the job while it runs, and goes on where it stopped.
     """
-    from kdbench.benchmark.run import check_choices
+    from kdbench.benchmark.checks import check_choices
     from kdbench.distributed.jobs import Request, followed, relative_file
     from kdbench.distributed.jobs import submit as submit_job
     from kdbench.experiment import load_experiment

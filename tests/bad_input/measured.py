@@ -43,7 +43,7 @@ def measured(folders: Sequence[Path], commands: Sequence[Sequence[str]]) -> list
 
 
 def main(folders: Sequence[str], commands: Sequence[Sequence[str]]) -> None:
-    from kdbench.benchmark import dry_run, run
+    from kdbench.benchmark import checks, dry_run
     from kdbench.cli import app as cli
     from kdbench.data import sources
     from kdbench.tasks import build
@@ -55,7 +55,7 @@ def main(folders: Sequence[str], commands: Sequence[Sequence[str]]) -> None:
     for folder, command in product(folders, commands):
         os.chdir(folder)
         os.environ["KDBENCH_DATA"] = str(Path(folder, "sets"))
-        for remembered in (sources._opened, build._built, run.check_images):
+        for remembered in (sources._opened, build._built, checks.check_images):
             remembered.cache_clear()
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, proc(5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kdbench.benchmark import run as running
+from kdbench.benchmark import teacher
 from kdbench.experiment import Experiment, load_experiment
 from kdbench.records.store import path_name
 from kdbench.storage.folder import local_path
@@ -286,7 +286,7 @@ def test_a_run_says_it_before_the_teacher_is_trained(kdbench: Kdbench, monkeypat
     def stop(*_: object) -> None:
         raise Stopped
 
-    monkeypatch.setattr(running, "_trained", stop)
+    monkeypatch.setattr(teacher, "_trained", stop)
     ended = run(kdbench, SEARCH | {"search": {"trials": 4, "sampler": "nsgaii"}})
     assert "nsgaii draws its first 50 trials at random, and search.trials is 4" in ended.out + ended.err
     assert "Stopped" in ended.err

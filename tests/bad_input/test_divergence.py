@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kdbench.benchmark import run as running
+from kdbench.benchmark import emptying
 from tests.bad_input.tiny_experiment import assert_one_line, results, run
 from tests.console import Kdbench
 
@@ -37,6 +37,6 @@ def test_a_final_that_diverges_is_on_record_as_failed_and_the_board_says_so(kdbe
 def test_a_failed_final_is_not_trained_again_and_the_exit_code_stays(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
     wild = {f"recipe.{name}": value for name, value in WILD.items()} | {"teacher.recipe": {"lr": 0.1, "weight_decay": 0.0}}
     first = run(kdbench, wild)
-    monkeypatch.setattr(running, "run_here", lambda *_: pytest.fail("something was trained again"))
+    monkeypatch.setattr(emptying, "run_here", lambda *_: pytest.fail("something was trained again"))
     again = run(kdbench, wild)
     assert (again.code, again.err) == (first.code, first.err)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kdbench.benchmark import run as running
+from kdbench.benchmark import teacher
 from kdbench.experiment import load_experiment
 from kdbench.records.store import ResultStore
 from tests.bad_input.tiny_experiment import TINY, assert_mistake, run, write
@@ -231,7 +231,7 @@ def test_more_workers_than_the_machine_has_are_refused_with_the_most_that_fit(kd
 
 
 def test_a_mistake_about_the_student_is_found_before_the_teacher_is_trained(kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_trained", lambda *_: pytest.fail("the teacher was trained first"))
+    monkeypatch.setattr(teacher, "_trained", lambda *_: pytest.fail("the teacher was trained first"))
     assert_mistake(run(kdbench, {"students": [{"name": "tiny_cnn", "widht": 3}]}), "did you mean 'width'?")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.benchmark import run as running
+from kdbench.benchmark import teacher
 from kdbench.cli import app as cli
 from kdbench.data.sources import _opened
 from kdbench.errors import in_one_line
@@ -124,7 +124,7 @@ def test_a_fault_that_nobody_foresaw_is_one_line_and_its_traceback_is_in_a_file(
     kdbench: Kdbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(running, "_teacher_unit", lambda *_: 1 / 0)
+    monkeypatch.setattr(teacher, "teacher_unit", lambda *_: 1 / 0)
     ended = run(kdbench)
     assert_one_line(ended, 1, "ZeroDivisionError: division by zero", "; traceback in ")
     assert "ZeroDivisionError" in Path(ended.err.strip().rpartition(" ")[2]).read_text()

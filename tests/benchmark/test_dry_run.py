@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.benchmark import dry_run as module
+from kdbench.benchmark import outlines, step_times
 from kdbench.benchmark.dry_run import DryRun, MethodEstimate, dry_run
 from kdbench.cli.pages import dry_run_page
 from kdbench.errors import UserError
@@ -30,7 +30,7 @@ CIFAR: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine without data, on which each network is timed, and no method."""
-    monkeypatch.setattr(module, "TIMED_FLOPS", 0)
+    monkeypatch.setattr(step_times, "TIMED_FLOPS", 0)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KDBENCH_DATA", raising=False)
     monkeypatch.delenv("KDBENCH_OFFLINE", raising=False)
@@ -152,7 +152,7 @@ def test_memory_grows_with_the_batch_the_optimizer_and_the_average_and_shrinks_w
 
 
 def test_small_networks_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TIMED_FLOPS", 1e9)
+    monkeypatch.setattr(step_times, "TIMED_FLOPS", 1e9)
     found = of(methods=["none", "fitnet"])
     assert all(method.step_seconds is not None and method.step_seconds > 0 for method in found.methods)
     assert "timed here on noise" in dry_run_page(found)
@@ -202,9 +202,9 @@ def test_data_that_may_not_be_downloaded_are_an_error(monkeypatch: pytest.Monkey
 
 
 def test_hours_are_those_of_all_steps_and_validations_shared_by_the_slots_after_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_image_seconds", lambda network, recipe, trained, device: 1e-3 if trained else 1e-4)
-    monkeypatch.setattr(module, "needs_ray", lambda *_: True)
-    monkeypatch.setattr(module, "nodes_of", lambda _: [{"CPU": 2, "GPU": 0}])
+    monkeypatch.setattr(step_times, "_image_seconds", lambda network, recipe, trained, device: 1e-3 if trained else 1e-4)
+    monkeypatch.setattr(step_times, "needs_ray", lambda *_: True)
+    monkeypatch.setattr(step_times, "nodes_of", lambda _: [{"CPU": 2, "GPU": 0}])
     found = of(methods=["none", "kd"], recipe=CIFAR["recipe"] | {"augment": {"flip": True}, "views": None})
     none, kd = found.methods
     assert found.slots == 2
@@ -217,7 +217,7 @@ def test_hours_are_those_of_all_steps_and_validations_shared_by_the_slots_after_
 
 
 def test_a_network_of_more_than_thirty_million_parameters_is_neither_rehearsed_nor_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REAL_PARAMETERS", 1_000_000)
+    monkeypatch.setattr(outlines, "REAL_PARAMETERS", 1_000_000)
     found = of(task={"name": "classification", "data": "fashion_mnist"})
     assert found.not_rehearsed == ("teacher 'resnet8x4' (more than 1,000,000 parameters)",)
     assert found.seconds is None

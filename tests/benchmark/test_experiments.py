@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdbench.benchmark import dry_run as module
+from kdbench.benchmark import step_times
 from kdbench.benchmark.dry_run import dry_run
 from kdbench.boards.published import load_published
 from kdbench.experiment import load_experiment
@@ -25,7 +25,7 @@ def _methods(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_experiment_that_ships_passes_a_dry_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TIMED_FLOPS", 0)
+    monkeypatch.setattr(step_times, "TIMED_FLOPS", 0)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KDBENCH_DATA", raising=False)
     monkeypatch.chdir(tmp_path)

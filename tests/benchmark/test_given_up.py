@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
-from kdbench.benchmark import run as running
+from kdbench.benchmark import emptying
 from kdbench.benchmark.run import Summary, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment, Unit
@@ -33,7 +33,7 @@ EXPERIMENT = Experiment.model_validate(
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ray, whose part ends where a unit is given up."""
-    monkeypatch.setattr(running, "needs_ray", lambda *_: False)
+    monkeypatch.setattr(emptying, "needs_ray", lambda *_: False)
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, folder: Path, dies: Callable[[Unit], bool]) -> Summary:
@@ -65,7 +65,7 @@ def trials(folder: Path) -> list[list[tuple[int, str, dict[str, Any], float | No
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as here:
-        here.setattr(running, "needs_ray", lambda *_: False)
+        here.setattr(emptying, "needs_ray", lambda *_: False)
         assert run(EXPERIMENT, folder, Unwatched()).failures == ()
     return folder
 

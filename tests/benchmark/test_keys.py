@@ -20,7 +20,8 @@ from kdbench.benchmark import pair as pairs
 from kdbench.benchmark.cache import cache_spec
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.pair import PairWork, axes_of
-from kdbench.benchmark.run import _pairs, _teacher_unit, check, run
+from kdbench.benchmark.run import _pairs, check, run
+from kdbench.benchmark.teacher import teacher_unit
 from kdbench.benchmark.watch import Unwatched
 from kdbench.boards.leaderboard import boards
 from kdbench.boards.summary import summaries
@@ -200,7 +201,7 @@ def test_what_is_not_asked_for_is_in_no_key() -> None:
     assert content_hash(asked.model_dump(mode="json")) == "2b3558421e3ea5d3"
     assert content_hash(facts) == content_hash(task_facts(asked.task, "teacher")) == "9db9eb05435e639c"
     assert ref.identity == "dacaa0f459ebeae4"
-    assert _teacher_unit(asked, asked.teacher, asked.teacher_recipe(), task, network(4)).key == "16ca694db19d7eb2"
+    assert teacher_unit(asked, asked.teacher, asked.teacher_recipe(), task, network(4)).key == "16ca694db19d7eb2"
     assert CacheSpec(teacher=ref, task=asked.task, recipe=asked.recipe, data_seed=0).key == "af49e0058374e69a"
     learned = task.splits().learned_hash
     assert student_protocol(asked, facts, "shapes", learned, asked.recipe, ref.identity, True) == "6e8afe16d9170252"
@@ -210,7 +211,7 @@ def test_what_is_not_asked_for_is_in_no_key() -> None:
 def test_what_a_teacher_learns_from_is_in_its_key_and_not_among_the_facts_of_its_students(option: dict[str, Any]) -> None:
     plain, asked = experiment(PLAIN), experiment({**PLAIN, "task": {**PLAIN["task"], **option}})
     assert plain.teacher is not None
-    keys = [_teacher_unit(one, plain.teacher, plain.teacher_recipe(), build_task(one.task), network(4)).key for one in (plain, asked)]
+    keys = [teacher_unit(one, plain.teacher, plain.teacher_recipe(), build_task(one.task), network(4)).key for one in (plain, asked)]
     assert keys[0] != keys[1]
     assert task_facts(asked.task) == task_facts(plain.task)
     assert task_facts(asked.task, "teacher") != task_facts(plain.task, "teacher")

@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from kdbench import tracking
-from kdbench.benchmark import run as running
+from kdbench.benchmark import emptying
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.experiment import Experiment, Unit
@@ -107,7 +107,7 @@ def shown(uri: str) -> list[tuple[str, str, bool, int]]:
 def test_what_a_server_missed_while_it_did_not_answer_is_sent_when_it_does_and_nothing_twice(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "needs_ray", lambda *_: False)
+    monkeypatch.setattr(emptying, "needs_ray", lambda *_: False)
     for name, value in tracking.ENVIRONMENT.items():  # which a tracker would set for good
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")

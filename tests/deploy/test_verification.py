@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+from kdbench.benchmark import emptying
 from kdbench.benchmark import run as running
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
@@ -338,7 +339,7 @@ def test_a_record_that_holds_too_little_is_counted_and_not_accused(results: Path
 
 def test_keys_of_searches_combinations_and_given_teachers_are_derived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search varies the recipe too, which is then another one than the board's."""
-    monkeypatch.setattr(running, "needs_ray", lambda *_: False)
+    monkeypatch.setattr(emptying, "needs_ray", lambda *_: False)
     folder = tmp_path / "results"
     trained(folder, seeds=1)
     [weights] = folder.glob("teachers/*/model.safetensors")

@@ -23,7 +23,7 @@ import yaml
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
-from kdbench.benchmark import run as running
+from kdbench.benchmark import emptying
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Phase, Unwatched
 from kdbench.deploy.verification import verify
@@ -254,7 +254,7 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("search")
     searched = Searched(request.param, folder, Watch(folder / "notes"))
     with pytest.MonkeyPatch.context() as here:
-        here.setattr(running, "needs_ray", lambda *_: False)
+        here.setattr(emptying, "needs_ray", lambda *_: False)
         run(Experiment.model_validate(search(folder, searched.watch, searched.task)), searched.results, searched.watch)
     return searched
 

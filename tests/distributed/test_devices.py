@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.benchmark.run import needs_ray, profile, run
+from kdbench.benchmark.emptying import needs_ray
+from kdbench.benchmark.run import profile, run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.distributed import cache
 from kdbench.distributed.cluster import check_fits_here, decided, device_here, slots_of, unusable_gpus, workers_on

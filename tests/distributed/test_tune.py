@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
-from kdbench.benchmark import run as running
+from kdbench.benchmark import emptying
 from kdbench.benchmark.pair import FIRST_CANDIDATE_SEED, TRIAL_SEED
 from kdbench.benchmark.run import Summary, run
 from kdbench.benchmark.watch import Phase, Unwatched
@@ -287,7 +287,7 @@ def test_a_process_killed_between_any_two_trials_changes_nothing_of_a_search(tmp
     summary = run(of, tmp_path / "killed", killer)
     assert killer.killed >= 20
     assert summary.failures == ()
-    monkeypatch.setattr(running, "needs_ray", lambda *_: False)
+    monkeypatch.setattr(emptying, "needs_ray", lambda *_: False)
     run(of, tmp_path / "undisturbed", Watch())
     (trials,), (others,) = (studies(tmp_path / name).values() for name in ("killed", "undisturbed"))
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from kdbench.benchmark.dry_run import forward_cost
+from kdbench.benchmark.outlines import forward_cost
 from kdbench.training.cost import counted_flops, measure
 
 CPU = torch.device("cpu")

@@ -14,13 +14,11 @@ from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.experiment import Unit
 from kdbench.methods.base import Method, Progress
-from kdbench.records.record import RunRecord
 from kdbench.training.assembly import assemble
 from kdbench.training.loop import fit, train_epoch
 from kdbench.training.session import LocalSession
 from tests.training.gloo import free_port
 from tests.training.own_methods import NAMES, Imagined, Zooming
-from tests.training.test_two_workers import worker
 from tests.training.units import killed_and_continued, layout, saved_teacher, unit
 
 PLAIN = {"name": "tests.training.own_methods:PlainNet"}
@@ -37,22 +35,6 @@ METHODS: dict[str, str | dict[str, Any]] = {
     "instead": {"name": NAMES["Imagined"], "instead": True, "times": 1},
     "both": f"{NAMES['Imagined']}+{NAMES['Zooming']}",
 }
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_two_workers_are_shown_what_one_is(tmp_path: Path, method: str | dict[str, Any]) -> None:
-    # 300 samples in batches of 63 make shares of 31 and 32 where the number of workers is a range
-    one = shown(tmp_path, method, batch_size=63)
-    two = Unit.model_validate(one.model_dump() | {"workers": {"max": 2}})
-    alone = fit(one, LocalSession(threads=1), layout(tmp_path))
-    torch.multiprocessing.spawn(worker, (2, free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
-    a, b = load_file(layout(tmp_path).student(one.key)), load_file(layout(tmp_path).student(two.key))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
-    together = RunRecord.model_validate_json((tmp_path / "record.json").read_text())
-    losses = [name for name in alone.curve[0] if name.startswith("train_")]
-    for here, there in zip(alone.curve, together.curve, strict=True):
-        assert {name: there[name] for name in losses} == pytest.approx({name: here[name] for name in losses}, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
