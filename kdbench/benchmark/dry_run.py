@@ -16,7 +16,7 @@ from torch import nn
 
 from kdbench.benchmark.checks import check_images, check_plan, random_axes, searched_recipes, slow_averages
 from kdbench.benchmark.method_costs import activation_factor, cacheable, counted, optimizer_state
-from kdbench.benchmark.outlines import META, REAL_PARAMETERS, Network, Opened, forward_cost, open_data, parameters_of
+from kdbench.benchmark.outlines import META, Network, Opened, forward_cost, open_data, parameters_of
 from kdbench.benchmark.pair import axes_of
 from kdbench.benchmark.step_times import FORWARD_AND_BACKWARD, Clock
 from kdbench.data.download import without_downloads
@@ -205,8 +205,7 @@ def _rehearse(experiment: Experiment, opened: Opened, own: Opened, students: Seq
     def outlined(role: str, network: Network) -> bool:
         data = own if role == "teacher" else opened
         reason = f"data {data.task.data_name} is not here" if data.stands_in else network.lacks
-        if not network.small:
-            reason = reason or f"more than {REAL_PARAMETERS:,} parameters"
+        reason = reason or network.too_large
         if reason:
             left.append(f"{role} {network.spec.label!r} ({reason})")
             check_sees_all(f"{role} {network.spec.label!r}", network.outline, data.task.example(network.role))

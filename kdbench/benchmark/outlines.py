@@ -123,6 +123,11 @@ class Network:
         return self.forward_cost[0]
 
     @property
+    def too_large(self) -> str:
+        """Why it is looked at in outline alone; empty where it is small."""
+        return "" if self.small else f"more than {REAL_PARAMETERS:,} parameters"
+
+    @property
     def small(self) -> bool:
         return self.params <= REAL_PARAMETERS
 

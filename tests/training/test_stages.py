@@ -122,10 +122,13 @@ def test_what_a_stage_draws_follows_from_the_seed_and_the_stage_alone(tmp_path: 
 def test_the_best_weights_are_those_of_the_last_stage(tmp_path: Path) -> None:
     """A head that learns nothing is worse than all of the first stage, and its network is kept all the same."""
     method = {"share": 0.5, "changes": {"lr": 1e-12}}
-    record = fit(staged(tmp_path, params=method, weights="best", lr=0.5), LocalSession(), layout(tmp_path))
+    of = staged(tmp_path, params=method, weights="best", lr=0.5)
+    record = fit(of, LocalSession(), layout(tmp_path))
     accuracies = [row["val_accuracy"] for row in record.curve]
     assert max(accuracies[:2]) > max(accuracies[2:]), "the first stage is no better, so this test shows nothing"
     assert record.val_metric == max(accuracies[2:])
+    fresh = load_file(layout(tmp_path).student(of.key))["head.bias"]
+    assert (fresh > -1e-6).all(), "a fresh head has positive biases"
 
 
 def test_a_combination_trains_in_the_stages_of_its_one_part(tmp_path: Path) -> None:
