@@ -90,7 +90,7 @@ def export(record: RunRecord, store_root: Path, format: str, output: Path | None
     if format not in FORMATS:
         raise UserError(f"--format {format}: unknown format{nearest(format, FORMATS)}")
     if format == "onnx":
-        _require_onnx()
+        require_onnx("--format onnx")
     path = output or Path("-".join(map(path_name, (record.student, record.label, record.run_id))) + f".{format}")
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder, expected a file name")
@@ -100,10 +100,11 @@ def export(record: RunRecord, store_root: Path, format: str, output: Path | None
     return _write_checked(network, images, path, format, metadata)
 
 
-def _require_onnx() -> None:
+def require_onnx(what: str) -> None:
+    """Raise UserError where a package is missing that writes or runs ONNX. what: who asks for it."""
     missing = [package for package in _ONNX_PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'kdbench[onnx]'")
+        raise UserError(f"{what} needs {', '.join(missing)}: pip install 'kdbench[onnx]'")
 
 
 # --- from the record back to the network -----------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def _write_safetensors(network: Deployed, inputs: Columns, path: Path, metadata:
         return prediction
 
 
-def _write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[str, str]) -> Columns:
+def write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[str, str]) -> Columns:
     """Write the graph, its weights inside the one file; returns onnxruntime's predictions from the file."""
     import onnx
     import onnxruntime
@@ -268,7 +269,7 @@ def _write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[s
     return like({name: torch.from_numpy(array) for name, array in zip(named(expected, ""), arrays, strict=True)}, expected)
 
 
-_WRITERS: dict[str, Callable[[Deployed, Columns, Path, dict[str, str]], Columns]] = {"safetensors": _write_safetensors, "onnx": _write_onnx}
+_WRITERS: dict[str, Callable[[Deployed, Columns, Path, dict[str, str]], Columns]] = {"safetensors": _write_safetensors, "onnx": write_onnx}
 
 
 @contextlib.contextmanager
