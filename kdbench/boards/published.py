@@ -82,11 +82,6 @@ def load_published() -> tuple[PublishedFigure, ...]:
     return _read().figures
 
 
-def planned_methods() -> tuple[str, ...]:
-    """Methods of which figures are quoted and that kdbench does not have yet."""
-    return _read().planned
-
-
 @cache
 def _read() -> _File:
     import yaml

@@ -446,7 +446,7 @@ def export(
     typer.echo(f"{report.path}: {report.model}, {report.size_bytes / 1e6:.2f} MB")
     typer.echo(f"input: {report.inputs}")
     typer.echo(f"output: {in_words(report.output_shape)} for each image")
-    typer.echo(f"checked on {report.images} test images: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
+    typer.echo(f"checked on {report.images} test samples: largest difference {report.difference:.1e}, allowed {report.tolerance:.1e}")
 
 
 def _register(record: "RunRecord", folder: Path, name: str) -> None:
@@ -458,7 +458,7 @@ def _register(record: "RunRecord", folder: Path, name: str) -> None:
     typer.echo(f"{made.uri} {'is new' if made.new else 'was registered before'}, at {made.tracking_uri}")
     typer.echo(f"input: {made.inputs}")
     typer.echo(f"output: {in_words(made.output_shape)} for each image")
-    typer.echo(f"checked on {made.images} test images: largest difference {made.difference:.1e}, allowed {made.tolerance:.1e}")
+    typer.echo(f"checked on {made.images} test samples: largest difference {made.difference:.1e}, allowed {made.tolerance:.1e}")
 
 
 app.command(epilog=example("recommend --latency 5ms --min-gain 1.0"))(recommend)

@@ -311,7 +311,7 @@ def profile_page(profiles: Mapping[str, StepProfile], batch_size: int) -> str:
     """Milliseconds of a step and of its parts, a line each method, with each part's share."""
     from kdbench.training.profiling import PARTS
 
-    rows: list[tuple[str, ...]] = [("method", "images/s", "ms a step", *PARTS)]
+    rows: list[tuple[str, ...]] = [("method", "samples/s", "ms a step", *PARTS)]
     for name, profile in profiles.items():
         cells = [f"{profile.milliseconds[part]:.2f} {profile.milliseconds[part] / profile.total:4.0%}" for part in PARTS]
         rows.append((name, f"{1e3 * batch_size / profile.total:.0f}", f"{profile.total:.2f}", *cells))
@@ -323,8 +323,8 @@ def profile_page(profiles: Mapping[str, StepProfile], batch_size: int) -> str:
 
 def dry_run_page(found: DryRun) -> str:
     """What an experiment would do and cost: what is missing, the networks, a line each method, the sum."""
-    sizes = f"{found.data}: a teacher learns from {found.teacher_images:,} images, a student from {found.student_images:,}"
-    networks = [("network", "", "parameters", "FLOPs an image", "weights")]
+    sizes = f"{found.data}: a teacher learns from {found.teacher_images:,} samples, a student from {found.student_images:,}"
+    networks = [("network", "", "parameters", "FLOPs a sample", "weights")]
     networks += [(n.role, n.label, f"{n.params:,}", f"{n.flops:.3g}", n.fact) for n in found.networks]
     lines = [("method", "student", "looks at", "extra parameters", "searched", "GB", "FLOPs a step", "ms a step", "trainings", "hours")]
     for m in found.methods:

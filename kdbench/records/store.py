@@ -152,11 +152,6 @@ class ResultStore:
             except _UnreadableRows as error:
                 unreadable.add(error.path)
 
-    def by_unit_key(self, key: str) -> RunRecord | None:
-        """The latest record of that unit, None where there is none."""
-        found = self.scan(unit_key=key)
-        return found[-1] if found else None
-
     def by_unit(self) -> Callable[[str], list[RunRecord]]:
         """A function from a `unit_key` to its records as they are now, one for each test part, oldest first."""
         files = self.record_files()

@@ -297,7 +297,7 @@ def test_exported_safetensors_load_into_the_plain_model(kdbench: Kdbench, traine
     assert ended.code == 0, ended.err
     path = Path(f"cifar_resnet8-kd-{trained.record.run_id}.safetensors")
     assert ended.out.startswith(f"{path}: cifar_resnet8")
-    assert "checked on 64 test images: largest difference 0.0e+00" in ended.out
+    assert "checked on 64 test samples: largest difference 0.0e+00" in ended.out
     from kdbench.models.cifar_resnet import cifar_resnet8
 
     model = cifar_resnet8(num_classes=5, in_channels=3, width=4).eval()

@@ -68,7 +68,7 @@ def test_a_compacted_store_reads_as_it_did(location, make_record) -> None:
     assert dumped(store.scan(label="m1", seed=2)) == dumped([r for r in before if r.label == "m1" and r.seed == 2])
     assert store.keys() == {record.unit_key for record in before}
     assert dumped(store.scan(study_id=None)) == dumped(before)
-    assert store.by_unit_key("u1").params == {"temperature": 11}
+    assert store.scan(unit_key="u1")[-1].params == {"temperature": 11}
 
 
 def test_rows_of_files_that_are_older_than_a_column_take_its_default(tmp_path, make_record) -> None:
@@ -108,9 +108,9 @@ def test_records_that_come_later_are_read_beside_and_compacted_along(location, m
     later = make_record(unit_key="u3", test_metric=99.0)
     store.append(later)
 
-    assert store.by_unit_key("u3") == later
+    assert store.scan(unit_key="u3")[-1] == later
     assert compact(store) == Compacted(before=2, after=1, rows=13)
-    assert dumped([store.by_unit_key("u3")]) == dumped([later])
+    assert dumped([store.scan(unit_key="u3")[-1]]) == dumped([later])
     assert compact(store) == Compacted(0, 0, 0)
 
 
@@ -202,7 +202,7 @@ def test_any_rows_are_read_from_whatever_groups_they_are_in(tmp_path, make_recor
     store = ResultStore(tmp_path)
 
     for key, record in records.items():
-        assert dumped([store.by_unit_key(key)]) == dumped([record])
+        assert dumped([store.scan(unit_key=key)[-1]]) == dumped([record])
     wanted = [record for record in records.values() if record.label == "m1"]
     assert {record.run_id for record in store.scan(label="m1", without=["curve"])} == {record.run_id for record in wanted}
     assert len(wanted) == 2
