@@ -13,6 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from kdbench.own_code import TRUST_VARIABLE
 from kdbench.records.store import ResultStore
 from tests.conftest import Kdbench
 from tests.pages import ROOT
@@ -62,6 +63,7 @@ def test_a_search_stops_no_trial_before_its_last_stage_is_under_way(kdbench: Kdb
     first = round(final.params["share"] * EPOCHS)
     assert final.stages == {"distil": first, "head": EPOCHS - first}
     assert ["train_itself" in row for row in final.curve] == [epoch >= first for epoch in range(EPOCHS)]
+    kdbench.monkeypatch.setenv(TRUST_VARIABLE, "0")  # put back when the test ends: --trust-code sets it in this process
     verified = kdbench("verify", "--results", "results", "--trust-code")
     assert verified.code == 0, verified.out + verified.err
 

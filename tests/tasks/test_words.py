@@ -16,7 +16,7 @@ from kdbench.data.loader import in_order
 from kdbench.data.shape_targets import CAPTION_TOKENS
 from kdbench.data.shapes import shapes
 from kdbench.data.sources import Source
-from kdbench.deploy.export import Deployed, _write_onnx
+from kdbench.deploy.export import Deployed, write_onnx
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.towers import TextTower
@@ -101,7 +101,7 @@ def test_a_graph_takes_words(tmp_path: Path) -> None:
     task = build_task(TaskSpec.model_validate({"name": "classification", "data": CASES["words"][0], "val_size": 12}))
     network = Deployed(task.build_model(ModelSpec.model_validate(CASES["words"][1]))).eval()
     words = next(in_order(task.splits().test, 12)).inputs
-    found = _write_onnx(network, words, tmp_path / "words.onnx", {"model": "tiny_text"})
+    found = write_onnx(network, words, tmp_path / "words.onnx", {"model": "tiny_text"})
     with torch.no_grad():
         torch.testing.assert_close(found, network(words), rtol=1e-5, atol=1e-6)
     session = onnxruntime.InferenceSession(str(tmp_path / "words.onnx"), providers=["CPUExecutionProvider"])

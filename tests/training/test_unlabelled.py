@@ -22,7 +22,7 @@ from kdbench.training.session import LocalSession
 from tests.methods.test_every_method_trains import CNN, PAIRS, SMALL_CNN
 from tests.training.alike import AlikeSession
 from tests.training.gloo import free_port
-from tests.training.test_two_workers import worker
+from tests.training.test_two_workers import workers
 from tests.training.units import TASK, layout, saved_teacher, unit, with_cache
 
 NOISE = {**TASK, "transfer": "noise", "transfer_size": 60}
@@ -58,8 +58,8 @@ def test_labelled_samples_count_alike_for_any_number_of_workers_and_micro_batche
         torch.testing.assert_close(train_step(run, with_labels(next(iter(run.loader.batches(0))))), whole, rtol=1e-10, atol=1e-12)
         for name, weight in run.distiller.student.named_parameters():
             torch.testing.assert_close(weight, weights[name], rtol=1e-9, atol=1e-11)
-    for workers, pieces in ((2, 1), (3, 1), (2, 2), (3, 4)):
-        losses = _of_workers(partly(method, tmp_path, accumulate=pieces), workers, with_labels)
+    for several, pieces in ((2, 1), (3, 1), (2, 2), (3, 4)):
+        losses = _of_workers(partly(method, tmp_path, accumulate=pieces), several, with_labels)
         torch.testing.assert_close(losses, whole, rtol=1e-10, atol=1e-12)
 
 
@@ -96,7 +96,7 @@ def test_two_workers_give_the_weights_of_one(tmp_path: Path, task: dict[str, Any
     one = unit(method, saved_teacher(tmp_path, "fp64"), task=task, recipe=recipe)
     two = one.model_copy(update={"workers": 2})
     fit(one, LocalSession(threads=1), layout(tmp_path))
-    torch.multiprocessing.spawn(worker, (2, free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(workers, (2, free_port(), [(two.model_dump_json(), tmp_path)]), nprocs=2)
     a, b = load_file(layout(tmp_path).student(one.key)), load_file(layout(tmp_path).student(two.key))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
