@@ -87,7 +87,11 @@ class Undisturbed(NamedTuple):
         return build_task(load_experiment(self.experiment).task)
 
 
-@pytest.fixture(scope="module", params=EACH_TASK)
+# CI has 45 minutes: what segmentation has in common with classification, one tensor in and one out, is left to `make test-nodes`.
+NAMES = [pytest.param(name, marks=[pytest.mark.nodes] if name == "segmentation" else []) for name in EACH_TASK]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp(request.param)
     run = Undisturbed(request.param, experiment_file(request.param, folder), folder / "results")
