@@ -210,24 +210,31 @@ def boards(
     """
     records = list(records)
     pairs: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)
+    of_all: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)  # whatever the student and the method
     for record in records:
         if record.role == "final" and record.source == "kdbench" and record.status != "stopped":
             shared = record.student if rows_by == "method" else record.label
             pairs[(record.task, record.data, record.teacher or "", shared, record.protocol_hash)].append(record)
+            of_all[(record.task, record.data, record.teacher or "", record.protocol_hash)].append(record)
     found = []
-    for _, finals in sorted(pairs.items()):
-        teachers: list[str | None] = [*sorted({name for r in finals if (name := _teacher_of(r)) is not None and r.method != UNDISTILLED})]
+    for (task, data, name, _, protocol), finals in sorted(pairs.items()):
+        teachers: list[str | None] = [*sorted({own for r in finals if (own := _teacher_of(r)) is not None and r.method != UNDISTILLED})]
         for teacher in teachers or [None]:
-            # an undistilled student, or a record that names no weights, is the same whatever the teacher's weights are
-            members = [r for r in finals if _teacher_of(r) in (teacher, None) or r.method == UNDISTILLED]
+            members = _with_teacher(finals, teacher)
             shas = [r.teacher_sha for r in sorted(members, key=_age) if _teacher_of(r) == teacher]
             sha = shas[-1] if shas else None  # one teacher may have come in several kinds of file
             metric = _teacher_metric(members, teacher, records)
             if rows_by == "method":
                 found.append(_board_of_methods(members, sha, metric, published))
             elif len({record.student for record in members}) > 1:
-                found.append(_board_of_students(members, sha, metric, control))
+                together = _with_teacher(of_all[(task, data, name, protocol)], teacher)
+                found.append(_board_of_students(members, together, sha, metric, control))
     return found
+
+
+def _with_teacher(finals: Sequence[RunRecord], teacher: str | None) -> list[RunRecord]:
+    """An undistilled student, or a record that names no weights, is the same whatever the teacher's weights are."""
+    return [record for record in finals if _teacher_of(record) in (teacher, None) or record.method == UNDISTILLED]
 
 
 def _teacher_of(record: RunRecord) -> str | None:
@@ -250,14 +257,19 @@ def _board_of_methods(
         group.label: _Standing(ranks.get(group.label), None, _difference(group, control), judged.get(group.label)) for group in groups
     }
     detectable = _detectable([group for group in complete if group.label in judged], control, wanted)
-    board = _ranked(members, groups, standings, teacher_sha, teacher_metric, undistilled, control, detectable)
+    board = _ranked(members, groups, standings, teacher_sha, teacher_metric, undistilled, control, detectable, _latencies(groups))
     methods = {row.method for row in board.rows}
     board = replace(board, published=tuple(figure for figure in published if figure.method in methods))
     return replace(board, findings=_findings(board), notes=(*_notes(board, groups, wanted), *board.notes))
 
 
-def _board_of_students(members: Sequence[RunRecord], teacher_sha: str | None, teacher_metric: float | None, named: str | None) -> Board:
-    """No student stands for another's failed seed, so one that misses a seed of the others is not ranked."""
+def _board_of_students(
+    members: Sequence[RunRecord], together: Sequence[RunRecord], teacher_sha: str | None, teacher_metric: float | None, named: str | None
+) -> Board:
+    """No student stands for another's failed seed, so one that misses a seed of the others is not ranked.
+
+    together: the finals of all methods with these students. A student's latency is that of its board of methods.
+    """
     groups = _groups(members, "student")
     for group in groups:
         group.values.update(_values(group, None))
@@ -278,7 +290,11 @@ def _board_of_students(members: Sequence[RunRecord], teacher_sha: str | None, te
     for group in groups:
         if control is not None and group is not control and (known is None or group not in complete):
             standings[group.label] = _incomplete(group, control, standings.get(group.label, _Standing()), len(complete), known)
-    board = _ranked(members, groups, standings, teacher_sha, teacher_metric, None, control, detectable)
+    latencies = {}
+    for group in groups:
+        by_method = _groups([record for record in together if record.student == group.label], "method")
+        latencies[group.network] = _latencies(by_method).get(group.network)
+    board = _ranked(members, groups, standings, teacher_sha, teacher_metric, None, control, detectable, latencies)
     board = replace(board, student="", method=members[0].label)
     notes = _notes_of_students(board, groups, len(seeds), known, named)
     return replace(board, findings=_findings_of_students(board), notes=(*notes, *board.notes))
@@ -314,10 +330,10 @@ def _ranked(
     undistilled: _Finals | None,
     control: _Finals | None,
     detectable: float | None,
+    latencies: Mapping[tuple[object, ...], float | None],
 ) -> Board:
     """The board without its sentences, but for what its records say against trusting it; who has no rank comes last."""
     first = members[0]
-    latencies = _latencies(groups)
     ordered = sorted(groups, key=lambda group: standings.get(group.label, _Standing()).rank is None)
     rows = [
         _row(group, standings.get(group.label, _Standing()), undistilled, teacher_metric, latencies.get(group.network)) for group in ordered

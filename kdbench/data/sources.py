@@ -176,6 +176,8 @@ def _problem(source: Any) -> str | None:
         return f"the function must return a kdbench.data.sources.Source, got {type(source).__name__}"
     if taken := sorted(source.more.keys() & {TRAIN, NOISE}):
         return f"a further part can't be called {taken[0]!r}, which has a meaning of its own; rename it"
+    if wrong := [name for name, part in source.more.items() if not isinstance(part, Part)]:
+        return f"the further part {wrong[0]!r} is a {type(source.more[wrong[0]]).__name__}; expected a Part"
     further = {"test": source.test, **source.more}
     for title, part in {"train": source.train, **further}.items():
         problem = _part_problem(part, source, title in source.more)

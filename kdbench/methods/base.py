@@ -187,7 +187,7 @@ class Method(nn.Module):
         What is in `batch.others` already is another part's of a combination, and is kept.
 
         In training with several workers a `batch_coupled` method is given the joined batch, the same on all; the frame then cuts what it
-        returns. Each of `others` has a multiple of the batch's samples there.
+        returns. So what such a method shows has a multiple of the batch's samples, on one worker too.
         """
         return batch
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, StrictInt
 from torch import Tensor
 
 from kdbench.catalogue import nearest
@@ -56,7 +56,7 @@ class SplitOptions(Task.Options):
     transfer: Annotated[str, LEFT_OUT_UNSET] = TRAIN
     labelled: Annotated[Annotated[int | float, BeforeValidator(_number), AfterValidator(_count_or_share)] | None, LEFT_OUT_UNSET] = None
     teacher_share: Annotated[float, Field(gt=0, le=1), LEFT_OUT_UNSET] = 1.0
-    teacher_classes: Annotated[Annotated[tuple[int | str, ...], Field(min_length=1)] | None, LEFT_OUT_UNSET] = None
+    teacher_classes: Annotated[Annotated[tuple[StrictInt | str, ...], Field(min_length=1)] | None, LEFT_OUT_UNSET] = None
 
     def facts_of(self, role: Role) -> dict[str, Any]:
         """What students learn from decides no teacher's training, and what the teacher learns from none of theirs.

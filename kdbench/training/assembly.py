@@ -140,7 +140,12 @@ class Training:
         old.load_state_dict(left)
         self.left.append(left)
         with stage_streams(unit.seed, len(self.left), old.method.generator, device):
-            student = old.method.begin(len(self.left), old.student)
+            student: Any = old.method.begin(len(self.left), old.student)
+        who = f"method {unit.method.name}: `begin` of the stage {old.method.stages()[len(self.left)].name!r}"
+        if not isinstance(student, nn.Module):
+            raise UserError(f"{who} returned a {type(student).__name__}; return the student")
+        if not any(parameter.requires_grad for module in (student, old.method) for parameter in module.parameters()):
+            raise UserError(f"{who} leaves nothing that learns: no parameter of student or method requires a gradient")
         recipe = recipe_of(unit.recipe, old.method.stages(), len(self.left), unit.method.name)
         self.wrapped = self.distiller = make_distiller(
             student, old.method, self.task, recipe, device, list(old.peers), unit.method.name, old.role

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.nn.functional as exchange
@@ -106,10 +106,10 @@ class Distiller(nn.Module):
         joined_batch: Batch | None = None
         if self.method.makes_batches:
             if several and self.coupled:
-                joined_batch = self.method.shown(_joined_batch(batch, shares), at)
-                batch = self._own_part(joined_batch, shares)
+                joined_batch = self._shown(_joined_batch(batch, shares), at)
+                batch = _own_part(joined_batch, shares)
             else:
-                batch = self.method.shown(batch, at)
+                batch = self._shown(batch, at)
         inputs = self.task.inputs_for(self.role, batch.inputs)
         with autocast:
             outputs = self._taps(inputs)
@@ -140,20 +140,27 @@ class Distiller(nn.Module):
         terms[TOTAL] = torch.stack(list(terms.values())).sum()
         return terms
 
-    def _own_part(self, whole: Batch, shares: Sequence[int]) -> Batch:
-        """This worker's rows of a batch that a method made for all. Raises UserError where it can't be cut as the loader's is."""
-        rank, samples = torch.distributed.get_rank(), sum(shares)
+    def _shown(self, batch: Batch, at: Progress) -> Batch:
+        """What the method shows in place of this batch. Raises UserError for what is no batch, or can't be cut for workers as it is."""
+        shown: Any = self.method.shown(batch, at)
+        others = shown.others if isinstance(shown, Batch) else {}
+        made = {"in its place": shown, **{f"as {name!r}": other for name, other in others.items()}}
+        for what, one in made.items():
+            if not isinstance(one, Batch):
+                raise UserError(f"method {self.name}: `shown` returned a {type(one).__name__} {what}; return a Batch")
+            if not len(one) or (self.coupled and len(one) % len(batch)):
+                counts = f"{len(one)} samples {what} for a batch of {len(batch)}"
+                raise UserError(f"method {self.name}: `shown` returned {counts}; return a multiple of these")
+        return cast(Batch, shown)
 
-        def cut(batch: Batch, what: str) -> Batch:
-            times, rest = divmod(len(batch), samples)
-            if rest or not times:
-                raise UserError(
-                    f"method {self.name}: `shown` returned {len(batch)} samples {what} for a batch of {samples}; return a multiple of these"
-                )
-            first, rows = times * sum(shares[:rank]), times * shares[rank]
-            return replace(batch, others={}).changed(lambda tensor: tensor[first : first + rows])
 
-        return replace(cut(whole, "in its place"), others={name: cut(other, f"as {name!r}") for name, other in whole.others.items()})
+def _own_part(whole: Batch, shares: Sequence[int]) -> Batch:
+    """This worker's rows of a batch that a method made for all, and of those beside it."""
+    rank, samples = torch.distributed.get_rank(), sum(shares)
+    times = len(whole) // samples
+    first, rows = times * sum(shares[:rank]), times * shares[rank]
+    others = {name: _own_part(other, shares) for name, other in whole.others.items()}
+    return replace(replace(whole, others={}).changed(lambda tensor: tensor[first : first + rows]), others=others)
 
 
 def _nothing(prediction: Columns) -> Tensor:
@@ -213,18 +220,20 @@ def _cut(parts: Sequence[Tensor], shares: Sequence[int]) -> Tensor:
 
 
 def _joined(outputs: Outputs, shares: Sequence[int]) -> Outputs:
-    maps = {name: _join(tensor, shares) for name, tensor in outputs.maps.items()}
-    prediction = mapped(outputs.prediction, lambda tensor: _join(tensor, shares))
-    others = {}
-    for name, other in outputs.others.items():
-        times = _rows(other) // _rows(outputs)
-        others[name] = _joined(other, [times * share for share in shares])
+    """All workers' outputs. shares: of the loader's batch; a method may have shown a multiple of it."""
+    own = _of_all(len(tensors(outputs.prediction)[0]), shares)
+    maps = {name: _join(tensor, own) for name, tensor in outputs.maps.items()}
+    prediction = mapped(outputs.prediction, lambda tensor: _join(tensor, own))
+    others = {name: _joined(other, shares) for name, other in outputs.others.items()}
     return Outputs(prediction, maps, tuple(_joined(peer, shares) for peer in outputs.peers), others)
 
 
-def _rows(outputs: Outputs) -> int:
-    return len(tensors(outputs.prediction)[0])
+def _of_all(rows: int, shares: Sequence[int]) -> list[int]:
+    """How many rows each worker has of a batch of which this one has `rows`."""
+    times = rows // shares[torch.distributed.get_rank()]
+    return [times * share for share in shares]
 
 
 def _joined_batch(batch: Batch, shares: Sequence[int]) -> Batch:
-    return batch.changed(lambda tensor: _join_values(tensor, shares))
+    own = _of_all(len(batch), shares)
+    return batch.changed(lambda tensor: _join_values(tensor, own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kdbench.errors import UserError
@@ -31,6 +32,12 @@ def epochs_of(stages: Sequence[Stage], epochs: int, name: str) -> tuple[range, .
 
     Raises UserError where one has no epoch, and where the shares do not add up to 1.
     """
+    if wrong := [stage for stage in stages if not isinstance(stage, Stage)]:
+        raise UserError(f"method {name}: `stages` must return Stages, one of them is a {type(wrong[0]).__name__}")
+    if odd := [stage for stage in stages if not 0 < stage.share <= 1]:
+        raise UserError(f"method {name}: the stage {odd[0].name!r} has the share {odd[0].share:g}; expected a number above 0 and at most 1")
+    if twice := [called for called, count in Counter(stage.name for stage in stages).items() if count > 1]:
+        raise UserError(f"method {name}: two of its stages are called {twice[0]!r}; give each a name of its own")
     if not stages or abs(sum(stage.share for stage in stages) - 1) > _ROUNDING:
         shares = ", ".join(f"{stage.name} {stage.share:g}" for stage in stages)
         raise UserError(f"method {name}: the shares of its stages ({shares}) do not add up to 1")

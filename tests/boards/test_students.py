@@ -313,3 +313,16 @@ def test_the_report_and_the_sites_index_show_students_side_by_side(kdbench: Kdbe
     kdbench("leaderboard", "--results", results, "--method", "alone", "--html", str(none))
     assert "alone: fashion_mnist" in none.read_text()
     assert "kd: fashion_mnist" not in none.read_text()
+
+
+def test_a_student_has_the_latency_that_its_board_of_methods_shows(finals) -> None:
+    """One number of one network: the median over all methods, as they deploy the same."""
+    records = []
+    for method, latency in (("none", 0.4), ("kd", 57.0), ("nkd", 0.3)):
+        for student, factor in (("small", 1), ("large", 2)):
+            of = finals({student: [90.0, 90.2]}, label=method, method=method, latency_ms_p50=factor * latency, flops=1000 * factor)
+            records += [record.model_copy(update={"params_count": 100 * factor}) for record in of]
+    shown = {board.student: {row.latency_ms_p50 for row in board.rows} for board in boards(records)}
+    assert shown == {"small": {0.4}, "large": {0.8}}
+    for board in boards(records, rows_by="student"):
+        assert {row.label: row.latency_ms_p50 for row in board.rows} == {"small": 0.4, "large": 0.8}

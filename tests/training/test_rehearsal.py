@@ -108,7 +108,7 @@ def test_convolutions_that_overlap_leave_nothing_out(name: str, side: int) -> No
     ("fault", "said"),
     [
         ("raises", r"beginning the stage 'head' fails: .*no such head"),
-        ("frozen", r"beginning the stage 'head' fails: .*empty parameter list"),
+        ("frozen", r"`begin` of the stage 'head' leaves nothing that learns"),
         ("nan", r"in a first training step in the stage 'head', its loss .*itself is nan"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,12 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
-from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.experiment import Unit
-from kdbench.methods.base import Method, Progress
+from kdbench.methods.base import Method
 from kdbench.training.assembly import assemble
 from kdbench.training.loop import fit, train_epoch
 from kdbench.training.session import LocalSession
-from tests.training.gloo import free_port
 from tests.training.own_methods import NAMES, Imagined, Zooming
 from tests.training.units import killed_and_continued, layout, saved_teacher, unit
 
@@ -33,6 +32,7 @@ METHODS: dict[str, str | dict[str, Any]] = {
     "others": NAMES["Zooming"],
     "by-method": NAMES["Imagined"],
     "instead": {"name": NAMES["Imagined"], "instead": True, "times": 1},
+    "more-instead": {"name": NAMES["Imagined"], "instead": True, "times": 3},
     "both": f"{NAMES['Imagined']}+{NAMES['Zooming']}",
 }
 
@@ -82,30 +82,25 @@ def test_a_part_that_the_method_steps_needs_the_joined_batch(tmp_path: Path, mon
         assemble(shown(tmp_path, NAMES["Imagined"]), LocalSession())
 
 
-def odd(rank: int, port: int, text: str, folder: str) -> None:
-    """A coupled method that makes a batch which can't be cut among workers."""
-    from tests.training.gloo import joined
-
-    kept = Imagined.shown
-
-    def one_less(self: Imagined, batch: Batch, at: Progress) -> Batch:
-        made = kept(self, batch, at)
-        return made.changed(lambda tensor: tensor[1:])
-
-    Imagined.shown = one_less  # type: ignore[method-assign]
-    with joined(rank, 2, port) as session:
-        try:
-            fit(Unit.model_validate_json(text), session, layout(Path(folder)))
-        except UserError as error:
-            (Path(folder) / f"error-{rank}").write_text(str(error))
-
-
-def test_a_made_batch_that_can_not_be_cut_is_an_error(tmp_path: Path) -> None:
-    two = Unit.model_validate(shown(tmp_path, METHODS["instead"]).model_dump() | {"workers": 2})
-    torch.multiprocessing.spawn(odd, (free_port(), two.model_dump_json(), str(tmp_path)), nprocs=2)
-    said = {(tmp_path / f"error-{rank}").read_text() for rank in range(2)}
-    [line] = said
-    assert line.endswith("`shown` returned 63 samples in its place for a batch of 64; return a multiple of these")
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (
+            lambda batch: batch.changed(lambda tensor: tensor[1:]),
+            "returned 63 samples in its place for a batch of 64; return a multiple of",
+        ),
+        (lambda batch: replace(batch, others={"few": batch.changed(lambda tensor: tensor[:3])}), "returned 3 samples as 'few' for a batch"),
+        (lambda batch: replace(batch, others={"none": batch.changed(lambda tensor: tensor[:0])}), "returned 0 samples as 'none' for a"),
+        (lambda batch: None, "returned a NoneType in its place; return a Batch"),
+        (lambda batch: replace(batch, others={"bare": batch.inputs}), "returned a Tensor as 'bare'; return a Batch"),
+    ],
+)
+def test_what_a_method_can_not_show_is_an_error_on_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any, said: str
+) -> None:
+    monkeypatch.setattr(Imagined, "shown", lambda _, batch, at: made(batch))
+    with pytest.raises(UserError, match=rf"`shown` {said}"):
+        fit(shown(tmp_path, METHODS["instead"]), LocalSession(), layout(tmp_path))
 
 
 def test_only_a_method_that_shows_something_is_asked() -> None:

@@ -152,7 +152,7 @@ def test_two_parts_with_stages_are_refused() -> None:
     [((0.5, 0.5), 4, [2, 2]), ((1 / 3, 1 / 3, 1 / 3), 10, [3, 4, 3]), ((0.1, 0.9), 10, [1, 9]), ((1.0,), 7, [7])],
 )
 def test_shares_become_epochs_that_add_up(shares: tuple[float, ...], epochs: int, expected: list[int]) -> None:
-    found = epochs_of([Stage(str(share), share) for share in shares], epochs, "m")
+    found = epochs_of([Stage(str(number), share) for number, share in enumerate(shares)], epochs, "m")
     assert [len(stage) for stage in found] == expected
     assert [epoch for stage in found for epoch in stage] == list(range(epochs))
 
@@ -170,6 +170,10 @@ def test_a_schedule_is_as_short_as_its_stage() -> None:
     ("stages", "epochs", "said"),
     [
         ((Stage("a", 0.5), Stage("b", 0.4)), 10, r"method m: the shares of its stages \(a 0.5, b 0.4\) do not add up to 1"),
+        ((Stage("a", 0.5), Stage("a", 0.5)), 10, r"method m: two of its stages are called 'a'; give each a name of its own"),
+        ((Stage("a", 1.5), Stage("b", -0.5)), 10, r"method m: the stage 'a' has the share 1.5; expected a number above 0 and at most 1"),
+        ((Stage("a", float("nan")), Stage("b", 0.5)), 10, r"method m: the stage 'a' has the share nan; expected a number above 0"),
+        ((("a", 1.0),), 10, r"method m: `stages` must return Stages, one of them is a tuple"),
         ((), 10, r"method m: the shares of its stages \(\) do not add up to 1"),
         ((Stage("a", 0.1), Stage("b", 0.9)), 3, r"recipe.epochs: 3 leave the stage 'a' of method m without an epoch; raise epochs, or"),
         ((Stage("a", 0.5, {"batch_size": 3}), Stage("b", 0.5)), 4, r"method m: stage 'a': a stage can't change recipe.batch_size; it can"),

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from kdbench.bounded import open_regular, read_file
@@ -72,6 +72,14 @@ class Stream(StrictOptions):
     shard_rows: int = Field(default_factory=lambda: SHARD_ROWS)
     parts: Annotated[dict[str, tuple[int, ...]] | None, LEFT_OUT_UNSET] = None
     whole: Annotated[tuple[str, ...] | None, LEFT_OUT_UNSET] = None
+
+    @model_validator(mode="after")
+    def _parts_fill_a_row(self) -> Stream:
+        if self.parts is not None:
+            sizes = [math.prod(shape) for shape in self.parts.values() if min(shape, default=1) > 0]
+            if len(sizes) < len(self.parts) or (sum(sizes),) != self.shape:
+                raise ValueError(f"the parts do not fill a row of the shape {list(self.shape)}")
+        return self
 
     @property
     def rows(self) -> int:

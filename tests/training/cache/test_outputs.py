@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -454,3 +455,11 @@ def test_what_is_there_already_is_used_though_the_budget_became_smaller(tmp_path
     built(augmented, folder, TAPS)
     plan = Builder(spec_of(augmented, budget_gb=0), folder, CPU).plan([TAPS])
     assert (plan.pieces, plan.too_big) == ((), {})
+
+
+@pytest.mark.parametrize("parts", [{"a": (3,)}, {"a": (-5,), "b": (10,)}, {"a": (10**18,)}, {}, {"a": (0,), "b": (5,)}])
+def test_parts_that_do_not_fill_a_row_are_no_stream(parts: dict[str, tuple[int, ...]]) -> None:
+    facts = {"name": "logits", "kind": "prediction", "shape": (5,), "views": 1, "images": 1, "precision": "fp16"}
+    with pytest.raises(ValidationError, match=r"the parts do not fill a row of the shape \[5\]"):
+        Stream(**facts, parts=parts)
+    assert Stream(**facts, parts={"a": (2, 2), "b": ()}).shape == (5,)
