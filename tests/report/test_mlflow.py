@@ -158,8 +158,8 @@ def test_a_run_without_weights_or_a_graph_that_differs_is_not_registered(
     from kdbench.deploy import register
 
     folder, (record, _) = results
-    loaded = register._loaded
-    monkeypatch.setattr(register, "_loaded", lambda *given: loaded(*given) * 1.1)
+    served = register._traced
+    monkeypatch.setattr(register, "_traced", lambda *given: served(*given) * 1.1)
     ended = kdbench("export", record.run_id, "--register", "wrong", "--results", folder)
     assert ended.code == 1
     assert "model wrong was not written: on 64 test samples its predictions differ" in ended.err
