@@ -16,7 +16,6 @@ from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, validated, worker_bounds
 from kdbench.methods.build import method_class, params_of
 from kdbench.models.build import check_model_name
-from kdbench.search.space import Choice
 from kdbench.search.study import FIRST_AT_RANDOM, drawn_at_random
 from kdbench.tasks.base import Task
 from kdbench.training.optimization import check_optimization
@@ -174,7 +173,7 @@ def searched_recipes(experiment: Experiment, together: int = 1) -> Iterator[Reci
         UserError: one of them is no recipe.
     """
     also = experiment.search.also if experiment.search else {}
-    ends: dict[str, Sequence[Any]] = {key: d.options if isinstance(d, Choice) else (d.low, d.high) for key, d in also.items()}
+    ends: dict[str, Sequence[Any]] = {key: dimension.ends for key, dimension in also.items()}
     if together > 1:  # of many options the extreme ones
         ends = {key: _extremes(options) for key, options in ends.items()}
     for keys in combinations(ends, together):

@@ -56,6 +56,10 @@ class Range:
         if width > MOST_STEPS * step:
             raise ValueError(f"step {step:g} cuts {self.low:g} .. {self.high:g} into more than {MOST_STEPS} steps; leave step out")
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.low, self.high
+
     def check_whole(self) -> None:
         """Raises ValueError where a parameter that takes whole numbers only can't be searched here."""
         if self.step is not None and self.step % 1:
@@ -75,6 +79,11 @@ class Choice:
         if not 2 <= len(self.options) <= MOST_OPTIONS:
             raise ValueError(f"a choice needs 2 to {MOST_OPTIONS} options; got {len(self.options)}")
 
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All of them, as none lies between others."""
+        return self.options
+
 
 Dimension = Range | Choice
 
@@ -90,11 +99,10 @@ class Parameter:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The values between which it is searched: both ends of a range, all options of a choice."""
-        if isinstance(self.dimension, Choice):
-            return self.dimension.options
-        low, high = self.dimension.low, self.dimension.high
-        return (math.ceil(low), math.floor(high)) if self.integer else (low, high)
+        """As its dimension's, whole numbers where it is one."""
+        if not self.integer or isinstance(self.dimension, Choice):
+            return self.dimension.ends
+        return math.ceil(self.dimension.low), math.floor(self.dimension.high)
 
 
 def space_of(params: BaseModel, fixed: frozenset[str] = frozenset()) -> tuple[Parameter, ...]:

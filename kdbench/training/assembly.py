@@ -162,14 +162,18 @@ class Training:
 
     def _left_now(self) -> dict[str, Tensor]:
         """A copy of the distiller's state, the student's being that which would be kept, and batch statistics the first worker's."""
+        share_buffers(self.distiller, self.session)
         state = self.distiller.state_dict()
         if self.average is not None:
             state |= {f"student.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
-        if self.session.world_size > 1:
-            for name, _ in self.distiller.named_buffers():
-                if name in state:
-                    state[name] = self.session.gather(state[name][None])[0]
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def share_buffers(module: nn.Module, session: Session) -> None:
+    """Give every worker the first one's buffers, such as batch statistics. All workers call together."""
+    if session.world_size > 1:
+        for buffer in module.buffers():
+            buffer.copy_(session.gather(buffer[None])[0])
 
 
 _PROGRESS = (

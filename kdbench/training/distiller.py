@@ -134,10 +134,8 @@ class Distiller(nn.Module):
             counted = self.method.weighs_as_task
             own |= {name: weights.as_task(IMITATION, term) if name in counted else weights.by_samples(term) for name, term in added.items()}
         terms = own | joined
-        if batch.target is None:
-            terms[TOTAL] = torch.stack([*terms.values(), _nothing(outputs.prediction)]).sum()
-            return terms
-        terms[TOTAL] = torch.stack(list(terms.values())).sum()
+        rest = [_nothing(outputs.prediction)] if batch.target is None else []
+        terms[TOTAL] = torch.stack([*terms.values(), *rest]).sum()
         return terms
 
     def _shown(self, batch: Batch, at: Progress) -> Batch:

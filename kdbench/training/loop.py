@@ -20,7 +20,7 @@ from kdbench.methods.base import Progress
 from kdbench.models.outputs import Outputs
 from kdbench.records.record import RunRecord
 from kdbench.storage.layout import Layout
-from kdbench.training.assembly import Training, assemble
+from kdbench.training.assembly import Training, assemble, share_buffers
 from kdbench.training.distiller import TOTAL, Weights, check_same_terms
 from kdbench.training.evaluate import check_numbers, predict, targets_of
 from kdbench.training.outcome import finished_record
@@ -160,13 +160,6 @@ def mean_losses(run: Training) -> dict[str, float]:
     return {f"train_{name}": value for name, value in zip(run.terms, everywhere.tolist(), strict=True)}
 
 
-def share_buffers(run: Training) -> None:
-    """Give every worker the first one's batch statistics: what they measure together is the network that is saved."""
-    if run.session.world_size > 1:
-        for buffer in run.evaluated.buffers():
-            buffer.copy_(run.session.gather(buffer[None])[0])
-
-
 def close_epoch(run: Training) -> dict[str, float]:
     """Read the epoch's losses, validate, remember the best weights, and move on to the next epoch. Returns the epoch's row of the curve."""
     start = time.monotonic()
@@ -175,7 +168,7 @@ def close_epoch(run: Training) -> dict[str, float]:
     where = f"in epoch {run.epoch + 1} of {unit.recipe.epochs} (lr {unit.recipe.lr:g})"
     if not math.isfinite(losses["train_total"]):
         raise Diverged(f"{unit.title}: the loss became {losses['train_total']} {where}")
-    share_buffers(run)
+    share_buffers(run.evaluated, run.session)  # what they measure together is the network that is saved
     prediction = predict(run.evaluated, run.splits.val, run.session, unit.recipe.precision, task, run.distiller.role)
     check_numbers(prediction, f"{unit.title}: of the validation predictions {where}")
     metrics = task.metrics(prediction, targets_of(run.splits.val))

@@ -24,7 +24,7 @@ from kdbench.training.loop import fit, train_step
 from kdbench.training.outcome import rederive
 from kdbench.training.session import LocalSession
 from kdbench.training.teacher import LiveTeacher, load_teacher
-from tests.training.alike import AlikeSession
+from tests.training.alike import losses_of_workers
 from tests.training.units import layout, saved_teacher, unit, with_cache
 
 CPU = torch.device("cpu")
@@ -78,34 +78,8 @@ def test_micro_batches_and_workers_give_one_loss_where_images_have_no_box(tmp_pa
         for name, weight in run.distiller.student.named_parameters():
             torch.testing.assert_close(weight, weights[name], rtol=1e-9, atol=1e-11)
     for workers in (2, 3):
-        losses = _of_workers(method, tmp_path, workers, without)
+        losses = losses_of_workers(detector(method, tmp_path, student=PLAIN, workers={"max": workers}), workers, without)
         torch.testing.assert_close(losses, whole, rtol=1e-10, atol=1e-12)
-
-
-def _of_workers(method: str, folder: Path, workers: int, changed: Any) -> torch.Tensor:
-    """The mean of the workers' losses, each of whom is told how much all count together."""
-
-    class Counting(AlikeSession):
-        everyones: torch.Tensor | None = None
-        own: torch.Tensor
-
-        def gather(self, rows: torch.Tensor) -> torch.Tensor:
-            self.own = rows
-            return super().gather(rows) if self.everyones is None else self.everyones
-
-    def steps(everyones: torch.Tensor | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        losses, counted = [], []
-        for rank in range(workers):
-            session = Counting(workers, rank)
-            session.everyones = everyones
-            run = assemble(detector(method, folder, student=PLAIN, workers={"max": workers}), session)
-            losses.append(train_step(run, changed(next(iter(run.loader.batches(0))))))
-            counted.append(session.own)
-        return losses, counted
-
-    _, counted = steps(None)
-    losses, _ = steps(torch.cat(counted))
-    return torch.stack(losses).mean(0)
 
 
 def test_a_cached_teacher_says_what_a_live_one_says(tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdbench.data.batch import Batch
+from kdbench.experiment import Unit
+from kdbench.training.assembly import assemble
+from kdbench.training.loop import train_step
 from kdbench.training.session import LocalSession, State
 
 
@@ -43,3 +47,32 @@ class AlikeSession(LocalSession):
         if state is not None:
             self.kept.append((len(self.clocks), state()["progress"]))
         super().report(metrics, state)
+
+
+def losses_of_workers(of: Unit, workers: int, changed: Callable[[Batch], Batch]) -> Tensor:
+    """The mean of the workers' losses in their first step, each of whom is told how much all count together.
+
+    of: a training that is for so many workers. changed: each one's batch.
+    """
+
+    class Counting(AlikeSession):
+        everyones: Tensor | None = None
+        own: Tensor
+
+        def gather(self, rows: Tensor) -> Tensor:
+            self.own = rows
+            return super().gather(rows) if self.everyones is None else self.everyones
+
+    def steps(everyones: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        losses, counted = [], []
+        for rank in range(workers):
+            session = Counting(workers, rank)
+            session.everyones = everyones
+            run = assemble(of, session)
+            losses.append(train_step(run, changed(next(iter(run.loader.batches(0))))))
+            counted.append(session.own)
+        return losses, counted
+
+    _, counted = steps(None)
+    losses, _ = steps(torch.cat(counted))
+    return torch.stack(losses).mean(0)

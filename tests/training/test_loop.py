@@ -25,9 +25,9 @@ from kdbench.tasks.build import build_task
 from kdbench.tasks.classification import Classification
 from kdbench.tasks.segmentation import Segmentation
 from kdbench.training import loop
-from kdbench.training.assembly import Training, assemble
+from kdbench.training.assembly import Training, assemble, share_buffers
 from kdbench.training.checkpoint import load_checkpoint, save_checkpoint
-from kdbench.training.loop import close_epoch, fit, mean_losses, share_buffers, train_epoch, train_step
+from kdbench.training.loop import close_epoch, fit, mean_losses, train_epoch, train_step
 from kdbench.training.outcome import rederive
 from kdbench.training.precision import placed_inputs
 from kdbench.training.session import LocalSession, State
@@ -349,7 +349,7 @@ def test_all_workers_measure_with_the_batch_statistics_of_the_first(rank: int, a
     session = AlikeSession(2, rank, others=lambda rows: rows + 1)
     run = assemble(unit(student={"name": "tiny_cnn", "width": 4}, workers=2), session)
     before = {name: buffer.clone() for name, buffer in run.distiller.student.named_buffers()}
-    share_buffers(run)
+    share_buffers(run.evaluated, run.session)
     after = dict(run.distiller.student.named_buffers())
     assert any(name.endswith("running_mean") for name in before)
     for name, buffer in before.items():

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
 
 from kdbench.data.batch import Batch
 from kdbench.methods import METHODS
@@ -20,7 +19,7 @@ from kdbench.training.assembly import assemble
 from kdbench.training.loop import fit, train_step
 from kdbench.training.session import LocalSession
 from tests.methods.test_every_method_trains import CNN, PAIRS, SMALL_CNN
-from tests.training.alike import AlikeSession
+from tests.training.alike import losses_of_workers
 from tests.training.gloo import free_port
 from tests.training.test_two_workers import workers
 from tests.training.units import TASK, layout, saved_teacher, unit, with_cache
@@ -59,34 +58,10 @@ def test_labelled_samples_count_alike_for_any_number_of_workers_and_micro_batche
         for name, weight in run.distiller.student.named_parameters():
             torch.testing.assert_close(weight, weights[name], rtol=1e-9, atol=1e-11)
     for several, pieces in ((2, 1), (3, 1), (2, 2), (3, 4)):
-        losses = _of_workers(partly(method, tmp_path, accumulate=pieces), several, with_labels)
+        losses = losses_of_workers(
+            partly(method, tmp_path, accumulate=pieces).model_copy(update={"workers": several}), several, with_labels
+        )
         torch.testing.assert_close(losses, whole, rtol=1e-10, atol=1e-12)
-
-
-def _of_workers(of: Any, workers: int, changed: Any) -> Tensor:
-    """The mean of the workers' losses, each of whom is told how much all count together."""
-
-    class Counting(AlikeSession):
-        everyones: Tensor | None = None
-        own: Tensor
-
-        def gather(self, rows: Tensor) -> Tensor:
-            self.own = rows
-            return super().gather(rows) if self.everyones is None else self.everyones
-
-    def steps(everyones: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        losses, counted = [], []
-        for rank in range(workers):
-            session = Counting(workers, rank)
-            session.everyones = everyones
-            run = assemble(of.model_copy(update={"workers": workers}), session)
-            losses.append(train_step(run, changed(next(iter(run.loader.batches(0))))))
-            counted.append(session.own)
-        return losses, counted
-
-    _, counted = steps(None)
-    losses, _ = steps(torch.cat(counted))
-    return torch.stack(losses).mean(0)
 
 
 @pytest.mark.parametrize(("task", "method", "accumulate"), [(PARTLY, "kd", 2), (NOISE, AT, 1)], ids=["partly", "noise"])
