@@ -62,11 +62,16 @@ def ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster_token() -> Iterator[None]:
-    """The token that nodes show each other. `ray.init` makes one where the user has none; Ray's commands and its `Cluster` ask for one."""
+    """The token that nodes show each other. `ray.init` makes one where the user has none; Ray's commands and its `Cluster` ask for one.
+
+    A process reads its token once, so it is that of a Ray which this process may have started before.
+    """
+    made = Path.home() / ".ray" / "auth_token"
+    token = os.environ.get("RAY_AUTH_TOKEN") or (made.read_text().strip() if made.exists() else secrets.token_hex(16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        patch.setenv("RAY_AUTH_TOKEN", token)
         yield
 
 

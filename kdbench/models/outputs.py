@@ -20,17 +20,24 @@ class Outputs:
     maps: tap name -> [B, D, H, W], [B, N, D] or [B, D].
     peers: of a student, what the networks like it gave that learn beside it, where the method has any.
     others: of a student, what it gave for the further batches that the method showed it, by their names.
+    reading: what the network says of how its prediction is read (its attribute `reading`), where a task has networks of several families.
     """
 
     prediction: Columns
     maps: dict[str, Tensor] = field(default_factory=dict)
     peers: tuple[Outputs, ...] = ()
     others: dict[str, Outputs] = field(default_factory=dict)
+    reading: Any = None
 
     @property
     def logits(self) -> Tensor:
         """The prediction where it is one tensor, its entry `logits` where it is several."""
         return single(self.prediction, "logits")
+
+
+def reading_of(model: nn.Module) -> Any:
+    """What the model says of how its prediction is read; None where it says nothing."""
+    return getattr(model, "reading", None)
 
 
 def predicted(model: nn.Module, inputs: Columns) -> Columns:
@@ -77,10 +84,14 @@ class TapShape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a probe of a model found: the prediction's shape for one sample, or several by name, and each tap's."""
+    """What a probe of a model found: the prediction's shape for one sample, or several by name, and each tap's.
+
+    reading: as `Outputs.reading`.
+    """
 
     prediction: tuple[int, ...] | dict[str, tuple[int, ...]]
     taps: dict[str, TapShape]
+    reading: Any = None
 
     @property
     def logits(self) -> tuple[int, ...]:
@@ -96,7 +107,7 @@ class Shapes:
         """Outputs of these shapes, with the maps at `taps`. draw: makes a batch of one shape."""
         given = self.prediction
         prediction = {name: draw(shape) for name, shape in given.items()} if isinstance(given, dict) else draw(given)
-        return Outputs(prediction, {name: draw(self.taps[name].shape) for name in taps})
+        return Outputs(prediction, {name: draw(self.taps[name].shape) for name in taps}, reading=self.reading)
 
 
 def in_words(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:

@@ -22,7 +22,7 @@ from kdbench.catalogue import nearest
 from kdbench.data.columns import Columns, mapped
 from kdbench.errors import UserError
 from kdbench.models.inputs import model_inputs
-from kdbench.models.outputs import Outputs, Shapes, TapShape, main_output
+from kdbench.models.outputs import Outputs, Shapes, TapShape, main_output, reading_of
 from kdbench.models.trace import Example, Trace, trace
 
 _BEFORE = "before:"
@@ -70,8 +70,11 @@ class Taps:
         if self.names and example is not None:
             self._taps = self._find(example)
 
-    def __call__(self, inputs: Columns) -> Outputs:
-        """Outputs of inputs with images [B, C, H, W] in [0, 1]: `maps` has one entry a name, [B, D, H, W], [B, N, D] or [B, D]."""
+    def __call__(self, inputs: Columns, **truth: Tensor) -> Outputs:
+        """Outputs of inputs with images [B, C, H, W] in [0, 1]: `maps` has one entry a name, [B, D, H, W], [B, N, D] or [B, D].
+
+        truth: what the network is handed of the target beside its inputs, see `Task.truth`.
+        """
         if self._taps is None:
             self._taps = self._find(mapped(inputs, lambda tensor: tensor[:2].detach()))
         given = model_inputs(self.model, inputs)
@@ -79,11 +82,11 @@ class Taps:
         with ExitStack() as hooks:
             for tap in self._taps:
                 hooks.enter_context(tap.attach(maps))
-            prediction = main_output(self.model, self._call(given))
+            prediction = main_output(self.model, self._call(given, **truth))
         for tap in self._taps:
             if tap.name not in maps:
                 raise UserError(f"tap {tap.name!r}: module {tap.path!r} did not run in this forward pass")
-        return Outputs(prediction, maps)
+        return Outputs(prediction, maps, reading=reading_of(self.model))
 
     def _find(self, example: Example) -> tuple[Tap, ...]:
         seen = trace(self.model, example)
@@ -98,7 +101,7 @@ def probe(model: nn.Module, example: Example, names: Iterable[str] = ()) -> Shap
     """
     seen = trace(model, example)
     places = _places(model, seen)
-    return Shapes(seen.prediction, {name: _tap(model, seen, places, name).shape for name in names})
+    return Shapes(seen.prediction, {name: _tap(model, seen, places, name).shape for name in names}, reading_of(model))
 
 
 def tap_shapes(model: nn.Module, example: Example) -> Shapes:
@@ -110,7 +113,7 @@ def tap_shapes(model: nn.Module, example: Example) -> Shapes:
     aliases = _places(model, seen)
     pooled = ["pooled"] if seen.classifier is not None else []
     names = [*aliases, *pooled, *seen.seen, *(_BEFORE + path for path in seen.seen if _is_activation(model, path))]
-    return Shapes(seen.prediction, {name: _tap(model, seen, aliases, name).shape for name in names})
+    return Shapes(seen.prediction, {name: _tap(model, seen, aliases, name).shape for name in names}, reading_of(model))
 
 
 def locate(model: nn.Module, example: Example, name: str) -> Tap:

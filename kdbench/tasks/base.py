@@ -133,10 +133,11 @@ class Task(ABC):
     # What its networks predict, in words that methods `read`: "class logits", "pixel logits", "boxes", "embedding", ...;
     # "imitation" where `TaskInfo.imitation` says what plain distillation is on this task.
     gives: ClassVar[frozenset[str]] = frozenset()
-    primary: ClassVar[str]  # the key of `metrics` that runs are chosen and ranked by
+    primary: str  # the key of `metrics` that runs are chosen and ranked by
     higher_is_better: ClassVar[bool] = True
     batch_coupled: ClassVar[bool] = False  # its loss compares samples: the frame gathers the batch of all workers first
     imitation_needs_labels: ClassVar[bool] = False  # whether `TaskInfo.imitation` reads the batch's target
+    kept_exactly: ClassVar[bool] = False  # whether predictions are stored in float32, where half precision would move what is measured
 
     class Options(StrictOptions):
         """The keys that `task:` takes in an experiment beside `name`."""
@@ -203,6 +204,27 @@ class Task(ABC):
         the terms that a method `weighs_as_task`.
         """
         return torch.tensor(len(batch))
+
+    def truth(self, batch: Batch) -> dict[str, Tensor]:
+        """What the network that learns is handed of the target in training, as keyword arguments of its `forward`: nothing by default.
+
+        For networks whose later part learns at places that the target names, such as the second stage of a detector.
+        """
+        return {}
+
+    def reading(self, spec: ModelSpec) -> Any:
+        """How such a network's prediction is read, where a task has networks of several families; nothing by default.
+
+        It is what the network says in its attribute `reading`, found without its weights: a teacher's outputs may come from a cache.
+        """
+        return None
+
+    def learned_by(self, network: nn.Module) -> Task:
+        """The task as it counts for a network that learns it: itself by default.
+
+        Where `weight` or `truth` depend on how the network's prediction is read, it is a copy that knows. Called once a stage.
+        """
+        return self
 
     def predict(self, model: nn.Module, inputs: Columns) -> Columns:
         """What is measured of a network in evaluation: what it gives, unless the task asks for more, such as to write a sentence."""

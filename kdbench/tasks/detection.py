@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any, Literal, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -12,39 +14,37 @@ from kdbench.data.batch import Batch
 from kdbench.data.columns import Columns, described, several
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
-from kdbench.models.build import ModelSpec
-from kdbench.models.detectors.positions import positions
-from kdbench.models.outputs import Outputs
+from kdbench.models.build import ModelSpec, build_model, without_weights
+from kdbench.models.detectors.readings import Reading
+from kdbench.models.inputs import InputSpec
+from kdbench.models.outputs import Outputs, predicted, reading_of
+from kdbench.tasks.average_precision import MOST_BOXES, average_precision, shared_boxes
 from kdbench.tasks.base import Splits, Task, TaskInfo
-from kdbench.tasks.detection_targets import (
-    Assignment,
-    assign,
-    average_precision,
-    best_boxes,
-    detection_losses,
-    imitation_loss,
-    shared_boxes,
-)
-from kdbench.tasks.networks import network_for
+from kdbench.tasks.detector_imitation import imitation
+from kdbench.tasks.detector_losses import losses_of
+from kdbench.tasks.networks import checked_network
 from kdbench.tasks.splits import SplitOptions, cut
 
 
 class Detection(Task):
     """Where the objects of an image are, and what they are.
 
-    A target is `boxes` [B, M, 4] of x0, y0, x1, y1 in pixels with `labels` [B, M], -1 in padded rows. A network gives `logits` [B, P, C]
-    and `boxes` [B, P, 4] at the P cells of a pyramid, in the order of `models.detectors.positions`.
+    A target is `boxes` [B, M, 4] of x0, y0, x1, y1 in pixels of the network's input with `labels` [B, M], -1 in padded rows; `crowd`,
+    `area`, `scale`, `shift` and `size` where the data have them (`average_precision`). A network gives a tensor for each level of its
+    pyramid, `level:0`, `level:1`, ..., and says in its attribute `reading` how they are read (`models.detectors.readings`).
     """
 
     name = "detection"
+    version = 2  # since 2, networks give raw levels, and `kd` counts by images
     gives = frozenset({"boxes", "imitation"})
-    imitation_needs_labels = True  # it is a mean over the cells that learn an object
     primary = "ap"
+    kept_exactly = True
 
     class Options(SplitOptions):
         data: DataSpec = DataSpec(name="shapes", target="boxes", size=64)
-        strides: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (4, 8)  # of the pyramid's levels, in pixels
-        kept_boxes: Annotated[int, Field(ge=1, le=300)] = 20  # of each image, the best are stored and measured
+        kept_boxes: Annotated[int, Field(ge=1, le=300)] = MOST_BOXES  # of each image, the best are stored and measured
+        primary: Literal["ap", "ap50"] = "ap"  # what runs are chosen and ranked by: COCO's, or that of Pascal VOC
+        confident: Annotated[float, Field(ge=0, le=1)] = 0.3  # the score from which `kd` imitates a teacher's box
 
     options: Options
 
@@ -54,52 +54,64 @@ class Detection(Task):
         target, size = self.source.train.target, self.source.train.image_size
         if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys() or size is None:
             raise UserError(
-                f"task 'detection' needs images with `boxes` [N, M, 4] and `labels` [N, M]; data {self.source.name!r} gives "
+                f"task {self.name!r} needs images with `boxes` [N, M, 4] and `labels` [N, M]; data {self.source.name!r} gives "
                 f"{described(target)}" + ("; use target: boxes" if self.source.name == "shapes" else "")
             )
+        self.size, self.primary = size, options.primary
         self.data_name = self.source.name
-        self._centres, self._strides = positions(size, options.strides)
-        imitation = partial(_imitation, centres=self._centres, strides=self._strides)
-        self.info = TaskInfo(self.name, self.source.num_classes, self.source.example, self.source.class_names, imitation)
+        imitates = partial(imitation, size=size, confident=options.confident)
+        self.info = TaskInfo(self.name, self.source.num_classes, self.source.example, self.source.class_names, imitates)
         self._splits = cut(self.source, options)
+        self._read: Reading | None = None  # how the network that learns is read
+        self._readings: dict[str, Reading] = {}  # of networks that were asked for, by how they are built
 
     def splits(self) -> Splits:
         return self._splits
 
     def build_model(self, spec: ModelSpec) -> nn.Module:
-        cells = len(self._strides)
-        return network_for(spec, self.source, {"logits": (cells, self.source.num_classes), "boxes": (cells, 4)})
+        who = f"model {spec.name!r}"
+        model = build_model(spec, **self.source.network_facts)
+        reading, inputs = reading_of(model), model.input_spec
+        if not isinstance(reading, Reading):
+            raise UserError(
+                f"{who} has no `reading`, which says what the raw levels of a detector hold; set one, such as "
+                "kdbench.api.CellReading(num_classes, strides), or name a detector that has one (kdbench list models)"
+            )
+        if isinstance(inputs, InputSpec) and inputs.size is not None and (inputs.size, inputs.size) != self.size:
+            raise UserError(f"{who} resizes images to {inputs.size} pixels, and boxes would not follow; give the data that size")
+        model.prediction_names = reading.names  # type: ignore[assignment]
+        return checked_network(model, self.source, cast(Any, reading.shapes(self.size)), who)
+
+    def reading(self, spec: ModelSpec) -> Reading:
+        known = spec.model_dump_json(exclude={"weights", "pretrained"})
+        if known not in self._readings:
+            with without_weights(), torch.random.fork_rng(devices=[]):
+                self._readings[known] = reading_of(build_model(spec, **self.source.network_facts))
+        return self._readings[known]
+
+    def learned_by(self, network: nn.Module) -> Detection:
+        bound = copy.copy(self)
+        bound._read = reading_of(network)
+        return bound
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Focal loss of all cells and GIoU loss of those that learn an object, both over the number of the latter (arXiv 1904.01355)."""
-        return detection_losses(several(outputs.prediction), self._assigned(batch))
+        """The losses of the network's family, see `detector_losses`."""
+        return losses_of(outputs.reading).losses(several(outputs.prediction), several(batch.target), self.size)
 
-    def weight(self, batch: Batch) -> Tensor:
-        """The cells that learn an object. A batch without one keeps the loss of its background."""
-        return self._assigned(batch).counts.sum()
+    def weight(self, batch: Batch) -> dict[str, Tensor]:
+        """What the family's losses are divided by; `kd` is a mean over images."""
+        assert self._read is not None, "the frame says by `learned_by` which network learns"
+        return {**losses_of(self._read).weights(several(batch.target), self.size), "imitation": torch.tensor(len(batch))}
 
-    def _assigned(self, batch: Batch) -> Assignment:
-        return _assigned(batch, self._centres, self._strides)
-
-    def kept(self, prediction: Columns) -> Columns:
-        """The best boxes of each image, after non-maximum suppression."""
-        return best_boxes(several(prediction), self.options.kept_boxes)
+    def predict(self, model: nn.Module, inputs: Columns) -> Columns:
+        """The best boxes of each image: boxes [B, K, 4] in pixels of the input, scores [B, K], classes [B, K]."""
+        reading: Reading = reading_of(model)
+        return cast(Columns, reading.detections(several(predicted(model, inputs)), self.size, self.options.kept_boxes))
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
-        """prediction: as `kept` gives it. ap: over overlaps of 0.50 to 0.95; ap50, ap75; in percent, means over classes."""
-        return average_precision(several(prediction), several(target))
+        """Average precision in percent, of all, by size and by class: see `average_precision`."""
+        return average_precision(several(prediction), several(target), self.source.class_names)
 
     def agreement(self, prediction: Columns, teacher: Columns) -> dict[str, float]:
         """agreement: of the boxes that student and teacher keep, the share that the other has too (`shared_boxes`)."""
         return {"agreement": shared_boxes(several(prediction), several(teacher))}
-
-
-def _assigned(batch: Batch, centres: Tensor, strides: Tensor) -> Assignment:
-    device = batch.index.device
-    return assign(several(batch.target), centres.to(device), strides.to(device))
-
-
-def _imitation(student: Outputs, teacher: Outputs, batch: Batch, temperature: float, centres: Tensor, strides: Tensor) -> Tensor:
-    """`imitation_loss` over the number of cells that learn an object, as the task's own terms are."""
-    positives = _assigned(batch, centres, strides).counts.sum().clamp(min=1)
-    return imitation_loss(several(student.prediction), several(teacher.prediction), strides.to(positives.device), temperature) / positives

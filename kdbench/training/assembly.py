@@ -290,7 +290,7 @@ def make_distiller(
     student = to_device(student, recipe.precision, recipe.memory_format, device)
     method = method.to(device, dtype=torch.float64 if recipe.precision == "fp64" else torch.float32)
     compiled = compiled_call(student, device) if recipe.compile is True else None
-    return Distiller(student, method, task, compiled, peers, name, role)
+    return Distiller(student, method, task.learned_by(student), compiled, peers, name, role)
 
 
 def make_training(

@@ -112,9 +112,13 @@ class Distiller(nn.Module):
                 batch = self._shown(batch, at)
         inputs = self.task.inputs_for(self.role, batch.inputs)
         with autocast:
-            outputs = self._taps(inputs)
-            outputs.peers = tuple(taps(inputs) for taps in self._peer_taps)
-            outputs.others = {name: self._taps(self.task.inputs_for(self.role, other.inputs)) for name, other in batch.others.items()}
+            truth = self.task.truth(batch)
+            outputs = self._taps(inputs, **truth)
+            outputs.peers = tuple(taps(inputs, **truth) for taps in self._peer_taps)
+            outputs.others = {
+                name: self._taps(self.task.inputs_for(self.role, other.inputs), **self.task.truth(other))
+                for name, other in batch.others.items()
+            }
         everyones: tuple[Outputs, Batch] | None = None
         if several:
             everyones = _joined(outputs, shares), joined_batch or _joined_batch(replace(batch, others={}), shares)
@@ -223,7 +227,7 @@ def _joined(outputs: Outputs, shares: Sequence[int]) -> Outputs:
     maps = {name: _join(tensor, own) for name, tensor in outputs.maps.items()}
     prediction = mapped(outputs.prediction, lambda tensor: _join(tensor, own))
     others = {name: _joined(other, shares) for name, other in outputs.others.items()}
-    return Outputs(prediction, maps, tuple(_joined(peer, shares) for peer in outputs.peers), others)
+    return Outputs(prediction, maps, tuple(_joined(peer, shares) for peer in outputs.peers), others, outputs.reading)
 
 
 def _of_all(rows: int, shares: Sequence[int]) -> list[int]:

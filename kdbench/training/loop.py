@@ -123,7 +123,7 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
 
 def _weights(run: Training, pieces: Sequence[Batch]) -> list[Weights]:
     """What each of this worker's micro-batches counts in the batch of all workers. All call together, at every step."""
-    task, workers = run.task, run.session.world_size
+    task, workers = run.distiller.task, run.session.world_size
     whole = sum(run.loader.shares) if workers > 1 else sum(map(len, pieces))
     by_samples = [Weights(len(piece) * workers / whole) for piece in pieces]
     if task.counts_samples or pieces[0].target is None or (workers == 1 and len(pieces) == 1):

@@ -99,11 +99,13 @@ def _quality(predicted: Columns, teacher: Columns | None, task: Task, splits: Sp
 def _as_stored(prediction: Columns, target: Columns, task: Task) -> tuple[Columns, dict[str, float]]:
     """Test predictions as the results folder keeps them, and the metrics of these very numbers, so that anyone can derive them again.
 
-    Half precision, unless rounding to it makes a number infinite or changes the primary metric; float32 then.
+    Half precision, unless the task keeps its predictions exactly, or rounding makes a number infinite or changes the primary metric;
+    float32 then.
     """
     half, exact = rounded(prediction), mapped(prediction, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     quality = task.metrics(exact, target)
-    if any(bool((less.isinf() & more.isfinite()).any()) for less, more in zip(tensors(half), tensors(exact), strict=True)):
+    infinite = any(bool((less.isinf() & more.isfinite()).any()) for less, more in zip(tensors(half), tensors(exact), strict=True))
+    if task.kept_exactly or infinite:
         return exact, quality
     of_half = task.metrics(widened(half), target)
     same = of_half[task.primary] == quality[task.primary] or math.isnan(quality[task.primary])

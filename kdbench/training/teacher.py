@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -94,7 +95,9 @@ def open_teacher(ref: TeacherRef, task: Task, taps: tuple[str, ...], device: tor
     recipe, data_seed: what decides the views that the training sees.
     """
     cached = _cached(ref.cache, taps, recipe, data_seed) if ref.cache is not None else None
-    return cached or LiveTeacher(load_teacher(ref, task, device), task, taps, ref.precision, ref.memory_format)
+    if cached is not None:
+        return replace(cached, reading=task.reading(ref.model))
+    return LiveTeacher(load_teacher(ref, task, device), task, taps, ref.precision, ref.memory_format)
 
 
 def _cached(folder: Path, taps: tuple[str, ...], recipe: Recipe, data_seed: int) -> TeacherCache | None:

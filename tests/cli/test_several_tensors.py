@@ -59,8 +59,8 @@ def test_a_profile_charges_every_part_of_a_step(kdbench: Kdbench, file: Path, ex
         (
             BOXES,
             [
-                "teacher tiny_fcos on images 3x32x32: prediction logits 80x5, boxes 80x4",
-                "student tiny_fcos on images 3x32x32: prediction logits 80x5, boxes 80x4",
+                "teacher tiny_fcos on images 3x32x32: prediction level:0 9x8x8, level:1 9x4x4",
+                "student tiny_fcos on images 3x32x32: prediction level:0 9x8x8, level:1 9x4x4",
             ],
             ["smooth.1", "level:1", "level:-1", "map", "12x4x4", "8"],
         ),

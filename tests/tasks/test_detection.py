@@ -16,10 +16,13 @@ from kdbench.data.loader import Loader
 from kdbench.data.sources import DataSpec
 from kdbench.data.views import Augment
 from kdbench.errors import UserError
+from kdbench.models.build import ModelSpec
+from kdbench.models.detectors.cells import CellReading
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.tasks.detection import Detection
 from kdbench.training.assembly import assemble
 from kdbench.training.cache.outputs import open_cache
+from kdbench.training.checkpoint import unpack_predictions
 from kdbench.training.loop import fit, train_step
 from kdbench.training.outcome import rederive
 from kdbench.training.session import LocalSession
@@ -93,7 +96,8 @@ def test_a_cached_teacher_says_what_a_live_one_says(tmp_path: Path) -> None:
     cache = open_cache(ref.cache, ("level:0",))
     assert cache is not None
     cached = cache(batch)
-    assert cache.shapes.prediction == {"logits": (80, 5), "boxes": (80, 4)}
+    assert task.reading(ref.model) == live.reading == CellReading(5, (4, 8))
+    assert cache.shapes.prediction == {"level:0": (9, 8, 8), "level:1": (9, 4, 4)}
     for name, tensor in several(live.prediction).items():
         torch.testing.assert_close(several(cached.prediction)[name].double(), tensor, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cached.maps["level:0"].double(), live.maps["level:0"], rtol=1e-5, atol=1e-5)
@@ -107,7 +111,8 @@ def test_a_training_keeps_its_best_boxes_and_its_metrics_are_theirs(tmp_path: Pa
     assert record.predictions_uri is not None
     stored = (tmp_path / record.predictions_uri).read_bytes()
     assert rederive(record, build_task(each.task), stored) == record.metrics
-    assert record.metrics.keys() == {"ap", "ap50", "ap75"}
+    assert record.metrics.keys() >= {"ap", "ap50", "ap75", "ap_small", "ap/circle"}
+    assert {tensor.dtype for tensor in several(unpack_predictions(stored)[0]).values()} == {torch.float32, torch.int64}
 
 
 def test_data_without_boxes_are_refused_with_the_way_out() -> None:
@@ -115,13 +120,17 @@ def test_data_without_boxes_are_refused_with_the_way_out() -> None:
         Detection(Detection.Options(data=DataSpec.model_validate({"name": "shapes", "train": 5, "test": 2, "size": 16})))
 
 
-def test_a_network_with_other_cells_than_the_tasks_strides_is_refused() -> None:
-    task = build_task(TaskSpec.model_validate({**TASK, "strides": [4, 8, 16]}))
-    from kdbench.models.build import ModelSpec
+def test_a_network_that_says_no_reading_is_refused_with_the_way_out() -> None:
+    task = build_task(TaskSpec.model_validate(TASK))
+    with pytest.raises(UserError, match=r"model 'tiny_cnn' has no `reading`, which says what the raw levels of a detector hold"):
+        task.build_model(ModelSpec(name="tiny_cnn"))
 
-    with pytest.raises(UserError, match=r"gives logits \[80, 5\], boxes \[80, 4\] for a sample, the task needs logits \[84, 5\]"):
-        task.build_model(ModelSpec.model_validate(STUDENT))
-    task.build_model(ModelSpec.model_validate({**STUDENT, "levels": 3}))
+
+def test_networks_of_other_levels_train_beside_each_other_and_kd_refuses_to_compare_them(tmp_path: Path) -> None:
+    each = detector("none", tmp_path, student={**STUDENT, "levels": 3})
+    fit(each, LocalSession(), layout(tmp_path))
+    with pytest.raises(UserError, match="the student has one cell at strides 4, 8, 16, the teacher one cell at strides 4, 8"):
+        fit(detector("kd", tmp_path, student={**STUDENT, "levels": 3}), LocalSession(), layout(tmp_path))
 
 
 def test_the_content_hash_knows_names_and_values_of_columns() -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from kdbench.experiment import CacheOptions, TeacherRef, Unit
 from kdbench.models.build import ModelSpec
-from kdbench.models.detectors.fcos import decoded
-from kdbench.models.detectors.positions import positions
+from kdbench.models.detectors.cells import CellReading
 from kdbench.records.record import RunRecord
 from kdbench.storage.layout import Layout
 from kdbench.tasks.build import TaskSpec, build_task
@@ -56,18 +55,17 @@ def dense_net(num_classes: int, in_channels: int) -> nn.Module:
 
 
 class PlainDetector(nn.Module):
-    """Class logits and boxes at strides 4 and 8, without batch statistics."""
+    """Raw levels of strides 4 and 8, without batch statistics."""
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
+        self.reading = CellReading(num_classes, (4, 8))
         self.fine, self.coarse = nn.Conv2d(in_channels, 8, 4, stride=4), nn.Conv2d(8, 8, 2, stride=2)
         self.head = nn.Conv2d(8, num_classes + 4, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         fine = torch.nn.functional.gelu(self.fine(images))
-        cells = torch.cat([self.head(level).flatten(2).mT for level in (fine, self.coarse(fine))], dim=1)
-        centres, strides = (numbers.to(cells) for numbers in positions((images.shape[-2], images.shape[-1]), (4, 8)))
-        return {"logits": cells[..., :-4], "boxes": decoded(cells[..., -4:], centres, strides)}
+        return {"level:0": self.head(fine), "level:1": self.head(self.coarse(fine))}
 
 
 class PairNet(nn.Module):

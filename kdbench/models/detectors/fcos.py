@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdbench.errors import UserError
-from kdbench.models.detectors.positions import MOST_LEVELS, positions, strides_of_levels
+from kdbench.models.detectors.cells import CellReading
+from kdbench.models.detectors.positions import MOST_LEVELS, strides_of_levels
 from kdbench.models.initial_weights import he_by_fan_out, small_head
 
 _PRIOR = 0.01  # score of every class at every cell before training: Lin et al., ICCV 2017 (arXiv 1708.02002), section 4.1
-_LARGEST_EXPONENT = 5.0  # a side is at most exp(5) = 148 strides away, so that no box becomes infinite
 _MOST_GROUPS = 8  # of a group norm
 
 
@@ -25,18 +25,18 @@ class FCOS(nn.Module):
     """A backbone of w, 2w, 4w, ... channels, a pyramid of 3w channels at each level, and one head that all levels share.
 
     level_modules: paths of the modules that give the pyramid's maps [B, 3w, ceil(H / stride), ceil(W / stride)], the finest first.
-    strides: of these levels, in input pixels.
+    reading: says what a level's channels hold.
     """
 
     stage_modules: tuple[str, ...]
     level_modules: tuple[str, ...]
-    strides: tuple[int, ...]
+    reading: CellReading
 
     def __init__(self, width: int, levels: int, *, num_classes: int, in_channels: int) -> None:
         super().__init__()
         if not 1 <= levels <= MOST_LEVELS:
             raise UserError(f"levels must be 1 to {MOST_LEVELS}, got {levels}.")
-        self.strides = strides_of_levels(levels)
+        self.reading = CellReading(num_classes, strides_of_levels(levels))
         self.stage_modules = ("stem", *(f"stages.{level}" for level in range(levels)))
         self.level_modules = tuple(f"smooth.{level}" for level in range(levels))
         widths, channels = [width << (1 + level) for level in range(levels)], 3 * width
@@ -54,19 +54,12 @@ class FCOS(nn.Module):
         nn.init.constant_(self.classes.bias, -math.log((1 - _PRIOR) / _PRIOR))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Predictions for normalised images [B, in_channels, H, W], for all cells in the order of `positions`.
-
-        Returns:
-            logits: [B, P, num_classes], one sigmoid a class. boxes: [B, P, 4] of x0, y0, x1, y1 in pixels of the input, float32 or wider,
-            not cut at the image's edge.
-        """
-        maps = self._pyramid(images)
-        logits = torch.cat([_cells(self.classes(self.class_tower(level))) for level in maps], dim=1)
-        # In half precision, a side of 100 pixels would be rounded to a sixteenth of a pixel, and to a half in bfloat16.
-        raw = [_cells(self.sides(self.box_tower(level))) * scale for level, scale in zip(maps, self.scales, strict=True)]
-        sides = torch.cat([level if level.dtype == torch.float64 else level.float() for level in raw], dim=1)
-        centres, strides = (cells.to(sides) for cells in positions((images.shape[-2], images.shape[-1]), self.strides, images.device))
-        return {"logits": logits, "boxes": decoded(sides, centres, strides)}
+        """The raw levels of normalised images [B, in_channels, H, W], by name, [B, num_classes + 4, H_l, W_l] each: see `CellReading`."""
+        raw = (
+            torch.cat([self.classes(self.class_tower(level)), self.sides(self.box_tower(level)) * scale], dim=1)
+            for level, scale in zip(self._pyramid(images), self.scales, strict=True)
+        )
+        return dict(zip(self.reading.names, raw, strict=True))
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         """The levels' maps, the finest first (Lin et al., CVPR 2017, arXiv 1612.03144, section 3)."""
@@ -81,15 +74,6 @@ class FCOS(nn.Module):
         return [smooth(level) for smooth, level in zip(self.smooth, merged, strict=True)]
 
 
-def decoded(sides: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
-    """Boxes [B, P, 4] of x0, y0, x1, y1 whose sides lie exp(`sides`) strides left of, above, right of and below the cells' centres.
-
-    sides: [B, P, 4]. centres: [P, 2] of x and y in pixels. strides: [P].
-    """
-    left_top, right_bottom = (sides.clamp(max=_LARGEST_EXPONENT).exp() * strides[:, None]).chunk(2, dim=-1)
-    return torch.cat([centres - left_top, centres + right_bottom], dim=-1)
-
-
 def _halved(in_channels: int, out_channels: int) -> nn.Sequential:
     """A 3x3 convolution of stride 2, BatchNorm, ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
@@ -100,11 +84,6 @@ def _tower(channels: int) -> nn.Sequential:
     """What stands before a prediction. Group norm, since levels that share a layer do not share statistics."""
     norm = nn.GroupNorm(math.gcd(channels, _MOST_GROUPS), channels)
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm, nn.ReLU())
-
-
-def _cells(maps: Tensor) -> Tensor:
-    """[B, D, H, W] -> [B, H W, D], row by row."""
-    return maps.flatten(2).transpose(1, 2)
 
 
 def tiny_fcos(*, num_classes: int, in_channels: int, width: int = 8, levels: int = 2) -> FCOS:

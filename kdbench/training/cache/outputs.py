@@ -146,18 +146,19 @@ class TeacherCache:
     logits: Mapped
     taps: Mapping[str, Mapped]
     row_of: Tensor  # position in the source data set -> row of a view, -1 where there is none
+    reading: Any = None  # of the teacher's prediction, see `Outputs.reading`
 
     @property
     def shapes(self) -> Shapes:
         """As a probe of the teacher would find them."""
         taps = {name: TapShape(tap.stream.kind, tap.stream.shape) for name, tap in self.taps.items() if tap.stream.kind != "prediction"}
-        return Shapes(self.logits.stream.parts or self.logits.stream.shape, taps)
+        return Shapes(self.logits.stream.parts or self.logits.stream.shape, taps, self.reading)
 
     def __call__(self, batch: Batch) -> Outputs:
         rows = self._rows(batch.index, batch.view)
         device = batch.index.device
         maps = {name: single(tap.get(rows, device), "") for name, tap in self.taps.items()}
-        return Outputs(self.logits.get(rows, device), maps)
+        return Outputs(self.logits.get(rows, device), maps, reading=self.reading)
 
     def _rows(self, index: Tensor, view: int) -> np.ndarray:
         rows = self.row_of[index.cpu()]

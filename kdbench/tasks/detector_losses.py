@@ -1,0 +1,38 @@
+"""What a detector learns, by the family that its prediction belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kdbench.models.detectors.cells import CellReading
+from kdbench.models.detectors.readings import Reading
+from kdbench.tasks.cell_losses import CellLosses
+
+
+class DetectorLosses(Protocol):
+    """The losses of one family."""
+
+    def losses(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The terms by name, float32 or wider, each divided by what `weights` says of it, or by 1 where that is 0.
+
+        Args:
+            prediction: What the network gave in training.
+            target: Boxes [B, M, 4], labels [B, M] and the further columns that the data have.
+            size: Height and width of the images.
+        """
+        ...
+
+    def weights(self, target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """How much each term is a mean of, from the target alone: see `Task.weight`."""
+        ...
+
+
+_LOSSES: dict[type[Reading], Callable[[Any], DetectorLosses]] = {CellReading: CellLosses}
+
+
+def losses_of(reading: Reading) -> DetectorLosses:
+    """The losses of the family of this reading."""
+    return _LOSSES[type(reading)](reading)
