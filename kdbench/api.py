@@ -17,6 +17,8 @@ from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, load_experiment
 from kdbench.methods.base import MAPS_ALONE, Method, OwnOptimizer, Paper, Progress, Stage, loss_precision
 from kdbench.models.build import ModelSpec
+from kdbench.models.detectors.cells import CellReading
+from kdbench.models.detectors.readings import Reading
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import Outputs, Shapes, TapShape, predicted
 from kdbench.models.trace import Example
@@ -31,6 +33,7 @@ __all__ = [
     "MAPS_ALONE",
     "Batch",
     "Boxes",
+    "CellReading",
     "Choice",
     "Columns",
     "DataSpec",
@@ -55,6 +58,7 @@ __all__ = [
     "Points",
     "Progress",
     "Range",
+    "Reading",
     "ResultStore",
     "Role",
     "RunFailed",

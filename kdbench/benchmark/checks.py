@@ -36,7 +36,11 @@ def check_plan(experiment: Experiment, task: Task, own: Task) -> None:
 
 
 def _check_taught(experiment: Experiment, task: Task, own: Task) -> None:
-    """Raise UserError where the task says what its teacher learns from, and it has none that learns that."""
+    """Raise UserError where a task says what somebody learns from who does not learn it: a teacher that is not there, or students."""
+    if own is not task and experiment.teacher is not None and experiment.teacher.task is not None:
+        of_students = sorted((experiment.teacher.task.model_extra or {}).keys() & {"transfer", "transfer_size", "labelled"})
+        if of_students:
+            raise UserError(f"teacher.task: {of_students[0]} says what students learn from; write it in task, or leave it out")
     says = "teacher_share and teacher_classes say what the teacher learns from"
     for each in dict.fromkeys((task, own)):
         if each.splits().teacher is None:

@@ -11,13 +11,15 @@ from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
 
+import torch
+
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, board_hash, content_hash, validated, worker_bounds
 from kdbench.methods.base import Method
-from kdbench.methods.build import NO_OVERRIDES, MethodSpec, fitted, method_class, search_axes
+from kdbench.methods.build import NO_OVERRIDES, MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
 from kdbench.records.record import RunRecord
@@ -183,11 +185,16 @@ class Pair:
         epochs = self.recipe.epochs
         points: list[dict[str, Any]] = [{}]
         points += [{axis.name: value} for axis in axes if not axis.name.startswith("recipe.") for value in axis.ends]
-        last = 0
+        found = 0
         for point in points:
             with suppress(UserError):  # two parameters' ends may not go together
-                last = max(last, epochs_of(self._fitted(spec, point).stages(), epochs, spec.name)[-1].start)
-        return max(last + grace, math.ceil(self._fitted(spec).warmup_epochs(epochs)))
+                found = max(found, _unstoppable(self._fitted(spec, point), spec.name, epochs, grace))
+        return found
+
+
+def _unstoppable(method: Method, name: str, epochs: int, grace: int) -> int:
+    """Epochs of a training of so many before which nobody stops it: see `Pair._unstoppable_epochs`."""
+    return max(epochs_of(method.stages(), epochs, name)[-1].start + grace, math.ceil(method.warmup_epochs(epochs)))
 
 
 def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Parameter, ...]:
@@ -337,7 +344,14 @@ class PairWork:
         if unit.number is None or study is None:
             return False
         epoch = int(metrics["epoch"])
-        return study.report(unit.number, epoch, metrics[f"val_{self.pair.task.primary}"], last=epoch == unit.recipe.epochs)
+        value, last = metrics[f"val_{self.pair.task.primary}"], epoch == unit.recipe.epochs
+        return study.report(unit.number, epoch, value, last, self._earliest_stop(unit))
+
+    def _earliest_stop(self, unit: Unit) -> int:
+        """Rungs hold for all trials of a study; several searched parameters, or epochs, move the stages of one of them beyond these."""
+        if self.search is None or self.search.scheduler != "asha":
+            return 0
+        return _unstoppable(build_method(unit.method, torch.Generator()), unit.method.name, unit.recipe.epochs, self.search.grace_epochs)
 
     def resumed(self, unit: Unit, place: str) -> None:
         self.ledger.resumed(unit, place)

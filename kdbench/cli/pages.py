@@ -409,18 +409,21 @@ def experiment_taps_page(path: Path, every_module: bool = False) -> str:
     from kdbench.models.build import without_weights
     from kdbench.models.outputs import in_words
     from kdbench.models.taps import probe, tap_table
-    from kdbench.tasks.base import Role
+    from kdbench.tasks.base import Role, Task
     from kdbench.tasks.build import build_task
+    from kdbench.tasks.networks import as_teacher
 
     experiment = load_experiment(path)
-    networks: list[tuple[Role, ModelSpec]] = [("student", spec) for spec in experiment.students]
-    if experiment.teacher is not None:
-        networks.insert(0, ("teacher", experiment.teacher.model))
     pages = []
     with without_downloads("kdbench taps downloads nothing"), without_weights():
         task = build_task(experiment.task)
-        for role, spec in networks:
-            model, example = task.build_model(spec), task.example(role)
+        networks: list[tuple[Role, ModelSpec, Task]] = [("student", spec, task) for spec in experiment.students]
+        if experiment.teacher is not None:
+            own = task if experiment.teacher.task is None else build_task(experiment.teacher.task)
+            networks.insert(0, ("teacher", experiment.teacher.model, own))
+        for role, spec, own in networks:
+            model, example = own.build_model(spec), task.example(role)
+            model = model if own is task else as_teacher(model, own, task)
             title = f"{role} {spec.label} on {_sample_in_words(example)}: prediction {in_words(probe(model, example).prediction)}"
             pages.append(f"{title}\n\n{_places(tap_table(model, example), every_module, str(path))}")
     return "\n\n".join(pages)

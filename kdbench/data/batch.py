@@ -113,8 +113,8 @@ class Part:
 
     @property
     def one_label(self) -> bool:
-        """Whether the target is one number a sample."""
-        return isinstance(self.target, Tensor) and self.target.ndim == 1
+        """Whether the target is one whole number a sample, such as its class."""
+        return isinstance(self.target, Tensor) and self.target.ndim == 1 and not self.target.is_floating_point()
 
     @property
     def without_label(self) -> int:

@@ -179,7 +179,8 @@ class Method(nn.Module):
     def shown(self, batch: Batch, at: Progress) -> Batch:
         """What the student is shown in this step: the loader's batch, with further ones in `others`, or another in its place.
 
-        Called once a micro-batch, inside the wrapped forward pass and outside autocast, on the training's device, with gradients enabled.
+        Called once a micro-batch, before the student runs and outside autocast, on the training's device, with gradients enabled. What it
+        shows in the loader's place is what the task counts.
         What the student gives for `others` is in `Outputs.others`, under the same names; their batches may have other sizes and other
         numbers of samples. What the teacher gives (`t` of `forward`) is for the loader's batch: for others the method asks the frozen
         network (`use_teacher`). The task's own loss is of the batch alone, and is left out where that has no target.

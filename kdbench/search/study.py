@@ -253,14 +253,17 @@ class MethodStudy:
         self._upload()
         return point
 
-    def report(self, number: int, epoch: int, value: float, last: bool) -> bool:
-        """Keep an intermediate value; True where the trial should stop now. Its `last` epoch never stops a trial: it is finished."""
+    def report(self, number: int, epoch: int, value: float, last: bool, earliest: int = 0) -> bool:
+        """Keep an intermediate value; True where the trial should stop now. Its `last` epoch never stops a trial: it is finished.
+
+        earliest: the first epoch after which this very trial may be stopped, where that is later than the study's own grace.
+        """
         if len(self.study.directions) > 1:
             return False
         trial = self._open[number]
         if epoch not in self.study.get_trials(deepcopy=False)[number].intermediate_values:
             trial.report(value, epoch)
-        return self._asha is not None and not last and trial.should_prune()
+        return self._asha is not None and not last and epoch >= earliest and trial.should_prune()
 
     def complete(self, number: int, values: Sequence[float], seconds: float, epochs: float) -> None:
         self._close(number, TrialState.COMPLETE, values, seconds, epochs)

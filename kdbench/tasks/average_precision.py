@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kdbench.data.kinds import NO_OBJECT, has_box
+from kdbench.tasks.by_class import of_class
 
 SAME = 0.5  # intersection over union from which two detectors have the same box
 MOST_BOXES = 100  # of an image, as COCO counts them
@@ -55,7 +56,7 @@ def measured(
     if not objects or not found:
         numbers = dict.fromkeys(("ap", "ap50", "ap75"), 0.0)
         numbers |= {f"ap_{size}": 0.0 for size, (least, most) in _SIZES.items() if any(least <= one["area"] < most for one in objects)}
-        return numbers | ({f"ap/{class_names[label]}": 0.0 for label in occurring} if class_names else {})
+        return numbers | ({of_class("ap", class_names[label]): 0.0 for label in occurring} if class_names else {})
     from faster_coco_eval import COCO, COCOeval_faster  # takes a second, so only who measures a detector pays
 
     categories = [{"id": label, "name": str(label)} for label in sorted({one["category_id"] for one in [*objects, *found]})]
@@ -73,7 +74,7 @@ def measured(
             numbers[f"ap_{size}"] = _percent(precision[..., position])
     if class_names:
         columns = {category["id"]: column for column, category in enumerate(categories)}
-        numbers |= {f"ap/{class_names[label]}": _percent(everything[:, :, columns[label]]) for label in occurring}
+        numbers |= {of_class("ap", class_names[label]): _percent(everything[:, :, columns[label]]) for label in occurring}
     return numbers
 
 

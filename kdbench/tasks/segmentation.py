@@ -15,6 +15,7 @@ from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
 from kdbench.tasks.agreement import agreement, agreement_tolerance
 from kdbench.tasks.base import Splits, Task, TaskInfo
+from kdbench.tasks.by_class import of_class
 from kdbench.tasks.networks import network_for
 from kdbench.tasks.splits import SplitOptions, cut
 
@@ -65,7 +66,7 @@ class Segmentation(Task):
         """prediction: logits [N, C, H, W]; target: [N, H, W].
 
         miou: intersection over union of each class over all pixels of all images, then the mean over the classes that occur in the
-        prediction or the target; in percent. pixel_accuracy in percent. nll in nats a pixel.
+        prediction or the target; in percent. iou/NAME: of each of these classes. pixel_accuracy in percent. nll in nats a pixel.
         """
         from torchmetrics.classification import MulticlassJaccardIndex  # takes seconds, so only who measures a segmentation pays
 
@@ -80,7 +81,10 @@ class Segmentation(Task):
             correct += int((best == labels).sum())
             counted += int((labels != IGNORED).sum())
             nll += F.cross_entropy(logits.double(), labels, ignore_index=IGNORED, reduction="sum").item()
-        return {"miou": 100 * jaccard.compute().item(), "pixel_accuracy": 100 * correct / counted, "nll": nll / counted}
+        numbers = {"miou": 100 * jaccard.compute().item(), "pixel_accuracy": 100 * correct / counted, "nll": nll / counted}
+        shared, either = jaccard.confmat.diag(), jaccard.confmat.sum(0) + jaccard.confmat.sum(1) - jaccard.confmat.diag()
+        ious = zip(self.source.class_names, shared.tolist(), either.tolist(), strict=True)
+        return numbers | {of_class("iou", name): 100 * both / one for name, both, one in ious if one}
 
     def chance(self, target: Columns) -> float:
         """The mIoU of the commonest class everywhere: its share of the pixels that count, over the number of classes. target: [N, H, W]."""

@@ -47,6 +47,9 @@ class Weights:
         return (self.counted[name] if isinstance(self.counted, Mapping) else self.counted).to(term.dtype) * term
 
 
+Shown = tuple[Batch, Batch | None]  # this worker's batch, and that of all workers where a method sees it
+
+
 class Distiller(nn.Module):
     """Runs the student, and the method's peers of it, and adds up the task's loss and the method's terms."""
 
@@ -91,10 +94,12 @@ class Distiller(nn.Module):
         autocast: torch.autocast,
         shares: Sequence[int] = (),
         weights: Weights = Weights(),
+        shown: Shown | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms by name, with `total` to step on. The networks run under `autocast`, the losses outside it.
 
         shares: how many samples of the batch each worker has. weights: of the terms that are means over this worker's own.
+        shown: what `show` gave for the batch, where it was asked before; it is asked here otherwise.
 
         Without a target the task's own loss is left out.
 
@@ -103,13 +108,7 @@ class Distiller(nn.Module):
         Raises UserError for a term that is no scalar, and for a name that stands for two terms.
         """
         several = len(shares) > 1 and (self.coupled or self.task.batch_coupled)
-        joined_batch: Batch | None = None
-        if self.method.makes_batches:
-            if several and self.coupled:
-                joined_batch = self._shown(_joined_batch(batch, shares), at)
-                batch = _own_part(joined_batch, shares)
-            else:
-                batch = self._shown(batch, at)
+        batch, joined_batch = shown or self.show(batch, at, shares)
         inputs = self.task.inputs_for(self.role, batch.inputs)
         with autocast:
             truth = self.task.truth(batch)
@@ -121,7 +120,9 @@ class Distiller(nn.Module):
             }
         everyones: tuple[Outputs, Batch] | None = None
         if several:
-            everyones = _joined(outputs, shares), joined_batch or _joined_batch(replace(batch, others={}), shares)
+            # Only a coupled method sees what the others' networks gave beside; what one shows by itself need not be of one size.
+            seen = outputs if self.coupled else replace(outputs, peers=(), others={})
+            everyones = _joined(seen, shares), joined_batch or _joined_batch(replace(batch, others={}), shares)
         whole = everyones if self.task.batch_coupled else None
         tasks = self.task.loss(*(whole or (outputs, batch))) if batch.target is not None else {}
         check_terms(f"task {self.task.name}", tasks)
@@ -142,6 +143,18 @@ class Distiller(nn.Module):
         terms[TOTAL] = torch.stack([*terms.values(), *rest]).sum()
         return terms
 
+    def show(self, batch: Batch, at: Progress, shares: Sequence[int] = ()) -> Shown:
+        """What the method shows the student in place of the loader's batch: this worker's, and all workers' where the method sees that.
+
+        Where it changes how much the task counts, it is asked before the first micro-batch is trained: see `loop.train_step`.
+        """
+        if not self.method.makes_batches:
+            return batch, None
+        if len(shares) > 1 and self.coupled:
+            joined = self._shown(_joined_batch(batch, shares), at)
+            return _own_part(joined, shares), joined
+        return self._shown(batch, at), None
+
     def _shown(self, batch: Batch, at: Progress) -> Batch:
         """What the method shows in place of this batch. Raises UserError for what is no batch, or can't be cut for workers as it is."""
         shown: Any = self.method.shown(batch, at)
@@ -150,7 +163,8 @@ class Distiller(nn.Module):
         for what, one in made.items():
             if not isinstance(one, Batch):
                 raise UserError(f"method {self.name}: `shown` returned a {type(one).__name__} {what}; return a Batch")
-            if not len(one) or (self.coupled and len(one) % len(batch)):
+            whole = self.coupled or (self.task.batch_coupled and one is shown)
+            if not len(one) or (whole and len(one) % len(batch)):
                 counts = f"{len(one)} samples {what} for a batch of {len(batch)}"
                 raise UserError(f"method {self.name}: `shown` returned {counts}; return a multiple of these")
         return cast(Batch, shown)

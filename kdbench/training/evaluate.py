@@ -16,7 +16,7 @@ from kdbench.training.session import Session
 
 def check_numbers(prediction: Columns, whose: str) -> None:
     """Raises Diverged, with `whose` in front, where a prediction is nan: metrics would take it for an answer like any other."""
-    broken = torch.stack([tensor.isnan().flatten(1).any(1) for tensor in tensors(prediction)]).any(0)
+    broken = torch.stack([tensor.isnan().reshape(len(tensor), -1).any(1) for tensor in tensors(prediction)]).any(0)
     if broken.any():
         raise Diverged(f"{whose}, {int(broken.sum())} of {len(broken)} are nan")
 

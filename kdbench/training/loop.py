@@ -20,8 +20,9 @@ from kdbench.methods.base import Progress
 from kdbench.models.outputs import Outputs
 from kdbench.records.record import RunRecord
 from kdbench.storage.layout import Layout
+from kdbench.tasks.by_class import is_of_class
 from kdbench.training.assembly import Training, assemble, share_buffers
-from kdbench.training.distiller import TOTAL, Weights, check_same_terms
+from kdbench.training.distiller import TOTAL, Shown, Weights, check_same_terms
 from kdbench.training.evaluate import check_numbers, predict, targets_of
 from kdbench.training.outcome import finished_record
 from kdbench.training.precision import autocast, placed_inputs
@@ -95,10 +96,15 @@ def train_step(run: Training, batch: Batch) -> Tensor:
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * factor
     pieces = list(_micro_batches(batch, recipe.accumulate))
+    shown: list[Shown | None] = [None] * len(pieces)
+    if run.distiller.method.makes_batches and _asks_others(run, pieces):
+        pieces = [_placed(run, piece) for piece in pieces]
+        shown = [run.distiller.show(piece, at, run.loader.shares) for piece in pieces]  # which says how much of it counts
+    counted = [piece if one is None else one[0] for piece, one in zip(pieces, shown, strict=True)]
     losses = []
-    for position, (piece, weights) in enumerate(zip(pieces, _weights(run, pieces), strict=True)):
+    for position, (piece, one, weights) in enumerate(zip(pieces, shown, _weights(run, pieces, counted), strict=True)):
         with run.session.without_exchange(run.wrapped) if position + 1 < len(pieces) else nullcontext():
-            losses.append(_backward(run, piece, at, weights))
+            losses.append(_backward(run, piece, one, at, weights))
     if recipe.clip_grad is not None:
         for optimizer in run.stepped:
             run.scaler.unscale_(optimizer)
@@ -121,14 +127,26 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
         yield batch.changed(itemgetter(slice(int(rows[0]), int(rows[-1]) + 1)))
 
 
-def _weights(run: Training, pieces: Sequence[Batch]) -> list[Weights]:
-    """What each of this worker's micro-batches counts in the batch of all workers. All call together, at every step."""
+def _placed(run: Training, batch: Batch) -> Batch:
+    return replace(batch, inputs=placed_inputs(batch.inputs, run.unit.recipe.precision, run.unit.recipe.memory_format))
+
+
+def _asks_others(run: Training, pieces: Sequence[Batch]) -> bool:
+    """Whether what a micro-batch counts is known only together with the others and the other workers."""
+    return not run.distiller.task.counts_samples and (run.session.world_size > 1 or len(pieces) > 1)
+
+
+def _weights(run: Training, pieces: Sequence[Batch], shown: Sequence[Batch]) -> list[Weights]:
+    """What each of this worker's micro-batches counts in the batch of all workers. All call together, at every step.
+
+    shown: what the student sees in place of each.
+    """
     task, workers = run.distiller.task, run.session.world_size
     whole = sum(run.loader.shares) if workers > 1 else sum(map(len, pieces))
     by_samples = [Weights(len(piece) * workers / whole) for piece in pieces]
-    if task.counts_samples or pieces[0].target is None or (workers == 1 and len(pieces) == 1):
-        return by_samples  # known without asking the others
-    counted = [task.weight(piece) for piece in pieces]
+    if not _asks_others(run, pieces) or shown[0].target is None:
+        return by_samples
+    counted = [task.weight(piece) for piece in shown]
     values = [torch.stack(list(one.values())) if isinstance(one, dict) else one for one in counted]
     mine = torch.stack(values).to(run.session.device, torch.float64)
     everyones = run.session.gather(mine.sum(0)[None]).sum(0)
@@ -139,12 +157,12 @@ def _weights(run: Training, pieces: Sequence[Batch]) -> list[Weights]:
     ]
 
 
-def _backward(run: Training, batch: Batch, at: Progress, weights: Weights) -> Tensor:
-    """Add the gradients of one micro-batch; returns its loss terms, weighted."""
-    recipe = run.unit.recipe
-    batch = replace(batch, inputs=placed_inputs(batch.inputs, recipe.precision, recipe.memory_format))
+def _backward(run: Training, batch: Batch, shown: Shown | None, at: Progress, weights: Weights) -> Tensor:
+    """Add the gradients of one micro-batch; returns its loss terms, weighted. shown: what the student sees in its place, where known."""
+    batch = batch if shown is not None else _placed(run, batch)
     teacher: Outputs | None = run.teacher(batch) if run.teacher is not None else None
-    terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, autocast(recipe.precision, run.session.device), run.loader.shares, weights)
+    casting = autocast(run.unit.recipe.precision, run.session.device)
+    terms: dict[str, Tensor] = run.wrapped(batch, teacher, at, casting, run.loader.shares, weights, shown)
     run.scaler.scale(terms[TOTAL]).backward()
     if run.terms:
         check_same_terms(f"method {run.unit.method.name} on task {run.task.name}, step {at.step + 1}", terms, run.terms)
@@ -181,7 +199,7 @@ def close_epoch(run: Training) -> dict[str, float]:
     run.epoch, run.step, run.sums = run.epoch + 1, 0, None
     run.passed(time.monotonic() - start)
     row = {"epoch": float(run.epoch), "lr": run.optimizers[0].param_groups[0]["lr"], "seconds": run.seconds}
-    row |= losses | {f"val_{name}": number for name, number in metrics.items()}
+    row |= losses | {f"val_{name}": number for name, number in metrics.items() if not is_of_class(name)}
     run.curve.append(row)
     return row
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
+from kdbench.data.columns import Columns
 from kdbench.errors import UserError
 from kdbench.experiment import Recipe, TeacherRef
 from kdbench.models.batch_norm import guard_batch_norms
@@ -81,9 +82,17 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        inputs = placed_inputs(self.task.inputs_for("teacher", batch.inputs), self.precision, self.memory_format)
         with autocast(self.precision, batch.index.device):
-            return self._taps(inputs)
+            return self._taps(self._inputs(batch))
+
+    @torch.no_grad()
+    def kept(self, batch: Batch) -> Columns:
+        """What the task keeps of the network's answers in evaluation."""
+        with autocast(self.precision, batch.index.device):
+            return self.task.kept(self.task.predict(self.model, self._inputs(batch)))
+
+    def _inputs(self, batch: Batch) -> Columns:
+        return placed_inputs(self.task.inputs_for("teacher", batch.inputs), self.precision, self.memory_format)
 
 
 Teacher = LiveTeacher | TeacherCache

@@ -284,6 +284,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"task.teacher_share": 0.5, "teacher.task": OTHER},
         "^task: teacher_share and teacher_classes say .*, and the teacher has a task of its own; write them in teacher.task$",
     ),
+    "what students learn from, of a teacher's task": (
+        {"teacher.task": {**OTHER, "labelled": 0.5}},
+        "^teacher.task: labelled says what students learn from; write it in task, or leave it out$",
+    ),
     "a share of another given teacher": (
         {"teacher.task": {**OTHER, "teacher_share": 0.5}, "teacher.weights": WEIGHTS},
         "^teacher.task: teacher_share and teacher_classes say .*, and teacher.weights are given",

@@ -18,13 +18,13 @@ import torch
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdbench.data.columns import Columns, named, tensors
 from kdbench.data.loader import in_order
 from kdbench.deploy.export import TOLERANCE
 from kdbench.experiment import load_experiment
-from kdbench.models.outputs import predicted
+from kdbench.models.outputs import predicted, reading_of
 from kdbench.records.folders import Folders
 from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
@@ -34,6 +34,7 @@ from kdbench.storage.layout import results_folder
 from kdbench.tasks import TASKS
 from kdbench.tasks.base import Task
 from kdbench.tasks.build import build_task
+from kdbench.tasks.detection import Detection
 from kdbench.training.checkpoint import unpack_predictions
 from tests.console import Kdbench
 from tests.drivers import board, finish, in_finals, in_search, in_teacher, kill_once, kill_when, records, start, trials
@@ -59,7 +60,7 @@ IMAGES = "float32 images 3x32x32, any number of them, in [0, 1], which the graph
 SAID = {
     "classification": Said("accuracy", IMAGES.replace("32x32", "28x28"), "5"),
     "segmentation": Said("miou", IMAGES, "6x32x32"),
-    "detection": Said("ap", IMAGES, "logits 80x5, boxes 80x4", "scores"),
+    "detection": Said("ap", IMAGES, "level:0 9x8x8, level:1 9x4x4", "scores"),
     "image_text": Said(
         "recall_at_1", IMAGES.replace("images", "image") + "; int64 tokens 13, any number of them", "image 32, text 32", "text"
     ),
@@ -239,12 +240,19 @@ def test_an_exported_graph_gives_what_the_network_gives_and_the_stored_predictio
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=TOLERANCE * float(tensor.abs().max()))
-    whole = _of_graph(next(in_order(task.splits().test, 12)).inputs)
+    whole = _answered(network, _of_graph(next(in_order(task.splits().test, 12)).inputs), task)
     assert record.predictions_uri is not None
     stored, _ = unpack_predictions((undisturbed.results / record.predictions_uri).read_bytes())
     kept = named(task.kept(whole if said.kept else whole["prediction"]), "")[said.kept]
     # they are stored in half precision, and a sum of float32 in another order may be rounded to the other side
     torch.testing.assert_close(kept, named(stored, "")[said.kept].float(), atol=1e-4, rtol=torch.finfo(torch.half).eps)
+
+
+def _answered(network: nn.Module, given: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
+    """What a network's outputs mean in evaluation: of a detector, its best boxes."""
+    if not isinstance(task, Detection):
+        return given
+    return reading_of(network).detections(given, task.size, task.options.kept_boxes)
 
 
 def _of_graph(inputs: Columns) -> dict[str, Tensor]:

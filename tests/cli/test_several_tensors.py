@@ -96,6 +96,26 @@ def test_taps_of_an_experiment_without_a_teacher_are_its_students(kdbench: Kdben
     assert ended.out.startswith("student tiny_fcos on images 3x32x32")
 
 
+def test_a_teacher_of_another_task_is_shown_as_it_sees_the_students_images(kdbench: Kdbench, file: Path) -> None:
+    """It was made for images of 32 pixels, and a student's of 16 are enlarged for it."""
+    file.write_text(
+        """
+name: smaller
+task: {name: classification, data: {name: shapes, target: class, size: 16, train: 40, test: 12}, val_size: 12}
+teacher:
+  model: {name: tiny_cnn, width: 6}
+  task: {name: classification, data: {name: shapes, target: class, size: 32, train: 40, test: 12}, val_size: 12}
+students: [{name: tiny_cnn, width: 6}]
+methods: [none, kd]
+"""
+    )
+    ended = kdbench("taps", str(file))
+    assert ended.code == 0, ended.err
+    sizes = [line.split()[-2] for line in ended.out.splitlines() if "stage:0" in line]
+    teacher, student = ([int(side) for side in size.split("x")[1:]] for size in sizes)
+    assert teacher == [2 * side for side in student]
+
+
 def test_a_model_that_only_data_can_build_says_how_to_see_it(kdbench: Kdbench, file: Path) -> None:
     ended = kdbench("taps", "tiny_towers")
     assert ended.code == 2

@@ -336,6 +336,14 @@ def run_curves(study: MethodStudy, curves: list[list[float]]) -> list[int]:
     return lengths
 
 
+def test_a_trial_is_not_stopped_before_it_may_be_and_then_at_once_where_it_is_worse(tmp_path: Path) -> None:
+    study = open_study(tmp_path, asha=Asha(grace_epochs=2, reduction=2))
+    assert run_curves(study, [[9.0] * 12, [1.0] * 12]) == [12, 2]
+    late = study.ask()
+    stopped = [epoch for epoch in range(1, 12) if study.report(late.number, epoch, 1.0, last=False, earliest=7)]
+    assert stopped[0] == 7  # the rungs of 2 and 4 epochs are behind it
+
+
 def test_halving_stops_the_worse_at_rungs_and_never_before_grace(tmp_path: Path) -> None:
     study = open_study(tmp_path, asha=Asha(grace_epochs=3, reduction=2))
     good, bad, middling = [9.0] * 12, [1.0] * 12, [8.0] * 6 + [1.0] * 6

@@ -43,6 +43,10 @@ def test_miou_is_the_mean_over_classes_of_counts_over_the_whole_set(task):
     ]
     found = task.metrics(prediction, target)
     assert found["miou"] == pytest.approx(100 * torch.stack(shares).mean().item(), rel=1e-5)
+    names = ("ground", *KINDS)
+    assert {name: found[f"iou/{name}"] for name in names} == pytest.approx(
+        {name: 100 * share.item() for name, share in zip(names, shares, strict=True)}, rel=1e-5
+    )
     assert found["pixel_accuracy"] == pytest.approx(100 * (best == target)[counts].double().mean().item())
     assert found["nll"] == pytest.approx(F.cross_entropy(prediction, target, ignore_index=255).item(), rel=1e-5)
     assert task.primary in found
@@ -54,6 +58,7 @@ def test_a_class_that_nobody_names_does_not_count(task):
     found = task.metrics(prediction, target)
     assert found["miou"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
     assert found["pixel_accuracy"] == 75
+    assert {name for name in found if is_of_class(name)} == {"iou/ground", "iou/circle"}
 
 
 def test_ignored_pixels_change_nothing(task):

@@ -34,6 +34,13 @@ def test_sizes_are_what_was_asked_for():
     assert (len(found.val), len(found.train), len(found.transfer)) == (10, 110, 33)
 
 
+def test_numbers_that_are_no_classes_are_cut_like_samples_without_classes():
+    source = replace(CLASSES, train=replace(CLASSES.train, target=torch.rand(120)), test=replace(CLASSES.test, target=torch.rand(20)))
+    found = splits(source, val_size=30)
+    assert (len(found.train), len(found.val)) == (90, 30)
+    assert found.train.classes is None
+
+
 def test_each_part_keeps_the_classes_shares():
     whole = torch.bincount(CLASSES.train.target, minlength=5) / 120
     found = splits(val_size=30, transfer_size=40)

@@ -180,4 +180,28 @@ class Broken(FreshHead):
         return terms if at.stage == 0 or self.params.fault != "nan" else {name: term * float("nan") for name, term in terms.items()}
 
 
-NAMES: Mapping[str, str] = {kind.__name__: f"tests.training.own_methods:{kind.__name__}" for kind in (FreshHead, Zooming, Imagined, Broken)}
+class Hiding(Method):
+    """The student is shown the image without the labels of its left half, and a few images more than it was given, of which nobody asks."""
+
+    paper = Paper("test")
+    needs_teacher = False
+
+    class Params(Method.Params):
+        more: int = 0
+
+    params: Params
+
+    def shown(self, batch: Batch, at: Progress) -> Batch:
+        target = batch.target
+        if isinstance(target, Tensor) and target.ndim == 3:
+            target = torch.cat([torch.full_like(target[..., :20], 255), target[..., 20:]], -1)
+        more = {"more": batch.changed(lambda tensor: tensor[: self.params.more])} if self.params.more else {}
+        return replace(batch, target=target, others=more)
+
+    def forward(self, s: Outputs, t: Outputs | None, batch: Batch, at: Progress) -> dict[str, Tensor]:
+        return {}
+
+
+NAMES: Mapping[str, str] = {
+    kind.__name__: f"tests.training.own_methods:{kind.__name__}" for kind in (FreshHead, Zooming, Imagined, Hiding, Broken)
+}

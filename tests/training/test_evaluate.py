@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Part
 from kdbench.data.columns import named
+from kdbench.errors import Diverged
 from kdbench.experiment import Unit
 from kdbench.tasks.build import build_task
 from kdbench.training.checkpoint import unpack_predictions
-from kdbench.training.evaluate import predict
+from kdbench.training.evaluate import check_numbers, predict
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
 from tests.each_task import EACH_TASK
@@ -39,6 +40,14 @@ def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was() -
     with torch.no_grad():
         right = torch.cat([model.eval()(part / 255) for part in images.split(4)])
     torch.testing.assert_close(found, right)
+
+
+def test_a_prediction_of_one_number_a_sample_is_looked_at_too() -> None:
+    check_numbers({"number": torch.zeros(3), "colour": torch.zeros(3, 2)}, "of its predictions")
+    with pytest.raises(Diverged, match="of its predictions, 2 of 3 are nan"):
+        check_numbers(
+            {"number": torch.tensor([0, math.nan, 0]), "colour": torch.tensor([[0.0, 0], [0, 0], [0, math.nan]])}, "of its predictions"
+        )
 
 
 class SharingSession(AlikeSession):

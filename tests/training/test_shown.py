@@ -11,12 +11,14 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
+from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.experiment import Unit
 from kdbench.methods.base import Method
 from kdbench.training.assembly import assemble
-from kdbench.training.loop import fit, train_epoch
+from kdbench.training.loop import fit, train_epoch, train_step
 from kdbench.training.session import LocalSession
+from tests.training.alike import losses_of_workers
 from tests.training.own_methods import NAMES, Imagined, Zooming
 from tests.training.units import killed_and_continued, layout, saved_teacher, unit
 
@@ -106,3 +108,37 @@ def test_what_a_method_can_not_show_is_an_error_on_any_number_of_workers(
 def test_only_a_method_that_shows_something_is_asked() -> None:
     assert Zooming().makes_batches
     assert not Method().makes_batches
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_what_is_shown_is_what_the_task_counts_in_micro_batches(tmp_path: Path, pieces: int) -> None:
+    """The labelled pixels of what the student sees, not of what the loader gave."""
+    runs = [assemble(hiding(tmp_path, accumulate=number), LocalSession()) for number in (1, pieces)]
+    (a, b) = (train_step(run, next(iter(run.loader.batches(0)))) for run in runs)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    one, other = (dict(run.distiller.student.named_parameters()) for run in runs)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_what_is_shown_is_what_the_task_counts_over_workers(tmp_path: Path, workers: int) -> None:
+    run = assemble(hiding(tmp_path), LocalSession())
+    whole = train_step(run, next(iter(run.loader.batches(0))))
+    losses = losses_of_workers(hiding(tmp_path).model_copy(update={"workers": {"max": workers}}), workers, lambda batch: batch)
+    torch.testing.assert_close(losses, whole, rtol=1e-10, atol=1e-12)
+
+
+def hiding(folder: Path, **recipe: Any) -> Unit:
+    """Scenes of which each shows another share of labels in its right part."""
+    task = {"name": "segmentation", "data": {"name": f"{__name__}:unevenly_labelled"}, "val_size": 10}
+    recipe = {"precision": "fp64", "batch_size": 12, "lr": 0.01, **recipe}
+    return unit(NAMES["Hiding"], None, task=task, student={"name": "tests.training.units:dense_net"}, recipe=recipe)
+
+
+def unevenly_labelled() -> Source:
+    source = open_source(DataSpec.model_validate({"name": "shapes", "train": 40, "test": 10}))
+    masks = source.train.labels.clone()
+    for image, mask in enumerate(masks):
+        mask[image % 30 :, :28] = 255
+    return replace(source, train=replace(source.train, target=masks), ignore_index=255)

@@ -19,6 +19,7 @@ from kdbench.training.session import LocalSession
 from tests.each_task import EACH_TASK
 from tests.tolerances import rounding
 from tests.training.gloo import Stopped, free_port, joined
+from tests.training.own_methods import NAMES
 from tests.training.test_shown import METHODS, shown
 from tests.training.test_stages import staged
 from tests.training.units import layout, pixel_unit, saved_teacher, unit, unit_of
@@ -78,6 +79,7 @@ CASES: dict[str, tuple[Asked, int | dict[str, int]]] = {
     "pairs-clipped": (on("image_text", "kd", clip_grad=0.5), 2),
     "pairs-unequal-shares": (on("image_text", looking_inside("image_text"), TOWERS, batch_size=11), SOME),
     "pairs-batch-coupled": (on("image_text", SP, TOWERS), 2),
+    "pairs-with-others": (on("image_text", {"name": NAMES["Hiding"], "more": 3}), 2),
     "stages": (lambda folder: staged(folder, precision="fp64"), 2),
     **{f"shown-{name}": (partial(shown, method=method, batch_size=63), SOME) for name, method in METHODS.items()},
 }

@@ -157,7 +157,7 @@ class Builder:
     def _kept(self) -> Columns:
         """What the task keeps of the teacher's prediction of a test image."""
         (batch,) = view_batches(self.spec.splits.test, 0, Augment(), 0, 1, self.device, range(1))
-        return self.task.kept(self.teacher(())(batch).prediction)
+        return self.teacher(()).kept(batch)
 
     def _finished(self, name: str) -> bool:
         return StreamFiles(self.folder, name).open() is not None
@@ -247,10 +247,12 @@ class Builder:
         """Batch by batch: how many images, and what each stream gets."""
         teacher = self.teacher(piece.taps)
         for batch in self._batches(piece.shard, piece.test):
+            if piece.test:
+                yield len(batch), {TEST: teacher.kept(batch)}
+                continue
             outputs = teacher(batch)
             maps = {tap_stream(tap): tensor for tap, tensor in outputs.maps.items()}
-            prediction = self.task.kept(outputs.prediction) if piece.test else outputs.prediction
-            yield len(batch), {name: maps.get(name, prediction) for name in piece.streams}
+            yield len(batch), {name: maps.get(name, outputs.prediction) for name in piece.streams}
 
     @contextmanager
     def _writing(self, piece: Piece) -> Iterator[dict[str, ShardWriter]]:
