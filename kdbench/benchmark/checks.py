@@ -59,9 +59,7 @@ def _check_labels(experiment: Experiment, task: Task) -> None:
     transfer = task.splits().transfer
     missing = transfer.without_label
     for method in experiment.methods if missing else ():
-        kind = method_class(method)
-        imitates = task.imitation_needs_labels and "imitation" in kind.reads & task.gives
-        if kind.needs_labels or imitates:
+        if method_class(method).needs_labels:
             which = "none of them has any" if missing == len(transfer) else f"{missing} of them have none"
             raise UserError(
                 f"method {method.label} reads the labels of the {len(transfer)} samples that students learn from, and {which}; leave the "

@@ -409,7 +409,7 @@ def experiment_taps_page(path: Path, every_module: bool = False) -> str:
     from kdbench.models.build import without_weights
     from kdbench.models.outputs import in_words
     from kdbench.models.taps import probe, tap_table
-    from kdbench.tasks.base import Role, Task
+    from kdbench.tasks.base import Role
     from kdbench.tasks.build import build_task
     from kdbench.tasks.networks import as_teacher
 

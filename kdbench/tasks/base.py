@@ -136,7 +136,6 @@ class Task(ABC):
     primary: str  # the key of `metrics` that runs are chosen and ranked by
     higher_is_better: ClassVar[bool] = True
     batch_coupled: ClassVar[bool] = False  # its loss compares samples: the frame gathers the batch of all workers first
-    imitation_needs_labels: ClassVar[bool] = False  # whether `TaskInfo.imitation` reads the batch's target
     kept_exactly: ClassVar[bool] = False  # whether predictions are stored in float32, where half precision would move what is measured
 
     class Options(StrictOptions):

@@ -252,14 +252,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"task.labelled": 30, "methods": ["none", "kd+nkd"]},
         r"^method kd\+nkd reads the labels of the 100 samples that students learn from, and 70 of them have none; leave the method out",
     ),
-    "kd of a detector on noise": (
-        {
-            "task": {"name": "detection", "data": {**DATA, "target": "boxes", "size": 32}, "val_size": 20, "transfer": "noise"},
-            "teacher.model": {"name": "tiny_fcos", "width": 6},
-            "students": [{"name": "tiny_fcos", "width": 4}],
-        },
-        "^method kd reads the labels of the 100 samples that students learn from, and none of them has any",
-    ),
     "mixup on few labels": (
         {"task.labelled": 30, "recipe.augment": {"mixup": 0.2}},
         r"^recipe.augment.mixup mixes two images and their labels, .*, and not all of these samples have one; leave it out$",

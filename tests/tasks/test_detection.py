@@ -41,7 +41,7 @@ RECIPE = {"epochs": 1, "batch_size": 12, "lr": 0.01, "precision": "fp64", "augme
 def detector(method: Any, folder: Path, **changes: Any) -> Any:
     teacher = saved_teacher(folder, "fp64", {"name": "tiny_fcos", "width": 6}, TASK)
     recipe = RECIPE | changes.pop("recipe", {})
-    return unit(method, teacher, task=TASK, recipe=recipe, **({"student": STUDENT} | changes))
+    return unit(method, teacher, recipe=recipe, **({"task": TASK, "student": STUDENT} | changes))
 
 
 def test_views_move_boxes_with_their_images_and_labels_stay() -> None:
@@ -131,6 +131,12 @@ def test_networks_of_other_levels_train_beside_each_other_and_kd_refuses_to_comp
     fit(each, LocalSession(), layout(tmp_path))
     with pytest.raises(UserError, match="the student has one cell at strides 4, 8, 16, the teacher one cell at strides 4, 8"):
         fit(detector("kd", tmp_path, student={**STUDENT, "levels": 3}), LocalSession(), layout(tmp_path))
+
+
+def test_kd_needs_no_boxes_to_imitate_a_teacher(tmp_path: Path) -> None:
+    record = fit(detector("kd", tmp_path, task={**TASK, "transfer": "noise"}), LocalSession(), layout(tmp_path))
+    assert {name for name in record.curve[0] if name.startswith("train_")} == {"train_kd", "train_total"}
+    assert record.curve[0]["train_kd"] > 0
 
 
 def test_the_content_hash_knows_names_and_values_of_columns() -> None:

@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from kdbench.data.batch import Batch
+from kdbench.data.scenes import KINDS
 from kdbench.data.sources import DataSpec
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
 from kdbench.tasks import networks
+from kdbench.tasks.by_class import is_of_class
 from kdbench.tasks.segmentation import Segmentation
 
 SHAPES = DataSpec.model_validate({"name": "shapes", "train": 30, "test": 10, "size": 16})
