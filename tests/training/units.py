@@ -58,6 +58,8 @@ def dense_net(num_classes: int, in_channels: int) -> nn.Module:
 class PlainDetector(nn.Module):
     """Class logits and boxes at strides 4 and 8, without batch statistics."""
 
+    level_modules = ("fine", "coarse")
+
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
         self.fine, self.coarse = nn.Conv2d(in_channels, 8, 4, stride=4), nn.Conv2d(8, 8, 2, stride=2)
