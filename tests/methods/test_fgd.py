@@ -155,7 +155,8 @@ def built(levels: int = 2, widths: tuple[int, int] = (4, 6), **params: Any) -> F
     shapes = [pyramid(width, levels) for width in widths]
     spec = MethodSpec.model_validate({"name": "fgd", **params})
     method = fitted(spec, *shapes, gives=frozenset({"boxes"}))
-    method.build(*shapes, TASK)
+    student, teacher = shapes
+    method.build(student, teacher, TASK)
     for level in method.levels:
         for block in (level.student, level.teacher):
             nn.init.normal_(block.add[3].weight)

@@ -131,10 +131,9 @@ def test_fgds_weights_follow_what_each_sum_grows_with() -> None:
     assert narrow["gamma"] == pytest.approx(5e-4 * (256 + 15200) / (16 + 256))
     assert narrow["relation"] == pytest.approx(5e-6 * 256 * 15200 / (16 * 256))
     assert wide["relation"] == pytest.approx(narrow["relation"] / 3)
-    for found in (narrow, wide):
-        axes = {
-            axis.name: axis.dimension for axis in search_axes(MethodSpec(name="fgd"), *[detector(16 if found is narrow else 48)] * 2, BOXES)
-        }
+    for width in (16, 48):
+        shapes = detector(width)
+        axes = {axis.name: axis.dimension for axis in search_axes(MethodSpec(name="fgd"), shapes, shapes, BOXES)}
         relation = axes["relation"]
         assert isinstance(relation, Range)
         assert relation.low < 1e-2 < relation.high
