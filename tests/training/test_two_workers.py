@@ -81,6 +81,8 @@ CASES: dict[str, tuple[Asked, int | dict[str, int]]] = {
     "boxes-generated": (on("detection", {"name": "mgd", **LEVELS, "masked": 0.0, "alpha": 1e-3}, batch_size=11), SOME),
     "boxes-correlated": (on("detection", {"name": "pkd", **LEVELS}), 2),
     "boxes-by-channel": (on("detection", {"name": "cwd", **LEVELS}, batch_size=11), SOME),
+    "answers-micro-batches": (on("multi_label", "kd", accumulate=3, clip_grad=0.5), 2),
+    "answers-unequal-shares": (on("multi_label", {"name": "kd", "task_weight": 0.5}, batch_size=11), SOME),
     "pairs": (on("image_text", "none"), 2),
     "pairs-clipped": (on("image_text", "kd", clip_grad=0.5), 2),
     "pairs-unequal-shares": (on("image_text", looking_inside("image_text"), TOWERS, batch_size=11), SOME),
