@@ -87,7 +87,7 @@ def open_library(categories: Sequence[str] | None, largest: int, ground: int, fa
     wanted = [(number, path) for number, name in enumerate(chosen) for path in files[name]]
     plain = [(number, path) for number, path in wanted if not path.stem.endswith(_MIRRORED)]
     with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="stamps") as pool:
-        found = list(pool.map(lambda entry: _stamp(*entry, stamps, largest), plain))
+        found = list(pool.map(lambda entry: _stamp(entry[0], entry[1], stamps, largest), plain))
         backs = list(pool.map(lambda path: _ground(path, ground), grounds))
     objects = [stamp for stamp in found if stamp is not None]
     left_out = {
