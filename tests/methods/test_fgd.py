@@ -303,6 +303,14 @@ def test_the_size_of_a_picture_is_that_of_the_input_not_of_the_map() -> None:
     assert torch.equal(objects_of(named)[2], sizes)
 
 
+def test_all_that_is_made_on_the_way_lies_where_the_maps_lie() -> None:
+    """On `meta`, which refuses to meet tensors of the CPU as a GPU does."""
+    method, there = built().to("meta"), torch.device("meta")
+    s, t = (Outputs(given.prediction, {name: maps.to(there) for name, maps in given.maps.items()}) for given in (outputs(4), outputs(6)))
+    terms = method(s, t, SEEN.to(there), DONE)
+    assert all(term.device == there and term.dim() == 0 for term in terms.values())
+
+
 def test_maps_of_unequal_size_are_compared_at_the_smaller_one() -> None:
     spec = MethodSpec.model_validate({"name": "fgd", "student_taps": ["level:0"], "teacher_taps": ["level:1"]})
     shapes = pyramid(6, 2)
