@@ -16,6 +16,7 @@ from kdbench.data.vocabulary import Vocabulary
 from kdbench.errors import KDBenchError, RunFailed, UserError
 from kdbench.experiment import Experiment, load_experiment
 from kdbench.methods.base import MAPS_ALONE, Method, OwnOptimizer, Paper, Progress, Stage, loss_precision
+from kdbench.methods.presets import PerElement
 from kdbench.models.build import ModelSpec
 from kdbench.models.detectors.cells import CellReading
 from kdbench.models.detectors.readings import Reading
@@ -53,6 +54,7 @@ __all__ = [
     "OwnOptimizer",
     "Paper",
     "Part",
+    "PerElement",
     "Pixels",
     "Plain",
     "Points",

@@ -7,6 +7,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kdbench.benchmark.dry_run import dry_run
 from kdbench.errors import UserError
@@ -30,8 +31,16 @@ FOLDERS = {
     "wsld": ("wsld", "razor_wsld"),
 }
 
-# The pair that extra parameters are counted on: the first that a method can work on.
-PAIRS = (("cifar100", "resnet32x4", "resnet8x4"), ("imagenet", "deit_small_patch16_224", "deit_tiny_patch16_224"))
+# The pair that extra parameters are counted on: the first that a method can work on. Task, teacher, student.
+PAIRS: tuple[tuple[dict[str, Any], Any, Any], ...] = (
+    ({"name": "classification", "data": "cifar100"}, "resnet32x4", "resnet8x4"),
+    ({"name": "classification", "data": "imagenet"}, "deit_small_patch16_224", "deit_tiny_patch16_224"),
+    (
+        {"name": "detection", "data": {"name": "shapes", "target": "boxes", "train": 300, "test": 10}, "val_size": 20},
+        {"name": "tiny_fcos", "width": 12, "label": "tiny_fcos of width 12"},
+        {"name": "tiny_fcos", "width": 4, "label": "4"},
+    ),
+)
 
 
 def table(costs: dict[str, str]) -> str:
@@ -82,17 +91,18 @@ def _row(name: str, cost: str) -> tuple[str, ...]:
 @cache
 def _on_a_pair(name: str, method: type[Method]) -> tuple[tuple[str, ...], str]:
     """The student's taps on the first of PAIRS that the method works on, and its extra parameters there."""
-    for data, teacher, student in PAIRS:
-        content = {"name": "pair", "task": {"name": "classification", "data": data}, "students": [student], "methods": [name]}
+    for task, teacher, student in PAIRS:
+        content = {"name": "pair", "task": task, "students": [student], "methods": [name]}
         # On a cluster, whose nodes may have the data: their shapes are enough here.
         content |= {"teacher": {"model": teacher}, "recipe": {"precision": "fp32"}, "runtime": {"address": "auto"}}
         try:
             found = dry_run(Experiment.model_validate(content)).methods[0]
         except UserError:
-            if (data, teacher, student) == PAIRS[-1]:
+            if (task, teacher, student) == PAIRS[-1]:
                 raise
             continue
-        on = "" if (data, teacher, student) == PAIRS[0] else f" ({teacher.split('_patch')[0]} to {student.split('_patch')[0]})"
+        names = [model if isinstance(model, str) else model["label"] for model in (teacher, student)]
+        on = "" if (task, teacher, student) == PAIRS[0] else " ({} to {})".format(*(name.split("_patch")[0] for name in names))
         return found.taps, f"{found.extra_params:,}{on}"
     raise AssertionError("the loop returns or raises")
 

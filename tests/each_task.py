@@ -60,6 +60,13 @@ EACH_TASK = {
         {"name": "tests.training.units:PlainDetector"},
         _fitnet("level:0"),
     ),
+    "multi_label": Tiny(
+        {"name": "multi_label", "data": {**SCENES, "target": "present"}, **CUT},
+        {"name": "tiny_cnn", "width": 6},
+        {"name": "tiny_cnn", "width": 4},
+        {"name": "tests.training.units:yes_or_no_net"},
+        _fitnet("stage:-1"),
+    ),
     "image_text": Tiny(
         {"name": "image_text", "data": {**SCENES, "target": "caption"}, **CUT},
         {"name": "tiny_towers", "width": 12},

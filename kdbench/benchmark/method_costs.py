@@ -68,7 +68,8 @@ def assembled(
     """The method, built for the pair, and the student as it is trained. base, network: the two networks' modules to use."""
     theirs = teacher.tap_shapes if teacher is not None else None
     outlined = torch.get_default_device() == META  # where random numbers have no values, and no generator
-    method = fitted(spec, student.tap_shapes, theirs, None if outlined else torch.Generator().manual_seed(0))
+    generator = None if outlined else torch.Generator().manual_seed(0)
+    method = fitted(spec, student.tap_shapes, theirs, generator, gives=opened.task.gives)
     if type(method).adapt_student is not Method.adapt_student:
         base = copy.deepcopy(base)
     frozen = network.eval().requires_grad_(False) if method.needs_teacher_network and network is not None else None

@@ -114,14 +114,18 @@ class Pair:
     def _fitted(self, spec: MethodSpec, own: Mapping[str, Any] = NO_OVERRIDES) -> Method:
         """The method with its taps chosen for the pair, at parameters of its own; not built. Without such it is made once."""
         if own:
-            return fitted(spec, self.student_shapes, self.teacher_shapes, overrides=own)
+            return fitted(spec, self.student_shapes, self.teacher_shapes, overrides=own, gives=self.task.gives)
         if spec.label not in self._as_configured:
-            self._as_configured[spec.label] = fitted(spec, self.student_shapes, self.teacher_shapes)
+            self._as_configured[spec.label] = fitted(spec, self.student_shapes, self.teacher_shapes, gives=self.task.gives)
         return self._as_configured[spec.label]
 
     @cached_property
     def _as_configured(self) -> dict[str, Method]:
         return {}
+
+    def search_axes(self, spec: MethodSpec) -> tuple[Parameter, ...]:
+        """What a search varies of the method on this pair."""
+        return search_axes(spec, self.student_shapes, self.teacher_shapes, self.task.gives)
 
     def sample(self, spec: MethodSpec) -> Unit:
         """A training of the method, to see what it takes."""
@@ -197,8 +201,10 @@ def _unstoppable(method: Method, name: str, epochs: int, grace: int) -> int:
     return max(epochs_of(method.stages(), epochs, name)[-1].start + grace, math.ceil(method.warmup_epochs(epochs)))
 
 
-def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Parameter, ...]:
+def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe, own: tuple[Parameter, ...] | None = None) -> tuple[Parameter, ...]:
     """What is searched for a method: its own parameters and the recipe keys of `search.also`; the present values are tried first.
+
+    own: the method's axes on a pair (`Pair.search_axes`), whose defaults and ranges may differ from those that its Params say.
 
     Raises UserError where a present value lies outside its range, since the published default must be a point of the space.
     """
@@ -213,7 +219,7 @@ def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe) -> tuple[Pa
         )
         for key, dimension in search.also.items()
     )
-    axes = (*shared, *search_axes(spec))
+    axes = (*shared, *(search_axes(spec) if own is None else own))
     first = defaults(axes)
     for axis in axes:
         if axis.integer and isinstance(axis.dimension, Range):
@@ -270,7 +276,7 @@ class PairWork:
             self._move_on(contender)
 
     def _contender(self, spec: MethodSpec) -> Contender:
-        axes = axes_of(spec, self.search, self.pair.recipe)
+        axes = axes_of(spec, self.search, self.pair.recipe, self.pair.search_axes(spec) if self.search is not None else None)
         contender = Contender(spec, axes, partial(self._open_parent, spec))
         if self.search is not None and axes:
             contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self._recall)

@@ -175,7 +175,7 @@ def _method_page(name: str, method: type[Method]) -> str:
         facts.append(("stages", ", ".join(f"{stage.name} {stage.share:.0%} of the epochs" for stage in stages)))
     if method.batch_coupled:
         facts.append(("batch", "the loss compares samples: workers exchange theirs"))
-    parts = [name, _documentation(method), aligned(facts), _parameters(method), _published(name)]
+    parts = [name, _documentation(method), aligned(facts), _parameters(method), _presets(method), _published(name)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -187,14 +187,41 @@ def _taps_of(method: type[Method], side: Literal["student_taps", "teacher_taps"]
 
 def _parameters(method: type[Method]) -> str:
     """The table of a method's parameters, their defaults, where a search looks and what makes sense at all."""
-    from kdbench.search.space import space_of
-
-    searched = {axis.name: _dimension(axis.dimension) for axis in space_of(method.Params())}
+    searched = _searched(method)
     rows = [("parameter", "default", "searched", "allowed")]
     for name, field in _fields(method.Params):
         default = _value(field.get_default(call_default_factory=True))
         rows.append((name, default, searched.get(name, "no"), _allowed(field.annotation, field.metadata)))
     return aligned(rows) + (f"\n{inspect.cleandoc(method.Params.__doc__)}" if method.Params.__doc__ else "")
+
+
+def _presets(method: type[Method]) -> str:
+    """The table of the defaults that a method has where a task's networks give this or that; empty for a method without such."""
+    from kdbench.methods.combination import Combination
+    from kdbench.methods.presets import PerElement
+
+    parts = method.kinds if issubclass(method, Combination) else {"": method}
+    rows = [("where networks give", "parameter", "default", "searched")]
+    for part, kind in parts.items():
+        searched = _searched(kind)
+        for given, values in kind.presets.items():
+            for name, value in values.items():
+                default, range_ = _value(value), searched.get(name, "no")
+                if isinstance(value, PerElement):
+                    default = f"{_value(value.weight)} x {value.of:,} / {value.counted}"
+                    range_ = f"default / {_value(value.within)} .. default x {_value(value.within)}, logarithmic"
+                rows.append((given, f"{part}.{name}" if part else name, default, range_))
+    if len(rows) == 1:
+        return ""
+    about = "defaults for networks of one kind (the first kind that fits; of the teacher's finest map that is compared)"
+    return f"{about}\n{aligned(rows)}"
+
+
+def _searched(method: type[Method]) -> dict[str, str]:
+    """Where a search looks for each parameter that it varies, for people."""
+    from kdbench.search.space import space_of
+
+    return {axis.name: _dimension(axis.dimension) for axis in space_of(method.Params())}
 
 
 def _fields(params: type[BaseModel], part: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -9,6 +9,9 @@ DATA: dict[str, Entry] = {
     ),
     "cifar100": Entry("kdbench.data.cifar:cifar100", "colour photographs 32x32, 100 classes, 60,000 images; from disk or downloaded"),
     "shapes": Entry("kdbench.data.shapes:shapes", "coloured geometric shapes on a noisy ground, drawn from a seed; every target by option"),
+    "stamps": Entry(
+        "kdbench.data.stamps:stamps", "cut-outs of real objects on photographs, drawn from a seed; from the Debian packages that have them"
+    ),
     "imagenet": Entry("kdbench.data.imagenet:imagenet", "ILSVRC 2012: photographs in 1000 classes, 1,331,167 images; from your own copy"),
     "image_folder": Entry(
         "kdbench.data.image_folder:image_folder", "your image files in ImageNet's layout: train/<class>/* and val/<class>/*"

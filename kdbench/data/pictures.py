@@ -49,6 +49,19 @@ def decoded(content: bytes, name: str) -> Tensor:
         raise _undecodable(content, name, error) from error
 
 
+def cut_out(content: bytes, name: str) -> Image.Image | None:
+    """A picture with its transparency, as RGBA; None for one that has no alpha. Raises UserError as `decoded` does.
+
+    RGBA, grey with alpha, and a palette or a colour that is transparent are all read so.
+    """
+    try:
+        with _opened(content) as picture:
+            picture.load()
+            return picture.convert("RGBA") if picture.has_transparency_data else None
+    except Exception as error:  # as in `decoded`
+        raise _undecodable(content, name, error) from error
+
+
 def _upright_pixels(picture: Image.Image) -> Tensor:
     """uint8 [3, H, W] of a picture that is loaded."""
     turn = _TURNS.get(_orientation(picture))

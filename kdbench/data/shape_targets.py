@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdbench.data.batch import TARGET
+from kdbench.data.drawn import Arrays
 from kdbench.data.kinds import NO_OBJECT, Boxes, Kind, Points, Sided
 from kdbench.data.scenes import COLOURS, KEYPOINTS, KINDS, MOST_OBJECTS, PREDICATES, Scene, Shape, predicate
 from kdbench.data.views import IGNORED
 from kdbench.data.vocabulary import Vocabulary
 
 TargetName = Literal["mask", "class", "present", "boxes", "keypoints", "caption", "question", "relation"]
-Arrays = dict[str, NDArray[Any]]  # of one sample, by name; a lone target has the name ""
 
 NUMBERS = ("one", "two", "three")  # as many as objects fit in a scene
 ANSWERS = (*COLOURS, *KINDS, *NUMBERS, "yes", "no")

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import Part
-from kdbench.data.columns import Columns
+from kdbench.data.drawn import Arrays, check_memory, columns_of, put, statistics, tensors_of
 from kdbench.data.options import Seed
 from kdbench.data.scenes import MOST_IMAGES, draw_at_least
-from kdbench.data.shape_targets import TARGETS, Arrays, ShapesTarget, TargetName
+from kdbench.data.shape_targets import TARGETS, ShapesTarget, TargetName
 from kdbench.data.sources import Source
-from kdbench.errors import TooMuch
-from kdbench.own_code import are_from_records
 
-_MOST_BYTES_OF_RECORD = 300_000_000
-_MOST_BYTES = 32e9  # of all pictures and masks, which lie in memory
-_PIXEL_BYTES = 4  # three colours and a class
 _OWN_NUMBERS = 1  # third number of a sample's seed, for what is asked of a scene; the scene itself is drawn from the first two
 
 
@@ -54,16 +47,11 @@ def shapes(
     Raises:
         TooMuch: The pictures do not fit in memory.
     """
-    nbytes, most_bytes = (train + test) * size * size * _PIXEL_BYTES, _MOST_BYTES_OF_RECORD if are_from_records() else _MOST_BYTES
-    if nbytes > most_bytes:
-        raise TooMuch(
-            f"data shapes: {train + test} images of {size}x{size} take {nbytes / 1e9:.0f} GB; lower train, test or size, "
-            f"to at most {most_bytes / 1e9:g} GB"
-        )
+    check_memory("shapes", {"train": train, "test": test}, size)
     asked = TARGETS[target]
     images, first = _part(seed, range(train), size, asked)
     _, second = _part(seed, range(MOST_IMAGES, MOST_IMAGES + test), size, asked)
-    mean, std = _statistics(images)
+    mean, std = statistics(images)
     names = asked.names
     return Source("shapes", first, second, len(names), names, mean, std, asked.ignored, vocabulary=asked.vocabulary)
 
@@ -71,41 +59,14 @@ def shapes(
 def _part(seed: int, indices: range, size: int, asked: ShapesTarget) -> tuple[Tensor, Part]:
     """The pictures, and the part that holds them."""
     images = np.empty((len(indices), 3, size, size), np.uint8)
-    inputs: dict[str, NDArray[Any]] = {}
-    target: dict[str, NDArray[Any]] = {}
+    inputs: Arrays = {}
+    target: Arrays = {}
     for row, index in enumerate(indices):
         scene = draw_at_least(asked.least, seed, index, size, asked.most)
         images[row] = scene.image
         further, wanted = asked.of(scene, np.random.Generator(np.random.PCG64([seed, index, _OWN_NUMBERS])))
-        _put(inputs, row, len(indices), further)
-        _put(target, row, len(indices), wanted)
+        put(inputs, row, len(indices), further)
+        put(target, row, len(indices), wanted)
     pictures = torch.from_numpy(images)
-    shown = {"image": pictures, **_tensors(inputs)} if inputs else pictures
-    return pictures, Part(shown, _columns(target), torch.arange(indices.start, indices.stop), kinds=asked.kinds)
-
-
-def _put(columns: dict[str, NDArray[Any]], row: int, rows: int, sample: Arrays) -> None:
-    """Write one sample to its row; the first sample says which columns there are."""
-    for name, values in sample.items():
-        if name not in columns:
-            columns[name] = np.empty((rows, *values.shape), values.dtype)
-        columns[name][row] = values
-
-
-def _columns(arrays: dict[str, NDArray[Any]]) -> Columns:
-    tensors = _tensors(arrays)
-    return tensors.get("", tensors)
-
-
-def _tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in [0, 1], from whole numbers: exact, so the same on every machine."""
-    values = torch.arange(256)
-    counts = [torch.bincount(images[:, channel].flatten().long(), minlength=256) for channel in range(images.shape[1])]
-    means = [int((count * values).sum()) / int(count.sum()) for count in counts]
-    squares = [int((count * values * values).sum()) / int(count.sum()) for count in counts]
-    deviations = [math.sqrt(square - mean * mean) for square, mean in zip(squares, means, strict=True)]
-    return tuple(round(mean / 255, 4) for mean in means), tuple(round(deviation / 255, 4) for deviation in deviations)
+    shown = {"image": pictures, **tensors_of(inputs)} if inputs else pictures
+    return pictures, Part(shown, columns_of(target), torch.arange(indices.start, indices.stop), kinds=asked.kinds)

@@ -39,6 +39,7 @@ class Source:
     positions int64 [N], no two alike in the source.
     mean, std: one number a channel, of images in [0, 1]. ignore_index: the label of pixels that don't count, None where all do.
     more: further parts by name, from which students can learn (`transfer:` of a task). Their samples may have no labels.
+    val: what choices are made on, where the data set itself says so, as its samples differ in kind from those for training.
     """
 
     name: str
@@ -52,12 +53,14 @@ class Source:
     read: str = ""  # of a source in files: what was read of them and what was left out, in one line
     vocabulary: Vocabulary | None = None  # of the tokens among the inputs or targets, None where there is no text
     more: Mapping[str, Part] = field(default_factory=dict)
+    val: Part | None = None  # of a data set that sets samples apart for validation; None where a task cuts them from `train`
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the content: all parts and the facts beside them. The name is left out: a copy of a data set is the same data."""
         more = [[name, part.sha256()] for name, part in sorted(self.more.items())]
-        contents = [self.train_sha256, self.test_sha256, *self._facts, *([more] if more else [])]
+        apart = [["val", self.val_sha256]] if self.val is not None else []
+        contents = [self.train_sha256, self.test_sha256, *self._facts, *([more] if more else []), *apart]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     @cached_property
@@ -69,6 +72,16 @@ class Source:
     def test_sha256(self) -> str:
         """Hash of the test images, their targets and positions."""
         return self.test.sha256()
+
+    @cached_property
+    def val_sha256(self) -> str:
+        """Hash of the images that are set apart for validation, their targets and positions; empty where none are."""
+        return self.val.sha256() if self.val is not None else ""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts that there are."""
+        return (self.train, self.test, *((self.val,) if self.val is not None else ()), *self.more.values())
 
     @property
     def facts(self) -> str:
@@ -86,7 +99,7 @@ class Source:
     @property
     def turned(self) -> int:
         """How many images in files are shown turned, see `encoded.turned`."""
-        return sum(part.encoded_images.store.turned for part in (self.train, self.test, *self.more.values()) if part.encoded is not None)
+        return sum(part.encoded_images.store.turned for part in self.parts if part.encoded is not None)
 
     @property
     def reading(self) -> str:
@@ -178,7 +191,7 @@ def _problem(source: Any) -> str | None:
         return f"a further part can't be called {taken[0]!r}, which has a meaning of its own; rename it"
     if wrong := [name for name, part in source.more.items() if not isinstance(part, Part)]:
         return f"the further part {wrong[0]!r} is a {type(source.more[wrong[0]]).__name__}; expected a Part"
-    further = {"test": source.test, **source.more}
+    further = {"test": source.test, **({"val": source.val} if source.val is not None else {}), **source.more}
     for title, part in {"train": source.train, **further}.items():
         problem = _part_problem(part, source, title in source.more)
         if problem:

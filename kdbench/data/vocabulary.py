@@ -15,6 +15,11 @@ FIRST_WORD = len(_SPECIAL)
 _WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters and digits, or one punctuation mark
 
 
+def words_of(text: str) -> list[str]:
+    """The text's words and punctuation marks in lower case, as a vocabulary holds them."""
+    return _WORD.findall(text.lower())
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Words and their numbers: 0 nothing, 1 start, 2 end, 3 hidden, 4 unknown, then the words in order.
@@ -55,7 +60,7 @@ class Vocabulary:
         Returns:
             `length` numbers. A word outside the vocabulary becomes 4. No start or end token is added.
         """
-        tokens = [self._numbers.get(word, UNKNOWN) for word in _WORD.findall(text.lower())[:length]]
+        tokens = [self._numbers.get(word, UNKNOWN) for word in words_of(text)[:length]]
         return tokens + [NOTHING] * (length - len(tokens))
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ METHODS: dict[str, Entry] = {
     "at": Entry("kdbench.methods.at:AT", "where the teacher looks: attention maps of every stage (ICLR 2017)"),
     "ab": Entry("kdbench.methods.ab:AB", "for which inputs the teacher's units are active, at every stage (AAAI 2019)"),
     "cwd": Entry("kdbench.methods.cwd:CWD", "where each channel of a dense prediction, or of features, has its weight (ICCV 2021)"),
+    "fgd": Entry("kdbench.methods.fgd:FGD", "a detector's features at its objects and behind them, and how positions relate (CVPR 2022)"),
     "fsp": Entry("kdbench.methods.fsp:FSP", "how the teacher's features change from stage to stage (CVPR 2017)"),
     "ft": Entry("kdbench.methods.ft:FT", "a paraphrase of the teacher's features that an autoencoder learns (NeurIPS 2018)"),
     "mgd": Entry("kdbench.methods.mgd:MGD", "the teacher's features generated from the student's, a part of them hidden (ECCV 2022)"),

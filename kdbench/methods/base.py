@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch, Part
 from kdbench.data.options import StrictOptions
+from kdbench.methods.presets import Presets, placed, preset_for
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.trace import Example
-from kdbench.search.space import Range
+from kdbench.search.space import Dimension, Range
 from kdbench.tasks.base import TaskInfo
 
 MAPS_ALONE: frozenset[str] = frozenset()  # what a method `reads` that looks at nothing else
@@ -93,6 +95,8 @@ class Method(nn.Module):
     # Terms that are means over what the task's loss counts (`Task.weight`), such as labelled pixels. All others are means over samples.
     weighs_as_task: ClassVar[frozenset[str]] = frozenset()
     needs_teacher_network: ClassVar[bool] = False  # beside its outputs, the frozen network itself: see `use_teacher`
+    # Defaults that replace those of `Params` where a task's networks give this, such as {"boxes": {"weight": 10.0}}; the first key fits.
+    presets: ClassVar[Presets] = MappingProxyType({})
     student_taps: tuple[str, ...] = ()  # of the class, or of the instance where `choose_taps` finds them for the pair
     teacher_taps: tuple[str, ...] = ()
 
@@ -139,6 +143,22 @@ class Method(nn.Module):
         Raises UserError where the pair has no places that the method could compare.
         """
         return self.params
+
+    def suited(self, student: Shapes, teacher: Shapes | None, gives: frozenset[str]) -> tuple[Method.Params, dict[str, Dimension]]:
+        """The parameters with the defaults that `presets` has for this pair, once its taps are chosen. What somebody set is kept.
+
+        Args:
+            student: every place of the student that can be tapped.
+            teacher: the same of the teacher; None where there is none.
+            gives: what the task's networks give (`Task.gives`).
+
+        Returns:
+            The parameters, and by parameter where a search looks in place of the Range in `Params`.
+        """
+        preset = preset_for(self.presets, gives, student)
+        shapes = [teacher.taps[name] for name in self.teacher_taps] if teacher is not None else []
+        values, ranges = placed({name: value for name, value in preset.items() if name not in self.params.model_fields_set}, shapes)
+        return (self.params.model_copy(update=values) if values else self.params), ranges
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         """Make the adapters, from the shapes at the taps. Raises UserError where the pair can't work."""

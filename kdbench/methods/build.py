@@ -94,19 +94,40 @@ def fitted(
     teacher: Shapes | None,
     generator: torch.Generator | None = None,
     overrides: Mapping[str, Any] = NO_OVERRIDES,
+    gives: frozenset[str] = frozenset(),
 ) -> Method:
-    """The method with its taps chosen for a pair, not yet built. student, teacher: every place of the two networks (`models.taps.places`).
+    """The method with its taps chosen for a pair and the defaults that suit it, not yet built.
+
+    student, teacher: every place of the two networks (`models.taps.places`). gives: what the task's networks give (`Task.gives`).
 
     Raises UserError where the pair has no places that the method could compare, or the user named one that is not there.
     """
+    method = _tapped(spec, student, teacher, generator, overrides)
+    params, _ = method.suited(student, teacher, gives)
+    return method if params == method.params else type(method)(params, generator)
+
+
+def search_axes(
+    spec: MethodSpec, student: Shapes | None = None, teacher: Shapes | None = None, gives: frozenset[str] = frozenset()
+) -> tuple[Parameter, ...]:
+    """What a search varies: the parameters with a Range or a Choice that the user did not pin.
+
+    For a pair, as `fitted` gets it, with the defaults and ranges that suit it; without one as `Params` says.
+    """
+    fixed = frozenset(dotted(spec.pinned))
+    if student is None:
+        return space_of(params_of(spec), fixed)
+    params, ranges = _tapped(spec, student, teacher, None, NO_OVERRIDES).suited(student, teacher, gives)
+    return space_of(params, fixed, ranges)
+
+
+def _tapped(
+    spec: MethodSpec, student: Shapes, teacher: Shapes | None, generator: torch.Generator | None, overrides: Mapping[str, Any]
+) -> Method:
+    """The method with its taps chosen for a pair."""
     method = build_method(spec, generator, overrides)
     chosen = method.choose_taps(student, teacher)
     return method if chosen == method.params else type(method)(chosen, generator)
-
-
-def search_axes(spec: MethodSpec) -> tuple[Parameter, ...]:
-    """What a search varies: the parameters with a Range or a Choice that the user did not pin."""
-    return space_of(params_of(spec), fixed=frozenset(dotted(spec.pinned)))
 
 
 def _described(spec: MethodSpec) -> str:

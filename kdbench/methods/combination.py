@@ -20,6 +20,7 @@ from kdbench.errors import UserError
 from kdbench.methods.base import WHOLE, Method, OwnOptimizer, Paper, Progress, Stage
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.models.trace import Example
+from kdbench.search.space import Dimension
 from kdbench.tasks.base import TaskInfo
 
 
@@ -48,6 +49,13 @@ class Combination(Method):
     def choose_taps(self, student: Shapes, teacher: Shapes | None) -> Method.Params:
         chosen = {name: part.choose_taps(student, teacher) for name, part in self._named().items()}
         return self.params.model_copy(update=chosen)
+
+    def suited(self, student: Shapes, teacher: Shapes | None, gives: frozenset[str]) -> tuple[Method.Params, dict[str, Dimension]]:
+        """What suits each part, the ranges by dotted names."""
+        found = {name: part.suited(student, teacher, gives) for name, part in self._named().items()}
+        ranges = {f"{name}.{key}": dimension for name, (_, own) in found.items() for key, dimension in own.items()}
+        changed = {name: params for name, (params, _) in found.items() if params is not getattr(self.params, name)}
+        return (self.params.model_copy(update=changed) if changed else self.params), ranges
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         for part in self._named().values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.methods.base import MAPS_ALONE, Method, Paper, Progress
-from kdbench.methods.features import FeatureMethod, Names, paired_spatial_stages
+from kdbench.methods.features import FeatureMethod, Names, paired_levels, paired_spatial_stages
 from kdbench.methods.kd import softened_divergence
+from kdbench.methods.presets import Presets
 from kdbench.models.adapters import to_smaller, to_width
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search.space import Range
@@ -34,7 +35,8 @@ def dense_logits(student: Shapes, teacher: Shapes) -> bool:
 class CWD(FeatureMethod):
     """Put each channel's weight where the teacher's channel has it: in the logits of a segmentation, in features otherwise.
 
-    Without named taps the logits are compared where they are maps, and the last stage that is wider than one position where they are not.
+    Without named taps the logits are compared where they are maps; where they are not, every level of a pyramid, or the last stage that is
+    wider than one position.
     The paper compares equal shapes. Where widths differ, a pointwise convolution that is trained along leads from the student's to the
     teacher's; where sizes differ, the larger map is averaged down.
     """
@@ -47,9 +49,13 @@ class CWD(FeatureMethod):
         checked_against="open-mmlab/mmrazor@90c7af1",
     )
     reads = MAPS_ALONE
+    presets: ClassVar[Presets] = {"boxes": {"weight": 10.0, "temperature": 1.0}}
 
     class Params(FeatureMethod.Params):
-        """Defaults are for logits, at the paper's temperature; mmrazor has weight 5 at 1 for them, and 10 at 1 for features."""
+        """Defaults are for logits, at the paper's temperature; mmrazor has weight 5 at 1 for them.
+
+        On detectors the defaults are those that mmrazor has for the maps of a pyramid.
+        """
 
         weight: Annotated[float, Range(0.1, 50.0, log=True), Field(ge=0)] = 3.0
         temperature: Annotated[float, Range(0.5, 10.0, log=True), Field(gt=0)] = 4.0
@@ -57,6 +63,8 @@ class CWD(FeatureMethod):
     params: Params
 
     def default_taps(self, student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
+        if (found := paired_levels(student, teacher)) is not None:
+            return found
         ours, theirs = paired_spatial_stages(student, teacher)
         return ours[-1:], theirs[-1:]
 

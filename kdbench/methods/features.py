@@ -148,6 +148,28 @@ def paired_spatial_stages(student: Shapes, teacher: Shapes) -> tuple[Names, Name
     return tuple(ours for ours, _ in kept), tuple(theirs for _, theirs in kept)
 
 
+def levels(shapes: Shapes) -> list[str]:
+    """Names of the maps of a network's pyramid, from fine to coarse; none of a network that has no pyramid."""
+    return _counted(shapes, "level")
+
+
+def paired_levels(student: Shapes, teacher: Shapes) -> tuple[Names, Names] | None:
+    """The levels of the two pyramids that have one height and width, from fine to coarse; None where one of the networks has no pyramid.
+
+    Raises UserError where no two levels have one size.
+    """
+    ours, theirs = levels(student), levels(teacher)
+    if not ours or not theirs:
+        return None
+    of_size = {map_shape(teacher.taps[name])[1:]: name for name in theirs}
+    paired = [(name, of_size[size]) for name in ours if (size := map_shape(student.taps[name])[1:]) in of_size]
+    if not paired:
+        raise UserError(
+            f"no level of the student's pyramid ({_sizes(student, ours)}) has the size of one of the teacher's ({_sizes(teacher, theirs)})"
+        )
+    return tuple(ours for ours, _ in paired), tuple(theirs for _, theirs in paired)
+
+
 def embeddings(student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
     """What each classifier reads, one vector a sample; the last stage of a network in which that can't be told."""
     ours, theirs = ("pooled" if "pooled" in shapes.taps else "stage:-1" for shapes in (student, teacher))
@@ -175,6 +197,11 @@ def before_activation(shapes: Shapes, names: Names) -> Names:
     """For each place, what the last activation of its shape reads; the place itself where no activation there is a module."""
     readings = {shape: name for name, shape in shapes.taps.items() if name.startswith("before:")}
     return tuple(readings.get(shapes.taps[name], name) for name in names)
+
+
+def _sizes(shapes: Shapes, names: list[str]) -> str:
+    """Heights and widths of maps, for an error."""
+    return ", ".join("{1}x{2}".format(*map_shape(shapes.taps[name])) for name in names)
 
 
 def _counted(shapes: Shapes, kind: str) -> list[str]:

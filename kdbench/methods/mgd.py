@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,13 +12,19 @@ from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
 from kdbench.methods.cwd import channel_divergence, dense_logits
-from kdbench.methods.features import FeatureMethod
+from kdbench.methods.features import FeatureMethod, Names, paired_levels
+from kdbench.methods.presets import PerElement, Presets
 from kdbench.models.adapters import to_smaller, to_width
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search.space import Choice, Range
 from kdbench.tasks.base import TaskInfo
 
 Mask = Literal["channel", "pixel"]
+
+# Values of the authors' finest map: 256 channels at stride 8 of pictures of 800 x 1216 pixels in one-stage detectors, at stride 4 in
+# two-stage ones; 2048 channels at stride 8 of 512 x 1024 pixels in segmentation.
+_ONE_STAGE, _TWO_STAGE, _SEGMENTATION = 256 * 100 * 152, 256 * 200 * 304, 2048 * 64 * 128
+_WITHIN = 30.0  # alpha is searched over three decades
 
 
 def mask_from(noise: Tensor, share: float, mask: Mask) -> Tensor:
@@ -53,8 +59,9 @@ class Generator(nn.Module):
 class MGD(FeatureMethod):
     """Generate the teacher's last features from the student's, of which a random part is hidden at every step.
 
-    The paper writes of hidden pixels. The authors' code hides whole channels for classification, and pixels for detection and segmentation.
-    It needs equal sizes; here the larger map is averaged down where they differ.
+    Where both networks have a pyramid, it does so at every level. The paper writes of hidden pixels. The authors' code hides whole channels
+    for classification, and pixels for detection and segmentation. It needs equal sizes; here the larger map is averaged down where they
+    differ.
     """
 
     paper = Paper(
@@ -65,13 +72,23 @@ class MGD(FeatureMethod):
         checked_against="yzd-v/MGD@2c9da0b",
     )
     reads = MAPS_ALONE
+    presets: ClassVar[Presets] = {
+        "proposals": {"mask": "pixel", "masked": 0.45, "alpha": PerElement(5e-7, "values", of=_TWO_STAGE, within=_WITHIN)},
+        "boxes": {"mask": "pixel", "masked": 0.65, "alpha": PerElement(2e-5, "values", of=_ONE_STAGE, within=_WITHIN)},
+        "pixel logits": {
+            "mask": "pixel",
+            "masked": 0.75,
+            "alpha": PerElement(2e-5, "values", of=_SEGMENTATION, within=_WITHIN),
+            "logit_weight": 3.0,
+        },
+    }
 
     class Params(FeatureMethod.Params):
-        """Defaults are those of ImageNet; the authors have alpha 1.2e-3 on CIFAR.
+        """Defaults are those of ImageNet; the authors have alpha 1.2e-3 on CIFAR, and other defaults for dense predictions, see below.
 
-        For segmentation they have mask pixel, alpha 2e-5, masked 0.75, logit_weight 3; for detectors mask pixel and alpha 2e-5, masked 0.65
-        (one stage) or 5e-7, 0.45 (two). alpha: of a sum over channels and positions, so for the same effect it is halved where the
-        teacher's map has twice as many values; 7e-5 belongs to 25,088. masked: share that is hidden.
+        alpha: of a sum over channels and positions, so for the same effect it is halved where the teacher's map has twice as many values;
+        7e-5 belongs to 25,088. For dense predictions the default follows the size of the teacher's finest map that is compared; all levels
+        of a pyramid share one alpha. masked: share that is hidden.
         logit_weight: of CWD's loss on logits that are maps, at logit_temperature.
         """
 
@@ -82,6 +99,10 @@ class MGD(FeatureMethod):
         logit_temperature: Annotated[float, Field(gt=0)] = 4.0
 
     params: Params
+
+    def default_taps(self, student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
+        """Every level that both pyramids have; the last stage of networks without a pyramid."""
+        return paired_levels(student, teacher) or super().default_taps(student, teacher)
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         self.generators = nn.ModuleList(Generator(ours[0], theirs[0]) for ours, theirs in self.map_pairs(student, teacher))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.methods.base import MAPS_ALONE, Paper, Progress, loss_precision
-from kdbench.methods.features import FeatureMethod, Names, paired_stages
+from kdbench.methods.features import FeatureMethod, Names, paired_levels, paired_stages
+from kdbench.methods.presets import Presets
 from kdbench.models.adapters import to_size_of, to_width
 from kdbench.models.outputs import Outputs, Shapes
 from kdbench.search.space import Range
@@ -37,7 +38,7 @@ def _standardised(features: Tensor) -> Tensor:
 
 
 class PKD(FeatureMethod):
-    """Match the teacher's features channel by channel, whatever their scale and offset, at every stage.
+    """Match the teacher's features channel by channel, whatever their scale and offset, at every level of a pyramid or every stage.
 
     The paper compares pyramids of equal widths. Where widths differ, a pointwise convolution that is trained along leads from the student's
     to the teacher's.
@@ -52,9 +53,10 @@ class PKD(FeatureMethod):
     )
     reads = MAPS_ALONE
     batch_coupled = True  # mean and deviation are the batch's
+    presets: ClassVar[Presets] = {"proposals": {"weight": 6.0}, "boxes": {"weight": 10.0}}
 
     class Params(FeatureMethod.Params):
-        """weight: 6 for two-stage detectors, 10 for RetinaNet. resize: which side is interpolated where the sizes differ."""
+        """weight: 6 is the authors' for two-stage detectors, 10 for RetinaNet. resize: which side is interpolated where sizes differ."""
 
         weight: Annotated[float, Range(1.0, 30.0, log=True), Field(ge=0)] = 6.0
         resize: Literal["student", "teacher"] = "student"
@@ -62,8 +64,8 @@ class PKD(FeatureMethod):
     params: Params
 
     def default_taps(self, student: Shapes, teacher: Shapes) -> tuple[Names, Names]:
-        """Every stage that both have."""
-        return paired_stages(student, teacher)
+        """Every level that both pyramids have; every stage that both have of networks without a pyramid."""
+        return paired_levels(student, teacher) or paired_stages(student, teacher)
 
     def build(self, student: Shapes, teacher: Shapes | None, task: TaskInfo) -> None:
         self.aligns = nn.ModuleList(to_width(ours[0], theirs[0]) for ours, theirs in self.map_pairs(student, teacher))

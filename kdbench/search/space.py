@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -105,24 +106,29 @@ class Parameter:
         return math.ceil(self.dimension.low), math.floor(self.dimension.high)
 
 
-def space_of(params: BaseModel, fixed: frozenset[str] = frozenset()) -> tuple[Parameter, ...]:
+def space_of(
+    params: BaseModel, fixed: frozenset[str] = frozenset(), ranges: Mapping[str, Dimension] = MappingProxyType({})
+) -> tuple[Parameter, ...]:
     """The axes of `params`: each field annotated with a Range or a Choice, the field's present value as its default.
 
     `fixed` names fields that the user pinned: they keep their value and are not searched, and conditions on them are settled here.
     An axis with a condition comes after the axis that it looks at. A field that has fields of its own adds theirs, by dotted names.
+    `ranges` says by dotted name where to look in place of what the field says; the field's condition holds there too.
     """
     searched: dict[str, Parameter] = {}
     for name, field in type(params).model_fields.items():
         for extra in field.metadata:
             if isinstance(extra, Range | Choice) and name not in fixed:
-                searched[name] = Parameter(name, extra, getattr(params, name), is_whole(field.annotation))
+                dimension = replace(ranges[name], when=extra.when) if name in ranges else extra
+                searched[name] = Parameter(name, dimension, getattr(params, name), is_whole(field.annotation))
     axes: list[Parameter] = []
     for axis in searched.values():
         _insert(axis, searched, params, axes)
     for name in type(params).model_fields:
         if isinstance(part := getattr(params, name), BaseModel):
             own = frozenset(key.removeprefix(f"{name}.") for key in fixed if key.startswith(f"{name}."))
-            axes += [_under(name, axis) for axis in space_of(part, own)]
+            moved = {key.removeprefix(f"{name}."): dimension for key, dimension in ranges.items() if key.startswith(f"{name}.")}
+            axes += [_under(name, axis) for axis in space_of(part, own, moved)]
     return tuple(axes)
 
 

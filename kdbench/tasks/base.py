@@ -99,7 +99,8 @@ class Splits:
     def _learned_hash(self, train: Part, transfer: Part) -> str:
         if self.source is not None:  # whose training images are read once, however many parts show them
             apart = self._apart_sha256 if transfer is self.transfer else ""
-            return _digest(self.source.facts + self.source.train_sha256, ("", train.index), (apart, transfer.index), ("", self.val.index))
+            val = self.source.val_sha256, self.val.index
+            return _digest(self.source.facts + self.source.train_sha256, ("", train.index), (apart, transfer.index), val)
         return _digest("", *((part.sha256(), None) for part in (train, transfer, self.val)))
 
     @cached_property

@@ -41,7 +41,8 @@ def _count_or_share(value: int | float) -> int | float:
 class SplitOptions(Task.Options):
     """How the samples are cut into parts.
 
-    val_size: samples, or a share of the training part, that choices are made on. transfer_size: how many samples students learn from (the
+    val_size: samples, or a share of the training part, that choices are made on; left out for a data set that has validation samples of
+    its own. transfer_size: how many samples students learn from (the
     "transfer set" of Hinton et al., arXiv 1503.02531), all of `transfer` where it is None.
     transfer: what students learn from: `train`, the training samples that validation left; `noise`, made images without labels; or a
     further part of the data set (`Source.more`).
@@ -93,26 +94,39 @@ def cut(source: Source, options: SplitOptions, of_classes: bool = False) -> Spli
         UserError: the source is too small, or has no such part, or the options ask for what such samples don't have.
         TooMuch: made images do not fit in memory.
     """
-    val_size = validation_size(options, len(source.train), source.name)
-    val_rows, train_rows = stratified(_strata(source.train), val_size, options.split_seed)
     # What is said here is what lets two labels be mixed.
     whole = replace(source.train, classes=source.num_classes) if source.train.one_label else source.train
-    train, val = whole.within(train_rows), whole.within(val_rows)
+    train, val = _validated(whole, source, options)
     if not of_classes:
         _refuse_classes(options, source.name)
     apart = _apart(source, options, len(train))
     transfer = train if apart is None else apart
     if options.transfer_size is not None and options.transfer != NOISE:
         if options.transfer_size > len(transfer):
-            left = (
-                f"that are left for training after {val_size} went to validation" if apart is None else f"of the part {options.transfer!r}"
-            )
+            cut_off = f" after {len(val)} went to validation" if source.val is None else ""
+            left = f"that are left for training{cut_off}" if apart is None else f"of the part {options.transfer!r}"
             raise UserError(f"transfer_size {options.transfer_size} is more than the {len(transfer)} images of data {source.name!r} {left}")
         chosen, _ = stratified(_strata(transfer), options.transfer_size, options.split_seed)
         transfer = transfer.within(chosen)
     if options.labelled is not None:
         transfer = _partly_labelled(transfer, options.labelled, options)
     return Splits(train, transfer, val, source.test, source, _taught(train, source, options), apart)
+
+
+def _validated(whole: Part, source: Source, options: SplitOptions) -> tuple[Part, Part]:
+    """What training has, and what choices are made on: cut from `whole`, the training part, unless the source sets samples apart for it.
+
+    Raises UserError where `val_size` is written though the source does.
+    """
+    if source.val is not None:
+        if "val_size" in options.model_fields_set:
+            raise UserError(
+                f"val_size: data {source.name!r} has {len(source.val)} validation samples of its own, which differ in kind from those for "
+                "training; leave val_size out"
+            )
+        return whole, source.val
+    val_rows, train_rows = stratified(_strata(whole), validation_size(options, len(whole), source.name), options.split_seed)
+    return whole.within(train_rows), whole.within(val_rows)
 
 
 def _strata(part: Part) -> Tensor:
@@ -130,8 +144,7 @@ def _apart(source: Source, options: SplitOptions, training: int) -> Part | None:
     if options.transfer == TRAIN:
         return None
     if options.transfer == NOISE:
-        parts = [source.train, source.test, *source.more.values()]
-        first = 1 + max(int(part.index.max()) for part in parts)
+        first = 1 + max(int(part.index.max()) for part in source.parts)
         return noise_part(source.train, options.transfer_size or training, options.split_seed, first, source.name)
     if options.transfer not in source.more:
         known = [TRAIN, NOISE, *source.more]

@@ -366,7 +366,7 @@ def _fitting_method(unit: Unit, student: nn.Module, task: Task, session: Session
         return method
     teacher = load_teacher(unit.teacher, task, session.device) if unit.teacher is not None else None
     theirs = tap_shapes(teacher, task.example("teacher")) if teacher is not None else None
-    return fitted(unit.method, tap_shapes(student, task.example()), theirs, generator)
+    return fitted(unit.method, tap_shapes(student, task.example()), theirs, generator, gives=task.gives)
 
 
 def _network_of(teacher: Teacher | None, unit: Unit, task: Task, session: Session) -> nn.Module:

@@ -270,7 +270,7 @@ class _Scene:
 
     def _chosen(self, spec: MethodSpec) -> Method:
         """The method, its taps chosen for the pair. Raises UserError where it does not fit."""
-        return fitted(spec, self.ours, self.teacher, torch.Generator().manual_seed(0))
+        return fitted(spec, self.ours, self.teacher, torch.Generator().manual_seed(0), gives=self.task.gives)
 
     def _frozen_network(self, recipe: Recipe) -> nn.Module | None:
         """A copy of the teacher, the same for all methods; None where it is not here."""

@@ -61,6 +61,7 @@ SAID = {
     "classification": Said("accuracy", IMAGES.replace("32x32", "28x28"), "5"),
     "segmentation": Said("miou", IMAGES, "6x32x32"),
     "detection": Said("ap", IMAGES, "level:0 9x8x8, level:1 9x4x4", "scores"),
+    "multi_label": Said("map", IMAGES, "5"),
     "image_text": Said(
         "recall_at_1", IMAGES.replace("images", "image") + "; int64 tokens 13, any number of them", "image 32, text 32", "text"
     ),

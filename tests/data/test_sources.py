@@ -58,6 +58,15 @@ UNSOUND = {
     ),
     "sizes": (lambda: source(test=part(2, 4, inputs=torch.zeros(2, 3, 9, 9, dtype=torch.uint8))), "their sizes must agree"),
     "same index twice": (lambda: source(test=part(2, first=3)), "two samples have the same index"),
+    "same index in validation": (lambda: source(val=part(2, first=5)), "train and test and val together must count every sample once"),
+    "validation without labels": (
+        lambda: source(val=part(2, first=9, target=torch.tensor([-1, 0]))),
+        r"val targets must be 0 \.\. 1 for 2 classes, found -1",
+    ),
+    "small validation images": (
+        lambda: source(val=part(2, 9, inputs=torch.zeros(2, 3, 4, 4, dtype=torch.uint8))),
+        "train images are .* and val images .*; their sizes must agree",
+    ),
     "same index in a further part": (lambda: source(more={"web": part(2, first=5, target=None)}), "train and test and web together must"),
     "further part called noise": (
         lambda: source(more={"noise": part(2, first=9)}),

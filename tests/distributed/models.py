@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.columns import Columns
-from tests.training.units import PairNet, PlainDetector, SmoothNet, dense_net, smooth_net
+from tests.training.units import PairNet, PlainDetector, SmoothNet, dense_net, smooth_net, yes_or_no_net
 
 
 class Fragile(SmoothNet):
@@ -97,6 +97,10 @@ class Placed(nn.Module):
 
 def placed(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:
     return Placed(smooth_net(num_classes, in_channels), notes, pause)
+
+
+def placed_answers(num_classes: int, in_channels: int, image_size: int, notes: str, pause: float) -> nn.Module:
+    return Placed(yes_or_no_net(num_classes, in_channels, image_size), notes, pause)
 
 
 def placed_detector(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from detector_adapters import DETECTORS
 from feature_adapters import FEATURES
 from logit_adapters import LOGITS
 from map_adapters import MAPS
@@ -14,4 +15,13 @@ from relation_adapters import RELATIONS
 from result import Result
 from transformer_adapters import TRANSFORMERS
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {**FEATURES, **LOGITS, **MAPS, **NETWORK, **ONLINE, **RELATIONS, **TRANSFORMERS}
+ADAPTERS: dict[str, Callable[[Case], Result]] = {
+    **DETECTORS,
+    **FEATURES,
+    **LOGITS,
+    **MAPS,
+    **NETWORK,
+    **ONLINE,
+    **RELATIONS,
+    **TRANSFORMERS,
+}

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdbench.data.sources import DataSpec, open_source
+from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.tasks.base import Splits
 from kdbench.tasks.splits import SplitOptions, cut
@@ -133,6 +133,34 @@ def test_the_content_of_a_further_part_is_in_the_hash_of_learning_where_students
     other = replace(FURTHER, more={"unlabelled": replace(part, inputs=part.pixels.flip(0)), "partly": FURTHER.more["partly"]})
     assert splits(other).learned_hash == splits(FURTHER).learned_hash
     assert splits(other, transfer="unlabelled").learned_hash != splits(FURTHER, transfer="unlabelled").learned_hash
+
+
+def with_validation(shift: int = 0) -> Source:
+    """CLASSES with ten samples of their own for validation, shifted in brightness."""
+    apart = CLASSES.test.select(torch.arange(10))
+    first = 1 + int(CLASSES.test.index.max())
+    return replace(CLASSES, val=replace(apart, inputs=apart.pixels + shift, index=torch.arange(first, first + 10)))
+
+
+def test_samples_that_a_data_set_sets_apart_for_validation_are_used_and_none_are_cut_from_training():
+    apart = with_validation()
+    found = splits(apart, transfer_size=30)
+    assert torch.equal(found.val.index, apart.val.index)
+    assert torch.equal(found.train.index, CLASSES.train.index)
+    assert set(found.transfer.index.tolist()) < set(CLASSES.train.index.tolist())
+    noise = splits(apart, transfer="noise").transfer
+    assert int(noise.index.min()) > int(apart.val.index.max())
+    with pytest.raises(UserError, match=r"^val_size: data 'shapes' has 10 validation samples of its own, .*; leave val_size out$"):
+        splits(apart, val_size=0.2)
+    with pytest.raises(UserError, match=r"^transfer_size 121 is more than the 120 images of data 'shapes' that are left for training$"):
+        splits(apart, transfer_size=121)
+
+
+def test_their_content_is_in_the_hashes_of_data_and_learning_and_not_of_the_test_part():
+    one, other, none = (splits(source) for source in (with_validation(), with_validation(1), CLASSES))
+    assert len({found.learned_hash for found in (one, other, none)}) == 3
+    assert len({found.data_hash for found in (one, other, none)}) == 3
+    assert len({found.test_hash for found in (one, other, none)}) == 1
 
 
 # --- labels ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tests.training.units import TEACHER, saved_teacher, unit, with_cache
 CPU = torch.device("cpu")
 MIXED = {"augment": {"crop": 2, "flip": True, "mixup": 0.4, "cutmix": 1.0}, "views": 2}
 CONVOLUTIONAL = {"name": "tiny_cnn", "width": 4}
-REFUSED = {"vitkd": "it imitates the first two blocks of a transformer"}
+REFUSED = {"vitkd": "it imitates the first two blocks of a transformer", "fgd": "one of the networks names no levels of a pyramid"}
 
 
 @pytest.mark.parametrize(("method", "reason"), REFUSED.items())

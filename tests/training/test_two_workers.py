@@ -40,6 +40,8 @@ def workers(rank: int, world: int, port: int, trainings: list[tuple[str, Path]])
 
 Asked = Callable[[Path], Unit]  # a training whose files are in a folder
 SOME = {"max": 2}  # any number of workers: shares of a batch may differ
+LEVELS = {"student_taps": ["level:0", "level:1"], "teacher_taps": ["level:0", "level:1"]}
+FGD = {"name": "fgd", **LEVELS, "alpha": 0.01, "gamma": 0.01, "relation": 0.001}
 SP = {"name": "sp", "student_taps": ["image.blocks.0"], "teacher_taps": ["image.blocks.0"]}  # it compares the samples of a batch
 
 
@@ -75,6 +77,13 @@ CASES: dict[str, tuple[Asked, int | dict[str, int]]] = {
     "boxes": (on("detection", "none"), 2),
     "boxes-micro-batches": (on("detection", "kd", accumulate=3, clip_grad=0.5), 2),
     "boxes-unequal-shares": (on("detection", {"name": "kd", "task_weight": 0.5}, batch_size=11), SOME),
+    "boxes-focal": (on("detection", FGD, accumulate=3, clip_grad=0.5), 2),
+    "boxes-focal-unequal-shares": (on("detection", FGD, batch_size=11), SOME),
+    "boxes-generated": (on("detection", {"name": "mgd", **LEVELS, "masked": 0.0, "alpha": 1e-3}, batch_size=11), SOME),
+    "boxes-correlated": (on("detection", {"name": "pkd", **LEVELS}), 2),
+    "boxes-by-channel": (on("detection", {"name": "cwd", **LEVELS}, batch_size=11), SOME),
+    "answers-micro-batches": (on("multi_label", "kd", accumulate=3, clip_grad=0.5), 2),
+    "answers-unequal-shares": (on("multi_label", {"name": "kd", "task_weight": 0.5}, batch_size=11), SOME),
     "pairs": (on("image_text", "none"), 2),
     "pairs-clipped": (on("image_text", "kd", clip_grad=0.5), 2),
     "pairs-unequal-shares": (on("image_text", looking_inside("image_text"), TOWERS, batch_size=11), SOME),

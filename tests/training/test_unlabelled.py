@@ -77,7 +77,7 @@ def test_two_workers_give_the_weights_of_one(tmp_path: Path, task: dict[str, Any
         torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
 
 
-READS_LABELS = {"crd", "dkd", "ffsd", "label_smoothing", "nkd", "norm", "ofa", "tf_nkd", "uskd", "wsld"}
+READS_LABELS = {"crd", "dkd", "ffsd", "fgd", "label_smoothing", "nkd", "norm", "ofa", "tf_nkd", "uskd", "wsld"}
 
 
 def test_methods_say_whether_they_read_labels() -> None:

@@ -54,8 +54,16 @@ def dense_net(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, 6, 3, padding=1), nn.GELU(), nn.Conv2d(6, num_classes, 3, padding=1))
 
 
+def yes_or_no_net(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """A logit for each class, without batch statistics."""
+    features = nn.Sequential(nn.Conv2d(in_channels, 6, 5, stride=4), nn.GELU(), nn.Flatten())
+    return nn.Sequential(features, nn.Linear(6 * ((image_size - 5) // 4 + 1) ** 2, num_classes))
+
+
 class PlainDetector(nn.Module):
     """Raw levels of strides 4 and 8, without batch statistics."""
+
+    level_modules = ("fine", "coarse")
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()

@@ -1,0 +1,241 @@
+"""Cut-outs of real objects pasted on photographs, from a seed: pictures whose masks, boxes, classes and captions are known exactly.
+
+The pixels come from two Debian packages, which are under the GPL and are no part of kdbench: they are read where they are installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from kdbench.data.batch import TARGET, Part
+from kdbench.data.drawn import Arrays, check_memory, columns_of, put, statistics
+from kdbench.data.facts import Facts
+from kdbench.data.kinds import NO_OBJECT, Boxes, Plain
+from kdbench.data.options import Seed
+from kdbench.data.scenes import MOST_IMAGES
+from kdbench.data.sources import Source
+from kdbench.data.stamp_files import OPAQUE, Library, Pool, Stamp, open_library
+from kdbench.data.views import IGNORED
+from kdbench.data.vocabulary import Vocabulary, words_of
+
+TargetName = Literal["mask", "class", "present", "boxes", "caption"]
+
+MOST_OBJECTS = 8
+CAPTION_WORDS = 12  # of one object: 95 of 100 captions have no more
+_JOINED = ", with "
+_SIDES = (0.3, 0.6)  # of an object's longer side, as a share of the picture's
+_GROUND_SIDES = 4  # a photograph is shrunk to so many sides of the picture, of which a scene shows one to all
+_TRIES = 8  # for a place, before an object is left out
+_FIRST = {"train": 0, "val": 2 * MOST_IMAGES, "test": MOST_IMAGES}  # index of a part's first scene
+_STANDARD = Facts("stamps", 16, 48, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 2000, 500)
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """An object in a scene. mask: bool [H, W], its visible pixels, at least half of it."""
+
+    stamp: Stamp
+    mask: NDArray[np.bool_]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """x0, y0, x1, y1 around the visible pixels, right and lower edge included in the box's area."""
+        rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+@dataclass(frozen=True)
+class StampScene:
+    """image: uint8 [H, W, 3]. objects: at least one, from the back to the front."""
+
+    image: NDArray[np.uint8]
+    objects: tuple[Pasted, ...]
+
+
+def stamps(
+    train: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 2000,
+    val: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 300,
+    test: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 500,
+    size: Annotated[int, Field(ge=16, le=1024)] = 48,
+    seed: Seed = 0,
+    target: TargetName = "mask",
+    most: Annotated[int, Field(ge=1, le=MOST_OBJECTS)] = 3,
+    categories: Annotated[tuple[str, ...], Field(min_length=1)] | None = None,
+) -> Source:
+    """Real objects on photographs, in pictures of `size` x `size` pixels. Each is a function of the files, `seed` and its index.
+
+    It needs the Debian packages tuxpaint-stamps-default and mate-backgrounds, or their files in KDBENCH_DATA. Every fourth object of a
+    category and every fourth photograph occur in the test part alone, and as many in the validation part alone. All categories are
+    equally frequent.
+
+    Args:
+        train: Number of training pictures.
+        val: Number of validation pictures. A task cuts none from the training part, so it takes no `val_size`.
+        test: Number of test pictures.
+        size: Height and width in pixels.
+        seed: Another seed gives other pictures of the same objects.
+        target: What is asked. The inputs are the pictures, uint8 [N, 3, size, size], with `caption` also tokens. C are the categories.
+            mask: uint8 [N, size, size], one label per pixel, 0 is the ground.
+            class: int64 [N]; these pictures have one object.
+            present: uint8 [N, C], which categories a picture shows.
+            boxes: boxes float32 [N, most, 4] of x0, y0, x1, y1 in pixels, labels int64 [N, most]; padded rows are 0 and -1.
+            caption: inputs image and tokens int64 [N, L]; target int64 [N], equal for pictures with equal captions.
+        most: Objects in a picture, at most.
+        categories: Folders of stamps, such as animals, food and vehicles; all but `symbols` by default.
+
+    Raises:
+        NotHere: A package is not installed.
+        TooMuch: The pictures do not fit in memory.
+        UserError: A category is unknown or has fewer than three usable pictures.
+    """
+    numbers = {"train": train, "val": val, "test": test}
+    check_memory("stamps", numbers, size)
+    library = open_library(categories, round(_SIDES[1] * size), _GROUND_SIDES * size, _STANDARD)
+    asked = _Target(library, target, 1 if target == "class" else most)
+    parts = {name: _part(name, numbers[name], size, seed, library, asked) for name in numbers}
+    mean, std = statistics(parts["train"][0])
+    names = library.categories if target != "mask" else ("ground", *library.categories)
+    ignored = IGNORED if target == "mask" else None
+    (_, first), (_, between), (_, last) = parts.values()
+    return Source("stamps", first, last, len(names), names, mean, std, ignored, library.read, asked.vocabulary, val=between)
+
+
+def draw(pool: Pool, seed: int, index: int, size: int, most: int) -> StampScene:
+    """Scene `index` of the series `seed`, with 1 .. `most` objects of a pool."""
+    random = np.random.Generator(np.random.PCG64([seed, index]))
+    image = _ground(pool, random, size)
+    owner = np.full((size, size), -1, np.int8)
+    objects: list[Stamp] = []
+    areas: list[int] = []
+    for _ in range(1 + int(random.random() * most)):
+        of_category = pool.stamps[int(random.random() * len(pool.stamps))]
+        stamp = of_category[int(random.random() * len(of_category))]
+        pixels = _sized(stamp.picture, max(2, int(_between(random.random(), *_SIDES) * size)))
+        alpha = pixels[..., 3]
+        opaque = alpha >= min(OPAQUE, int(alpha.max()))  # what is thin may have no pixel that is half opaque
+        height, width = opaque.shape
+        for across, down in random.random((_TRIES, 2)).tolist():
+            left, top = int(across * (size - width + 1)), int(down * (size - height + 1))
+            there = slice(top, top + height), slice(left, left + width)
+            if _leaves_enough(owner, there, opaque, areas):
+                image[there] = _blended(image[there], pixels)
+                owner[there][opaque] = len(objects)
+                objects.append(stamp)
+                areas.append(int(opaque.sum()))
+                break
+    return StampScene(image, tuple(Pasted(stamp, owner == number) for number, stamp in enumerate(objects)))
+
+
+def _ground(pool: Pool, random: np.random.Generator, size: int) -> NDArray[np.uint8]:
+    """A square part of a photograph, maybe mirrored, [size, size, 3]."""
+    photograph = pool.grounds[int(random.random() * len(pool.grounds))]
+    shortest = min(photograph.size)
+    side = int(_between(random.random(), min(size, shortest), shortest))
+    left, top = (int(random.random() * (length - side + 1)) for length in photograph.size)
+    shown = photograph.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    pixels = np.array(shown)
+    return pixels[:, ::-1].copy() if random.random() < 0.5 else pixels
+
+
+def _sized(picture: Image.Image, longest: int) -> NDArray[np.uint8]:
+    """RGBA [h, w, 4] with a longer side of so many pixels; also enlarged."""
+    long = max(picture.size)
+    width, height = (max(1, (2 * side * longest + long) // (2 * long)) for side in picture.size)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _leaves_enough(owner: NDArray[np.int8], there: tuple[slice, slice], opaque: NDArray[np.bool_], areas: list[int]) -> bool:
+    """Whether half of each object stays visible if another covers its pixels `opaque` at `there`. areas: of the objects when pasted."""
+    hidden = owner[there][opaque]
+    if not areas or hidden.max() < 0:
+        return True
+    visible = np.bincount(owner.ravel().astype(np.intp) + 1, minlength=len(areas) + 1)[1:]
+    covered = np.bincount(hidden.astype(np.intp) + 1, minlength=len(areas) + 1)[1:]
+    return bool((2 * (visible - covered) >= np.array(areas)).all())
+
+
+def _blended(ground: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The object over the ground, by its alpha; in whole numbers, so that every machine has the same bytes."""
+    alpha = pixels[..., 3:].astype(np.uint16)
+    mixed = pixels[..., :3] * alpha + ground * (255 - alpha)
+    return ((mixed + np.uint16(127)) // np.uint16(255)).astype(np.uint8)
+
+
+def _between(share: float, low: float, high: float) -> float:
+    return low + share * (high - low)
+
+
+class _Target:
+    """What is asked of scenes."""
+
+    def __init__(self, library: Library, name: TargetName, most: int) -> None:
+        self.name, self.most, self.classes = name, most, len(library.categories)
+        self.vocabulary: Vocabulary | None = None
+        if name == "caption":
+            words = {word for caption in (_JOINED, *library.captions) for word in words_of(caption)[:CAPTION_WORDS]}
+            self.vocabulary = Vocabulary(tuple(sorted(words)))
+            self.length = most * CAPTION_WORDS + (most - 1) * len(words_of(_JOINED))
+
+    def of(self, scene: StampScene) -> tuple[Arrays, Arrays]:
+        """Further inputs of a scene, and its target."""
+        kinds: dict[TargetName, Callable[[StampScene], Arrays]] = {
+            "mask": self._mask,
+            "class": lambda scene: {"": np.array(scene.objects[0].stamp.category, np.int64)},
+            "present": self._present,
+            "boxes": self._boxes,
+        }
+        if self.name != "caption":
+            return {}, kinds[self.name](scene)
+        assert self.vocabulary is not None
+        tokens = self.vocabulary.encode(caption_of(scene), self.length)
+        digest = hashlib.sha256(np.array(tokens, "<i8").tobytes()).digest()
+        return {"tokens": np.array(tokens, np.int64)}, {"": np.array(int.from_bytes(digest[:8], "little") >> 1, np.int64)}
+
+    def _mask(self, scene: StampScene) -> Arrays:
+        labels = np.zeros(scene.image.shape[:2], np.uint8)
+        for shown in scene.objects:
+            labels[shown.mask] = shown.stamp.category + 1
+        return {"": labels}
+
+    def _present(self, scene: StampScene) -> Arrays:
+        present = np.zeros(self.classes, np.uint8)
+        present[[shown.stamp.category for shown in scene.objects]] = 1
+        return {"": present}
+
+    def _boxes(self, scene: StampScene) -> Arrays:
+        boxes, labels = np.zeros((self.most, 4), np.float32), np.full(self.most, NO_OBJECT, np.int64)
+        for row, shown in enumerate(scene.objects):
+            boxes[row], labels[row] = shown.box, shown.stamp.category
+        return {"boxes": boxes, "labels": labels}
+
+
+def caption_of(scene: StampScene) -> str:
+    """The objects' captions from the back to the front: `a koala, with an onion`."""
+    return _JOINED.join(" ".join(words_of(shown.stamp.caption)[:CAPTION_WORDS]) for shown in scene.objects)
+
+
+def _part(name: str, count: int, size: int, seed: int, library: Library, asked: _Target) -> tuple[Tensor, Part]:
+    """The pictures, and the part that holds them."""
+    images = np.empty((count, 3, size, size), np.uint8)
+    inputs: Arrays = {}
+    target: Arrays = {}
+    for row in range(count):
+        scene = draw(library.pools[name], seed, _FIRST[name] + row, size, asked.most)
+        images[row] = scene.image.transpose(2, 0, 1)
+        further, wanted = asked.of(scene)
+        put(inputs, row, count, further)
+        put(target, row, count, wanted)
+    pictures = torch.from_numpy(images)
+    shown = {"image": pictures, **{key: torch.from_numpy(values) for key, values in inputs.items()}} if inputs else pictures
+    kinds = {"boxes": Boxes()} if asked.name == "boxes" else {TARGET: Plain()} if asked.name == "caption" else {}
+    return pictures, Part(shown, columns_of(target), torch.arange(_FIRST[name], _FIRST[name] + count), kinds=kinds)
