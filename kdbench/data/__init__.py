@@ -13,5 +13,8 @@ DATA: dict[str, Entry] = {
     "image_folder": Entry(
         "kdbench.data.image_folder:image_folder", "your image files in ImageNet's layout: train/<class>/* and val/<class>/*"
     ),
+    "coco": Entry(
+        "kdbench.data.coco:coco", "pictures annotated in COCO's JSON: boxes, masks, keypoints or several labels; from your own copy"
+    ),
     "parquet": Entry("kdbench.data.parquet:parquet", "your images in Parquet files: a column of encoded images and one of labels"),
 }

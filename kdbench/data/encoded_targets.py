@@ -9,7 +9,6 @@ import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,14 +126,16 @@ class EncodedMasks(EncodedTarget):
         from faster_coco_eval.core import mask
 
         rows, columns, (down, across) = (placement or self.frame.place(*rles[0]["size"])).nearest()
-        places = np.ix_(rows.numpy(), columns.numpy())
         for group in range(self.groups):
             first = group * OBJECTS_A_GROUP
             own = rles[first : first + OBJECTS_A_GROUP]
             for bit in range(0, len(own), _OBJECTS_AT_ONCE):
-                whole = mask.decode(own[bit : bit + _OBJECTS_AT_ONCE])  # [H, W, K]
-                seen = np.packbits(whole[places], axis=2, bitorder="little")[..., 0]
-                shown[group, down, across] |= torch.from_numpy(seen.astype(np.int64) << bit)
+                planes = mask.decode(own[bit : bit + _OBJECTS_AT_ONCE]).transpose(2, 1, 0)  # [K, W, H], as it lies in memory
+                whole = planes[0]
+                for number, plane in enumerate(planes[1:], 1):
+                    whole |= plane << number
+                seen = torch.from_numpy(whole)[columns][:, rows].T
+                shown[group, down, across] |= seen.long() << bit
         return shown
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdbench.errors import shown
+
 RLE = dict[str, Any]  # {"size": [height, width], "counts": bytes}, as pycocotools and faster-coco-eval have it
 
 _CODES = 64  # a character is 48 + six bits
@@ -25,13 +27,13 @@ FEWEST_NUMBERS = 6  # of a polygon: three points
 
 
 class InvalidMask(ValueError):
-    """What stands for a mask is none. The message says why, and fits after `its segmentation`."""
+    """What stands for a mask is none. The message says why, to be read after the name of its object."""
 
 
 def from_polygons(polygons: Sequence[Any], height: int, width: int) -> bytes:
     """Counts of the mask that polygons [x0, y0, x1, y1, ...] cover together, drawn as pycocotools draws them. Raises InvalidMask."""
     if not polygons:
-        raise InvalidMask("has no polygon")
+        raise InvalidMask("has a segmentation without a polygon")
     outlines = [_outline(polygon, height, width) for polygon in polygons]
     from faster_coco_eval.core import mask  # its package takes a quarter of a second, so only who has masks pays
 
@@ -43,7 +45,7 @@ def from_polygons(polygons: Sequence[Any], height: int, width: int) -> bytes:
 def _outline(polygon: Any, height: int, width: int) -> NDArray[np.float64]:
     """x and y in turn of a sound polygon. Raises InvalidMask."""
     if not isinstance(polygon, list) or not all(type(number) in (int, float) for number in polygon):
-        raise InvalidMask("is no list of polygons, each a list of numbers x, y, x, y, ...")
+        raise InvalidMask("has a segmentation that is no list of polygons, each a list of numbers x, y, x, y, ...")
     if len(polygon) % 2:
         raise InvalidMask(f"has a polygon of {len(polygon)} numbers; expected pairs of x and y")
     if len(polygon) < FEWEST_NUMBERS:
@@ -51,7 +53,7 @@ def _outline(polygon: Any, height: int, width: int) -> NDArray[np.float64]:
     try:
         points = np.array(polygon, np.float64).reshape(-1, 2)
     except OverflowError:
-        raise InvalidMask("has a number that is too large") from None
+        raise InvalidMask("has a polygon with a number that is too large") from None
     sides = np.array([width, height])
     if not ((points >= -_OUTSIDE * sides) & (points <= (1 + _OUTSIDE) * sides)).all():
         raise InvalidMask("has a polygon far outside of the picture")
@@ -64,14 +66,16 @@ def from_rle(rle: Any, height: int, width: int) -> bytes:
     """Counts of a mask that is run-length encoded, compressed or a list of numbers. Raises InvalidMask, also for another size."""
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
-        raise InvalidMask(f"has the size {str(size)[:40]}; expected [{height}, {width}], the height and width of its picture")
+        raise InvalidMask(f"has an RLE of the size {shown(size)}, and its picture has [{height}, {width}]")
     pixels = height * width
     if isinstance(counts, str):
-        content = counts.encode("ascii", "replace")
+        if not counts.isascii():
+            raise InvalidMask("has an RLE with damaged counts")
+        content = counts.encode()
         check_counts(content, pixels)
         return content
     if not isinstance(counts, list) or not all(type(count) is int and 0 <= count <= pixels for count in counts) or sum(counts) != pixels:
-        raise InvalidMask(f"has counts that do not add up to the {pixels} pixels of its picture")
+        raise InvalidMask(f"has an RLE whose counts do not add up to the {pixels} pixels of its picture")
     from faster_coco_eval.core import mask
 
     encoded: bytes = mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
@@ -86,7 +90,7 @@ def check_counts(content: bytes, pixels: int) -> None:
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
     sound = len(codes) > 0 and codes.min() >= 0 and codes.max() < _CODES and last[-1] and int((ends - starts).max()) < _MOST_CHARACTERS
     if not sound:
-        raise InvalidMask("has damaged counts")
+        raise InvalidMask("has an RLE with damaged counts")
     place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
     numbers = np.add.reduceat((codes & (_MORE - 1)) << (_BITS * place), starts)
     negative = (codes[ends] & _SIGN) > 0
@@ -95,7 +99,7 @@ def check_counts(content: bytes, pixels: int) -> None:
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
     if numbers.min() < 0 or numbers.max() > pixels or numbers.sum() != pixels:
-        raise InvalidMask(f"has counts that do not add up to the {pixels} pixels of its picture")
+        raise InvalidMask(f"has an RLE whose counts do not add up to the {pixels} pixels of its picture")
 
 
 def areas(counts: Iterable[bytes], height: int, width: int) -> NDArray[np.int64]:
