@@ -16,5 +16,6 @@ DATA: dict[str, Entry] = {
     "coco": Entry(
         "kdbench.data.coco:coco", "pictures annotated in COCO's JSON: boxes, masks, keypoints or several labels; from your own copy"
     ),
+    "voc": Entry("kdbench.data.voc:voc", "pictures in PASCAL VOC's layout: boxes, labels per pixel or several labels; from your own copy"),
     "parquet": Entry("kdbench.data.parquet:parquet", "your images in Parquet files: a column of encoded images and one of labels"),
 }

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from kdbench.data.coco_annotations import Annotations, check_same_categories
-from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD, EncodedImages
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD
 from kdbench.data.facts import Facts, NotHere, TargetForm
 from kdbench.data.frames import PADDING, Colour, InputSize, WholeFitting
 from kdbench.data.image_folder import Files
-from kdbench.data.objects import MOST_OF_ONE, Broken, WhatIfBroken, detection_part, presence_part, rows_of_objects
+from kdbench.data.object_parts import MOST_OF_ONE, Form, Pictures, object_parts
+from kdbench.data.objects import Broken, WhatIfBroken
 from kdbench.data.sources import Source
 from kdbench.errors import UserError, nearest, printable, shown
 
@@ -86,32 +86,15 @@ def coco(
     check_same_categories(*sides)
     classes = _chosen(sides[0], categories)
     found = [side.objects(classes) for side in sides]
-    cut, most = 0, 1
-    if target != "multi_label":
-        counts = [len(side.names) for side in sides]
-        most = rows_of_objects(list(zip(counts, found, strict=True)), most_objects, f"data coco: {printable(str(path))}")
-        cut = sum(map(len, found))
-        found = [objects.largest(most) for objects in found]
-        cut -= sum(map(len, found))
-    parts, read, first = [], [], 0
-    for side, objects, what in zip(sides, found, ("train", "test"), strict=True):
-        sizes = side.sizes_of_pictures
-        store = Files(side.folder, tuple(side.names), tuple(side.nbytes))
-        images = EncodedImages(store, torch.arange(len(sizes)), size, 0, fitting, padding, torch.from_numpy(sizes))
-        if target == "multi_label":
-            parts.append(presence_part(images, objects, len(classes), first))
-        else:
-            points_of = side.points(classes) if target == "keypoints" else None
-            parts.append(detection_part(images, sizes, objects, most, first, target == "masks", points_of))
-        read.append(f"{len(sizes):,} pictures with {len(objects):,} objects to {what} on")
-        first += len(sizes)
-    told = f"{path}: read {' and '.join(read)}; {dropped.said}" + (
-        f"; {cut:,} objects beyond the {most} largest of a picture" if cut else ""
-    )
-    names = tuple(classes.values())
-    return Source(
-        "coco", parts[0], parts[1], len(names), names, IMAGENET_MEAN, IMAGENET_STD, read=printable(told), class_ids=tuple(classes)
-    )
+    pictures = [
+        Pictures(Files(side.folder, tuple(side.names), tuple(side.nbytes)), side.sizes_of_pictures, objects)
+        for side, objects in zip(sides, found, strict=True)
+    ]
+    points_of = sides[0].points(classes) if target == "keypoints" else None
+    form = Form(size, fitting, padding, len(classes), target == "multi_label", target == "masks", points_of, most_objects)
+    first, second, read = object_parts(pictures[0], pictures[1], form, f"data coco: {printable(str(path))}")
+    told, names = printable(f"{path}: {read}; {dropped.said}"), tuple(classes.values())
+    return Source("coco", first, second, len(names), names, IMAGENET_MEAN, IMAGENET_STD, read=told, class_ids=tuple(classes))
 
 
 def _folder(path: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Objects of pictures, read from annotations of any format, as the columns that detection learns from.
+"""Objects of pictures as they are read from annotations of any format: packed, in pixels of their pictures.
 
 What is wrong with an annotation ends in one line, or leaves the annotation out and is counted: `Broken`.
 """
@@ -12,23 +12,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from kdbench.data.batch import Part, standing_in
-from kdbench.data.encoded import EncodedImages
-from kdbench.data.encoded_targets import EncodedMasks, EncodedTarget, groups_of
-from kdbench.data.frames import Frame
-from kdbench.data.kinds import NO_OBJECT, Boxes, Kind, Masks, Points
-from kdbench.data.run_lengths import Runs
 from kdbench.errors import UserError
 
 WhatIfBroken = Literal["refuse", "drop"]
 ROUNDING = 1.0  # pixels by which a box may stick out of its picture: annotations are rounded
 MOST_OBJECTS = 20_000_000  # of a data set
-MOST_OF_ONE = 1_000  # rows of objects that a sample may have
-_MOST_ROWS = 300_000_000  # of all samples; each takes 33 bytes
 _POINT_BYTES = 12  # three numbers in single precision
 
 
@@ -178,13 +168,13 @@ class Objects:
         """At most so many of a picture, those with the largest area, in their order."""
         by_area = np.lexsort((-self.area, self.pictures))
         ranks = np.empty(len(self), np.int64)
-        ranks[by_area] = _ranks(self.pictures[by_area])
+        ranks[by_area] = ranks_in(self.pictures[by_area])
         kept = np.flatnonzero(ranks < most)
         return self.taken(kept)
 
     def taken(self, rows: NDArray[np.int64]) -> Objects:
         """Some of the objects, in the order of `rows`, int64 [R]."""
-        starts, ends, counts = self.ends[:-1][rows], self.ends[1:][rows], memoryview(self.counts)
+        starts, ends, counts = self.ends[:-1][rows], self.ends[1:][rows], self.counts.data
         joined = b"".join(counts[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
         return Objects(
             self.pictures[rows],
@@ -198,93 +188,7 @@ class Objects:
         )
 
 
-def _ranks(pictures: NDArray[np.int64]) -> NDArray[np.int64]:
+def ranks_in(pictures: NDArray[np.int64]) -> NDArray[np.int64]:
     """Which object of its picture each is, of objects in the order of their pictures."""
     starts = np.searchsorted(pictures, pictures)
     return np.arange(len(pictures)) - starts
-
-
-def detection_part(
-    images: EncodedImages,
-    sizes: NDArray[np.int64],
-    objects: Objects,
-    most: int,
-    first: int,
-    masks: bool = False,
-    points: Points | None = None,
-) -> Part:
-    """Pictures with the columns that detection learns from, see `docs/experiment.md`.
-
-    Args:
-        images: of all pictures, in a frame that shows all of each.
-        sizes: int64 [P, 2], height and width of each.
-        objects: of these pictures.
-        most: rows of objects that every sample has.
-        first: the first sample's position.
-        masks: whether the objects have masks.
-        points: how views change the objects' keypoints, if they have some; the pairs of one object.
-    """
-    frame, count = images.frame, len(images)
-    scale, shift = _placed(frame, sizes)
-    rows, ranks = objects.pictures, _ranks(objects.pictures)
-    boxes, area = np.zeros((count, most, 4), np.float32), np.zeros((count, most), np.float32)
-    labels, crowd = np.full((count, most), NO_OBJECT, np.int64), np.zeros((count, most), np.bool_)
-    boxes[rows, ranks] = objects.boxes * np.tile(scale[rows], 2) + np.tile(shift[rows], 2)
-    labels[rows, ranks], crowd[rows, ranks], area[rows, ranks] = objects.labels, objects.crowd, objects.area
-    arrays = {"boxes": boxes, "labels": labels, "crowd": crowd, "area": area}
-    arrays |= {"scale": scale.astype(np.float32), "shift": shift.astype(np.float32), "size": sizes}
-    kinds: dict[str, Kind] = {"boxes": Boxes()}
-    if objects.points is not None and points is not None:
-        each = objects.points.shape[1]
-        placed = np.zeros((count, most, each, 3), np.float32)
-        placed[rows, ranks] = _placed_points(objects.points, scale[rows], shift[rows])
-        arrays["keypoints"] = placed.reshape(count, most * each, 3)
-        pairs = tuple((one + each * k, other + each * k) for k in range(most) for one, other in points.pairs)
-        kinds["keypoints"] = Points(pairs, points.mirrors)
-    target: dict[str, Tensor | EncodedTarget] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if masks:
-        runs = Runs(objects.counts, objects.ends, objects.first(count), sizes)
-        target["masks"] = EncodedMasks(runs, torch.arange(count), frame, groups_of(most))
-        kinds["masks"] = Masks()
-    return Part(images, standing_in(target), torch.arange(first, first + count), kinds=kinds)
-
-
-def _placed(frame: Frame, sizes: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scale and shift of each picture, x and y, float64 [P, 2]."""
-    placements = {(height, width): frame.place(height, width) for height, width in {*map(tuple, sizes.tolist())}}
-    each = [placements[height, width] for height, width in sizes.tolist()]
-    return np.array([p.scale for p in each]).reshape(-1, 2), np.array([p.shift for p in each]).reshape(-1, 2)
-
-
-def _placed_points(points: NDArray[np.float32], scale: NDArray[np.float64], shift: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Points [T, K, 3] in the input; those that nobody labelled stay zeros."""
-    placed = points.astype(np.float64)
-    placed[..., :2] = points[..., :2] * scale[:, None] + shift[:, None]
-    found: NDArray[np.float32] = np.where(points[..., 2:] > 0, placed, 0).astype(np.float32)
-    return found
-
-
-def presence_part(images: EncodedImages, objects: Objects, classes: int, first: int) -> Part:
-    """Pictures with the classes that each shows, uint8 [N, classes] of 0 and 1; a group counts as its class."""
-    shown = np.zeros((len(images), classes), np.uint8)
-    shown[objects.pictures, objects.labels] = 1
-    return Part(images, torch.from_numpy(shown), torch.arange(first, first + len(images)))
-
-
-def rows_of_objects(parts: Sequence[tuple[int, Objects]], most: int | None, where: str) -> int:
-    """How many rows of objects a sample has: `most`, or as many as the picture with most objects needs.
-
-    Args:
-        parts: how many pictures there are, and their objects.
-        most: what the user asks for.
-        where: what an error begins with.
-
-    Raises:
-        UserError: there would be implausibly many.
-    """
-    rows, pictures = most or max(objects.most() for _, objects in parts), sum(count for count, _ in parts)
-    if rows > MOST_OF_ONE:
-        raise UserError(f"{where}: a picture has {rows:,} objects; set most_objects to at most {MOST_OF_ONE:,}, which keeps the largest")
-    if rows * pictures > _MOST_ROWS:
-        raise UserError(f"{where}: {pictures:,} pictures with {rows:,} rows of objects each do not fit in memory; set most_objects")
-    return rows

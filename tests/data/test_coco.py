@@ -193,7 +193,9 @@ def test_the_largest_objects_are_kept_where_there_is_no_room_for_all(root: Path)
     source = opened(root, most_objects=1, target="masks")
     assert source.train.target["labels"].tolist() == [[2], [1], [-1]]  # areas of 300 and 368, of 308 and 384
     assert len(source.train.target["masks"].rles(0)) == 1
-    assert source.reading.endswith("; nothing is left out; 4 objects beyond the 1 largest of a picture")
+    assert source.reading.endswith(
+        " and 3 pictures with 2 objects to test on (without 4 beyond the 1 largest of a picture); nothing is left out"
+    )
 
 
 def test_another_layout_is_named(root: Path) -> None:
