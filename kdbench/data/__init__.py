@@ -17,5 +17,6 @@ DATA: dict[str, Entry] = {
         "kdbench.data.coco:coco", "pictures annotated in COCO's JSON: boxes, masks, keypoints or several labels; from your own copy"
     ),
     "voc": Entry("kdbench.data.voc:voc", "pictures in PASCAL VOC's layout: boxes, labels per pixel or several labels; from your own copy"),
+    "yolo": Entry("kdbench.data.yolo:yolo", "your own boxes in YOLO's text folders: images/, labels/ and data.yaml"),
     "parquet": Entry("kdbench.data.parquet:parquet", "your images in Parquet files: a column of encoded images and one of labels"),
 }

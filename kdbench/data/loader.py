@@ -158,7 +158,9 @@ def _batches(part: Part, plan: Iterable[Tensor], draws: Draws, spec: Augment, de
     smallest = spec.resized_crop if part.encoded is not None else None
     rest = spec if smallest is None else spec.model_copy(update={"resized_crop": None})  # which is done where a file is decoded
     for chosen, done in decoded_ahead(part, plan, draws.view, draws.data_seed, smallest, device):
-        yield _augmented(chosen, Draws(draws.data_seed, chosen.index, draws.view), rest, done)
+        batch = _augmented(chosen, Draws(draws.data_seed, chosen.index, draws.view), rest, done)
+        del chosen, done  # what was decoded is as large as the batch, which somebody trains on now
+        yield batch
 
 
 def _augmented(chosen: Part, draws: Draws, spec: Augment, done: Change | None = None) -> Batch:

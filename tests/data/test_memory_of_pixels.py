@@ -30,7 +30,7 @@ with open("/proc/self/clear_refs", "w") as reset:
 source = coco(__import__("pathlib").Path(sys.argv[1]), "masks", (480, 640))
 network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, stride=8), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1))
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-loader = Loader(source.train, 8, augment=Augment(resized_crop=0.3, flip=True), views=None, data_seed=0, order_seed=0)
+loader = Loader(source.train, 4, augment=Augment(resized_crop=0.3, flip=True), views=None, data_seed=0, order_seed=0)
 losses, seen = [], 0
 for batch in loader.batches(0):
     covered = torch.nn.functional.avg_pool2d((batch.target["masks"] != 0).float(), 8)
@@ -42,7 +42,7 @@ for batch in loader.batches(0):
     seen += len(batch)
 with open("/proc/self/status") as status:
     most = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
-print(json.dumps([most, seen, sum(losses[:30]) / 30, sum(losses[-30:]) / 30]))
+print(json.dumps([most, seen, sum(losses[:60]) / 60, sum(losses[-60:]) / 60]))
 """
 
 
