@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.data.batch import Part
+from kdbench.data.columns import Columns, mapped
 from kdbench.data.facts import Facts, NotHere
 from kdbench.data.sources import NOISE
 from kdbench.errors import UserError
@@ -83,8 +84,16 @@ def _stand_in(spec: TaskSpec, facts: Facts) -> Opened:
     transfer = task.splits().transfer
     rows = torch.arange(students)
     blank = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(students, -1, -1, -1)
-    target = None if transfer.target is None else transfer.labels[rows % len(transfer)] if transfer.without_label else rows % facts.classes
-    return Opened(task, images, Part(blank, target, rows), validation, True)
+    return Opened(task, images, Part(blank, _targets(transfer, rows, facts), rows, kinds=transfer.kinds), validation, True)
+
+
+def _targets(transfer: Part, rows: Tensor, facts: Facts) -> Columns | None:
+    """Targets of as many samples as there are rows, int64 [N]: labels in turn. Of other targets one stands for all, without its memory."""
+    if transfer.target is None:
+        return None
+    if not transfer.one_label:
+        return mapped(transfer.target, lambda values: values[:1].expand(len(rows), *values.shape[1:]))
+    return transfer.labels[rows % len(transfer)] if transfer.without_label else rows % facts.classes
 
 
 @dataclass

@@ -16,5 +16,14 @@ DATA: dict[str, Entry] = {
     "image_folder": Entry(
         "kdbench.data.image_folder:image_folder", "your image files in ImageNet's layout: train/<class>/* and val/<class>/*"
     ),
+    "coco": Entry(
+        "kdbench.data.coco:coco", "pictures annotated in COCO's JSON: boxes, masks, keypoints or several labels; from your own copy"
+    ),
+    "voc": Entry("kdbench.data.voc:voc", "pictures in PASCAL VOC's layout: boxes, labels per pixel or several labels; from your own copy"),
+    "yolo": Entry("kdbench.data.yolo:yolo", "your own boxes in YOLO's text folders: images/, labels/ and data.yaml"),
+    "masks_folder": Entry(
+        "kdbench.data.masks_folder:masks_folder",
+        "your pictures with a file of labels per pixel each; label maps of Cityscapes, ADE20K, CamVid and COCO-Stuff",
+    ),
     "parquet": Entry("kdbench.data.parquet:parquet", "your images in Parquet files: a column of encoded images and one of labels"),
 }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kdbench.data.columns import Columns, mapped, named
-from kdbench.data.encoded import EncodedImages
+from kdbench.data.encoded import Encoded, EncodedImages
+from kdbench.data.encoded_targets import EncodedTarget
 from kdbench.data.kinds import Kind
 from kdbench.data.samples import UNLABELLED, kinds_of, size_of
 
@@ -62,7 +63,8 @@ class Part:
 
     inputs:  images uint8 [N, C, H, W], or `EncodedImages`, which stand for such a tensor and are decoded when they are asked for. Several
              inputs by name; at most one of them is encoded.
-    target:  [N, ...], several by name, or None where the samples have no labels. In int64 [N], UNLABELLED is no label.
+    target:  [N, ...], several by name, or None where the samples have no labels. In int64 [N], UNLABELLED is no label. Labels per pixel and
+             masks may be `EncodedLabels` and `EncodedMasks`, which stand for tensors and are drawn when they are asked for: `standing_in`.
     index:   int64 [N], the positions in the source data set.
     classes: of how many classes a target [N] names one; None where nobody said, and then labels can't be mixed.
     rows:    int64 [N], which of `inputs` are the part's, so that a part of a part shares its pixels; None for all, in their order.
@@ -98,6 +100,17 @@ class Part:
         images = self.columns[self.encoded]
         assert isinstance(images, EncodedImages)
         return images
+
+    @property
+    def encoded_targets(self) -> dict[str, EncodedTarget]:
+        """The targets that are drawn when they are asked for, by name; a single one is called `target`."""
+        columns: Mapping[str, Tensor | EncodedTarget] = named(self.target, TARGET) if self.target is not None else {}
+        return {name: column for name, column in columns.items() if isinstance(column, EncodedTarget)}
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing has to be decoded."""
+        return self.encoded is None and not self.encoded_targets
 
     @property
     def pixels(self) -> Tensor:
@@ -164,8 +177,11 @@ class Part:
         return replace(self, target=target, index=self.index[rows])
 
     def on(self, device: torch.device) -> Part:
-        """The part with its tensors on the device: copied once, and kept there as long as this part is. Encoded images stay on the CPU."""
-        if self.encoded is not None or self.index.device == device:
+        """The part with its tensors on the device: copied once, and kept there as long as this part is.
+
+        What has to be decoded first stays on the CPU, and so do the other columns of such a part.
+        """
+        if not self.in_memory or self.index.device == device:
             return self
         if device not in self._moved:
             own = self.own
@@ -180,7 +196,7 @@ class Part:
         return self if self.rows is None else self.select(torch.arange(len(self)))
 
     def sha256(self) -> str:
-        """Content hash of inputs, targets and positions; of encoded images `EncodedImages.sha256`. Of several columns names count too."""
+        """Content hash of inputs, targets and positions; of encoded columns `Encoded.sha256`. Of several columns names count too."""
         digest = hashlib.sha256()
         own = self.own
         target = named(own.target, TARGET) if own.target is not None else {}
@@ -189,11 +205,16 @@ class Part:
             if several:
                 digest.update(f"{name} ".encode())
             digest.update(str((tuple(content.shape), content.dtype)).encode())
-            if isinstance(content, Tensor):
-                digest.update(content.contiguous().numpy().tobytes())
-            else:
+            if isinstance(content, Encoded):
                 digest.update(content.sha256().encode())
+            else:
+                digest.update(content.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def standing_in(target: EncodedTarget | Mapping[str, Tensor | EncodedTarget]) -> Columns:
+    """A target for `Part`, some of whose columns are encoded: they stand for tensors, of which type and shape are known."""
+    return dict(target) if isinstance(target, Mapping) else target  # type: ignore[arg-type, return-value]
 
 
 def _named_alone(kinds: Mapping[str, Kind], only: str) -> Mapping[str, Kind]:

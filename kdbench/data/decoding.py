@@ -1,4 +1,4 @@
-"""Parts of a data set whose images are files: checked, or decoded ahead of the training by threads, always in the same order."""
+"""Parts of a data set whose images or targets per pixel are files: checked, or decoded ahead by threads, always in the same order."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.batch import Part
-from kdbench.data.columns import mapped
+from kdbench.data.batch import TARGET, Part
+from kdbench.data.columns import Columns, like, named
 from kdbench.data.draws import Draws
-from kdbench.data.encoded import EncodedImages, Store
+from kdbench.data.encoded import Encoded, EncodedImages, Store
+from kdbench.data.encoded_targets import EncodedLabels
+from kdbench.data.frames import Placement
+from kdbench.data.motion import Motion
 from kdbench.data.pictures import Look, examined
-from kdbench.data.resizing import part_bits
+from kdbench.data.resizing import ResizedInFile, part_bits
 from kdbench.errors import UserError
 
 _BATCHES_AHEAD = 2  # decoded before they are asked for
@@ -73,16 +76,14 @@ def check_decodable(part: Part, what: str, sample: bool = False) -> Looked:
     Raises:
         UserError: names the first image that can't be decoded, and says how many there are.
     """
-    if part.encoded is None:
+    if part.in_memory:
         return Looked()
-    images = part.encoded_images
-    rows = _sampled(len(images)) if sample else range(len(images))
+    rows = _sampled(len(part)) if sample else range(len(part))
     every = -(-len(rows) // DECODED_FIRST)
 
     def look(place: int) -> Look:
-        where = int(images.rows[rows[place]])
         try:
-            return examined(images.store.read(where), images.store.name(where), decode=place % every == 0)[1]
+            return _looked_at(part, rows[place], decode=place % every == 0)
         except UserError as error:
             return Look(str(error))  # the error itself would keep the image's bytes
 
@@ -90,10 +91,24 @@ def check_decodable(part: Part, what: str, sample: bool = False) -> Looked:
         looks = list(pool.map(look, range(len(rows))))
     problems = [found.problem for found in looks if found.problem is not None]
     if problems:
-        seen = " looked at" if len(rows) < len(images) else ""
+        seen = " looked at" if len(rows) < len(part) else ""
         many = f"; {len(problems)} of the {len(rows)} {what} images{seen} have such a problem"
         raise UserError(f"{problems[0]}{many if len(problems) > 1 else f' ({what} image)'}")
-    return _counted(looks, len(images))
+    return _counted(looks, len(part))
+
+
+def _looked_at(part: Part, row: int, decode: bool) -> Look:
+    """A sample's picture and, if `decode` is set, its labels per pixel, which must be as large. Raises UserError."""
+    look, placement = Look(decoded=decode), None
+    if part.encoded is not None:
+        images = part.encoded_images
+        where = int(images.rows[row])
+        image, look = examined(images.store.read(where), images.store.name(where), decode, images.annotated_size(row))
+        placement = images.frame.place(*image.shape[-2:]) if image is not None else None
+    if decode:
+        for target in part.encoded_targets.values():
+            target.drawn(row, placement)
+    return look
 
 
 def _sampled(count: int) -> Sequence[int]:
@@ -123,21 +138,39 @@ def _without_libtiff() -> Iterator[None]:
 
 def decoded_ahead(
     part: Part, plan: Iterable[Tensor], view: int, data_seed: int, smallest: float | None, device: torch.device
-) -> Iterator[Part]:
-    """For the rows of each entry of `plan`, the part's samples with decoded images, on the device.
+) -> Iterator[tuple[Part, ResizedInFile | None]]:
+    """For the rows of each entry of `plan`, the part's samples with all that was encoded as tensors, on the device.
 
-    The images are decoded by as many threads as the kernels have (`torch.get_num_threads`), a few batches before they are asked for.
-    What comes out depends neither on their number nor on who is faster. smallest: as `Augment.resized_crop`; None shows the centre.
+    Samples are decoded by as many threads as the kernels have (`torch.get_num_threads`), a few batches before they are asked for. The
+    targets of a sample are drawn with the placement of its picture. What comes out depends neither on the number of threads nor on who is
+    faster.
+
+    smallest: as `Augment.resized_crop`, of a part whose images are encoded; None shows each picture as it is fitted. With it comes what it
+    did to the pictures.
     """
     with closing(_Decoders(torch.get_num_threads())) as decoders:
-        ahead: deque[tuple[Part, list[Future[Tensor]]]] = deque()
+        ahead: deque[tuple[Part, deque[Future[_Sample]]]] = deque()
         for rows in plan:
             chosen = part.select(rows)
             ahead.append((chosen, decoders.start(chosen, view, data_seed, smallest)))
             if len(ahead) > _BATCHES_AHEAD:
-                yield _collected(*ahead.popleft(), device)
+                yield _collected(*ahead.popleft(), smallest, device)
         while ahead:
-            yield _collected(*ahead.popleft(), device)
+            yield _collected(*ahead.popleft(), smallest, device)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What was decoded of one sample: its image, None where that lies in memory, its targets by name, and where the image's pixels lie."""
+
+    image: Tensor | None
+    targets: dict[str, Tensor]
+    placement: Placement | None
+
+
+def _sample(chosen: Part, row: int, bits: Tensor | None = None, smallest: float = 1.0) -> _Sample:
+    image, placement = chosen.encoded_images.placed(row, bits, smallest) if chosen.encoded is not None else (None, None)
+    return _Sample(image, {name: column.drawn(row, placement) for name, column in chosen.encoded_targets.items()}, placement)
 
 
 class _Decoders:
@@ -146,30 +179,81 @@ class _Decoders:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def start(self, chosen: Part, view: int, data_seed: int, smallest: float | None) -> list[Future[Tensor]]:
-        images = chosen.encoded_images
+    def start(self, chosen: Part, view: int, data_seed: int, smallest: float | None) -> deque[Future[_Sample]]:
         if smallest is None:
-            return [self._pool.submit(images.decode, row) for row in range(len(chosen))]
+            return deque(self._pool.submit(_sample, chosen, row) for row in range(len(chosen)))
         bits = part_bits(Draws(data_seed, chosen.index, view))
-        return [self._pool.submit(images.decode, row, bits[row], smallest) for row in range(len(chosen))]
+        return deque(self._pool.submit(_sample, chosen, row, bits[row], smallest) for row in range(len(chosen)))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _collected(chosen: Part, images: list[Future[Tensor]], device: torch.device) -> Part:
+def _collected(
+    chosen: Part, samples: deque[Future[_Sample]], smallest: float | None, device: torch.device
+) -> tuple[Part, ResizedInFile | None]:
     """The decoded batch; on its way to a GPU from pinned memory, so that nobody waits for the copy."""
     pinned = device.type == "cuda"
-    pixels = torch.empty(chosen.encoded_images.shape, dtype=torch.uint8, pin_memory=pinned)
-    for place, image in zip(pixels, images, strict=True):
-        place.copy_(image.result())
+
+    def empty(column: Encoded) -> Tensor:
+        return torch.empty(column.shape, dtype=column.dtype, pin_memory=pinned)
+
+    pixels = empty(chosen.encoded_images) if chosen.encoded is not None else None
+    drawn = {name: empty(column) for name, column in chosen.encoded_targets.items()}
+    placements = []
+    for row in range(len(chosen)):
+        sample = samples.popleft().result()  # and is let go of: a batch of masks is large
+        if pixels is not None and sample.image is not None:
+            pixels[row] = sample.image
+        for name, values in sample.targets.items():
+            drawn[name][row] = values
+        placements.append(sample.placement)
 
     def moved(tensor: Tensor) -> Tensor:
         return (tensor.pin_memory() if pinned and not tensor.is_pinned() else tensor).to(device, non_blocking=True)
 
     columns = {name: moved(pixels if name == chosen.encoded else column) for name, column in chosen.columns.items()}  # type: ignore[arg-type]
-    target = mapped(chosen.target, moved) if chosen.target is not None else None
-    return replace(chosen, target=target, index=moved(chosen.index)).with_inputs(columns)
+    target = chosen.target
+    if target is not None:
+        target = like({name: moved(drawn.get(name, column)) for name, column in named(target, TARGET).items()}, target)
+    found = replace(chosen, target=target, index=moved(chosen.index)).with_inputs(columns)
+    return found, None if smallest is None else ResizedInFile(_motion(chosen, placements, device))
+
+
+def _motion(chosen: Part, placements: Sequence[Placement | None], device: torch.device) -> Motion:
+    """Where points go from the usual sight of each picture to the part of it that is seen."""
+    frame = chosen.encoded_images.frame
+    factors, shifts = [], []
+    for part in placements:
+        assert part is not None, "parts are cut from encoded images"
+        usual = frame.place(*part.original)
+        factor = [new / old for new, old in zip(part.scale, usual.scale, strict=True)]
+        factors.append(factor)
+        shifts.append([new - old * each for new, old, each in zip(part.shift, usual.shift, factor, strict=True)])
+    linear = torch.diag_embed(torch.tensor(factors, dtype=torch.float32))
+    mirrored = torch.zeros(len(placements), dtype=torch.bool)
+    return Motion(linear.to(device), torch.tensor(shifts, dtype=torch.float32).to(device), frame.size, mirrored.to(device))
+
+
+def measured_target(part: Part) -> Columns:
+    """The target as metrics take it: labels per pixel are drawn as evaluation sees them, by several threads.
+
+    Masks of objects stay `EncodedMasks`, since they are measured at the size of the pictures: `EncodedMasks.rles`.
+    """
+    assert part.target is not None, "samples without labels measure nothing"
+    labels = {name: column for name, column in part.encoded_targets.items() if isinstance(column, EncodedLabels)}
+    if not labels:
+        return part.target
+    drawn = {name: torch.empty(column.shape, dtype=column.dtype) for name, column in labels.items()}
+
+    def draw(row: int) -> None:
+        for name, column in labels.items():
+            drawn[name][row] = column.drawn(row)
+
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
+        for _ in pool.map(draw, range(len(part))):
+            pass
+    return like({name: drawn.get(name, column) for name, column in named(part.target, TARGET).items()}, part.target)
 
 
 def encoded_part(store: Store, labels: np.ndarray, first: int, size: int, resize: int | None) -> Part:
@@ -193,7 +277,7 @@ def _decoded_part(part: Part) -> tuple[Part, Looked]:
         where = int(images.rows[row])
         image, look = examined(images.store.read(where), images.store.name(where), decode=True)
         assert image is not None, "it was asked to be decoded"
-        pixels[row] = images.centre(image)
+        pixels[row] = images.fitted(image)
         return look
 
     with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:

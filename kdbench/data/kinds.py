@@ -124,6 +124,28 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Masks:
+    """Masks of objects, int64 [B, G, H, W]: bit k of group g says that object 63 g + k covers the pixel.
+
+    Each pixel takes the bits of the nearest one, and 0 where the view shows nothing of the image. What is erased hides no mask, as it hides
+    no box. The masks of an object whose box is lost in a view stay: whoever reads them asks `has_box` which objects count.
+    """
+
+    def seen(self, values: Tensor, view: View) -> Tensor:
+        for change in view.changes:
+            if change.motion is not None:
+                values = change.moved(values, 0)
+        return values
+
+    def refuses(self, steps: Augment) -> str | None:
+        return _unmixed(steps, "a set of masks")
+
+    def problem(self, values: Tensor) -> str | None:
+        sound = values.dtype == torch.int64 and values.ndim == 4
+        return None if sound else f"masks must be int64 [N, G, H, W], a bit for each object; got {form_of(values)}"
+
+
+@dataclass(frozen=True)
 class Pixels:
     """Numbers per pixel that move with the image and are never recoloured, float [B, C, H, W]: depth, radiance, surface normals.
 
@@ -269,7 +291,7 @@ def kind_of(values: Tensor, images: bool) -> Kind:
     if images and values.ndim == 4 and values.dtype == torch.uint8:
         return Image()
     raise UserError(
-        f"a column {form_of(values)} needs a kind; name one in `kinds`: Image, Enlarged, Labels, Pixels, Boxes, Points or Plain"
+        f"a column {form_of(values)} needs a kind; name one in `kinds`: Image, Enlarged, Labels, Masks, Pixels, Boxes, Points or Plain"
     )
 
 

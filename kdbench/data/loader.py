@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from kdbench.data.batch import Batch, Part
+from kdbench.data.batch import INPUTS, TARGET, Batch, Part
+from kdbench.data.changes import Change
 from kdbench.data.decoding import decoded_ahead
 from kdbench.data.draws import Draws
 from kdbench.data.hashing import hash64
-from kdbench.data.kinds import Plain
+from kdbench.data.kinds import Boxes, Kind, Plain, Points
 from kdbench.data.mixing import partners
 from kdbench.data.samples import seen, size_of, unfit, unmixable
 from kdbench.data.views import Augment, augment_mixed, drawn_ahead, view_of
@@ -81,7 +83,7 @@ class Loader:
         firsts = (step * self.batch_size + self._first for step in range(start_step, self.steps_per_epoch))
         plan = (order[first : first + share] for first in firsts)
         draws = Draws(self.data_seed, self.part.index, self.view(epoch))
-        if self.part.encoded is None:
+        if self.part.in_memory:
             draws = drawn_ahead(draws, self.augment)
         return _batches(self.part, plan, draws, self.augment, self.device)
 
@@ -125,32 +127,55 @@ def check_views(part: Part, augment: Augment) -> None:
     if part.target is not None:
         reason = reason or unfit(part.target, of_target, augment, size)
     reason = reason or unmixable(part.values, part.target, (of_inputs, of_target), part.classes, augment)
-    if part.encoded is not None and augment.resized_crop and not all(isinstance(kind, Plain) for kind in of_target.values()):
-        reason = reason or "recipe.augment.resized_crop is done where a file is decoded, and these targets would not follow; leave it out"
+    if part.encoded is not None and augment.resized_crop:
+        reason = reason or _left_behind(part, of_inputs, of_target)
     if reason:
         raise UserError(reason)
+
+
+def _left_behind(part: Part, of_inputs: Mapping[str, Kind], of_target: Mapping[str, Kind]) -> str | None:
+    """Why a column can't follow a part of the picture that is cut out where its file is decoded; None where all can.
+
+    What is encoded itself is drawn with the same part. Boxes and points that were placed in a whole picture are moved. What lies in memory
+    as pixels was made for the usual sight of the picture.
+    """
+    drawn = {part.encoded, *part.encoded_targets}
+    moved = (Plain, Boxes, Points) if part.encoded_images.frame.shows_all else (Plain,)
+    kinds = [*((name or INPUTS, kind) for name, kind in of_inputs.items()), *((name or TARGET, kind) for name, kind in of_target.items())]
+    left = [name for name, kind in kinds if name not in drawn and not isinstance(kind, moved)]
+    if not left:
+        return None
+    return f"recipe.augment.resized_crop is done where a file is decoded, and the column {left[0]!r} would not follow; leave it out"
 
 
 def _batches(part: Part, plan: Iterable[Tensor], draws: Draws, spec: Augment, device: torch.device) -> Iterator[Batch]:
     """A batch for the rows of each entry of `plan`; rows and part lie on one device. draws: of the whole part."""
     if spec.mixes:
         plan = (torch.cat([rows, partners(rows, len(part), draws.at(rows))]) for rows in plan)
-    if part.encoded is None:
+    if part.in_memory:
         yield from (_augmented(part.select(rows), draws.at(rows), spec) for rows in plan)
         return
-    rest = spec.model_copy(update={"resized_crop": None})  # which is done where a file is decoded
-    for chosen in decoded_ahead(part, plan, draws.view, draws.data_seed, spec.resized_crop, device):
-        yield _augmented(chosen, Draws(draws.data_seed, chosen.index, draws.view), rest)
+    smallest = spec.resized_crop if part.encoded is not None else None
+    rest = spec if smallest is None else spec.model_copy(update={"resized_crop": None})  # which is done where a file is decoded
+    for chosen, done in decoded_ahead(part, plan, draws.view, draws.data_seed, smallest, device):
+        batch = _augmented(chosen, Draws(draws.data_seed, chosen.index, draws.view), rest, done)
+        del chosen, done  # what was decoded is as large as the batch, which somebody trains on now
+        yield batch
 
 
-def _augmented(chosen: Part, draws: Draws, spec: Augment) -> Batch:
-    """The batch of samples that are in memory; with mixup or cutmix the second half of them are the partners of the first."""
+def _augmented(chosen: Part, draws: Draws, spec: Augment, done: Change | None = None) -> Batch:
+    """The batch of samples that are in memory; with mixup or cutmix the second half of them are the partners of the first.
+
+    done: a step before all others that pixels have gone through.
+    """
     if spec.mixes:
         assert chosen.classes is not None
         images, soft = augment_mixed(chosen.pixels, chosen.labels, draws, spec, chosen.classes)
         return Batch(images, soft, chosen.index[: len(images)], draws.view)
     kinds = chosen.kinds_of_inputs
     view = view_of(draws, spec, size_of(chosen.values, kinds))
+    if done is not None:
+        view = replace(view, changes=(done, *view.changes))
     shown = seen(chosen.values, kinds, view)
     target = seen(chosen.target, chosen.kinds_of_target, view) if chosen.target is not None else None
     return Batch(shown, target, chosen.index, draws.view)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from kdbench.bounded import ImplausibleFile, open_regular
 from kdbench.errors import UserError, in_one_line
 
 # PIL knows forty formats more. Of one of them it hands the file to Ghostscript, and few have readers that many people use.
@@ -21,10 +25,12 @@ MOST_PIXELS = 100_000_000  # of one picture; decoding takes seven bytes a pixel
 # A picture of one colour packs hundreds of pixels into a byte, a photograph of the poorest quality twenty.
 PLAUSIBLE_PIXELS = 10_000_000  # up to here any number of pixels in a byte is plausible
 PIXELS_PER_BYTE = 50
+LABEL_PIXELS_PER_BYTE = 1_000  # large areas of one label pack well
 _STRIP = 2_000_000  # pixels
 # PIL's modes whose conversion to bytes cuts off at 255, whatever the pixels' range is.
 _RANGELESS = {"I": "32-bit integers", "F": "floating-point numbers"}
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _EXIF = (b"Exif", b"EXIF", b"eXIf", b"exif", b"Orientation")  # one of them stands before any tag, in each of the formats
 # What turns a picture upright, by the value of its EXIF tag; 1 is upright.
@@ -37,16 +43,25 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = tuple(_TURNS[tag] for tag in (5, 6, 7, 8))  # those that exchange height and width
+# Of labels per pixel: formats that keep each pixel's number.
+LABEL_FORMATS = ("BMP", "GIF", "PNG", "PPM", "TIFF")
+_NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # PIL's modes of one whole number a pixel
+_LARGEST_NUMBER = 65_535
 
 
-def decoded(content: bytes, name: str) -> Tensor:
-    """uint8 [3, H, W] of a picture in one of FORMATS, turned upright where its EXIF tag says how; of an animation the first."""
+def decoded(content: bytes, name: str, size: tuple[int, int] | None = None) -> Tensor:
+    """uint8 [3, H, W] of a picture in one of FORMATS, turned upright where its EXIF tag says how; of an animation the first.
+
+    size: height and width according to an annotation. The picture is then turned only if that is what gives it this size, since annotations
+    are made on the stored pixels or on the turned ones. Raises UserError, naming the picture, where neither has this size.
+    """
     try:
         with _opened(content) as picture:
             picture.load()
-            return _upright_pixels(picture)
+            return _upright_pixels(picture, size)
     except Exception as error:  # whatever PIL raises for a damaged file: KeyError, ZeroDivisionError, struct.error, ...
-        raise _undecodable(content, name, error) from error
+        raise _undecodable(not content, name, error) from error
 
 
 def cut_out(content: bytes, name: str) -> Image.Image | None:
@@ -59,12 +74,25 @@ def cut_out(content: bytes, name: str) -> Image.Image | None:
             picture.load()
             return picture.convert("RGBA") if picture.has_transparency_data else None
     except Exception as error:  # as in `decoded`
-        raise _undecodable(content, name, error) from error
+        raise _undecodable(not content, name, error) from error
 
 
-def _upright_pixels(picture: Image.Image) -> Tensor:
-    """uint8 [3, H, W] of a picture that is loaded."""
+def _turn(picture: Image.Image, size: tuple[int, int] | None) -> Image.Transpose | None:
+    """What turns a picture that is loaded upright, None for one that is shown as it is. PIL itself turns a TIFF when it loads it."""
     turn = _TURNS.get(_orientation(picture))
+    stored = (picture.height, picture.width)
+    if size is None:
+        return turn
+    if stored == size:
+        return None
+    if turn in _SIDEWAYS and stored == size[::-1]:
+        return turn
+    raise _Refused(f"it has {picture.width} x {picture.height} pixels, and its annotation says {size[1]} x {size[0]}")
+
+
+def _upright_pixels(picture: Image.Image, size: tuple[int, int] | None) -> Tensor:
+    """uint8 [3, H, W] of a picture that is loaded. size: as of `decoded`."""
+    turn = _turn(picture, size)
     upright = picture if turn is None else picture.transpose(turn)
     if upright.mode.startswith("I;16"):  # which PIL's conversion would cut off at 255
         grey = (np.asarray(upright) >> 8).astype(np.uint8)
@@ -95,20 +123,26 @@ class _Refused(Exception):
 
 def _opened(content: bytes) -> Image.Image:
     """A picture whose header is read, and whose pixels are not. Raises _Refused, and whatever PIL raises for a damaged file."""
-    most = min(MOST_PIXELS, max(PLAUSIBLE_PIXELS, PIXELS_PER_BYTE * len(content)))
+    picture = _plausible(io.BytesIO(content), len(content), FORMATS, PIXELS_PER_BYTE)
+    if (rangeless := _rangeless(picture)) is not None:
+        picture.close()
+        raise _Refused(f"{rangeless}. Save it as PNG with 8 or 16 bits a channel")
+    return picture
+
+
+def _plausible(file: BinaryIO, nbytes: int, formats: tuple[str, ...], density: int) -> Image.Image:
+    """A picture with no more pixels than a file of so many bytes may have, `density` a byte. Raises what `_opened` raises."""
+    most = min(MOST_PIXELS, max(PLAUSIBLE_PIXELS, density * nbytes))
     try:
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+        picture = Image.open(file, formats=formats)
     except Image.DecompressionBombError:  # from 179 million pixels on
         raise _Refused(f"it has more than {most:,} pixels. Make it smaller") from None
     width, height = picture.size
-    rangeless = _rangeless(picture)
-    if width * height <= most and rangeless is None:
+    if width * height <= most:
         return picture
     picture.close()
-    if rangeless is not None:
-        raise _Refused(f"{rangeless}. Save it as PNG with 8 or 16 bits a channel")
     if width * height <= MOST_PIXELS:
-        raise _Refused(f"{width} x {height} pixels in {len(content):,} bytes are implausible. Make it smaller")
+        raise _Refused(f"{width} x {height} pixels in {nbytes:,} bytes are implausible. Make it smaller")
     raise _Refused(f"it has {width} x {height} pixels, expected at most {MOST_PIXELS:,}. Make it smaller")
 
 
@@ -121,13 +155,58 @@ def _rangeless(picture: Image.Image) -> str | None:
     return None
 
 
-def _undecodable(content: bytes, name: str, error: Exception) -> UserError:
+def _undecodable(empty: bool, name: str, error: Exception, formats: Sequence[str] = FORMATS) -> UserError:
     reason = in_one_line(error)
     if isinstance(error, UnidentifiedImageError):  # whose own message has an address in memory
-        reason = f"it is none of {', '.join(FORMATS)}, or its header is damaged" if content else "the file is empty"
+        reason = "the file is empty" if empty else f"it is none of {', '.join(formats)}, or its header is damaged"
     elif isinstance(error, _Refused):
         reason = str(error)
     return UserError(f"{name} can't be decoded as an image: {reason}")
+
+
+def numbers(content: bytes, name: str) -> NDArray[Any]:
+    """A label file's pixels as they are stored: numbers, uint8 or uint16 [H, W], palette indices too; or colours, uint8 [H, W, 3].
+
+    No EXIF tag is looked at. Raises UserError, naming the file, where it can't be decoded, or has a number below 0 or above 65,535.
+    """
+    try:
+        with _plausible(io.BytesIO(content), len(content), LABEL_FORMATS, LABEL_PIXELS_PER_BYTE) as picture:
+            # Bytes 24 and 25 of a PNG are the bits of a pixel and its kind, 0 for grey.
+            if content.startswith(_PNG) and content[24] in (2, 4) and content[25] == 0:
+                raise _Refused(f"its pixels are grey of {content[24]} bits, which Pillow scales. Save it with 8 bits")
+            picture.load()
+            if picture.mode not in _NUMBERS:
+                if picture.mode not in ("RGB", "RGBA"):
+                    raise _Refused(f"its pixels are of mode {picture.mode}; labels must be whole numbers, palette indices or colours")
+                return np.asarray(picture)[..., :3]
+            pixels = np.asarray(picture)
+    except Exception as error:  # as in `decoded`
+        raise _undecodable(not content, name, error, LABEL_FORMATS) from error
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.size and (pixels.min() < 0 or pixels.max() > _LARGEST_NUMBER):
+        raise UserError(f"{name} has pixels of {pixels.min()} .. {pixels.max()}; labels must be 0 .. {_LARGEST_NUMBER:,}")
+    return pixels.astype(np.uint8 if picture.mode == "1" else np.uint16)
+
+
+def size_in_header(path: Path, name: str, of_labels: bool = False) -> tuple[int, int]:
+    """Height and width of the picture in a file as it is shown, or of a label file as `numbers` gives it; the pixels are not read.
+
+    Raises UserError, naming the file, where it can't be read or is no picture.
+    """
+    formats, density = (LABEL_FORMATS, LABEL_PIXELS_PER_BYTE) if of_labels else (FORMATS, PIXELS_PER_BYTE)
+    nbytes = 0
+    try:
+        with open_regular(path) as file:
+            nbytes = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            with _plausible(file, nbytes, formats, density) as picture:
+                height, width = picture.height, picture.width
+                return (width, height) if not of_labels and _TURNS.get(_orientation(picture)) in _SIDEWAYS else (height, width)
+    except (FileNotFoundError, PermissionError, ImplausibleFile) as error:
+        raise UserError(f"{name} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # as in `decoded`
+        raise _undecodable(nbytes == 0, name, error, formats) from error
 
 
 def turned(content: bytes) -> bool:
@@ -162,21 +241,21 @@ class Look:
     several_frames: bool = False
 
 
-def examined(content: bytes, name: str, decode: bool) -> tuple[Tensor | None, Look]:
+def examined(content: bytes, name: str, decode: bool, size: tuple[int, int] | None = None) -> tuple[Tensor | None, Look]:
     """Read the header of a picture, and its pixels too, uint8 [3, H, W], if `decode` is set. Raises UserError as `decoded` does."""
     try:
         with _opened(content) as picture:
             pixels, transparent, several = None, False, False
             if decode:
                 picture.load()
-                pixels = _upright_pixels(picture)
+                pixels = _upright_pixels(picture, size)
             with suppress(Exception):  # what is not shown may be damaged
                 transparent = decode and _is_transparent(picture)
                 # Of several pictures in a camera's file, MPO, the others are previews.
                 several = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
             return pixels, Look(None, decode, transparent, several)
     except Exception as error:  # as in `decoded`
-        raise _undecodable(content, name, error) from error
+        raise _undecodable(not content, name, error) from error
 
 
 def _is_transparent(picture: Image.Image) -> bool:

@@ -44,6 +44,25 @@ class ResizedPart:
         return ResizedPart((self.size[0] * scale, self.size[1] * scale), self.boxes * scale)
 
 
+@dataclass(frozen=True)
+class ResizedInFile:
+    """A `changes.Change` that was done where files were decoded: pixels are as they should be, boxes and points have yet to follow.
+
+    motion: from where a picture is usually seen to where the part of it is.
+    """
+
+    motion: Motion
+
+    def picture(self, images: Tensor) -> Tensor:
+        return images
+
+    def moved(self, values: Tensor, outside: float) -> Tensor:
+        return values
+
+    def enlarged(self, scale: int) -> ResizedInFile:
+        raise NotImplementedError("an enlarged picture can't follow a part that was cut from a file")
+
+
 def part_bits(draws: Draws) -> Tensor:
     """What decides each sample's part, its sides, then its place down and across: int64 [B, 3]."""
     return draws.bits(Decision.RESIZED_CROP, 3)

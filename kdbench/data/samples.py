@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.columns import Columns, alone, like, named, tensors
-from kdbench.data.kinds import Enlarged, Image, Kind, Labels, Pixels, Plain, form_of, kind_of, mixing
+from kdbench.data.kinds import Enlarged, Image, Kind, Labels, Masks, Pixels, Plain, form_of, kind_of, mixing
 from kdbench.data.views import Augment, View
 from kdbench.errors import UserError
 
@@ -82,7 +82,7 @@ def _scale(kind: Kind) -> int | None:
     """How many times as large as the sample's image a column of this kind is; None for one without pixels."""
     if isinstance(kind, Enlarged):
         return kind.scale
-    return 1 if isinstance(kind, (Image, Labels, Pixels)) else None
+    return 1 if isinstance(kind, (Image, Labels, Masks, Pixels)) else None
 
 
 def _unplaced(kind: Kind, values: Tensor, steps: Augment, size: tuple[int, int] | None) -> str | None:

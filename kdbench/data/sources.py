@@ -19,6 +19,7 @@ from kdbench.data import DATA
 from kdbench.data.batch import INPUTS, TARGET, Part
 from kdbench.data.columns import Columns, described, named
 from kdbench.data.encoded import EncodedImages
+from kdbench.data.encoded_targets import EncodedLabels
 from kdbench.data.loader import in_order
 from kdbench.data.options import NamedSpec
 from kdbench.data.samples import UNLABELLED, unfit
@@ -35,11 +36,12 @@ _KEPT_OPEN = 4  # sources that a process holds on to; one can be hundreds of meg
 class Source:
     """A data set, in memory or in files.
 
-    train, test: images uint8 [N, C, H, W], or `EncodedImages` that stand for them; targets int64 [N], or uint8 or int64 [N, H, W];
-    positions int64 [N], no two alike in the source.
+    train, test: images uint8 [N, C, H, W], or `EncodedImages` that stand for them; targets int64 [N], or uint8 or int64 [N, H, W], or
+    `EncodedLabels` that stand for the latter; positions int64 [N], no two alike in the source.
     mean, std: one number a channel, of images in [0, 1]. ignore_index: the label of pixels that don't count, None where all do.
     more: further parts by name, from which students can learn (`transfer:` of a task). Their samples may have no labels.
     val: what choices are made on, where the data set itself says so, as its samples differ in kind from those for training.
+    class_ids: the data set's own numbers of the classes, where it has some, such as COCO's 1 .. 90.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Source:
     vocabulary: Vocabulary | None = None  # of the tokens among the inputs or targets, None where there is no text
     more: Mapping[str, Part] = field(default_factory=dict)
     val: Part | None = None  # of a data set that sets samples apart for validation; None where a task cuts them from `train`
+    class_ids: tuple[int, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -99,7 +102,7 @@ class Source:
     @property
     def turned(self) -> int:
         """How many images in files are shown turned, see `encoded.turned`."""
-        return sum(part.encoded_images.store.turned for part in self.parts if part.encoded is not None)
+        return sum(part.encoded_images.turned for part in self.parts if part.encoded is not None)
 
     @property
     def reading(self) -> str:
@@ -203,6 +206,8 @@ def _problem(source: Any) -> str | None:
     positions = torch.cat([source.train.index, *(part.index for part in further.values())])
     if len(positions.unique()) != len(positions):
         return f"two samples have the same index; train and {' and '.join(further)} together must count every sample once"
+    if source.class_ids and len(source.class_ids) != source.num_classes:
+        return f"{len(source.class_ids)} class_ids for {source.num_classes} classes"
     if len(source.class_names) != source.num_classes:
         return f"{len(source.class_names)} class_names for {source.num_classes} classes"
     channels = source.image_shape[0] if source.image is not None else 0
@@ -239,6 +244,8 @@ def _part_problem(part: Part, source: Source, further: bool) -> str | None:
             return problem
     if further and part.target is not None and described(part.target) != described(source.train.target):
         return f"has the target {described(part.target)}, the training part has {described(source.train.target)}"
+    if isinstance(part.target, EncodedLabels) and len(part.target.label_map.classes) != source.num_classes:
+        return f"has a label map of {len(part.target.label_map.classes)} classes, and the data has {source.num_classes}"
     if not isinstance(part.target, Tensor) or TARGET in part.kinds or part.target.dtype not in (torch.uint8, torch.int64):
         return None
     target = part.target[part.target != UNLABELLED] if further and part.one_label else part.target

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, described, single
+from kdbench.data.columns import Columns, alone, described, single
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.data.views import IGNORED
 from kdbench.errors import UserError
@@ -37,7 +37,7 @@ class Segmentation(Task):
         super().__init__(options)
         self.source: Source = open_source(options.data)
         target = self.source.train.target
-        if not isinstance(target, Tensor) or target.ndim != 3 or target.is_floating_point():
+        if target is None or not alone(target) or single(target, "target").ndim != 3 or single(target, "target").dtype.is_floating_point:
             given = "one per image" if self.source.train.one_label else described(target)
             raise UserError(f"task 'segmentation' needs one label per pixel; data {self.source.name!r} gives {given}")
         if self.source.ignore_index not in (None, IGNORED):

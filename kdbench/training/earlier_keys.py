@@ -69,7 +69,7 @@ class EarlierData:
 
 
 def _part_hash(part: Part) -> str:
-    if part.encoded is None or not isinstance(part.target, Tensor):  # several targets were not known then
+    if part.encoded is None or not isinstance(part.target, Tensor):  # pictures in files had one label each then
         return part.sha256()
     inputs = part.encoded_images
     images = hashlib.sha256(f"{_listing(inputs.store)} {inputs.size} {inputs.resize}".encode())

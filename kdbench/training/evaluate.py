@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from kdbench.data.batch import Part
 from kdbench.data.columns import Columns, joined, mapped, tensors, widened
+from kdbench.data.decoding import measured_target
 from kdbench.data.loader import in_order
 from kdbench.errors import Diverged
 from kdbench.tasks.base import Role, Task
@@ -23,8 +26,7 @@ def check_numbers(prediction: Columns, whose: str) -> None:
 
 def targets_of(part: Part) -> Columns:
     """What the predictions of a part are measured against."""
-    assert part.target is not None, "samples without labels measure nothing"
-    return part.target
+    return measured_target(part)
 
 
 @torch.no_grad()
@@ -36,6 +38,8 @@ def predict(
     The model runs in eval mode, which is restored afterwards. Each worker takes every world_size-th sample; workers that have one fewer
     repeat their last, which is dropped again by position.
     """
+    if part.encoded_targets:
+        part = replace(part, target=None)  # which nothing here reads, so that nothing is drawn in vain
     count, world = len(part), session.world_size
     share = -(-count // world)
     rows = (torch.arange(share) * world + session.rank).clamp(max=count - 1)

@@ -261,3 +261,22 @@ def test_the_page_has_a_line_for_every_method_and_what_is_missing() -> None:
     assert any(line.startswith("data cifar100: it is in none of") for line in lines)
     assert any(" hours on this machine, 1 at once after " in line for line in lines)
     assert "not rehearsed: student 'cifar_resnet8' (data cifar100 is not here)" in lines
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "images"),
+    [
+        ({"name": "detection", "data": {"name": "coco", "path": "nowhere", "size": 64}}, "tiny_fcos", 98_573),
+        ({"name": "detection", "data": {"name": "coco", "path": "nowhere", "size": [64, 96], "target": "masks"}}, "tiny_fcos", 98_573),
+        ({"name": "detection", "data": {"name": "voc", "path": "nowhere", "size": 64}}, "tiny_fcos", 4_764),
+        ({"name": "segmentation", "data": {"name": "voc", "path": "nowhere", "size": 32, "target": "segmentation"}}, "tiny_fcn", 1_220),
+    ],
+)
+def test_detection_and_segmentation_are_looked_at_without_their_data(task: dict[str, Any], model: str, images: int) -> None:
+    student = {"name": model, "width": 4, "label": "small"}
+    found = of(task=task, teacher={"model": model}, students=[student], methods=["none", "kd", "fitnet"], runtime={"address": "auto"})
+    assert found.student_images == images
+    assert "there is no folder nowhere" in found.notes[0]
+    assert {method.label for method in found.methods} == {"none", "kd", "fitnet"}
+    with pytest.raises(UserError, match="there is no folder nowhere; get "):
+        of(task=task, teacher={"model": model}, students=[student], methods=["none"])
