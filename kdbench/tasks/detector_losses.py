@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from kdbench.models.detectors.anchors import AnchorReading, DefaultBoxReading
 from kdbench.models.detectors.cells import CellReading
 from kdbench.models.detectors.readings import Reading
+from kdbench.tasks.anchor_losses import AnchorLosses, DefaultBoxLosses
 from kdbench.tasks.cell_losses import CellLosses
 
 
@@ -30,7 +32,11 @@ class DetectorLosses(Protocol):
         ...
 
 
-_LOSSES: dict[type[Reading], Callable[[Any], DetectorLosses]] = {CellReading: CellLosses}
+_LOSSES: dict[type[Reading], Callable[[Any], DetectorLosses]] = {
+    CellReading: CellLosses,
+    AnchorReading: AnchorLosses,
+    DefaultBoxReading: DefaultBoxLosses,
+}
 
 
 def losses_of(reading: Reading) -> DetectorLosses:
