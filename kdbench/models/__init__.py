@@ -10,6 +10,27 @@ MODELS: dict[str, Entry] = {
     "tiny_fcn": Entry("kdbench.models.tiny:tiny_fcn", "segmentation, 5 k parameters"),
     "small_fcn": Entry("kdbench.models.tiny:small_fcn", "segmentation, 120 k parameters"),
     "tiny_fcos": Entry("kdbench.models.detectors.fcos:tiny_fcos", "detection, 30 k parameters; options width, levels"),
+    "fcos": Entry(
+        "kdbench.models.detectors.one_stage:fcos", "detection, FCOS on any backbone; options backbone, width, finest, levels, preset"
+    ),
+    "fcos_resnet18_fpn": Entry(
+        "kdbench.models.detectors.one_stage:fcos_resnet18_fpn", "detection, FCOS, 19 M; options width, finest, levels, preset"
+    ),
+    "fcos_resnet50_fpn": Entry(
+        "kdbench.models.detectors.one_stage:fcos_resnet50_fpn", "detection, FCOS, 32 M; options width, finest, levels, preset"
+    ),
+    "retinanet": Entry(
+        "kdbench.models.detectors.one_stage:retinanet",
+        "detection, RetinaNet on any backbone; options backbone, width, finest, levels, anchor, preset",
+    ),
+    "retinanet_resnet18_fpn": Entry(
+        "kdbench.models.detectors.one_stage:retinanet_resnet18_fpn",
+        "detection, RetinaNet, 20 M; options width, finest, levels, anchor, preset",
+    ),
+    "retinanet_resnet50_fpn": Entry(
+        "kdbench.models.detectors.one_stage:retinanet_resnet50_fpn",
+        "detection, RetinaNet, 34 M; options width, finest, levels, anchor, preset",
+    ),
     "tiny_text": Entry("kdbench.models.towers:tiny_text", "classifier of words, 20 k parameters; options width, depth, heads"),
     "tiny_towers": Entry(
         "kdbench.models.towers:tiny_towers", "images and texts, 60 k parameters; options width, depth, heads, patch, stem, embedding"

@@ -152,8 +152,10 @@ class AnchorReading(BoxesOfCells):
         self, prediction: Mapping[str, Tensor], size: tuple[int, int], count: int, valid: Tensor | None = None
     ) -> dict[str, Tensor]:
         logits, boxes = self.dense(prediction, size)
-        limits: dict[str, float] = {"lowest": self.lowest, "overlap": self.overlap}
-        return suppressed(logits.sigmoid(), boxes, size, count, valid, candidates=self.places_of_levels(size), most=self.most, **limits)
+        levels = self.places_of_levels(size)
+        return suppressed(
+            logits.sigmoid(), boxes, size, count, valid, lowest=self.lowest, overlap=self.overlap, candidates=levels, most=self.most
+        )
 
 
 def _shapes(sizes: tuple[int, ...], ratios: tuple[float, ...]) -> Tensor:
@@ -226,8 +228,9 @@ class DefaultBoxReading(BoxesOfCells):
     ) -> dict[str, Tensor]:
         logits, offsets = self.split(prediction)
         scores, boxes = logits.softmax(-1)[..., 1:], self.boxes(offsets, size)
-        limits: dict[str, float] = {"lowest": self.lowest, "overlap": self.overlap}
-        return suppressed(scores, boxes, size, count, valid, candidates=(), most=self.most, by_class=True, **limits)
+        return suppressed(
+            scores, boxes, size, count, valid, lowest=self.lowest, overlap=self.overlap, candidates=(), most=self.most, by_class=True
+        )
 
 
 def log_odds(logits: Tensor) -> Tensor:
