@@ -10,6 +10,25 @@ MODELS: dict[str, Entry] = {
     "tiny_fcn": Entry("kdbench.models.tiny:tiny_fcn", "segmentation, 5 k parameters"),
     "small_fcn": Entry("kdbench.models.tiny:small_fcn", "segmentation, 120 k parameters"),
     "tiny_fcos": Entry("kdbench.models.detectors.fcos:tiny_fcos", "detection, 30 k parameters; options width, levels"),
+    "deeplabv3": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3", "segmentation, DeepLabV3 on any backbone; options backbone, width, rate"
+    ),
+    "deeplabv3_resnet18": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3_resnet18", "segmentation, DeepLabV3, 16 M; options width, rate"
+    ),
+    "deeplabv3_resnet50": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3_resnet50", "segmentation, DeepLabV3, 40 M; options width, rate"
+    ),
+    "deeplabv3_mobilenet_v3_large": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3_mobilenet_v3_large", "segmentation, DeepLabV3, 11 M; options width, rate"
+    ),
+    "fcn": Entry("kdbench.models.segmenters.by_name:fcn", "segmentation, FCN on any backbone; options backbone, width"),
+    "fcn_resnet50": Entry("kdbench.models.segmenters.by_name:fcn_resnet50", "segmentation, FCN, 33 M; option width"),
+    "lraspp": Entry("kdbench.models.segmenters.by_name:lraspp", "segmentation, LR-ASPP on any backbone; options backbone, width"),
+    "lraspp_mobilenet_v3_large": Entry(
+        "kdbench.models.segmenters.by_name:lraspp_mobilenet_v3_large", "segmentation, LR-ASPP, 3 M; option width"
+    ),
+    "unet": Entry("kdbench.models.segmenters.unet:unet", "segmentation, U-Net, 2 M; options width, depth"),
     "fcos": Entry(
         "kdbench.models.detectors.one_stage:fcos", "detection, FCOS on any backbone; options backbone, width, finest, levels, preset"
     ),

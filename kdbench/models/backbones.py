@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from kdbench.catalogue import nearest
 from kdbench.errors import UserError, in_one_line, shown
 
 Norm = Callable[[int], nn.Module]
+_DILATED = 8  # stride of the last map of a network for segmentation
 _LOOK = 64  # pixels a side of the black picture that shows where a network halves it
 
 
@@ -77,7 +79,71 @@ def see_channels(network: nn.Module, in_channels: int) -> None:
     setattr(network.get_submodule(parent), child, changed)
 
 
-class _ResNetBody(IntermediateLayerGetter):
+def dilated_body(name: str, in_channels: int) -> Any:
+    """The network `name` with dilated convolutions in the place of its last strides, as a `Body` whose map "out" has stride 8.
+
+    Torchvision dilates ResNets with bottlenecks and MobileNetV3, the latter to stride 16, and these keep the names of their layers. All
+    others are timm's, which dilates the small ResNets too.
+
+    Raises:
+        UserError: timm does not have the network or can't dilate it.
+    """
+    if name in ("mobilenet_v3_large", "mobilenet_v3_small"):
+        features, marks = _mobile(name, in_channels)
+        return _cut(features, {"out": marks[-1]})
+    is_bottleneck = name in torchvision_models.list_models(module=torchvision_models) and name not in ("resnet18", "resnet34")
+    if is_bottleneck and name.startswith(("resnet", "resnext", "wide_resnet")):
+        network: Any = torchvision_models.get_model(name, weights=None, replace_stride_with_dilation=[False, True, True])
+        see_channels(network, in_channels)
+        found = _Getter(network, {"layer4": "out"})
+        found.taps, found.channels = tuple(f"layer{number}" for number in range(1, 5)), (network.inplanes,)
+        return found
+    return _timms(name, (_DILATED,), in_channels, ("out",), output_stride=_DILATED)
+
+
+def low_and_high_body(name: str, in_channels: int) -> Any:
+    """The network `name` as a `Body` with the maps "low", at stride 8, and "high", at stride 16.
+
+    MobileNetV3 is torchvision's, dilated in the place of its last stride, and keeps the names of its layers.
+
+    Raises:
+        UserError: see `body`.
+    """
+    if name in ("mobilenet_v3_large", "mobilenet_v3_small"):
+        features, marks = _mobile(name, in_channels)
+        return _cut(features, {"low": marks[-4], "high": marks[-1]})
+    found: Any = body(name, (8, 16), in_channels=in_channels)
+    return _Renamed(found, ("low", "high"))
+
+
+def _mobile(name: str, in_channels: int) -> tuple[nn.Sequential, list[int]]:
+    """The layers of a dilated MobileNetV3, and where those stand that end a resolution: the first, those with a stride and the last."""
+    network: Any = torchvision_models.get_model(name, weights=None, dilated=True)
+    see_channels(network, in_channels)
+    strided = [position for position, layer in enumerate(network.features) if getattr(layer, "_is_cn", False)]
+    return network.features, [0, *strided, len(network.features) - 1]
+
+
+def _cut(features: nn.Sequential, names: dict[str, int]) -> _Getter:
+    found = _Getter(features, {str(position): name for name, position in names.items()})
+    found.taps = tuple(str(position) for position in names.values())
+    found.channels = tuple(features[position].out_channels for position in names.values())  # type: ignore[misc]
+    return found
+
+
+class _Renamed(Body):
+    """A body whose maps have other names."""
+
+    def __init__(self, inner: Any, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.inner, self._names = inner, names
+        self.channels, self.strides, self.taps = inner.channels, inner.strides, tuple(f"inner.{path}" for path in inner.taps)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return OrderedDict(zip(self._names, self.inner(images).values(), strict=True))
+
+
+class _Getter(IntermediateLayerGetter):
     """Torchvision's own, with the facts of a `Body`."""
 
     channels: tuple[int, ...]
@@ -88,7 +154,7 @@ class _ResNetBody(IntermediateLayerGetter):
 def _resnets(name: str, network: ResNet, strides: Sequence[int]) -> nn.Module:
     layers = {4 << position: f"layer{position + 1}" for position in range(4)}
     _check(name, strides, list(layers))
-    found = _ResNetBody(network, {layers[stride]: str(position) for position, stride in enumerate(strides)})
+    found = _Getter(network, {layers[stride]: str(position) for position, stride in enumerate(strides)})
     found.taps = tuple(layers[stride] for stride in strides)
     found.strides = tuple(strides)
     found.channels = tuple(network.inplanes * stride // 32 for stride in strides)
@@ -131,7 +197,8 @@ class _Sequence(Body):
         return found
 
 
-def _timms(name: str, strides: Sequence[int], in_channels: int) -> nn.Module:
+def _timms(name: str, strides: Sequence[int], in_channels: int, names: tuple[str, ...] = (), **options: int) -> nn.Module:
+    """names: of the maps. options: of timm's builder."""
     import timm  # five seconds, which only those pay who name one of its models
 
     if not timm.is_model(name):
@@ -139,19 +206,19 @@ def _timms(name: str, strides: Sequence[int], in_channels: int) -> nn.Module:
         raise UserError(f"backbone {shown(name)} is neither one of torchvision's nor of timm's{nearest(name, known)}")
     try:
         with torch.device("meta"):
-            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+            reductions = timm.create_model(name, features_only=True, **options).feature_info.reduction()
         _check(name, strides, reductions)
         indices = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
-        network = timm.create_model(name, features_only=True, out_indices=indices, in_chans=in_channels)
+        network = timm.create_model(name, features_only=True, out_indices=indices, in_chans=in_channels, **options)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # what timm raises of networks that give no maps
         raise UserError(f"backbone {shown(name)}: timm can't give its maps: {in_one_line(error)}") from error
-    return _TimmBody(network, strides)
+    return _TimmBody(network, strides, names or tuple(str(number) for number in range(len(strides))))
 
 
 class _TimmBody(Body):
-    def __init__(self, network: nn.Module, strides: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, strides: Sequence[int], names: tuple[str, ...]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self._names = network, names
         self.given = nn.ModuleList(nn.Identity() for _ in strides)
         self._channels_last = str(getattr(network, "output_fmt", "")).endswith("NHWC")
         self.channels = tuple(network.feature_info.channels())  # type: ignore[operator, union-attr]
@@ -160,7 +227,7 @@ class _TimmBody(Body):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.network(images)
         moved = (x.permute(0, 3, 1, 2) if self._channels_last else x for x in maps)
-        return OrderedDict((str(number), given(x)) for number, (given, x) in enumerate(zip(self.given, moved, strict=True)))
+        return OrderedDict((name, given(x)) for name, given, x in zip(self._names, self.given, moved, strict=True))
 
 
 def _check(name: str, wanted: Sequence[int], there: Sequence[int]) -> None:
