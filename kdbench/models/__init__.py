@@ -50,6 +50,18 @@ MODELS: dict[str, Entry] = {
         "kdbench.models.detectors.one_stage:retinanet_resnet50_fpn",
         "detection, RetinaNet, 34 M; options width, finest, levels, anchor, preset",
     ),
+    "faster_rcnn": Entry(
+        "kdbench.models.detectors.two_stage:faster_rcnn",
+        "detection, Faster R-CNN on any backbone; options backbone, width, finest, levels, anchor, hidden, proposals, learned, preset",
+    ),
+    "fasterrcnn_resnet18_fpn": Entry(
+        "kdbench.models.detectors.two_stage:fasterrcnn_resnet18_fpn",
+        "detection, Faster R-CNN, 28 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
+    ),
+    "fasterrcnn_resnet50_fpn": Entry(
+        "kdbench.models.detectors.two_stage:fasterrcnn_resnet50_fpn",
+        "detection, Faster R-CNN, 42 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
+    ),
     "tiny_text": Entry("kdbench.models.towers:tiny_text", "classifier of words, 20 k parameters; options width, depth, heads"),
     "tiny_towers": Entry(
         "kdbench.models.towers:tiny_towers", "images and texts, 60 k parameters; options width, depth, heads, patch, stem, embedding"

@@ -110,11 +110,11 @@ def suppressed(
     most: int,
     by_class: bool = False,
 ) -> dict[str, Tensor]:
-    """`best_of_each_image` of boxes [B, P, 4] that are cut at the picture's edge first, as torchvision's detectors do.
+    """`best_of_each_image` of boxes [B, P, 4] or [B, P, C, 4] that are cut at the picture's edge first, as torchvision's detectors do.
 
     scores: [B, P, C]. candidates: places of each level, of which the `most` highest scores are looked at; by_class: of each class.
     """
     height, width = (valid.to(boxes).T if valid is not None else boxes.new_tensor(size)[:, None]).unbind(0)
-    edges = torch.stack([width, height, width, height], dim=-1)[:, None]
+    edges = torch.stack([width, height, width, height], dim=-1).view(-1, *[1] * (boxes.ndim - 2), 4)
     inside = torch.minimum(boxes.clamp(min=0), edges)
     return best_of_each_image(scores, inside, count, lowest=lowest, overlap=overlap, levels=candidates, most=most, by_class=by_class)

@@ -19,7 +19,7 @@ def best_of_each_image(
 
     Args:
         scores: [B, P, C] in [0, 1].
-        boxes: [B, P, 4] of x0, y0, x1, y1.
+        boxes: [B, P, 4] of x0, y0, x1, y1; or [B, P, C, 4], one for each class.
         count: Boxes an image.
         lowest: Scores below it are left out, and so are those that are nan.
         overlap: Intersection over union.
@@ -37,14 +37,15 @@ def best_of_each_image(
 def _best(
     scores: Tensor, boxes: Tensor, count: int, lowest: float, overlap: float, levels: Sequence[int], most: int, by_class: bool
 ) -> dict[str, Tensor]:
-    """scores: [P, C]; boxes: [P, 4]."""
+    """scores: [P, C]; boxes: [P, 4] or [P, C, 4]."""
     classes_of = scores.shape[1]
     places = torch.arange(scores.numel(), device=scores.device).view_as(scores)
     groups = places.unbind(1) if by_class else places.split(list(levels))
     order = torch.cat([group.flatten()[_highest(scores.flatten()[group.flatten()], lowest, most)] for group in groups])
     # Group after group, so a stable sort leaves equal scores in the order of the places on every machine.
     order = order[scores.flatten()[order].sort(descending=True, stable=True).indices]
-    candidates, classes, values = boxes[order // classes_of], order % classes_of, scores.flatten()[order]
+    found = boxes[order // classes_of] if boxes.ndim == 2 else boxes.flatten(0, 1)[order]
+    candidates, classes, values = found, order % classes_of, scores.flatten()[order]
     large = ((candidates[:, 2:] - candidates[:, :2]) >= _SMALLEST).all(1)
     candidates, classes, values = candidates[large], classes[large], values[large]
     # batched_nms moves classes apart by the largest coordinate, which keeps them apart only where none is negative.

@@ -15,21 +15,17 @@ from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.detectors.pyramids import IMAGENET
 from kdbench.models.taps import probe, tap_shapes
-from tests.models.detectors.torchvisions import ALL, CLASSES, SMALL, assert_same, ours, padded, pictures, theirs
+from tests.models.detectors.torchvisions import ALL, CLASSES, SMALL, assert_same, ours, padded, pictures, tame, theirs
 
-NAMES = {"fcos_resnet50_fpn": "sides", "retinanet_resnet50_fpn": "anchors"}
+SIDES = {"fcos_resnet50_fpn": 1.5, "retinanet_resnet50_fpn": 0.0}  # around which random boxes have a size
+NAMES = tuple(SIDES)
 TINY = {"backbone": "resnet10t", "width": 16, "finest": 8, "levels": 3}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_same_weights_boxes_are_torchvisions_on_a_padded_picture(name: str) -> None:
     peer = theirs(name, False, **SMALL, score_thresh=0.05, detections_per_img=ALL)
-    heads = peer.head
-    with torch.no_grad():  # random weights say nothing of any box: let each cell say something else
-        heads.classification_head.cls_logits.bias.normal_(-2.0, 1.0)
-        heads.classification_head.cls_logits.weight.normal_(0, 0.02)
-        heads.regression_head.bbox_reg.weight.normal_(0, 0.01)
-        heads.regression_head.bbox_reg.bias.fill_(1.5 if name.startswith("fcos") else 0.1)
+    tame(peer, {"head.classification_head.cls_logits": (-2.0, 2.0), "head.regression_head.bbox_reg": (SIDES[name], 0.3)})
     network = ours(name)
     network.load_state_dict(peer.state_dict())
     batch, valid = padded()

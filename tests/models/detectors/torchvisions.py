@@ -35,6 +35,23 @@ def theirs(name: str, background: bool, **options: Any) -> Any:
     return network
 
 
+@torch.no_grad()
+def tame(network: Any, spreads: dict[str, tuple[float, float]]) -> None:
+    """Let layers give numbers around a mean with a spread, on the pictures: random weights give hundreds, whose scores are all 1.
+
+    spreads: path of a layer -> mean and standard deviation.
+    """
+    for path, (mean, spread) in spreads.items():
+        layer, seen = network.get_submodule(path), []
+        nn.init.normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        handle = layer.register_forward_hook(lambda *call, seen=seen: seen.append(call[2].flatten()))
+        network(pictures())
+        handle.remove()
+        layer.weight.mul_(spread / torch.cat(seen).std())
+        nn.init.constant_(layer.bias, mean)
+
+
 def pictures() -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.rand(3, *size, generator=generator) for size in ((128, 256), (100, 256), (128, 190))]
