@@ -62,6 +62,10 @@ MODELS: dict[str, Entry] = {
         "kdbench.models.detectors.two_stage:fasterrcnn_resnet50_fpn",
         "detection, Faster R-CNN, 42 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
     ),
+    "ssdlite": Entry("kdbench.models.detectors.ssd:ssdlite", "detection, SSDLite on any backbone; options backbone, width, levels, preset"),
+    "ssdlite320_mobilenet_v3_large": Entry(
+        "kdbench.models.detectors.ssd:ssdlite320_mobilenet_v3_large", "detection, SSDLite, 3 M; options width, levels, preset"
+    ),
     "tiny_text": Entry("kdbench.models.towers:tiny_text", "classifier of words, 20 k parameters; options width, depth, heads"),
     "tiny_towers": Entry(
         "kdbench.models.towers:tiny_towers", "images and texts, 60 k parameters; options width, depth, heads, patch, stem, embedding"

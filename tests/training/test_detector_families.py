@@ -25,6 +25,7 @@ RESNET = {"backbone": "resnet18", "preset": "coco_v1", "width": 16, "levels": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "fcos": {"name": "fcos", **RESNET},
     "retinanet": {"name": "retinanet", **RESNET, "anchor": 16},
+    "faster_rcnn": {"name": "faster_rcnn", **RESNET, "anchor": 16, "hidden": 32, "proposals": 60, "learned": 40},
 }
 RECIPE = {"epochs": 1, "batch_size": 6, "lr": 0.001, "precision": "fp64", "augment": {"flip": True}, "views": 1}
 
