@@ -10,6 +10,62 @@ MODELS: dict[str, Entry] = {
     "tiny_fcn": Entry("kdbench.models.tiny:tiny_fcn", "segmentation, 5 k parameters"),
     "small_fcn": Entry("kdbench.models.tiny:small_fcn", "segmentation, 120 k parameters"),
     "tiny_fcos": Entry("kdbench.models.detectors.fcos:tiny_fcos", "detection, 30 k parameters; options width, levels"),
+    "deeplabv3": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3", "segmentation, DeepLabV3 on any backbone; options backbone, width, rate"
+    ),
+    "deeplabv3_resnet18": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3_resnet18", "segmentation, DeepLabV3, 16 M; options width, rate"
+    ),
+    "deeplabv3_resnet50": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3_resnet50", "segmentation, DeepLabV3, 40 M; options width, rate"
+    ),
+    "deeplabv3_mobilenet_v3_large": Entry(
+        "kdbench.models.segmenters.by_name:deeplabv3_mobilenet_v3_large", "segmentation, DeepLabV3, 11 M; options width, rate"
+    ),
+    "fcn": Entry("kdbench.models.segmenters.by_name:fcn", "segmentation, FCN on any backbone; options backbone, width"),
+    "fcn_resnet50": Entry("kdbench.models.segmenters.by_name:fcn_resnet50", "segmentation, FCN, 33 M; option width"),
+    "lraspp": Entry("kdbench.models.segmenters.by_name:lraspp", "segmentation, LR-ASPP on any backbone; options backbone, width"),
+    "lraspp_mobilenet_v3_large": Entry(
+        "kdbench.models.segmenters.by_name:lraspp_mobilenet_v3_large", "segmentation, LR-ASPP, 3 M; option width"
+    ),
+    "unet": Entry("kdbench.models.segmenters.unet:unet", "segmentation, U-Net, 2 M; options width, depth"),
+    "fcos": Entry(
+        "kdbench.models.detectors.one_stage:fcos", "detection, FCOS on any backbone; options backbone, width, finest, levels, preset"
+    ),
+    "fcos_resnet18_fpn": Entry(
+        "kdbench.models.detectors.one_stage:fcos_resnet18_fpn", "detection, FCOS, 19 M; options width, finest, levels, preset"
+    ),
+    "fcos_resnet50_fpn": Entry(
+        "kdbench.models.detectors.one_stage:fcos_resnet50_fpn", "detection, FCOS, 32 M; options width, finest, levels, preset"
+    ),
+    "retinanet": Entry(
+        "kdbench.models.detectors.one_stage:retinanet",
+        "detection, RetinaNet on any backbone; options backbone, width, finest, levels, anchor, preset",
+    ),
+    "retinanet_resnet18_fpn": Entry(
+        "kdbench.models.detectors.one_stage:retinanet_resnet18_fpn",
+        "detection, RetinaNet, 20 M; options width, finest, levels, anchor, preset",
+    ),
+    "retinanet_resnet50_fpn": Entry(
+        "kdbench.models.detectors.one_stage:retinanet_resnet50_fpn",
+        "detection, RetinaNet, 34 M; options width, finest, levels, anchor, preset",
+    ),
+    "faster_rcnn": Entry(
+        "kdbench.models.detectors.two_stage:faster_rcnn",
+        "detection, Faster R-CNN on any backbone; options backbone, width, finest, levels, anchor, hidden, proposals, learned, preset",
+    ),
+    "fasterrcnn_resnet18_fpn": Entry(
+        "kdbench.models.detectors.two_stage:fasterrcnn_resnet18_fpn",
+        "detection, Faster R-CNN, 28 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
+    ),
+    "fasterrcnn_resnet50_fpn": Entry(
+        "kdbench.models.detectors.two_stage:fasterrcnn_resnet50_fpn",
+        "detection, Faster R-CNN, 42 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
+    ),
+    "ssdlite": Entry("kdbench.models.detectors.ssd:ssdlite", "detection, SSDLite on any backbone; options backbone, width, levels, preset"),
+    "ssdlite320_mobilenet_v3_large": Entry(
+        "kdbench.models.detectors.ssd:ssdlite320_mobilenet_v3_large", "detection, SSDLite, 3 M; options width, levels, preset"
+    ),
     "tiny_text": Entry("kdbench.models.towers:tiny_text", "classifier of words, 20 k parameters; options width, depth, heads"),
     "tiny_towers": Entry(
         "kdbench.models.towers:tiny_towers", "images and texts, 60 k parameters; options width, depth, heads, patch, stem, embedding"

@@ -141,6 +141,10 @@ def _build_ours(spec: ModelSpec, facts: Mapping[str, int]) -> nn.Module:
             model = builder(**arguments)
     except TooMuch:
         raise
+    except UserError as error:
+        if spec.name not in MODELS:
+            raise
+        raise UserError(f"model {spec.name!r}: {error}") from error
     except Exception as error:  # whatever a user's own class may raise
         raise UserError(f"model {spec.name!r} can't be built with {arguments}: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
@@ -183,8 +187,8 @@ def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int],
     for key, value in options.items():
         if key not in choices and not takes_all:
             raise _wrong_option(name, key, choices)
-        if name in MODELS and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE):
-            raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a whole number from 1 to {LARGEST_SIZE}")
+        if name in MODELS:
+            _check_option(name, key, value, parameters[key].default)
     for key in choices:
         if parameters[key].default is inspect.Parameter.empty and key not in options:
             raise OptionNeeded(f"model {shown(name)} needs the option {shown(key)}")
@@ -193,6 +197,15 @@ def _arguments(name: str, builder: Callable[..., Any], facts: Mapping[str, int],
     if "weights_backbone" in named:  # torchvision's builders would fetch a backbone's weights by default
         told["weights_backbone"] = None
     return told | dict(options)
+
+
+def _check_option(name: str, key: str, value: Any, default: Any) -> None:
+    """Raise UserError unless an option of one of our own networks is of its default's kind: a text, or a number that may be a size."""
+    if isinstance(default, str):
+        if not isinstance(value, str):
+            raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a text such as {shown(default or 'coco_v1')}")
+    elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
+        raise UserError(f"model {shown(name)}: {key} = {shown(value)}, expected a whole number from 1 to {LARGEST_SIZE}")
 
 
 def _build_timm(spec: ModelSpec, num_classes: int, in_channels: int, image_size: int) -> nn.Module:

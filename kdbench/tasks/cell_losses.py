@@ -19,7 +19,6 @@ from torchvision.ops import generalized_box_iou_loss
 
 from kdbench.data.kinds import NO_OBJECT  # of a background cell too
 from kdbench.models.detectors.cells import CellReading
-from kdbench.models.detectors.positions import positions
 from kdbench.models.detectors.readings import wide
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss: Lin et al., ICCV 2017 (arXiv 1708.02002), section 4.1
@@ -135,7 +134,7 @@ class CellLosses:
     def losses(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """The terms by name, for images of `size`, height and width."""
         logits, sides, central = self.reading.split(prediction)
-        centres, strides = (numbers.to(sides) for numbers in positions(size, self.reading.strides, sides.device))
+        centres, strides = (numbers.to(sides) for numbers in self.reading.cells(size, sides.device))
         assignment = self._assigned(target, centres, strides)
         divisor = assignment.counts.sum().clamp(min=1)
         terms = {
@@ -150,7 +149,7 @@ class CellLosses:
 
     def weights(self, target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """What each term is divided by: the cells that learn an object."""
-        centres, strides = positions(size, self.reading.strides, target["labels"].device)
+        centres, strides = self.reading.cells(size, target["labels"].device)
         count = self._assigned(target, centres, strides).counts.sum()
         return dict.fromkeys(("focal", "giou", *(["centreness"] if self.reading.centreness else [])), count)
 

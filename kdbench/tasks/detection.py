@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
 from kdbench.data.columns import Columns, described, several
+from kdbench.data.hashing import hash64
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec, build_model, without_weights
@@ -20,10 +21,13 @@ from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import Outputs, predicted, reading_of
 from kdbench.tasks.average_precision import MOST_BOXES, average_precision, shared_boxes
 from kdbench.tasks.base import Splits, Task, TaskInfo
+from kdbench.tasks.cell_losses import learned_labels
 from kdbench.tasks.detector_imitation import imitation
 from kdbench.tasks.detector_losses import losses_of
 from kdbench.tasks.networks import checked_network
 from kdbench.tasks.splits import SplitOptions, cut
+
+_DRAWS = 0xD3  # seed of the bits from which a family draws the places that it learns
 
 
 class Detection(Task):
@@ -96,7 +100,16 @@ class Detection(Task):
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The losses of the network's family, see `detector_losses`."""
-        return losses_of(outputs.reading).losses(several(outputs.prediction), several(batch.target), self.size)
+        draws = hash64(_DRAWS, batch.index, batch.view)
+        target = several(batch.target) | {"draws": draws}
+        return losses_of(outputs.reading).losses(several(outputs.prediction), target, self.size)
+
+    def truth(self, batch: Batch) -> dict[str, Tensor]:
+        """The boxes of the objects, and their classes, for a detector whose second stage learns at them."""
+        if self._read is None or not self._read.wants_truth or batch.target is None:
+            return {}
+        target = several(batch.target)
+        return {"boxes": target["boxes"], "labels": learned_labels(target)}
 
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         """What the family's losses are divided by; `kd` is a mean over images."""

@@ -7,9 +7,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from kdbench.models.detectors.anchors import AnchorReading, DefaultBoxReading
 from kdbench.models.detectors.cells import CellReading
 from kdbench.models.detectors.readings import Reading
+from kdbench.models.detectors.two_stage import TwoStageReading
+from kdbench.tasks.anchor_losses import AnchorLosses, DefaultBoxLosses
 from kdbench.tasks.cell_losses import CellLosses
+from kdbench.tasks.two_stage_losses import TwoStageLosses
 
 
 class DetectorLosses(Protocol):
@@ -20,7 +24,8 @@ class DetectorLosses(Protocol):
 
         Args:
             prediction: What the network gave in training.
-            target: Boxes [B, M, 4], labels [B, M] and the further columns that the data have.
+            target: Boxes [B, M, 4], labels [B, M] and the further columns that the data have; `draws` int64 [B], bits of each image and
+                view for families that learn a part of their places, drawn from them.
             size: Height and width of the images.
         """
         ...
@@ -30,7 +35,12 @@ class DetectorLosses(Protocol):
         ...
 
 
-_LOSSES: dict[type[Reading], Callable[[Any], DetectorLosses]] = {CellReading: CellLosses}
+_LOSSES: dict[type[Reading], Callable[[Any], DetectorLosses]] = {
+    CellReading: CellLosses,
+    AnchorReading: AnchorLosses,
+    DefaultBoxReading: DefaultBoxLosses,
+    TwoStageReading: TwoStageLosses,
+}
 
 
 def losses_of(reading: Reading) -> DetectorLosses:

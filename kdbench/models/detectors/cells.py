@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdbench.models.detectors.positions import grid, positions
+from kdbench.models.detectors.positions import corners, grid, positions
 from kdbench.models.detectors.readings import Dense, Reading, end_to_end, suppressed, wide
 
 _LARGEST_EXPONENT = 5.0  # a side is at most exp(5) = 148 strides away, so that no box becomes infinite
@@ -24,13 +24,15 @@ class CellReading(Reading):
 
     exponential: the sides lie exp(x) strides left of, above, right of and below the cell's centre; without it x strides.
     radius: cells up to so many strides from an object's centre learn it. reach: a level of stride s takes cells whose farthest side is
-    reach s / 2 .. reach s away. lowest, overlap, most: of the suppression.
+    reach s / 2 .. reach s away. corners: cells stand at their upper left corners, as in torchvision, and not in their middle. lowest,
+    overlap, most: of the suppression.
     """
 
     centreness: bool = False
     exponential: bool = True
     radius: float = 1.5
     reach: float = 4.0  # the paper has 8, for levels from stride 8 and 800 pixels
+    corners: bool = False
     lowest: float = 0.05  # of suppression: Lin et al., ICCV 2017 (arXiv 1708.02002), section 4
     overlap: float = 0.5
     most: int = 1000
@@ -48,8 +50,13 @@ class CellReading(Reading):
 
     def dense(self, prediction: Mapping[str, Tensor], size: tuple[int, int]) -> Dense:
         logits, sides, _ = self.split(prediction)
-        centres, strides = positions(size, self.strides, sides.device)
+        centres, strides = self.cells(size, sides.device)
         return Dense(logits, self.boxes(sides, centres.to(sides), strides.to(sides)))
+
+    def cells(self, size: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Where all cells stand, float32 [P, 2] of x and y in pixels, and their strides, float32 [P]; see `positions`."""
+        centres, strides = positions(size, self.strides, device)
+        return (torch.cat(corners(size, self.strides, device)) if self.corners else centres), strides
 
     def split(self, prediction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Class logits [B, P, C], raw sides [B, P, 4] and logits of the centre-ness [B, P], None where there are none."""

@@ -21,6 +21,27 @@ def grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
     return -(-size[0] // stride), -(-size[1] // stride)
 
 
+def corners(size: tuple[int, int], strides: Sequence[int], device: torch.device | None = None) -> list[Tensor]:
+    """Where torchvision's detectors put the cells of each level: the upper left corners, spread evenly over the input.
+
+    They lie size // cells pixels apart, which is less than the stride where the stride does not divide the size.
+
+    Args:
+        size: Height and width of the input in pixels.
+        strides: Of the levels, in input pixels.
+        device: Of the result; the CPU by default.
+
+    Returns:
+        Float32 [H W, 2] of x and y in input pixels for each level, row by row.
+    """
+    found = []
+    for stride in strides:
+        rows, columns = grid(size, stride)
+        y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+        found.append(torch.stack([x * (size[1] // columns), y * (size[0] // rows)], dim=-1).flatten(0, 1).float())
+    return found
+
+
 def positions(size: tuple[int, int], strides: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """The cells of all levels: level by level, each row by row.
 

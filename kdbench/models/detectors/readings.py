@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +37,17 @@ class Reading(ABC):
     num_classes: int
     strides: tuple[int, ...]
 
+    wants_truth: ClassVar[bool] = False  # whether the network is handed `boxes` and `labels` of the target in training
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """What the tensors of the levels are called, the finest first."""
+        return tuple(f"level:{level}" for level in range(len(self.strides)))
+
     @property
     def names(self) -> tuple[str, ...]:
-        """What the prediction's tensors are called."""
-        return tuple(f"level:{level}" for level in range(len(self.strides)))
+        """What the prediction's tensors are called: those of the levels, and what a second stage gives."""
+        return self.level_names
 
     @property
     def places(self) -> tuple[str, tuple[int, ...]]:
@@ -101,12 +108,13 @@ def suppressed(
     overlap: float,
     candidates: tuple[int, ...],
     most: int,
+    by_class: bool = False,
 ) -> dict[str, Tensor]:
-    """`best_of_each_image` of boxes [B, P, 4] that are cut at the picture's edge first, as torchvision's detectors do.
+    """`best_of_each_image` of boxes [B, P, 4] or [B, P, C, 4] that are cut at the picture's edge first, as torchvision's detectors do.
 
-    scores: [B, P, C]. candidates: places of each level, of which the `most` highest scores are looked at.
+    scores: [B, P, C]. candidates: places of each level, of which the `most` highest scores are looked at; by_class: of each class.
     """
     height, width = (valid.to(boxes).T if valid is not None else boxes.new_tensor(size)[:, None]).unbind(0)
-    edges = torch.stack([width, height, width, height], dim=-1)[:, None]
+    edges = torch.stack([width, height, width, height], dim=-1).view(-1, *[1] * (boxes.ndim - 2), 4)
     inside = torch.minimum(boxes.clamp(min=0), edges)
-    return best_of_each_image(scores, inside, count, lowest=lowest, overlap=overlap, levels=candidates, most=most)
+    return best_of_each_image(scores, inside, count, lowest=lowest, overlap=overlap, levels=candidates, most=most, by_class=by_class)
