@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -33,8 +34,9 @@ TargetName = Literal["mask", "class", "present", "boxes", "caption"]
 MOST_OBJECTS = 8
 CAPTION_WORDS = 12  # of one object: 95 of 100 captions have no more
 _JOINED = ", with "
-_SIDES = (0.3, 0.6)  # of an object's longer side, as a share of the picture's
-_GROUND_SIDES = 4  # a photograph is shrunk to so many sides of the picture, of which a scene shows one to all
+_SIDES, _STEPS = (0.3, 0.6), 8  # of an object's longer side, as a share of the picture's; so many sizes from the least to the most
+_ZOOMS = (1.0, 1.5, 2.0, 2.5, 3.0)  # the shorter side of a photograph, in sides of the picture that shows a part of it
+_KEPT_BYTES, _PIECE_BYTES = 64_000_000, 9  # of all pieces that a painter keeps, and of a pixel of one
 _TRIES = 8  # for a place, before an object is left out
 _FIRST = {"train": 0, "val": 2 * MOST_IMAGES, "test": MOST_IMAGES}  # index of a part's first scene
 _STANDARD = Facts("stamps", 16, 48, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 2000, 500)
@@ -100,7 +102,7 @@ def stamps(
     """
     numbers = {"train": train, "val": val, "test": test}
     check_memory("stamps", numbers, size)
-    library = open_library(categories, round(_SIDES[1] * size), _GROUND_SIDES * size, _STANDARD)
+    library = open_library(categories, round(_SIDES[1] * size), round(_ZOOMS[-1] * size), _STANDARD)
     asked = _Target(library, target, 1 if target == "class" else most)
     parts = {name: _part(name, numbers[name], size, seed, library, asked) for name in numbers}
     mean, std = statistics(parts["train"][0])
@@ -110,69 +112,86 @@ def stamps(
     return Source("stamps", first, last, len(names), names, mean, std, ignored, library.read, asked.vocabulary, val=between)
 
 
-def draw(pool: Pool, seed: int, index: int, size: int, most: int) -> StampScene:
-    """Scene `index` of the series `seed`, with 1 .. `most` objects of a pool."""
-    random = np.random.Generator(np.random.PCG64([seed, index]))
-    image = _ground(pool, random, size)
-    owner = np.full((size, size), -1, np.int8)
-    objects: list[Stamp] = []
-    areas: list[int] = []
-    for _ in range(1 + int(random.random() * most)):
-        of_category = pool.stamps[int(random.random() * len(pool.stamps))]
-        stamp = of_category[int(random.random() * len(of_category))]
-        pixels = _sized(stamp.picture, max(2, int(_between(random.random(), *_SIDES) * size)))
+class Painter:
+    """Draws scenes of a pool in pictures of `size` x `size` pixels. What it makes of a stamp or a photograph is kept for the next scene."""
+
+    def __init__(self, pool: Pool, size: int) -> None:
+        self.pool, self.size = pool, size
+        largest = round(_SIDES[1] * size)
+        self._piece = lru_cache(maxsize=max(1, _KEPT_BYTES // (_PIECE_BYTES * largest * largest)))(self._made_piece)
+        self._ground = lru_cache(maxsize=None)(self._made_ground)
+
+    def draw(self, seed: int, index: int, most: int) -> StampScene:
+        """Scene `index` of the series `seed`, with 1 .. `most` objects."""
+        random, size = np.random.Generator(np.random.PCG64([seed, index])), self.size
+        image = self._background(random)
+        owner = np.full((size, size), -1, np.int8)
+        objects: list[Stamp] = []
+        areas: list[int] = []
+        for _ in range(1 + int(random.random() * most)):
+            category = int(random.random() * len(self.pool.stamps))
+            place = int(random.random() * len(self.pool.stamps[category]))
+            piece = self._piece(category, place, int(random.random() * _STEPS))
+            height, width = piece.opaque.shape
+            for across, down in random.random((_TRIES, 2)).tolist():
+                left, top = int(across * (size - width + 1)), int(down * (size - height + 1))
+                there = slice(top, top + height), slice(left, left + width)
+                if _leaves_enough(owner, there, piece.opaque, areas):
+                    image[there] = piece.over(image[there])
+                    owner[there][piece.opaque] = len(objects)
+                    objects.append(self.pool.stamps[category][place])
+                    areas.append(piece.area)
+                    break
+        return StampScene(image, tuple(Pasted(stamp, owner == number) for number, stamp in enumerate(objects)))
+
+    def _background(self, random: np.random.Generator) -> NDArray[np.uint8]:
+        """A square part of a photograph, maybe mirrored, [size, size, 3]."""
+        photograph = self._ground(int(random.random() * len(self.pool.grounds)), int(random.random() * len(_ZOOMS)))
+        top, left = (int(random.random() * (length - self.size + 1)) for length in photograph.shape[:2])
+        shown = photograph[top : top + self.size, left : left + self.size]
+        return (shown[:, ::-1] if random.random() < 0.5 else shown).copy()
+
+    def _made_ground(self, place: int, zoom: int) -> NDArray[np.uint8]:
+        """A photograph, [H, W, 3], of which the picture covers 1 / zoom of the shorter side; it is enlarged only to cover all of it."""
+        photograph = self.pool.grounds[place]
+        shortest = min(photograph.size)
+        side = max(self.size, min(round(_ZOOMS[zoom] * self.size), shortest))
+        width, height = ((2 * length * side + shortest) // (2 * shortest) for length in photograph.size)
+        return np.asarray(photograph.resize((width, height), Image.Resampling.BILINEAR))
+
+    def _made_piece(self, category: int, place: int, step: int) -> _Piece:
+        """A stamp at one of the sizes that objects have."""
+        picture = self.pool.stamps[category][place].picture
+        longest = max(2, int((_SIDES[0] + (_SIDES[1] - _SIDES[0]) * step / (_STEPS - 1)) * self.size))
+        long = max(picture.size)
+        width, height = (max(1, (2 * side * longest + long) // (2 * long)) for side in picture.size)
+        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)).astype(np.uint16)
         alpha = pixels[..., 3]
         opaque = alpha >= min(OPAQUE, int(alpha.max()))  # what is thin may have no pixel that is half opaque
-        height, width = opaque.shape
-        for across, down in random.random((_TRIES, 2)).tolist():
-            left, top = int(across * (size - width + 1)), int(down * (size - height + 1))
-            there = slice(top, top + height), slice(left, left + width)
-            if _leaves_enough(owner, there, opaque, areas):
-                image[there] = _blended(image[there], pixels)
-                owner[there][opaque] = len(objects)
-                objects.append(stamp)
-                areas.append(int(opaque.sum()))
-                break
-    return StampScene(image, tuple(Pasted(stamp, owner == number) for number, stamp in enumerate(objects)))
+        return _Piece(opaque, int(opaque.sum()), pixels[..., :3] * alpha[..., None] + np.uint16(127), np.uint16(255) - alpha[..., None])
 
 
-def _ground(pool: Pool, random: np.random.Generator, size: int) -> NDArray[np.uint8]:
-    """A square part of a photograph, maybe mirrored, [size, size, 3]."""
-    photograph = pool.grounds[int(random.random() * len(pool.grounds))]
-    shortest = min(photograph.size)
-    side = int(_between(random.random(), min(size, shortest), shortest))
-    left, top = (int(random.random() * (length - side + 1)) for length in photograph.size)
-    shown = photograph.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    pixels = np.array(shown)
-    return pixels[:, ::-1].copy() if random.random() < 0.5 else pixels
+@dataclass(frozen=True)
+class _Piece:
+    """A stamp as it is pasted. opaque: bool [h, w], `area` pixels of it. colours: uint16 [h, w, 3], times alpha. rest: 255 - alpha."""
 
+    opaque: NDArray[np.bool_]
+    area: int
+    colours: NDArray[np.uint16]
+    rest: NDArray[np.uint16]
 
-def _sized(picture: Image.Image, longest: int) -> NDArray[np.uint8]:
-    """RGBA [h, w, 4] with a longer side of so many pixels; also enlarged."""
-    long = max(picture.size)
-    width, height = (max(1, (2 * side * longest + long) // (2 * long)) for side in picture.size)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    def over(self, ground: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The object over the ground, by its alpha; in whole numbers, so that every machine has the same bytes."""
+        return ((self.colours + ground * self.rest) // np.uint16(255)).astype(np.uint8)
 
 
 def _leaves_enough(owner: NDArray[np.int8], there: tuple[slice, slice], opaque: NDArray[np.bool_], areas: list[int]) -> bool:
     """Whether half of each object stays visible if another covers its pixels `opaque` at `there`. areas: of the objects when pasted."""
-    hidden = owner[there][opaque]
-    if not areas or hidden.max() < 0:
+    if not areas or (hidden := owner[there][opaque]).max() < 0:
         return True
     visible = np.bincount(owner.ravel().astype(np.intp) + 1, minlength=len(areas) + 1)[1:]
     covered = np.bincount(hidden.astype(np.intp) + 1, minlength=len(areas) + 1)[1:]
     return bool((2 * (visible - covered) >= np.array(areas)).all())
-
-
-def _blended(ground: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The object over the ground, by its alpha; in whole numbers, so that every machine has the same bytes."""
-    alpha = pixels[..., 3:].astype(np.uint16)
-    mixed = pixels[..., :3] * alpha + ground * (255 - alpha)
-    return ((mixed + np.uint16(127)) // np.uint16(255)).astype(np.uint8)
-
-
-def _between(share: float, low: float, high: float) -> float:
-    return low + share * (high - low)
 
 
 class _Target:
@@ -226,11 +245,11 @@ def caption_of(scene: StampScene) -> str:
 
 def _part(name: str, count: int, size: int, seed: int, library: Library, asked: _Target) -> tuple[Tensor, Part]:
     """The pictures, and the part that holds them."""
-    images = np.empty((count, 3, size, size), np.uint8)
+    painter, images = Painter(library.pools[name], size), np.empty((count, 3, size, size), np.uint8)
     inputs: Arrays = {}
     target: Arrays = {}
     for row in range(count):
-        scene = draw(library.pools[name], seed, _FIRST[name] + row, size, asked.most)
+        scene = painter.draw(seed, _FIRST[name] + row, asked.most)
         images[row] = scene.image.transpose(2, 0, 1)
         further, wanted = asked.of(scene)
         put(inputs, row, count, further)

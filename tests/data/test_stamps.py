@@ -16,7 +16,7 @@ from kdbench.data.columns import several
 from kdbench.data.facts import NotHere
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.data.stamp_files import GROUNDS, INSTALLED, PARTS, STAMPS, Library, open_library
-from kdbench.data.stamps import _STANDARD, caption_of, draw
+from kdbench.data.stamps import _STANDARD, Painter, caption_of
 from kdbench.errors import TooMuch, UserError
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.loop import fit
@@ -192,7 +192,7 @@ def test_scenes_show_what_their_masks_say(share: Path) -> None:
     colours = torch.tensor([COLOURS[name] for name in found.categories]).int()
     counts = []
     for index in range(40):
-        scene = draw(found.pools["train"], 3, index, 48, 3)
+        scene = Painter(found.pools["train"], 48).draw(3, index, 3)
         counts.append(len(scene.objects))
         taken = np.zeros((48, 48), int)
         for shown in scene.objects:
@@ -272,7 +272,7 @@ def test_objects_that_overlap_leave_half_of_each_other_visible(share: Path) -> N
     found = library()
     overlaps = 0
     for index in range(60):
-        many = draw(found.pools["train"], 0, index, 32, 8)
+        many = Painter(found.pools["train"], 32).draw(0, index, 8)
         for shown in many.objects:
             x0, y0, x1, y1 = shown.box
             width, height = shown.stamp.picture.size
@@ -298,7 +298,7 @@ def test_a_class_belongs_to_pictures_of_one_object(share: Path) -> None:
     assert classes.train.classes is None
     found = library()
     for index in range(10):
-        scene = draw(found.pools["train"], 0, index, 32, 1)
+        scene = Painter(found.pools["train"], 32).draw(0, index, 1)
         assert len(scene.objects) == 1
         assert classes.train.labels[index] == scene.objects[0].stamp.category
 
@@ -311,7 +311,7 @@ def test_captions_name_the_objects_from_the_back_to_the_front_and_equal_ones_hav
     assert len(set(texts)) == 9  # three objects of each category are in the training part
     assert len(set(zip(texts, numbers, strict=True))) == 9
     assert min(numbers) >= 0
-    scene = draw(library().pools["train"], 0, 0, 32, 3)
+    scene = Painter(library().pools["train"], 32).draw(0, 0, 3)
     assert caption_of(scene) == ", with ".join(shown.stamp.caption.lower() for shown in scene.objects)
 
 
