@@ -10,7 +10,7 @@ from kdbench.boards.leaderboard import boards
 from kdbench.data.batch import Batch, Part
 from kdbench.data.columns import Columns, mapped, named, several, single
 from kdbench.data.encoded import EncodedImages, Store
-from kdbench.data.kinds import Boxes, Enlarged, Image, Kind, Labels, Pixels, Plain, Points, Sided
+from kdbench.data.kinds import Boxes, Enlarged, Image, Kind, Labels, Masks, Pixels, Plain, Points, Sided
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.data.vocabulary import Vocabulary
 from kdbench.errors import KDBenchError, RunFailed, UserError
@@ -48,6 +48,7 @@ __all__ = [
     "KDBenchError",
     "Kind",
     "Labels",
+    "Masks",
     "Method",
     "ModelSpec",
     "Outputs",

@@ -23,8 +23,6 @@ from kdbench.data.sources import Source
 from kdbench.data.views import IGNORED
 from kdbench.errors import UserError, first_few, nearest, printable, shown
 
-Number = Annotated[int, Field(ge=0, le=LARGEST_NUMBER)]
-Label = Annotated[int, Field(ge=0, le=IGNORED)]
 MapName = Literal["identity", "cityscapes", "ade20k", "camvid", "coco_stuff"]
 
 
@@ -67,7 +65,7 @@ _OWN = Layout("images/{part}/*", "masks/{part}/*.png", "train", "val", (0, 0), "
 
 def masks_folder(
     path: Path,
-    labels: MapName | dict[Number, Label] = "identity",
+    labels: MapName | dict[int, int] = "identity",
     classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_CLASSES)] | None = None,
     size: InputSize = 512,
     fitting: Fitting = "letterbox",
@@ -138,8 +136,10 @@ def _label_map(labels: str | Mapping[int, int], classes: tuple[str, ...] | None)
         raise UserError("data masks_folder: classes must list the names of the classes, or labels name a map: " + ", ".join(NAMES))
     if isinstance(labels, str):
         return own_label_map(None, classes)
-    if beyond := sorted({label for label in labels.values() if len(classes) <= label != IGNORED}):
+    if beyond := sorted({label for label in labels.values() if not 0 <= label < len(classes) and label != IGNORED}):
         raise UserError(f"data masks_folder: labels has the class {beyond[0]}, and classes lists {len(classes)} names")
+    if strange := sorted(number for number in labels if not 0 <= number <= LARGEST_NUMBER):
+        raise UserError(f"data masks_folder: labels has the number {strange[0]}, expected 0 .. {LARGEST_NUMBER}")
     return own_label_map(dict(labels), classes)
 
 

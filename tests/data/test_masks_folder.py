@@ -204,6 +204,8 @@ def test_a_picture_without_labels_is_named_or_left_out(tmp_path: Path) -> None:
         ({}, "classes must list the names of the classes, or labels name a map: cityscapes, ade20k"),
         ({"labels": "camvid", "classes": ["x"]}, "labels: camvid names the classes itself; leave classes out"),
         ({"labels": {0: 3}, "classes": ["x"]}, "labels has the class 3, and classes lists 1 names"),
+        ({"labels": {0: -1}, "classes": ["x"]}, "labels has the class -1, and classes lists 1 names"),
+        ({"labels": {70_000: 0}, "classes": ["x"]}, "labels has the number 70000, expected 0 .. 65535"),
         ({"labels": "cityscape"}, "labels.literal.*: expected 'identity', 'cityscapes'"),
         ({"classes": ["x"], "train": "trian"}, r"has no pictures 'images/trian/\*'; it holds images, masks"),
         ({"labels": "cityscapes"}, r"has no pictures 'leftImg8bit/train/\*/\*_leftImg8bit.png'"),
