@@ -47,6 +47,7 @@ PARTS = {
     "f": Part("memory", "benchmarks.memory", 70, 20),
     "g": Part("start", "benchmarks.start", 110, 15),
     "begin": Part("from a process that is warm to the first step", "benchmarks.begin", 90, 15, asked_for=True),
+    "boxes": Part("detectors: a step, cached pyramids, average precision", "benchmarks.boxes", 120, 20, asked_for=True),
     "methods": Part("what a step of each method costs", "benchmarks.methods", 150, 15, asked_for=True),
     "store": Part("records: one file each, and compacted", "benchmarks.store", 120, 20, asked_for=True),
     "scaling": Part("Ray's share of a trial, a report and a checkpoint", "benchmarks.scaling", 420, 90, asked_for=True),
