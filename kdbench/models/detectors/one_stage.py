@@ -15,6 +15,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from kdbench.models.detectors.anchors import AnchorReading, anchor_sizes
 from kdbench.models.detectors.cells import CellReading
+from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
 from kdbench.models.detectors.pyramids import IMAGENET, Pyramid, below_backbone, check_preset, norm_of
 from kdbench.models.detectors.readings import Reading
 from kdbench.models.inputs import InputSpec
@@ -22,7 +23,7 @@ from kdbench.models.inputs import InputSpec
 _GROUPS = 32  # of the group norms in FCOS's towers
 
 
-class OneStage(nn.Module):
+class OneStage(WithTorchvisionsWeights):
     """A pyramid and a head that all levels share.
 
     level_modules, stage_modules: paths of the modules that give the pyramid's and the backbone's maps, the finest first.

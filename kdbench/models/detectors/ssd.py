@@ -19,6 +19,7 @@ from kdbench.errors import UserError
 from kdbench.models.backbones import body, see_channels
 from kdbench.models.detectors.anchors import DefaultBoxReading
 from kdbench.models.detectors.one_stage import by_anchor
+from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
 from kdbench.models.detectors.pyramids import check_preset
 from kdbench.models.inputs import InputSpec
 
@@ -31,7 +32,7 @@ _NARROWEST = 16
 _NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 
 
-class SSDLite(nn.Module):
+class SSDLite(WithTorchvisionsWeights):
     """Two maps of a backbone, at strides 16 and 32, further ones behind it, and depthwise predictions for each of them.
 
     level_modules: paths of the modules that give the maps, the finest first. stage_modules: of the backbone's two.
