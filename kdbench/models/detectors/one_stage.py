@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,9 @@ class OneStage(WithTorchvisionsWeights):
 
 class _Heads(nn.Module):
     """Under the names that torchvision gives them."""
+
+    classification_head: Any
+    regression_head: Any
 
     def __init__(self, classification: nn.Module, regression: nn.Module) -> None:
         super().__init__()
