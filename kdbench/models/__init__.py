@@ -44,7 +44,7 @@ MODELS: dict[str, Entry] = {
     ),
     "retinanet_resnet18_fpn": Entry(
         "kdbench.models.detectors.one_stage:retinanet_resnet18_fpn",
-        "detection, RetinaNet, 20 M; options width, finest, levels, anchor, preset",
+        "detection, RetinaNet, 21 M; options width, finest, levels, anchor, preset",
     ),
     "retinanet_resnet50_fpn": Entry(
         "kdbench.models.detectors.one_stage:retinanet_resnet50_fpn",
@@ -56,7 +56,7 @@ MODELS: dict[str, Entry] = {
     ),
     "fasterrcnn_resnet18_fpn": Entry(
         "kdbench.models.detectors.two_stage:fasterrcnn_resnet18_fpn",
-        "detection, Faster R-CNN, 28 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
+        "detection, Faster R-CNN, 29 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
     ),
     "fasterrcnn_resnet50_fpn": Entry(
         "kdbench.models.detectors.two_stage:fasterrcnn_resnet50_fpn",

@@ -143,7 +143,7 @@ class _Renamed(Body):
         return OrderedDict(zip(self._names, self.inner(images).values(), strict=True))
 
 
-class _Getter(IntermediateLayerGetter):
+class _Getter(IntermediateLayerGetter):  # type: ignore[misc]
     """Torchvision's own, with the facts of a `Body`."""
 
     channels: tuple[int, ...]
@@ -197,7 +197,7 @@ class _Sequence(Body):
         return found
 
 
-def _timms(name: str, strides: Sequence[int], in_channels: int, names: tuple[str, ...] = (), **options: int) -> nn.Module:
+def _timms(name: str, strides: Sequence[int], in_channels: int, names: tuple[str, ...] = (), **options: Any) -> nn.Module:
     """names: of the maps. options: of timm's builder."""
     import timm  # five seconds, which only those pay who name one of its models
 
@@ -206,7 +206,8 @@ def _timms(name: str, strides: Sequence[int], in_channels: int, names: tuple[str
         raise UserError(f"backbone {shown(name)} is neither one of torchvision's nor of timm's{nearest(name, known)}")
     try:
         with torch.device("meta"):
-            reductions = timm.create_model(name, features_only=True, **options).feature_info.reduction()
+            outline: Any = timm.create_model(name, features_only=True, **options)
+        reductions = outline.feature_info.reduction()
         _check(name, strides, reductions)
         indices = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
         network = timm.create_model(name, features_only=True, out_indices=indices, in_chans=in_channels, **options)

@@ -72,13 +72,15 @@ def build_model(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     image: str | None = None,
+    class_ids: Sequence[int] = (),
     **facts: int,
 ) -> nn.Module:
     """The network of `spec` for images [B, in_channels, image_size, image_size], with its `input_spec` set: see `models.inputs`.
 
     The name is looked up in `MODELS`, then as `package.module:Class`, then in timm. mean, std: the data's, one number a channel;
     a pretrained timm model takes its own. image: the name of the input that is an image, where there are several; in_channels and
-    image_size are None where there is no image. facts: what else the data say, such as the number of words.
+    image_size are None where there is no image. class_ids: the data's own numbers of the classes, where it has some: by them columns of
+    weights for COCO are chosen. facts: what else the data say, such as the number of words.
 
     Raises UserError for a wrong name, option or weights file, RunFailed where pretrained weights can't be fetched.
     """
@@ -99,6 +101,8 @@ def build_model(
     else:
         model = _build_timm(spec, num_classes, in_channels, image_size)
         inputs = _timm_inputs(model, spec, image_size, mean, std)
+    if class_ids and hasattr(model, "class_ids"):
+        model.class_ids = tuple(class_ids)  # type: ignore[assignment]
     if isinstance(spec.weights, Path) and not _WEIGHTLESS.get():
         load_weights(model, local_path(spec.weights, f"model {spec.name!r}: weights"), name=spec.name, num_classes=num_classes)
     # A user's class may come with an input_spec of its own, which is then right.

@@ -51,13 +51,14 @@ def predicted(model: nn.Module, inputs: Columns) -> Columns:
 def main_output(model: nn.Module, output: Any) -> Columns:
     """The prediction in what the model's `forward` returned: the only place that reads it.
 
-    Of a model that says `prediction_names`, as a task's `build_model` may have it say, the prediction is the entries of these names.
+    Of a model that says `prediction_names`, as a task's `build_model` may have it say, the prediction is the entries of these names. A
+    `reading` says them too.
 
     A tensor is the prediction. So is the entry `logits` of a mapping and the attribute `logits` of a named tuple or a data class,
     as the models of transformers and torchvision's GoogLeNet and Inception return them. Everything beside it is left aside:
     auxiliary classifiers add nothing to the loss. Raises UserError for anything else, such as a plain tuple, whose order says nothing.
     """
-    names: Sequence[str] = getattr(model, "prediction_names", ())
+    names: Sequence[str] = getattr(model, "prediction_names", ()) or getattr(reading_of(model), "names", ())
     found = f"a dictionary of {sorted(map(str, output))}" if isinstance(output, Mapping) else f"a {type(output).__name__}"
     if names:
         if isinstance(output, Mapping) and all(isinstance(output.get(name), Tensor) for name in names):

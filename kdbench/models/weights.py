@@ -24,8 +24,15 @@ def load_weights(model: nn.Module, path: Path, *, name: str, num_classes: int) -
 
 
 def check_weights(model: nn.Module, path: Path, *, name: str, num_classes: int) -> dict[str, Tensor]:
-    """What `load_weights` would put into `model`, which may be on the meta device and stays as it is. Raises UserError as that does."""
-    return matched(read_weights(path, model.state_dict()), model, path, name=name, num_classes=num_classes)
+    """What `load_weights` would put into `model`, which may be on the meta device and stays as it is. Raises UserError as that does.
+
+    A model whose weights come under other names too, such as a detector of torchvision's, has a method `translated_weights`.
+    """
+    stored = read_weights(path, model.state_dict())
+    translated = getattr(model, "translated_weights", None)
+    if translated is not None:
+        stored = translated(stored)
+    return matched(stored, model, path, name=name, num_classes=num_classes)
 
 
 def matched(stored: Mapping[str, Tensor], model: nn.Module, path: Path, *, name: str, num_classes: int) -> dict[str, Tensor]:

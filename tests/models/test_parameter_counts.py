@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 
@@ -35,7 +37,9 @@ PUBLISHED = {
 PUBLISHED_IN_MILLIONS = {"cifar_resnet8": 0.08, "cifar_resnet14": 0.18, "wrn_16_1": 0.18}
 
 
-OF_IMAGES = [name for name in MODELS if name not in ("tiny_text", "tiny_towers")]  # those of words: tests/models/test_towers.py
+# Those of words have tests in test_towers.py, detectors and segmentation networks on backbones by name in detectors/ and segmenters/.
+ON_BACKBONES = [name for name, entry in MODELS.items() if re.search(r"one_stage|two_stage|ssd|segmenters", entry.target)]
+OF_IMAGES = [name for name in MODELS if name not in ("tiny_text", "tiny_towers", *ON_BACKBONES)]
 
 
 def build(name: str, **options: int) -> nn.Module:
@@ -66,6 +70,23 @@ def test_depth_adds_the_same_blocks_to_narrow_resnets() -> None:
 @pytest.mark.parametrize(("name", "parameters"), [("tiny_cnn", 24_058), ("tiny_fcn", 5_442), ("small_fcn", 120_938), ("tiny_fcos", 31_064)])
 def test_small_networks_stay_small(name: str, parameters: int) -> None:
     assert count(build(name, num_classes=10, in_channels=1)) == parameters
+
+
+@pytest.mark.parametrize("name", ON_BACKBONES)
+def test_summaries_of_networks_on_backbones_say_their_size(name: str) -> None:
+    said = re.search(r", (\d+) M;", MODELS[name].summary)
+    with torch.device("meta"):
+        millions = count(build(name, num_classes=80)) / 1e6
+    assert (said is None) == ("on any backbone" in MODELS[name].summary)
+    assert said is None or int(said[1]) == round(millions), millions
+
+
+@pytest.mark.parametrize("name", ON_BACKBONES)
+def test_summaries_of_networks_on_backbones_name_their_options(name: str) -> None:
+    taken = list(inspect.signature(resolve("model", name, MODELS)).parameters)
+    said = re.search(r"; options? (.*)$", MODELS[name].summary)
+    assert said is not None
+    assert said[1].split(", ") == [option for option in taken if option not in ("num_classes", "in_channels")]
 
 
 @pytest.mark.parametrize("name", [name for name in OF_IMAGES if not name.endswith(("fcn", "fcos"))])

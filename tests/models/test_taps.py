@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.errors import UserError
-from kdbench.models import MODELS
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import TapShape
 from kdbench.models.taps import TapRow, Taps, probe, tap_shapes, tap_table
 from kdbench.models.trace import describe
+from tests.models.test_parameter_counts import OF_IMAGES
 
 GREY = (1, 28, 28)
 
@@ -89,7 +89,7 @@ class Normless(nn.Module):
 
 
 class TestNames:
-    @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("tiny_text", "tiny_towers")])  # which are not of images alone
+    @pytest.mark.parametrize("name", OF_IMAGES)
     def test_stages_of_our_models_are_the_last_modules_at_each_resolution(self, name: str) -> None:
         rows = aliased(tap_table(build(name, 1, 28), GREY))
         stages = [rows[f"stage:{i}"] for i in range(sum(alias.startswith("stage:") for alias in rows) // 2)]

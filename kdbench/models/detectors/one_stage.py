@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from kdbench.models.detectors.anchors import AnchorReading, anchor_sizes
 from kdbench.models.detectors.cells import CellReading
+from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
 from kdbench.models.detectors.pyramids import IMAGENET, Pyramid, below_backbone, check_preset, norm_of
 from kdbench.models.detectors.readings import Reading
 from kdbench.models.inputs import InputSpec
@@ -22,7 +24,7 @@ from kdbench.models.inputs import InputSpec
 _GROUPS = 32  # of the group norms in FCOS's towers
 
 
-class OneStage(nn.Module):
+class OneStage(WithTorchvisionsWeights):
     """A pyramid and a head that all levels share.
 
     level_modules, stage_modules: paths of the modules that give the pyramid's and the backbone's maps, the finest first.
@@ -55,6 +57,9 @@ class OneStage(nn.Module):
 
 class _Heads(nn.Module):
     """Under the names that torchvision gives them."""
+
+    classification_head: Any
+    regression_head: Any
 
     def __init__(self, classification: nn.Module, regression: nn.Module) -> None:
         super().__init__()

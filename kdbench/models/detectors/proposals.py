@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms, nms, roi_align
 
+from kdbench.models.detectors.readings import wide
+
 _SMALLEST = 1e-3  # pixels; a side below it is no proposal, as torchvision has it
 _SAMPLES = 2  # of a map, across and down in each of a box's bins
 
@@ -96,9 +98,10 @@ def pooled(maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, *, bin
     level = (side / turn).log2().add(1 + 1e-6).floor().clamp(0, len(maps) - 1)
 
     def seen(number: int, some: Tensor) -> Tensor:
-        at = maps[number]
+        # In half precision, places of boxes would be rounded to whole pixels.
+        at = wide(maps[number])
         found: Tensor = roi_align(at, some.to(at), bins, 1 / strides[number], _SAMPLES)
-        return found
+        return found.to(maps[number])
 
     if torch.compiler.is_exporting():
         result = seen(0, places)

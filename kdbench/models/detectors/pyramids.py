@@ -30,6 +30,8 @@ class Pyramid(nn.Module):
     level_modules, stage_modules: paths inside this module. strides: of the levels.
     """
 
+    body: Any
+
     def __init__(self, backbone: str, *, width: int, finest: int, levels: int, in_channels: int, norm: Norm, learned: bool) -> None:
         """learned: coarser levels are convolutions of stride 2; without it they take every second pixel."""
         super().__init__()
@@ -39,8 +41,8 @@ class Pyramid(nn.Module):
             raise UserError(f"levels must be 1 to {MOST_LEVELS}, got {levels}.")
         self.strides = tuple(finest << level for level in range(levels))
         own = [stride for stride in self.strides if stride <= COARSEST]
-        self.body: Any = body(backbone, own, in_channels=in_channels, norm=norm)
-        extra = _Coarser(width, levels - len(own), learned)
+        self.body = body(backbone, own, in_channels=in_channels, norm=norm)
+        extra: Any = _Coarser(width, levels - len(own), learned)
         self.fpn = FeaturePyramidNetwork(list(self.body.channels), width, extra)
         self.level_modules = (*(f"fpn.layer_blocks.{level}" for level in range(len(own))), *(f"fpn.extra_blocks.{x}" for x in extra.names))
         self.stage_modules = tuple(f"body.{path}" for path in self.body.taps)
@@ -50,7 +52,7 @@ class Pyramid(nn.Module):
         return list(self.fpn(self.body(images)).values())
 
 
-class _Coarser(ExtraFPNBlock):
+class _Coarser(ExtraFPNBlock):  # type: ignore[misc]
     """Levels beyond the backbone's: `p6`, `p7`, ... as RetinaNet and FCOS have them, or every second pixel."""
 
     def __init__(self, width: int, count: int, learned: bool) -> None:

@@ -19,6 +19,7 @@ from kdbench.errors import UserError
 from kdbench.models.backbones import body, see_channels
 from kdbench.models.detectors.anchors import DefaultBoxReading
 from kdbench.models.detectors.one_stage import by_anchor
+from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
 from kdbench.models.detectors.pyramids import check_preset
 from kdbench.models.inputs import InputSpec
 
@@ -31,7 +32,7 @@ _NARROWEST = 16
 _NORM = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 
 
-class SSDLite(nn.Module):
+class SSDLite(WithTorchvisionsWeights):
     """Two maps of a backbone, at strides 16 and 32, further ones behind it, and depthwise predictions for each of them.
 
     level_modules: paths of the modules that give the maps, the finest first. stage_modules: of the backbone's two.
@@ -49,7 +50,7 @@ class SSDLite(nn.Module):
         strides = tuple(_FIRST_STRIDE << level for level in range(levels))
         self.reading = DefaultBoxReading(num_classes, strides, scales=(*scales, 1.0), ratios=(_RATIOS,) * levels)
         self.head = SSDLiteHead(_channels(self.backbone, in_channels), list(self.reading.per_cell), num_classes + 1, _NORM)
-        first = ("features.0", "features.1")
+        first: tuple[str, ...] = ("features.0", "features.1")
         if isinstance(self.backbone, _Maps):
             first = tuple(f"body.{path}" for path in self.backbone.body.taps)
         self.stage_modules = tuple(f"backbone.{path}" for path in first)
@@ -76,17 +77,19 @@ def _mobile(name: str, width: int, levels: int, in_channels: int) -> nn.Module:
     last = [position for position, layer in enumerate(features) if getattr(layer, "_is_cn", False)][-1]
     if name == "mobilenet_v2":
         features[last].block = features[last].conv  # as the blocks of MobileNetV3 call it
-    found = SSDLiteFeatureExtractorMobileNet(features, last, _NORM, width_mult=width / _WIDEST, min_depth=_NARROWEST)
-    found.extra = found.extra[: levels - 2]
+    found: nn.Module = SSDLiteFeatureExtractorMobileNet(features, last, _NORM, width_mult=width / _WIDEST, min_depth=_NARROWEST)
+    found.extra = nn.ModuleList(list(found.get_submodule("extra").children())[: levels - 2])
     return found
 
 
 class _Maps(nn.Module):
     """A backbone's maps at strides 16 and 32, and further ones behind the last."""
 
+    body: Any
+
     def __init__(self, name: str, width: int, levels: int, in_channels: int) -> None:
         super().__init__()
-        self.body: Any = body(name, (_FIRST_STRIDE, 2 * _FIRST_STRIDE), in_channels=in_channels)
+        self.body = body(name, (_FIRST_STRIDE, 2 * _FIRST_STRIDE), in_channels=in_channels)
         widths = [max(_NARROWEST, width // share) for share in (1, 2, 2, 4)][: levels - 2]
         before = [self.body.channels[-1], *widths]
         self.extra = nn.ModuleList(_halved(first, after) for first, after in zip(before, widths, strict=False))

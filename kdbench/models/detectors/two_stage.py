@@ -21,6 +21,7 @@ from torchvision.models.detection.rpn import RPNHead
 from kdbench.errors import UserError
 from kdbench.models.detectors.anchors import BOX, AnchorReading, Weights, anchor_sizes, decode
 from kdbench.models.detectors.one_stage import by_anchor
+from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
 from kdbench.models.detectors.proposals import best_proposals, pooled
 from kdbench.models.detectors.pyramids import IMAGENET, Pyramid, below_backbone, check_preset, norm_of
 from kdbench.models.detectors.readings import Dense, Reading, suppressed, wide
@@ -107,7 +108,7 @@ class _SecondStage(nn.Module):
         self.box_predictor = FastRCNNPredictor(hidden, num_classes + 1)
 
 
-class FasterRCNN(nn.Module):
+class FasterRCNN(WithTorchvisionsWeights):
     """A pyramid, a first stage of three anchors a cell and a second one with two hidden layers: see `TwoStageReading`.
 
     level_modules, stage_modules: paths of the modules that give the pyramid's and the backbone's maps, the finest first.

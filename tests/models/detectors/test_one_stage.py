@@ -42,7 +42,7 @@ def test_a_preset_builds_what_torchvisions_weights_need(name: str) -> None:
     norms = [layer for layer in network.backbone.body.modules() if isinstance(layer, nn.BatchNorm2d | FrozenBatchNorm2d)]
     assert {type(layer) for layer in norms} == {FrozenBatchNorm2d}
     assert {layer.eps for layer in norms} == {1e-5 if name.startswith("fcos") else 0.0}
-    peer: Any = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES, norm_layer=FrozenBatchNorm2d)
+    peer: Any = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES)
     assert network.state_dict().keys() == {key for key in peer.state_dict() if not key.endswith("num_batches_tracked")}
     assert ours(name).input_spec.mean == (0.5,) * 3
 
