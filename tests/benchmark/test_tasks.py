@@ -88,8 +88,9 @@ class Undisturbed(NamedTuple):
         return build_task(load_experiment(self.experiment).task)
 
 
-# CI has 45 minutes: what segmentation has in common with classification, one tensor in and one out, is left to `make test-nodes`.
-NAMES = [pytest.param(name, marks=[pytest.mark.nodes] if name == "segmentation" else []) for name in EACH_TASK]
+# CI has 45 minutes: what these tasks have in common with classification, one tensor in and one out, is left to `make test-nodes`.
+AS_CLASSIFICATION = ("segmentation", "multi_label")
+NAMES = [pytest.param(name, marks=[pytest.mark.nodes] if name in AS_CLASSIFICATION else []) for name in EACH_TASK]
 
 
 @pytest.fixture(scope="module", params=NAMES)
