@@ -64,6 +64,8 @@ def best_proposals(
 def _kept_by_image(boxes: Tensor, scores: Tensor, of_level: Tensor, large: Tensor, overlap: float, size: tuple[int, int]) -> Tensor:
     """Which boxes [B, K, 4] stay, bool [B, K]."""
     kept = torch.zeros_like(large)
+    if boxes.is_meta:  # where a network is only looked at, no box has a place
+        return large
     for row, some in enumerate(large):
         places = some.nonzero().flatten()
         kept[row, places[batched_nms(boxes[row, places], scores[row, places], of_level[places], overlap)]] = True
@@ -103,7 +105,7 @@ def pooled(maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, *, bin
         found: Tensor = roi_align(at, some.to(at), bins, 1 / strides[number], _SAMPLES)
         return found.to(maps[number])
 
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or places.is_meta:
         result = seen(0, places)
         for number in range(1, len(maps)):
             result = torch.where((level == number)[:, None, None, None], seen(number, places), result)
