@@ -251,6 +251,14 @@ def test_batches_depend_neither_on_the_threads_nor_on_their_size_nor_on_the_work
             assert all(torch.equal(batch.target[name], expected.target[name][rows]) for name in expected.target)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_same_bits() -> None:
+    augment = Augment(resized_crop=0.4, flip=True, operations=1)
+    here, there = (next(view_batches(part_of(), 1, augment, 5, 10, torch.device(name))) for name in ("cpu", "cuda"))
+    assert all(there.target[name].is_cuda and torch.equal(here.target[name], there.target[name].cpu()) for name in ("labels", "masks"))
+    torch.testing.assert_close(there.target["boxes"].cpu(), here.target["boxes"])
+
+
 def test_pictures_in_memory_may_have_labels_in_files() -> None:
     encoded = part_of("stretch")
     part = replace(drawn(encoded), target=encoded.target["labels"], kinds={})
