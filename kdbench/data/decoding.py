@@ -105,8 +105,8 @@ def _looked_at(part: Part, row: int, decode: bool) -> Look:
         where = int(images.rows[row])
         image, look = examined(images.store.read(where), images.store.name(where), decode, images.annotated_size(row))
         placement = images.frame.place(*image.shape[-2:]) if image is not None else None
-    if decode:
-        for target in part.encoded_targets.values():
+    for target in part.encoded_targets.values() if decode else ():
+        if isinstance(target, EncodedLabels):  # masks were checked when they were read
             target.drawn(row, placement)
     return look
 

@@ -73,6 +73,11 @@ def _filled(shape: tuple[int, ...], box: tuple[int, int, int, int]) -> np.ndarra
     return mask
 
 
+def target_of(part: Part) -> Any:
+    """Its columns by name, whatever they are."""
+    return part.target
+
+
 def drawn(part: Part) -> Part:
     """The same part in memory, as evaluation sees it."""
     target = {name: torch.stack([column.drawn(row) for row in range(len(part))]) for name, column in part.encoded_targets.items()}
@@ -246,6 +251,14 @@ def test_batches_depend_neither_on_the_threads_nor_on_their_size_nor_on_the_work
             assert all(torch.equal(batch.target[name], expected.target[name][rows]) for name in expected.target)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_same_bits() -> None:
+    augment = Augment(resized_crop=0.4, flip=True, operations=1)
+    here, there = (next(view_batches(part_of(), 1, augment, 5, 10, torch.device(name))) for name in ("cpu", "cuda"))
+    assert all(there.target[name].is_cuda and torch.equal(here.target[name], there.target[name].cpu()) for name in ("labels", "masks"))
+    torch.testing.assert_close(there.target["boxes"].cpu(), here.target["boxes"])
+
+
 def test_pictures_in_memory_may_have_labels_in_files() -> None:
     encoded = part_of("stretch")
     part = replace(drawn(encoded), target=encoded.target["labels"], kinds={})
@@ -278,7 +291,7 @@ def test_selecting_samples_decodes_nothing() -> None:
 
 def test_the_hash_says_all_that_decides_what_is_drawn() -> None:
     part = part_of()
-    labels, masks = part.target["labels"], part.target["masks"]
+    labels, masks = target_of(part)["labels"], target_of(part)["masks"]
     table = replace(NUMBERED, numbers={0: 0, 1: 2, 2: 1, 255: IGNORED})
     frame = Frame((28, 32), "letterbox", 34, (0, 0, 0))
     other = [
@@ -312,7 +325,7 @@ def test_a_source_may_have_labels_in_files_and_its_map_must_have_its_classes() -
 def test_a_label_that_the_map_does_not_name_ends_in_one_line_before_the_training() -> None:
     files = list(part_of().target["labels"].store.files)
     files[3] = png(np.full(SIZES[3], 7, np.uint8))
-    labels = replace(part_of().target["labels"], store=Contents(files), label_map=replace(NUMBERED, way_out="Name another map."))
+    labels = replace(target_of(part_of())["labels"], store=Contents(files), label_map=replace(NUMBERED, way_out="Name another map."))
     part = replace(part_of(), target=labels, kinds={})
     with pytest.raises(UserError, match=r"file 3 has a pixel of value 7, which label map 'test' of 3 classes does not name\. Name another"):
         check_decodable(part, "training")
@@ -327,7 +340,7 @@ def test_a_label_that_the_map_does_not_name_ends_in_one_line_before_the_training
 def test_labels_of_another_size_than_their_picture_end_in_one_line() -> None:
     files = list(part_of().target["labels"].store.files)
     files[2] = png(np.zeros((10, 20), np.uint8))
-    part = replace(part_of(), target=replace(part_of().target["labels"], store=Contents(files)), kinds={})
+    part = replace(part_of(), target=replace(target_of(part_of())["labels"], store=Contents(files)), kinds={})
     with pytest.raises(UserError, match=r"file 2 has 20 x 10 pixels and its picture 20 x 20; labels must be as large as the picture"):
         list(in_order(part, 2))
     with pytest.raises(UserError, match=r"file 2 has 20 x 10 pixels"):

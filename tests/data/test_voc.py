@@ -249,6 +249,12 @@ def test_xml_that_does_more_than_say_is_refused(content: bytes, message: str) ->
         parse_xml(content)
 
 
+def test_xml_that_is_too_long_is_left_alone(root: Path) -> None:
+    (root / "Annotations" / "2007_000032.xml").write_bytes(b"<annotation>" + b" " * 4_000_000 + b"</annotation>")
+    with pytest.raises(UserError, match=r"2007_000032.xml can't be read: it has more than 4 MB\. Mend it"):
+        voc(root)
+
+
 def test_xml_gives_its_elements() -> None:
     tree = parse_xml(b"<a x='1'><b>one</b><b>tw&amp;o</b></a>")
     assert [tree.tag, tree.attrib, [b.text for b in tree.findall("b")]] == ["a", {"x": "1"}, ["one", "tw&o"]]

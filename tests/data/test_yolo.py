@@ -111,6 +111,14 @@ def test_labels_may_lie_beside_pictures_or_in_folders_inside(root: Path) -> None
     assert len(list(in_order(yolo(root, size=32).test, 2))) == 2
 
 
+def test_the_last_folder_called_images_is_the_one_with_labels_beside_it(root: Path) -> None:
+    (root / "images" / "old").mkdir()
+    for kind in ("images", "labels"):
+        (root / kind / "train").rename(root / "images" / "old" / kind)
+    (root / "data.yaml").write_text(YAML.replace("images/train", "images/old/images"))
+    assert opened(root).train.target["labels"].tolist() == [[1, 0], [0, -1], [-1, -1]]
+
+
 BROKEN = [
     ("2 0.5 0.5 0.2 0.2", "line 1 has the class 2, expected a whole number from 0 to 1", "1 objects of an unknown class"),
     ("0.5 0.5 0.5 0.2 0.2", "line 1 has the class 0.5", "1 objects of an unknown class"),
