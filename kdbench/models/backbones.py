@@ -14,6 +14,7 @@ from torchvision.models.resnet import ResNet
 
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError, in_one_line, shown
+from kdbench.models.bounds import cut_down
 
 Norm = Callable[[int], nn.Module]
 _DILATED = 8  # stride of the last map of a network for segmentation
@@ -45,6 +46,13 @@ def body(name: str, strides: Sequence[int], *, in_channels: int, norm: Norm = nn
     Raises:
         UserError: neither library has the name, or the network gives no map at one of the strides.
     """
+    with cut_down() as kept:
+        found = _body(name, strides, in_channels, norm)
+        kept(found)
+    return found
+
+
+def _body(name: str, strides: Sequence[int], in_channels: int, norm: Norm) -> nn.Module:
     if name not in torchvision_models.list_models(module=torchvision_models):
         return _timms(name, strides, in_channels)
     if name.startswith(("resnet", "resnext", "wide_resnet")):
@@ -88,6 +96,13 @@ def dilated_body(name: str, in_channels: int) -> Any:
     Raises:
         UserError: timm does not have the network or can't dilate it.
     """
+    with cut_down() as kept:
+        found = _dilated(name, in_channels)
+        kept(found)
+    return found
+
+
+def _dilated(name: str, in_channels: int) -> Any:
     if name in ("mobilenet_v3_large", "mobilenet_v3_small"):
         features, marks = _mobile(name, in_channels)
         return _cut(features, {"out": marks[-1]})
@@ -110,8 +125,11 @@ def low_and_high_body(name: str, in_channels: int) -> Any:
         UserError: see `body`.
     """
     if name in ("mobilenet_v3_large", "mobilenet_v3_small"):
-        features, marks = _mobile(name, in_channels)
-        return _cut(features, {"low": marks[-4], "high": marks[-1]})
+        with cut_down() as kept:
+            features, marks = _mobile(name, in_channels)
+            mobile = _cut(features, {"low": marks[-4], "high": marks[-1]})
+            kept(mobile)
+        return mobile
     found: Any = body(name, (8, 16), in_channels=in_channels)
     return _Renamed(found, ("low", "high"))
 

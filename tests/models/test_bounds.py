@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kdbench.errors import TooMuch, UserError
+from kdbench.models import bounds
 from kdbench.models.bounds import MOST_MODULES, at_most, bounded
 from kdbench.models.build import ModelSpec, build_model
 
@@ -38,3 +39,20 @@ def test_as_many_parameters_as_are_allowed_are_built_and_no_more() -> None:
     with at_most(1), bounded("ours"):
         nn.LazyLinear(5)  # has no size yet
     nn.Linear(5, 5)  # the bound ends with its block
+
+
+def test_of_a_backbone_that_is_cut_only_what_is_kept_counts() -> None:
+    spec = ModelSpec.model_validate({"name": "retinanet", "backbone": "resnet18", "width": 8, "finest": 4, "levels": 1, "anchor": 16})
+    parameters = sum(parameter.numel() for parameter in build_model(spec, **FACTS).parameters())
+    assert parameters < 500_000  # ResNet-18 has 11.7 million
+    with at_most(parameters):
+        build_model(spec, **FACTS)
+    with at_most(parameters - 1), pytest.raises(TooMuch, match=f"more than {parameters - 1:,} parameters"):
+        build_model(spec, **FACTS)
+
+
+def test_a_backbone_that_is_cut_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_PASSING", 10_000_000)
+    spec = ModelSpec.model_validate({"name": "retinanet", "backbone": "resnet18", "width": 8, "finest": 4, "levels": 1, "anchor": 16})
+    with pytest.raises(TooMuch, match="more than 10,000,000 parameters"):
+        build_model(spec, **FACTS)

@@ -17,6 +17,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from kdbench.errors import UserError
 from kdbench.models.backbones import body, see_channels
+from kdbench.models.bounds import cut_down
 from kdbench.models.detectors.anchors import DefaultBoxReading
 from kdbench.models.detectors.one_stage import by_anchor
 from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
@@ -70,10 +71,12 @@ class SSDLite(WithTorchvisionsWeights):
 def _mobile(name: str, width: int, levels: int, in_channels: int) -> nn.Module:
     """Torchvision's layout: MobileNet up to the expansion of its last block of stride 2, the rest of it, and `extra`."""
     tail: dict[str, Any] = {"reduced_tail": True} if name.startswith("mobilenet_v3") else {}
-    network: Any = torchvision_models.get_model(name, weights=None, norm_layer=_NORM, **tail)
-    see_channels(network, in_channels)
-    drawn(network)
-    features = network.features
+    with cut_down() as kept:
+        network: Any = torchvision_models.get_model(name, weights=None, norm_layer=_NORM, **tail)
+        see_channels(network, in_channels)
+        features = network.features
+        kept(features)
+    drawn(features)
     last = [position for position, layer in enumerate(features) if getattr(layer, "_is_cn", False)][-1]
     if name == "mobilenet_v2":
         features[last].block = features[last].conv  # as the blocks of MobileNetV3 call it
