@@ -18,6 +18,7 @@ from kdbench.data.views import Augment
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.detectors.cells import CellReading
+from kdbench.models.outputs import Outputs, predicted, reading_of
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.tasks.detection import Detection
 from kdbench.training.assembly import assemble
@@ -35,6 +36,16 @@ DATA = {"name": "shapes", "target": "boxes", "size": 32, "train": 40, "test": 10
 TASK: dict[str, Any] = {"name": "detection", "data": DATA, "val_size": 10, "transfer_size": 24}
 STUDENT = {"name": "tiny_fcos", "width": 4}
 PLAIN = {"name": "tests.training.units:PlainDetector"}  # without batch statistics
+TWO_STAGES = {
+    "name": "faster_rcnn",
+    "backbone": "resnet18",
+    "width": 8,
+    "levels": 2,
+    "anchor": 16,
+    "hidden": 8,
+    "proposals": 9,
+    "learned": 7,
+}
 RECIPE = {"epochs": 1, "batch_size": 12, "lr": 0.01, "precision": "fp64", "augment": {"crop": 2, "flip": True}, "views": 2}
 
 
@@ -145,3 +156,41 @@ def test_the_content_hash_knows_names_and_values_of_columns() -> None:
     other = Part(images, {"labels": torch.zeros(2, 1), "boxes": boxes + 1}, torch.arange(2))
     renamed = Part(images, {"places": boxes, "labels": torch.zeros(2, 1)}, torch.arange(2))
     assert len({part.sha256() for part in (named, other, renamed)}) == 3
+
+
+def test_a_network_of_two_stages_is_handed_the_true_boxes_and_no_other_is() -> None:
+    task = build_task(TaskSpec.model_validate(TASK))
+    assert isinstance(task, Detection)
+    loader = Loader(task.splits().train, 6, augment=Augment(), views=1, data_seed=0, order_seed=0)
+    batch = next(iter(loader.batches(0)))
+    target = several(batch.target) | {"crowd": several(batch.target)["labels"] == 2}
+    crowded = replace(batch, target=target)
+    two = task.build_model(ModelSpec.model_validate(TWO_STAGES))
+    given = task.learned_by(two).truth(crowded)
+    assert torch.equal(given["boxes"], target["boxes"])
+    assert torch.equal(given["labels"], target["labels"].masked_fill(target["crowd"], -1))
+    assert (given["labels"] != target["labels"]).any()
+    assert task.learned_by(task.build_model(ModelSpec.model_validate(STUDENT))).truth(batch) == {}
+    assert task.learned_by(two).truth(replace(batch, target=None)) == {}
+    assert task.truth(batch) == {}
+
+
+def test_which_anchors_are_learned_follows_from_sample_and_view_and_not_from_the_batch() -> None:
+    task = build_task(TaskSpec.model_validate(TASK | {"data": DATA | {"size": 64}}))  # of 960 anchors, 256 are learned
+    assert isinstance(task, Detection)
+    network = task.build_model(ModelSpec.model_validate(TWO_STAGES)).eval()
+    bound = task.learned_by(network)
+    loader = Loader(task.splits().train, 6, augment=Augment(), views=1, data_seed=0, order_seed=0)
+    batch = next(iter(loader.batches(0)))
+
+    def objectness(rows: list[int], view: int) -> torch.Tensor:
+        some = replace(batch, inputs=batch.inputs[rows], target={k: v[rows] for k, v in several(batch.target).items()})
+        some = replace(some, index=batch.index[rows], view=view)
+        prediction = {name: values[rows] for name, values in several(given).items()}
+        return bound.loss(Outputs(prediction, reading=reading_of(network)), some)["objectness"]
+
+    with torch.no_grad():
+        given = predicted(network, batch.inputs)
+        one = torch.stack([objectness([row], 0) for row in range(6)])
+        torch.testing.assert_close(objectness([4, 1, 5], 0), one[[4, 1, 5]].mean())
+        assert not torch.equal(torch.stack([objectness([row], 1) for row in range(6)]), one)
