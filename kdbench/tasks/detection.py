@@ -74,7 +74,7 @@ class Detection(Task):
 
     def build_model(self, spec: ModelSpec) -> nn.Module:
         who = f"model {spec.name!r}"
-        model = build_model(spec, **self.source.network_facts, class_ids=getattr(self.source, "class_ids", ()))
+        model = build_model(spec, **self.source.network_facts, class_ids=self.source.class_ids)
         reading, inputs = reading_of(model), model.input_spec
         if not isinstance(reading, Reading):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchvision.models import detection
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.detectors.pretrained import columns_by_category, current_names
+from kdbench.tasks.build import TaskSpec, build_task
 
 NAMES = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn", "ssdlite320_mobilenet_v3_large")
 IDS = (18, 3, 90)  # dog, car, toothbrush
@@ -117,3 +119,19 @@ def test_weights_of_the_datas_own_classes_load_as_they_are_and_others_are_refuse
         assert torch.equal(again.state_dict()[name], value)
     with pytest.raises(UserError, match=r"has another shape|has 27 classes"):
         build_model(with_weights, num_classes=5, **facts)
+
+
+def test_the_task_chooses_columns_by_the_ids_that_the_data_give(tmp_path: Path) -> None:
+    data = {"name": "shapes", "target": "boxes", "size": 32, "train": 6, "test": 2}
+    task = build_task(TaskSpec.model_validate({"name": "detection", "data": data, "val_size": 2}))
+    assert task.source is not None
+    ids = (7, 3, 90, 44, 1)  # as COCO's would be
+    task.source = replace(task.source, class_ids=ids)
+    options = {"backbone": "resnet18", "width": 8, "levels": 2, "anchor": 16}
+    facts: dict[str, Any] = {"num_classes": 91, "in_channels": 3, "image_size": 32, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    whole = build_model(ModelSpec.model_validate({"name": "retinanet", **options}), **facts).state_dict()
+    torch.save(whole, tmp_path / "coco.pth")
+    network = task.build_model(ModelSpec.model_validate({"name": "retinanet", **options, "weights": tmp_path / "coco.pth"}))
+    name = "head.classification_head.cls_logits.weight"
+    assert torch.equal(network.state_dict()[name], whole[name].view(9, 91, 8, 3, 3)[:, list(ids)].flatten(0, 1))
+    assert torch.equal(network.state_dict()["backbone.body.conv1.weight"], whole["backbone.body.conv1.weight"])
