@@ -62,6 +62,15 @@ MODELS: dict[str, Entry] = {
         "kdbench.models.detectors.two_stage:fasterrcnn_resnet50_fpn",
         "detection, Faster R-CNN, 42 M; options width, finest, levels, anchor, hidden, proposals, learned, preset",
     ),
+    "mask_rcnn": Entry(
+        "kdbench.models.detectors.mask_rcnn:mask_rcnn",
+        "instance masks, Mask R-CNN on any backbone; "
+        "options backbone, width, finest, levels, anchor, hidden, proposals, learned, drawn, preset",
+    ),
+    "maskrcnn_resnet50_fpn": Entry(
+        "kdbench.models.detectors.mask_rcnn:maskrcnn_resnet50_fpn",
+        "instance masks, Mask R-CNN, 44 M; options width, finest, levels, anchor, hidden, proposals, learned, drawn, preset",
+    ),
     "ssdlite": Entry("kdbench.models.detectors.ssd:ssdlite", "detection, SSDLite on any backbone; options backbone, width, levels, preset"),
     "ssdlite320_mobilenet_v3_large": Entry(
         "kdbench.models.detectors.ssd:ssdlite320_mobilenet_v3_large", "detection, SSDLite, 3 M; options width, levels, preset"

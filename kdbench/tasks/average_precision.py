@@ -41,7 +41,12 @@ def average_precision(kept: Mapping[str, Tensor], target: Mapping[str, Tensor], 
 
 
 def measured(
-    found: list[dict[str, Any]], objects: list[dict[str, Any]], images: int, class_names: Sequence[str], of: Literal["bbox", "segm"]
+    found: list[dict[str, Any]],
+    objects: list[dict[str, Any]],
+    images: int,
+    class_names: Sequence[str],
+    of: Literal["bbox", "segm"],
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> dict[str, float]:
     """The numbers of `average_precision`.
 
@@ -51,6 +56,7 @@ def measured(
         images: How many there are; their ids are 0, 1, ....
         class_names: See `average_precision`.
         of: Whether boxes or masks are compared.
+        sizes: Height and width of each picture, which masks need.
     """
     occurring = sorted({one["category_id"] for one in objects})
     if not objects or not found:
@@ -59,8 +65,9 @@ def measured(
         return numbers | ({of_class("ap", class_names[label]): 0.0 for label in occurring} if class_names else {})
     from faster_coco_eval import COCO, COCOeval_faster  # takes a second, so only who measures a detector pays
 
+    pictures = [{"id": image, **({"height": sizes[image][0], "width": sizes[image][1]} if sizes else {})} for image in range(images)]
     categories = [{"id": label, "name": str(label)} for label in sorted({one["category_id"] for one in [*objects, *found]})]
-    truth = COCO({"images": [{"id": image} for image in range(images)], "categories": categories, "annotations": objects})
+    truth = COCO({"images": pictures, "categories": categories, "annotations": objects})
     evaluation = COCOeval_faster(truth, truth.loadRes(found), of, print_function=lambda *_: None)
     evaluation.params.maxDets = [1, 10, MOST_BOXES]
     evaluation.evaluate()

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kdbench.models.detectors.anchors import AnchorReading, DefaultBoxReading
 from kdbench.models.detectors.cells import CellReading
+from kdbench.models.detectors.mask_rcnn import MaskReading
 from kdbench.models.detectors.readings import Reading
 from kdbench.models.detectors.two_stage import TwoStageReading
 from kdbench.tasks.anchor_losses import AnchorLosses, DefaultBoxLosses
 from kdbench.tasks.cell_losses import CellLosses
+from kdbench.tasks.mask_losses import MaskLosses
 from kdbench.tasks.two_stage_losses import TwoStageLosses
 
 
@@ -40,6 +42,7 @@ _LOSSES: dict[type[Reading], Callable[[Any], DetectorLosses]] = {
     AnchorReading: AnchorLosses,
     DefaultBoxReading: DefaultBoxLosses,
     TwoStageReading: TwoStageLosses,
+    MaskReading: MaskLosses,
 }
 
 

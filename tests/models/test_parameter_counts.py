@@ -38,7 +38,7 @@ PUBLISHED_IN_MILLIONS = {"cifar_resnet8": 0.08, "cifar_resnet14": 0.18, "wrn_16_
 
 
 # Those of words have tests in test_towers.py, detectors and segmentation networks on backbones by name in detectors/ and segmenters/.
-ON_BACKBONES = [name for name, entry in MODELS.items() if re.search(r"one_stage|two_stage|ssd|segmenters", entry.target)]
+ON_BACKBONES = [name for name, entry in MODELS.items() if re.search(r"one_stage|two_stage|mask_rcnn|ssd|segmenters", entry.target)]
 OF_IMAGES = [name for name in MODELS if name not in ("tiny_text", "tiny_towers", *ON_BACKBONES)]
 
 

@@ -19,6 +19,7 @@ def test_a_family_learns_in_bfloat16(family: str) -> None:
     network = ours(family, **FAMILIES[family]).train()
     objects = target(((3.0, 4.0, 30.0, 40.0), 1), ((20.0, 10.0, 44.0, 30.0), 4))
     objects = {name: torch.cat([column, column]) for name, column in objects.items()} | {"draws": torch.tensor([3, 4])}
+    objects["masks"] = torch.ones(2, 1, 64, 64, dtype=torch.int64)  # of the first object, everything; of the second, nothing
     truth: dict[str, Any] = {name: objects[name] for name in ("boxes", "labels")} if network.reading.wants_truth else {}
     with torch.autocast("cpu", torch.bfloat16):
         prediction = network(torch.rand(2, 3, 64, 64), **truth)
@@ -38,6 +39,7 @@ def test_a_family_learns_in_bfloat16(family: str) -> None:
 
 def test_every_family_says_what_each_term_is_divided_by() -> None:
     objects = target(((3.0, 4.0, 30.0, 40.0), 1)) | {"draws": torch.tensor([3])}
+    objects["masks"] = torch.ones(1, 1, 64, 64, dtype=torch.int64)
     for family, options in FAMILIES.items():
         network = ours(family, **options).eval()
         losses = losses_of(network.reading)

@@ -15,6 +15,7 @@ from torchvision.ops import batched_nms, nms, roi_align
 from kdbench.models.detectors.readings import wide
 
 _SMALLEST = 1e-3  # pixels; a side below it is no proposal, as torchvision has it
+_SMALLEST_FOUND = 1e-2  # the same of what is found in the end
 _SAMPLES = 2  # of a map, across and down in each of a box's bins
 
 
@@ -49,34 +50,76 @@ def best_proposals(
         [part.topk(k, dim=1).indices + start for part, k, start in zip(scores.split(list(levels), dim=1), numbers, starts, strict=True)],
         dim=1,
     )
-    of_level = torch.cat([torch.full((k,), level, device=boxes.device) for level, k in enumerate(numbers)])
+    of_level = torch.cat([torch.full((k,), level, device=boxes.device) for level, k in enumerate(numbers)]).expand(len(boxes), -1)
     scores, boxes = scores.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    height, width = (valid.to(boxes).T if valid is not None else boxes.new_tensor(size)[:, None]).unbind(0)
-    boxes = torch.minimum(boxes.clamp(min=0), torch.stack([width, height, width, height], dim=-1)[:, None])
+    boxes = _cut(boxes, size, valid)
     large = (boxes[..., 2:] - boxes[..., :2] >= _SMALLEST).all(-1)
-    kept = large & (_kept_in_one_call if torch.compiler.is_exporting() else _kept_by_image)(boxes, scores, of_level, large, overlap, size)
+    return _first(boxes, scores, large & _kept(boxes, scores, of_level, large, overlap, size), count)[0]
+
+
+def best_of_classes(
+    boxes: Tensor, scores: Tensor, size: tuple[int, int], valid: Tensor | None, *, count: int, most: int, lowest: float, overlap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best `count` boxes of each image, after non-maximum suppression within each class; shapes depend on no value.
+
+    Args:
+        boxes: [B, R, C, 4], one for each class.
+        scores: [B, R, C].
+        size: As in `best_proposals`.
+        valid: As in `best_proposals`.
+        count: Boxes an image.
+        most: So many of an image's highest scores are candidates.
+        lowest: Scores up to it are left out.
+        overlap: Intersection over union.
+
+    Returns:
+        Boxes [B, count, 4], scores [B, count], falling, and classes, int64 [B, count]; 0 in rows beyond an image's boxes.
+    """
+    scores, order = scores.flatten(1).topk(min(most, scores.shape[1] * scores.shape[2]), dim=1)
+    classes = order % boxes.shape[2]
+    boxes = _cut(boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4)), size, valid)
+    large = (boxes[..., 2:] - boxes[..., :2] >= _SMALLEST_FOUND).all(-1) & (scores > lowest)
+    found, values, best = _first(boxes, scores, large & _kept(boxes, scores, classes, large, overlap, size), count)
+    of_class = F.pad(classes.gather(1, best), (0, count - best.shape[1]))
+    return found, values, torch.where(values > 0, of_class, 0)
+
+
+def _cut(boxes: Tensor, size: tuple[int, int], valid: Tensor | None) -> Tensor:
+    """Boxes [B, K, 4] cut at the edges of their pictures."""
+    height, width = (valid.to(boxes).T if valid is not None else boxes.new_tensor(size)[:, None]).unbind(0)
+    return torch.minimum(boxes.clamp(min=0), torch.stack([width, height, width, height], dim=-1)[:, None])
+
+
+def _first(boxes: Tensor, scores: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` best that are kept, with 0 in rows beyond them: boxes, scores and, of as many as there are places, where they stood."""
     number = min(count, scores.shape[1])
     values, best = scores.masked_fill(~kept, -torch.inf).topk(number, dim=1)
-    chosen = boxes.gather(1, best[..., None].expand(-1, -1, 4)) * (values > -torch.inf)[..., None]
-    return F.pad(chosen, (0, 0, 0, count - number))
+    real = values > -torch.inf
+    chosen = boxes.gather(1, best[..., None].expand(-1, -1, 4)) * real[..., None]
+    return F.pad(chosen, (0, 0, 0, count - number)), F.pad(torch.where(real, values, 0), (0, count - number)), best
 
 
-def _kept_by_image(boxes: Tensor, scores: Tensor, of_level: Tensor, large: Tensor, overlap: float, size: tuple[int, int]) -> Tensor:
+def _kept(boxes: Tensor, scores: Tensor, groups: Tensor, large: Tensor, overlap: float, size: tuple[int, int]) -> Tensor:
+    """Which boxes [B, K, 4] stay within their groups, int64 [B, K]: bool [B, K]. Those that are not `large` stay or go."""
+    return (_kept_in_one_call if torch.compiler.is_exporting() else _kept_by_image)(boxes, scores, groups, large, overlap, size)
+
+
+def _kept_by_image(boxes: Tensor, scores: Tensor, groups: Tensor, large: Tensor, overlap: float, size: tuple[int, int]) -> Tensor:
     """Which boxes [B, K, 4] stay, bool [B, K]."""
     kept = torch.zeros_like(large)
     if boxes.is_meta:  # where a network is only looked at, no box has a place
         return large
     for row, some in enumerate(large):
         places = some.nonzero().flatten()
-        kept[row, places[batched_nms(boxes[row, places], scores[row, places], of_level[places], overlap)]] = True
+        kept[row, places[batched_nms(boxes[row, places], scores[row, places], groups[row, places], overlap)]] = True
     return kept
 
 
-def _kept_in_one_call(boxes: Tensor, scores: Tensor, of_level: Tensor, large: Tensor, overlap: float, size: tuple[int, int]) -> Tensor:
-    """The same for exporters, which follow no loop over images: one suppression of all, with images and levels moved apart."""
+def _kept_in_one_call(boxes: Tensor, scores: Tensor, groups: Tensor, large: Tensor, overlap: float, size: tuple[int, int]) -> Tensor:
+    """The same for exporters, which follow no loop over images: one suppression of all, with images and groups moved apart."""
     images, places = scores.shape
     image = torch.arange(images, device=boxes.device)[:, None].expand(-1, places)
-    apart = torch.stack([of_level.expand(images, -1) * (size[1] + 1), image * (size[0] + 1)], dim=-1).to(boxes)
+    apart = torch.stack([groups * (size[1] + 1), image * (size[0] + 1)], dim=-1).to(boxes)
     kept = nms((boxes + apart.repeat(1, 1, 2)).flatten(0, 1), scores.flatten(), overlap)
     return torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view(images, places) > 0
 

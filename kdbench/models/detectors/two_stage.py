@@ -114,6 +114,8 @@ class FasterRCNN(WithTorchvisionsWeights):
     level_modules, stage_modules: paths of the modules that give the pyramid's and the backbone's maps, the finest first.
     """
 
+    reading: TwoStageReading
+
     def __init__(
         self,
         backbone: str,
@@ -157,8 +159,12 @@ class FasterRCNN(WithTorchvisionsWeights):
             labels: Of the true boxes, [B, M]; rows labelled -1 are padding.
             valid: [B, 2], height and width of the picture in each image; None where it fills the image.
         """
-        size = (images.shape[-2], images.shape[-1])
-        maps = self.backbone(images)
+        return self.in_two_stages(self.backbone(images), (images.shape[-2], images.shape[-1]), boxes, labels, valid)
+
+    def in_two_stages(
+        self, maps: list[Tensor], size: tuple[int, int], boxes: Tensor | None, labels: Tensor | None, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What both stages say of the pyramid's maps for images of `size`."""
         levels = {name: self._proposed(level) for name, level in zip(self.reading.level_names, maps, strict=True)}
         with torch.no_grad():
             proposals = self._proposals(levels, size, valid)

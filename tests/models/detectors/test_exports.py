@@ -18,6 +18,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "fcos": SMALL,
     "retinanet": SMALL | {"anchor": 16},
     "faster_rcnn": SMALL | {"anchor": 16, "hidden": 32, "proposals": 50},
+    "mask_rcnn": SMALL | {"anchor": 16, "hidden": 32, "proposals": 50, "drawn": 10},
     "ssdlite": {"backbone": "mobilenet_v3_small", "width": 32, "levels": 4},
 }
 

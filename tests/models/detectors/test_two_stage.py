@@ -109,7 +109,7 @@ def test_proposals_are_the_best_after_suppression_within_each_level() -> None:
 
 def test_one_suppression_of_all_images_keeps_what_one_an_image_keeps() -> None:
     boxes = random_boxes(3, 60).clamp(min=0, max=40)
-    scores, of_level = torch.randn(3, 60), torch.arange(60) // 20
+    scores, of_level = torch.randn(3, 60), (torch.arange(60) // 20).expand(3, -1)
     large = (boxes[..., 2:] - boxes[..., :2] >= 1e-3).all(-1)
     call: Any = (boxes, scores, of_level, large, 0.5, (40, 40))
     alone, together = stage._kept_by_image(*call), stage._kept_in_one_call(*call) & large
