@@ -118,8 +118,13 @@ class Detection(Task):
 
     def predict(self, model: nn.Module, inputs: Columns) -> Columns:
         """The best boxes of each image: boxes [B, K, 4] in pixels of the input, scores [B, K], classes [B, K]."""
+        found = self.found(model, inputs)
+        return {name: found[name] for name in ("boxes", "scores", "classes")}
+
+    def found(self, model: nn.Module, inputs: Columns) -> dict[str, Tensor]:
+        """All that the network's reading finds in the inputs."""
         reading: Reading = reading_of(model)
-        return cast(Columns, reading.detections(several(predicted(model, inputs)), self.size, self.options.kept_boxes))
+        return reading.detections(several(predicted(model, inputs)), self.size, self.options.kept_boxes)
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
         """Average precision in percent, of all, by size and by class: see `average_precision`."""

@@ -58,7 +58,7 @@ class InstanceMasks(Detection):
 
     def predict(self, model: nn.Module, inputs: Columns) -> Columns:
         """Detection's best boxes, and `masks` uint8 [B, K, 28, 28] over each box, 255 where the network is certain."""
-        found = several(super().predict(model, inputs))
+        found = self.found(model, inputs)
         return found | {"masks": (found["masks"] * _MOST).round().to(torch.uint8)}
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:

@@ -121,6 +121,15 @@ def test_it_trains_on_cocos_files_with_kd(task: dict[str, Any], tmp_path: Path) 
     assert rederive(record, build_task(each.task), (tmp_path / record.predictions_uri).read_bytes()) == record.metrics
 
 
+def test_detection_keeps_boxes_alone_of_a_network_that_draws_masks(task: dict[str, Any]) -> None:
+    boxes = build_task(TaskSpec.model_validate({**task, "name": "detection"}))
+    masks = build_task(TaskSpec.model_validate(task))
+    network = masks.build_model(ModelSpec.model_validate(NETWORK)).eval()
+    assert several(boxes.predict(network, torch.rand(1, 3, 64, 64))).keys() == {"boxes", "scores", "classes"}
+    kept = several(masks.predict(network, torch.rand(1, 3, 64, 64)))
+    assert (kept["masks"].dtype, tuple(kept["masks"].shape)) == (torch.uint8, (1, 100, 28, 28))
+
+
 def test_perfect_masks_of_cocos_files_have_full_precision(task: dict[str, Any]) -> None:
     """The masks that the data give, moved back to the pictures, are measured against themselves."""
     built = build_task(TaskSpec.model_validate(task))
