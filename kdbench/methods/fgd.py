@@ -26,19 +26,19 @@ _CHANNELS, _ONE_STAGE, _TWO_STAGE = 256, 100 * 152, 200 * 304
 
 
 def spatial_attention(features: Tensor, temperature: float) -> Tensor:
-    """H W softmax over positions of the mean over channels of |features| / T: [B, H, W] of mean 1, from [B, C, H, W] (eq. 2, 4)."""
+    """H W softmax over positions of the mean over channels of |features| / T: [B, H, W] of mean 1, from [B, C, H, W]."""
     samples, _, height, width = features.shape
     weights = (features.abs().mean(1).flatten(1) / temperature).softmax(dim=1)
     return (height * width * weights).view(samples, height, width)
 
 
 def channel_attention(features: Tensor, temperature: float) -> Tensor:
-    """C softmax over channels of the mean over positions of |features| / T: [B, C] of mean 1, from [B, C, H, W] (eq. 3, 4)."""
+    """C softmax over channels of the mean over positions of |features| / T: [B, C] of mean 1, from [B, C, H, W]."""
     return features.shape[1] * (features.abs().mean((2, 3)) / temperature).softmax(dim=1)
 
 
 def foreground(boxes: Tensor, counts: Tensor, sizes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """One over the area of the smallest box that covers a cell, 0 where none does (eq. 5, 6).
+    """One over the area of the smallest box that covers a cell, 0 where none does.
 
     A box covers the cells from the floor of its upper left corner to the ceiling of its lower right one, both included, as in the authors'
     code; it is thus up to one row and column larger than its pixels. Its area is counted in these cells, those beyond the lower and right
@@ -63,7 +63,7 @@ def foreground(boxes: Tensor, counts: Tensor, sizes: Tensor, grid: tuple[int, in
     inside_y = (rows >= upper) & (rows <= lower)  # [B, M, H]
     masks = []
     for across, down, values in zip(inside_x, inside_y, 1 / areas, strict=True):  # a picture at a time: M maps of all may not fit
-        covered = (down[:, :, None] & across[:, None]) * values[:, None, None]
+        covered = torch.where(down[:, :, None] & across[:, None], values[:, None, None], 0.0)
         masks.append(torch.cat([covered, covered.new_zeros(1, height, width)]).amax(0))
     return torch.stack(masks)
 
@@ -75,7 +75,7 @@ def background(covered: Tensor) -> Tensor:
 
 
 def focal_distance(student: Tensor, teacher: Tensor, mask: Tensor, spatial: Tensor, channel: Tensor) -> Tensor:
-    """Squared difference times mask and both attentions, summed over a sample's features, mean over samples (eq. 8).
+    """Squared difference times mask and both attentions, summed over a sample's features, mean over samples.
 
     student, teacher: [B, C, H, W]. mask, spatial: [B, H, W]. channel: [B, C]. Returns a scalar, float32 or wider.
     """
@@ -85,7 +85,7 @@ def focal_distance(student: Tensor, teacher: Tensor, mask: Tensor, spatial: Tens
 
 
 def attention_distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Absolute difference of the two maps' attentions over space and over channels, summed, mean over samples (eq. 9)."""
+    """Absolute difference of the two maps' attentions over space and over channels, summed, mean over samples."""
     student, teacher = loss_precision(student, teacher)
     space, channels = (
         (attention(student, temperature) - attention(teacher, temperature)).abs().sum()
@@ -129,7 +129,7 @@ class Level(nn.Module):
         self.student, self.teacher = GlobalContext(teacher), GlobalContext(teacher)
 
     def relation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Squared difference of the maps with their contexts, summed over a sample's features, mean over samples (eq. 11)."""
+        """Squared difference of the maps with their contexts, summed over a sample's features, mean over samples."""
         gaps: Tensor = self.student(student) - self.teacher(teacher)
         return gaps.square().sum() / len(student)
 

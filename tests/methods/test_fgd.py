@@ -66,6 +66,10 @@ def test_a_box_that_begins_left_of_the_picture_is_cut_and_does_not_come_in_again
     assert torch.equal(mask_of((-20, -9, 8, 16)), painted(slice(0, 3), slice(0, 2), 1 / (3 * 2)))
 
 
+def test_a_box_whose_corners_are_the_wrong_way_round_covers_nothing() -> None:
+    assert torch.equal(mask_of((24, 24, 15, 60)), torch.zeros(8, 8, dtype=torch.float64))  # it is no cell wide, and has no area
+
+
 def test_where_boxes_overlap_the_smallest_wins() -> None:
     outer, inner = mask_of((0, 0, 48, 48)), mask_of((17, 17, 23, 23))
     assert torch.equal(mask_of((0, 0, 48, 48), (17, 17, 23, 23)), torch.maximum(outer, inner))
