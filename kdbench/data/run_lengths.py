@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,12 @@ def check_counts(content: bytes, pixels: int) -> None:
     numbers[2::2] = numbers[2::2].cumsum()
     if numbers.min() < 0 or numbers.max() > pixels or numbers.sum() != pixels:
         raise InvalidMask(f"has an RLE whose counts do not add up to the {pixels} pixels of its picture")
+
+
+@lru_cache(maxsize=4096)
+def nothing(height: int, width: int) -> bytes:
+    """Counts of a mask that covers no pixel, as polygons are drawn."""
+    return from_rle({"size": [height, width], "counts": [height * width]}, height, width)
 
 
 def areas(counts: Iterable[bytes], height: int, width: int) -> NDArray[np.int64]:
