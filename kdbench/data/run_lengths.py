@@ -45,7 +45,7 @@ def from_polygons(polygons: Sequence[Any], height: int, width: int) -> bytes:
 
 def _outline(polygon: Any, height: int, width: int) -> NDArray[np.float64]:
     """x and y in turn of a sound polygon. Raises InvalidMask."""
-    if not isinstance(polygon, list) or not all(type(number) in (int, float) for number in polygon):
+    if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
         raise InvalidMask("has a segmentation that is no list of polygons, each a list of numbers x, y, x, y, ...")
     if len(polygon) % 2:
         raise InvalidMask(f"has a polygon of {len(polygon)} numbers; expected pairs of x and y")
@@ -58,7 +58,7 @@ def _outline(polygon: Any, height: int, width: int) -> NDArray[np.float64]:
     sides = np.array([width, height])
     if not ((points >= -_OUTSIDE * sides) & (points <= (1 + _OUTSIDE) * sides)).all():
         raise InvalidMask("has a polygon far outside of the picture")
-    if np.abs(np.diff(points, axis=0)).sum() > _LONGEST_OUTLINE * (height + width):
+    if np.abs(points[1:] - points[:-1]).sum() > _LONGEST_OUTLINE * (height + width):
         raise InvalidMask("has a polygon with an implausibly long outline")
     return points.ravel()
 
