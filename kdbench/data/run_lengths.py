@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def from_polygons(polygons: Sequence[Any], height: int, width: int) -> bytes:
 
 def _outline(polygon: Any, height: int, width: int) -> NDArray[np.float64]:
     """x and y in turn of a sound polygon. Raises InvalidMask."""
-    if not isinstance(polygon, list) or not all(type(number) in (int, float) for number in polygon):
+    if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
         raise InvalidMask("has a segmentation that is no list of polygons, each a list of numbers x, y, x, y, ...")
     if len(polygon) % 2:
         raise InvalidMask(f"has a polygon of {len(polygon)} numbers; expected pairs of x and y")
@@ -57,7 +58,7 @@ def _outline(polygon: Any, height: int, width: int) -> NDArray[np.float64]:
     sides = np.array([width, height])
     if not ((points >= -_OUTSIDE * sides) & (points <= (1 + _OUTSIDE) * sides)).all():
         raise InvalidMask("has a polygon far outside of the picture")
-    if np.abs(np.diff(points, axis=0)).sum() > _LONGEST_OUTLINE * (height + width):
+    if np.abs(points[1:] - points[:-1]).sum() > _LONGEST_OUTLINE * (height + width):
         raise InvalidMask("has a polygon with an implausibly long outline")
     return points.ravel()
 
@@ -100,6 +101,12 @@ def check_counts(content: bytes, pixels: int) -> None:
     numbers[2::2] = numbers[2::2].cumsum()
     if numbers.min() < 0 or numbers.max() > pixels or numbers.sum() != pixels:
         raise InvalidMask(f"has an RLE whose counts do not add up to the {pixels} pixels of its picture")
+
+
+@lru_cache(maxsize=4096)
+def nothing(height: int, width: int) -> bytes:
+    """Counts of a mask that covers no pixel, as polygons are drawn."""
+    return from_rle({"size": [height, width], "counts": [height * width]}, height, width)
 
 
 def areas(counts: Iterable[bytes], height: int, width: int) -> NDArray[np.int64]:

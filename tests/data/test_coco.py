@@ -357,6 +357,11 @@ BROKEN = [
         "1 objects with a broken mask",
     ),
     (
+        segmentation({"size": [30, 40], "counts": [7, 0, 1193]}),
+        "annotation 77 has a segmentation that covers no pixel",
+        "1 masks without a pixel",
+    ),
+    (
         segmentation({"size": [30, 40], "counts": [3, 8]}),
         "annotation 77 has an RLE whose counts do not add up to the 1200 pixels",
         "1 objects with a broken mask",
