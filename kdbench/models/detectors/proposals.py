@@ -50,9 +50,8 @@ def best_proposals(
         [part.topk(k, dim=1).indices + start for part, k, start in zip(scores.split(list(levels), dim=1), numbers, starts, strict=True)],
         dim=1,
     )
-    of_level = torch.cat([torch.full((k,), level, device=boxes.device) for level, k in enumerate(numbers)]).expand(
-        boxes.shape[0], -1
-    )  # len() would fix the batch in an export
+    level_of = torch.cat([torch.full((k,), level, device=boxes.device) for level, k in enumerate(numbers)])
+    of_level = level_of.expand(boxes.shape[0], -1)  # len() would fix the batch in an export
     scores, boxes = scores.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
     boxes = _cut(boxes, size, valid)
     large = (boxes[..., 2:] - boxes[..., :2] >= _SMALLEST).all(-1)
