@@ -38,6 +38,9 @@ def _fitnet(tap: str) -> dict[str, Any]:
     return {"name": "fitnet", "student_taps": [tap], "teacher_taps": [tap]}
 
 
+# Its batch statistics are frozen.
+MASKS: dict[str, Any] = {"name": "mask_rcnn", "backbone": "resnet18", "preset": "coco_v1", "width": 8, "levels": 2, "anchor": 16}
+MASKS |= {"hidden": 8, "proposals": 20, "learned": 20, "drawn": 6}
 EACH_TASK = {
     "classification": Tiny(
         {"name": "classification", "data": {**SCENES, "size": 28, "target": "class"}, **CUT},
@@ -58,6 +61,13 @@ EACH_TASK = {
         {"name": "tiny_fcos", "width": 6},
         {"name": "tiny_fcos", "width": 4},
         {"name": "tests.training.units:PlainDetector"},
+        _fitnet("level:0"),
+    ),
+    "instance_masks": Tiny(
+        {"name": "instance_masks", "data": {**SCENES, "target": "masks"}, **CUT},
+        {**MASKS, "width": 12},
+        MASKS,
+        MASKS,
         _fitnet("level:0"),
     ),
     "multi_label": Tiny(

@@ -19,16 +19,16 @@ Arrays = dict[str, NDArray[Any]]  # of one sample or of all, by name; a lone tar
 
 _MOST_BYTES_OF_RECORD = 300_000_000
 _MOST_BYTES = 32e9  # of all pictures and masks, which lie in memory
-_PIXEL_BYTES = 4  # three colours and a class
+PIXEL_BYTES = 4  # three colours and a class
 
 
-def check_memory(name: str, images: Mapping[str, int], size: int) -> None:
+def check_memory(name: str, images: Mapping[str, int], size: int, pixel_bytes: int = PIXEL_BYTES) -> None:
     """Raise TooMuch where so many pictures of `size` x `size` pixels do not fit in memory.
 
-    name: of the data set. images: how many of each option.
+    name: of the data set. images: how many of each option. pixel_bytes: of a picture and its target.
     """
     count, most = sum(images.values()), _MOST_BYTES_OF_RECORD if are_from_records() else _MOST_BYTES
-    if (nbytes := count * size * size * _PIXEL_BYTES) > most:
+    if (nbytes := count * size * size * pixel_bytes) > most:
         raise TooMuch(
             f"data {name}: {count} images of {size}x{size} take {nbytes / 1e9:.0f} GB; lower {', '.join(images)} or size, "
             f"to at most {most / 1e9:g} GB"

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdbench.data.batch import TARGET
-from kdbench.data.drawn import Arrays
-from kdbench.data.kinds import NO_OBJECT, Boxes, Kind, Points, Sided
+from kdbench.data.drawn import PIXEL_BYTES, Arrays
+from kdbench.data.kinds import NO_OBJECT, Boxes, Kind, Masks, Points, Sided
 from kdbench.data.scenes import COLOURS, KEYPOINTS, KINDS, MOST_OBJECTS, PREDICATES, Scene, Shape, predicate
 from kdbench.data.views import IGNORED
 from kdbench.data.vocabulary import Vocabulary
 
-TargetName = Literal["mask", "class", "present", "boxes", "keypoints", "caption", "question", "relation"]
+TargetName = Literal["mask", "class", "present", "boxes", "masks", "keypoints", "caption", "question", "relation"]
 
 NUMBERS = ("one", "two", "three")  # as many as objects fit in a scene
 ANSWERS = (*COLOURS, *KINDS, *NUMBERS, "yes", "no")
@@ -56,7 +56,7 @@ class ShapesTarget:
 
     names: of the classes. of: further inputs and the target of a scene; the random numbers are the sample's own, beside those that drew it.
     least, most: objects in a scene. ignored: the label of pixels that don't count. vocabulary: of tokens among the inputs.
-    kinds: of the columns that need one named, as `Part.kinds` holds them.
+    kinds: of the columns that need one named, as `Part.kinds` holds them. pixel_bytes: of a picture and its target.
     """
 
     names: tuple[str, ...]
@@ -66,6 +66,7 @@ class ShapesTarget:
     ignored: int | None = None
     vocabulary: Vocabulary | None = None
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    pixel_bytes: int = PIXEL_BYTES
 
 
 def _mask(scene: Scene, _: np.random.Generator) -> tuple[Arrays, Arrays]:
@@ -92,6 +93,14 @@ def _boxes(scene: Scene, _: np.random.Generator) -> tuple[Arrays, Arrays]:
     for row, shape in enumerate(scene.objects):
         boxes[row], labels[row] = shape.box, shape.kind - 1
     return {}, {"boxes": boxes, "labels": labels}
+
+
+def _masks(scene: Scene, random: np.random.Generator) -> tuple[Arrays, Arrays]:
+    """masks: int64 [1, H, W], bit k of a pixel says that it shows the object in row k; with boxes and labels."""
+    planes = np.zeros((1, *scene.image.shape[1:]), np.int64)
+    for row, shape in enumerate(scene.objects):
+        planes[0, shape.mask] |= 1 << row
+    return {}, {"masks": planes, **_boxes(scene, random)[1]}
 
 
 def _keypoints(scene: Scene, random: np.random.Generator) -> tuple[Arrays, Arrays]:
@@ -193,6 +202,7 @@ TARGETS: dict[TargetName, ShapesTarget] = {
     "class": ShapesTarget(KINDS, _class, most=1),
     "present": ShapesTarget(KINDS, _present),
     "boxes": ShapesTarget(KINDS, _boxes, kinds={"boxes": Boxes()}),
+    "masks": ShapesTarget(KINDS, _masks, kinds={"boxes": Boxes(), "masks": Masks()}, pixel_bytes=3 + 8),
     "keypoints": ShapesTarget(KINDS, _keypoints, kinds={"boxes": Boxes(), "points": Points(mirrors=False)}),
     "caption": ShapesTarget(KINDS, _caption, vocabulary=VOCABULARY, kinds={"tokens": Sided(), TARGET: Sided()}),
     "question": ShapesTarget(ANSWERS, _question, vocabulary=VOCABULARY, kinds={"tokens": Sided(), "answer": Sided()}),

@@ -38,6 +38,7 @@ def shapes(
             class: int64 [N]; these pictures have one object.
             present: uint8 [N, 5], which kinds a picture shows.
             boxes: boxes float32 [N, 3, 4] of x0, y0, x1, y1 in pixels, labels int64 [N, 3]; padded rows are 0 and -1.
+            masks: those of boxes, and masks int64 [N, 1, size, size]: bit k of a pixel says that it shows object k.
             keypoints: points float32 [N, 15, 3] of x, y and visible, five an object, with boxes and labels.
             caption: inputs image and tokens int64 [N, 13]; target int64 [N], equal for pictures with equal captions.
             question: inputs image and tokens int64 [N, 6]; target answer int64 [N] and type int64 [N] (`shape_targets.QUESTIONS`).
@@ -47,8 +48,8 @@ def shapes(
     Raises:
         TooMuch: The pictures do not fit in memory.
     """
-    check_memory("shapes", {"train": train, "test": test}, size)
     asked = TARGETS[target]
+    check_memory("shapes", {"train": train, "test": test}, size, asked.pixel_bytes)
     images, first = _part(seed, range(train), size, asked)
     _, second = _part(seed, range(MOST_IMAGES, MOST_IMAGES + test), size, asked)
     mean, std = statistics(images)

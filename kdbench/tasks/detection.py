@@ -59,7 +59,7 @@ class Detection(Task):
         if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys() or size is None:
             raise UserError(
                 f"task {self.name!r} needs images with `boxes` [N, M, 4] and `labels` [N, M]; data {self.source.name!r} gives "
-                f"{described(target)}" + ("; use target: boxes" if self.source.name == "shapes" else "")
+                f"{described(target)}" + ("; use target: boxes" if self.source.name in ("shapes", "stamps") else "")
             )
         self.size, self.primary = size, options.primary
         self.data_name = self.source.name
@@ -81,6 +81,7 @@ class Detection(Task):
                 f"{who} has no `reading`, which says what the raw levels of a detector hold; set one, such as "
                 "kdbench.api.CellReading(num_classes, strides), or name a detector that has one (kdbench list models)"
             )
+        losses_of(reading)
         if isinstance(inputs, InputSpec) and inputs.size is not None and (inputs.size, inputs.size) != self.size:
             raise UserError(f"{who} resizes images to {inputs.size} pixels, and boxes would not follow; give the data that size")
         model.prediction_names = reading.names  # type: ignore[assignment]

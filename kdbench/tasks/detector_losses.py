@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from kdbench.errors import UserError
 from kdbench.models.detectors.anchors import AnchorReading, DefaultBoxReading
 from kdbench.models.detectors.cells import CellReading
 from kdbench.models.detectors.mask_rcnn import MaskReading
@@ -47,5 +48,9 @@ _LOSSES: dict[type[Reading], Callable[[Any], DetectorLosses]] = {
 
 
 def losses_of(reading: Reading) -> DetectorLosses:
-    """The losses of the family of this reading."""
-    return _LOSSES[type(reading)](reading)
+    """The losses of the family of this reading. Raises UserError for a reading of no family."""
+    family = next((kind for kind in type(reading).__mro__ if kind in _LOSSES), None)
+    if family is None:
+        known = ", ".join(kind.__name__ for kind in _LOSSES)
+        raise UserError(f"a network's reading is a {type(reading).__name__}, of which nobody knows what it learns; use one of {known}")
+    return _LOSSES[family](reading)

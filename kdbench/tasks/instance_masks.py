@@ -39,7 +39,7 @@ class InstanceMasks(Detection):
     gives = frozenset({"boxes", "masks", "imitation"})
 
     class Options(Detection.Options):
-        data: DataSpec = DataSpec(name="coco", target="masks")
+        data: DataSpec = DataSpec(name="shapes", target="masks", size=64)
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)

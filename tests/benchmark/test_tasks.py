@@ -61,6 +61,13 @@ SAID = {
     "classification": Said("accuracy", IMAGES.replace("32x32", "28x28"), "5"),
     "segmentation": Said("miou", IMAGES, "6x32x32"),
     "detection": Said("ap", IMAGES, "level:0 9x8x8, level:1 9x4x4", "scores"),
+    "instance_masks": Said(
+        "ap",
+        IMAGES,
+        "level:0 15x8x8, level:1 15x4x4, proposals 20x4, roi_logits 20x6, roi_offsets 20x5x4, "
+        "mask_boxes 6x4, mask_scores 6, mask_classes 6, masks 6x28x28",
+        "scores",
+    ),
     "multi_label": Said("map", IMAGES, "5"),
     "image_text": Said(
         "recall_at_1", IMAGES.replace("images", "image") + "; int64 tokens 13, any number of them", "image 32, text 32", "text"
@@ -89,8 +96,8 @@ class Undisturbed(NamedTuple):
         return build_task(load_experiment(self.experiment).task)
 
 
-# CI has 45 minutes: what these have in common with classification, one tensor in and one out, is left to `make test-nodes`.
-ALIKE = ("segmentation", "multi_label")
+# CI has 45 minutes: what these have in common with classification or detection is left to `make test-nodes`.
+ALIKE = ("segmentation", "multi_label", "instance_masks")
 NAMES = [pytest.param(name, marks=[pytest.mark.nodes] if name in ALIKE else []) for name in EACH_TASK]
 
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.columns import Columns
+from kdbench.models.detectors.mask_rcnn import mask_rcnn
+from kdbench.models.outputs import reading_of
+from tests.each_task import MASKS
 from tests.training.units import PairNet, PlainDetector, SmoothNet, dense_net, smooth_net, yes_or_no_net
 
 
@@ -71,15 +74,16 @@ class Placed(nn.Module):
     def __init__(self, network: nn.Module, notes: str, pause: float) -> None:
         super().__init__()
         self.network, self.notes, self.pause, self.steps = network, Path(notes), pause, 0
+        self.reading = reading_of(network)
 
-    def forward(self, inputs: Columns) -> Columns:
+    def forward(self, inputs: Columns, **truth: Tensor) -> Columns:
         if self.training:
             time.sleep(self.pause)
             if self.steps == 0:
                 self._sign()
             self.steps += 1
             self._hold()
-        prediction: Columns = self.network(inputs)
+        prediction: Columns = self.network(inputs, **truth)
         return prediction
 
     def _hold(self) -> None:
@@ -105,6 +109,11 @@ def placed_answers(num_classes: int, in_channels: int, image_size: int, notes: s
 
 def placed_detector(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:
     return Placed(PlainDetector(num_classes, in_channels), notes, pause)
+
+
+def placed_masks(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:
+    options = {name: value for name, value in MASKS.items() if name != "name"}
+    return Placed(mask_rcnn(num_classes=num_classes, in_channels=in_channels, **options), notes, pause)
 
 
 def placed_pixels(num_classes: int, in_channels: int, notes: str, pause: float) -> nn.Module:

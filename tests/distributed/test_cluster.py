@@ -204,6 +204,7 @@ PLACED = {  # each task's network that leaves notes
     "classification": "placed",
     "segmentation": "placed_pixels",
     "detection": "placed_detector",
+    "instance_masks": "placed_masks",
     "multi_label": "placed_answers",
     "image_text": "placed_pairs",
 }

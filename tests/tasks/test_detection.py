@@ -18,9 +18,12 @@ from kdbench.data.views import Augment
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.detectors.cells import CellReading
+from kdbench.models.detectors.readings import Reading
 from kdbench.models.outputs import Outputs, predicted, reading_of
 from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.tasks.cell_losses import CellLosses
 from kdbench.tasks.detection import Detection
+from kdbench.tasks.detector_losses import losses_of
 from kdbench.training.assembly import assemble
 from kdbench.training.cache.outputs import open_cache
 from kdbench.training.checkpoint import unpack_predictions
@@ -142,6 +145,24 @@ def test_networks_of_other_levels_train_beside_each_other_and_kd_refuses_to_comp
     fit(each, LocalSession(), layout(tmp_path))
     with pytest.raises(UserError, match="the student has one cell at strides 4, 8, 16, the teacher one cell at strides 4, 8"):
         fit(detector("kd", tmp_path, student={**STUDENT, "levels": 3}), LocalSession(), layout(tmp_path))
+
+
+def test_a_reading_of_no_family_is_refused_in_one_line() -> None:
+    class Odd(Reading):
+        of_places = "one thing"  # type: ignore[assignment]
+
+        def shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+            return {}
+
+        dense = detections = None  # type: ignore[assignment]
+
+    with pytest.raises(UserError, match="a network's reading is a Odd, of which nobody knows what it learns; use one of CellReading"):
+        losses_of(Odd(3, (4,)))
+
+    class Mine(CellReading):
+        pass
+
+    assert isinstance(losses_of(Mine(3, (4,))), CellLosses)
 
 
 def test_kd_needs_no_boxes_to_imitate_a_teacher(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torchvision.models.detection.roi_heads import maskrcnn_loss
+from torchvision.ops import masks_to_boxes
 
 from kdbench.data.columns import several
+from kdbench.data.sources import DataSpec, open_source
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.detectors.mask_rcnn import MaskReading
@@ -34,6 +36,20 @@ def planes_of(masks: torch.Tensor) -> torch.Tensor:
     """Bit planes [1, G, H, W] of masks [N, H, W]."""
     groups = masks.split(63)
     return torch.stack([sum(mask.long() << bit for bit, mask in enumerate(group)) for group in groups])[None]
+
+
+def test_the_masks_of_drawn_shapes_are_their_pixels_and_their_boxes_are_theirs() -> None:
+    """A view moves masks and boxes alike, and each mask's pixels have its object's class."""
+    of = {"name": "shapes", "size": 32, "train": 20, "test": 2}
+    masks, pixels = (open_source(DataSpec.model_validate({**of, "target": name})).train for name in ("masks", "mask"))
+    wanted = several(masks.target)
+    for image in range(20):
+        rows = (wanted["labels"][image] >= 0).nonzero().flatten()
+        drawn = mask_of(wanted["masks"][image], rows)
+        assert torch.equal(masks_to_boxes(drawn) + torch.tensor([0, 0, 1, 1]), wanted["boxes"][image, rows])
+        for row, mask in zip(rows.tolist(), drawn, strict=True):
+            assert (pixels.labels[image][mask] == wanted["labels"][image, row] + 1).all()
+        assert int(drawn.sum()) == int((pixels.labels[image] > 0).sum())
 
 
 def test_a_mask_is_read_from_its_bit_of_its_plane() -> None:
