@@ -17,6 +17,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "scripts" / "make_method_table.py"))
 
 
+@pytest.mark.slow
 def test_the_table_is_what_its_script_makes(script: dict[str, Any]) -> None:
     page = page_text("docs/methods.md")
     assert script["renewed"](page) == page, "run python scripts/make_method_table.py"

@@ -16,6 +16,9 @@ from kdbench.methods import METHODS
 from tests.pages import ROOT
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
+# Detectors at COCO's size and the largest transformers: half a minute each.
+LARGE = ("fgd_coco", "mgd_coco", "scalekd_imagenet")
+MARKED = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith(LARGE) else []) for path in FILES]
 
 
 def _methods(path: Path) -> Iterator[str]:
@@ -23,7 +26,7 @@ def _methods(path: Path) -> Iterator[str]:
         yield from (method if isinstance(method, str) else method["name"]).split("+")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MARKED)
 def test_an_experiment_that_ships_passes_a_dry_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_times, "TIMED_FLOPS", 0)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -75,7 +75,7 @@ def test_a_search_stops_no_trial_before_its_last_stage_is_under_way(kdbench: Kdb
     ("change", "said"),
     [
         (
-            {"epochs: 8": "epochs: 1"},
+            {"epochs: 8,": "epochs: 1,", "recipe.epochs: [8, 12], ": ""},
             "recipe.epochs: 1 leaves the stage 'distil' of method tests.training.own_methods:FreshHead without an epoch",
         ),
         (

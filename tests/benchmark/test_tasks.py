@@ -96,8 +96,8 @@ class Undisturbed(NamedTuple):
         return build_task(load_experiment(self.experiment).task)
 
 
-# CI has 45 minutes: what these have in common with classification or detection is left to `make test-nodes`.
-ALIKE = ("segmentation", "multi_label", "instance_masks")
+# CI has 45 minutes: it looks at one tensor in and out, and at several out; the others are left to `make test-nodes`.
+ALIKE = ("segmentation", "multi_label", "instance_masks", "image_text")
 NAMES = [pytest.param(name, marks=[pytest.mark.nodes] if name in ALIKE else []) for name in EACH_TASK]
 
 

@@ -51,7 +51,7 @@ def test_chance_is_the_commonest_class_and_the_noise_of_the_test_set() -> None:
         TaskSpec.model_validate({"name": "segmentation", "data": {"name": "shapes", "train": 40, "test": 8}, "val_size": 8})
     )
     target = torch.tensor([[[0, 0, 0], [1, 2, 255]]])
-    always = torch.zeros(1, 5, 2, 3)
+    always = torch.zeros(1, 6, 2, 3)
     always[:, 0] = 1
     assert pixels.chance(target) == pytest.approx(pixels.metrics(always, target)["miou"], rel=1e-6)
 

@@ -80,6 +80,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.nodes  # minutes; CI has 45
 @pytest.mark.timeout(900)
 def test_three_thousand_pictures_with_masks_train_in_less_than_a_gigabyte(root: Path) -> None:
     done = subprocess.run([sys.executable, "-c", TRAINING, str(root)], capture_output=True, text=True, check=True)

@@ -241,7 +241,7 @@ def test_every_weight_multiplies_its_term_and_beta_is_half_of_alpha() -> None:
         (torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long)),
     ],
 )
-@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("levels", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.nodes])])
 def test_gradients_are_derivatives_for_whatever_boxes_a_picture_has(boxes: Tensor, labels: Tensor, levels: int) -> None:
     method, s, t = built(levels, alpha=0.5, gamma=0.1, relation=0.02), outputs(4, levels), outputs(6, levels, seed=1)
     seen = batch(boxes, labels)

@@ -55,6 +55,12 @@ class Labels:
     def inputs_for(self, role: str, inputs: Tensor) -> Tensor:
         return inputs
 
+    def truth(self, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def learned_by(self, network: nn.Module) -> Any:
+        return self
+
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(outputs.logits, batch.labels)}
 

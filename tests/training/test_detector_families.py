@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.training.alike import losses_of_workers
 from tests.training.units import killed_and_continued, layout, saved_teacher, unit, with_cache
 
 pytestmark = pytest.mark.slow
+# CI has 45 minutes: of these, it looks at the one whose second stage and draws are dearest; `make test-nodes` looks at all.
 
 DATA = {"name": "shapes", "target": "boxes", "size": 64, "train": 30, "test": 8}
 TASK: dict[str, Any] = {"name": "detection", "data": DATA, "val_size": 8, "transfer_size": 12}
@@ -32,6 +34,10 @@ WITH_STATISTICS = {"ssdlite": {"name": "ssdlite", "backbone": "mobilenet_v3_smal
 RECIPE = {"epochs": 1, "batch_size": 6, "lr": 0.001, "precision": "fp64", "augment": {"flip": True}, "views": 1}
 
 
+def _marked(families: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name == "faster_rcnn" else [pytest.mark.nodes]) for name in families]
+
+
 def detector(family: str, method: str, folder: Path, **changes: Any) -> Any:
     student = (FAMILIES | WITH_STATISTICS)[family]
     teacher = saved_teacher(folder, "fp64", student | {"width": 48}, TASK)
@@ -39,7 +45,7 @@ def detector(family: str, method: str, folder: Path, **changes: Any) -> Any:
     return unit(method, teacher, task=TASK, recipe=recipe, student=student, **changes)
 
 
-@pytest.mark.parametrize("family", FAMILIES | WITH_STATISTICS)
+@pytest.mark.parametrize("family", _marked(FAMILIES | WITH_STATISTICS))
 def test_a_family_trains_with_kd_and_a_kill_changes_nothing(family: str, tmp_path: Path) -> None:
     each = detector(family, "kd", tmp_path, recipe={"epochs": 2, "precision": "fp32"}, checkpoint_seconds=0)
     whole = fit(each, LocalSession(), layout(tmp_path / "whole"))
@@ -51,7 +57,7 @@ def test_a_family_trains_with_kd_and_a_kill_changes_nothing(family: str, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["none", "kd"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _marked(FAMILIES))
 def test_micro_batches_workers_and_a_cached_teacher_give_one_loss(family: str, method: str, tmp_path: Path) -> None:
     each = detector(family, method, tmp_path)
     alone = assemble(each, LocalSession())
