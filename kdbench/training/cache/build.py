@@ -149,7 +149,8 @@ class Builder:
             **({"shape": of} if isinstance(of, tuple) else layout_of(of)),
             views=1 if test else self.spec.views,
             images=len(splits.test if test else splits.transfer),
-            precision=self.spec.options.precision,
+            # What is compared with stored predictions is as exact as these.
+            precision="fp32" if test and self.task.kept_exactly else self.spec.options.precision,
             top_k=top_k,
         )
 
