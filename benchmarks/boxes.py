@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cache import batch_as_trained
+from benchmarks.cache import share_of_ceiling, steps_of
+from benchmarks.loop import LOOP_GOAL, resolved
 from benchmarks.minimal_detector_step import MinimalDetectorStep
 from benchmarks.part import Bench
-from benchmarks.report import Row, at_least, at_most
-from benchmarks.timing import Arm, Rounds, Sample, arm, interleave, timed
+from benchmarks.report import Row, at_most
+from benchmarks.timing import Sample, arm, interleave, timed
 from benchmarks.trainings import begun, random_teacher, unit, with_cache
-from kdbench.data.batch import Batch
 from kdbench.data.columns import several
 from kdbench.models.inputs import InputSpec
 from kdbench.tasks.average_precision import average_precision
-from kdbench.training.assembly import Training
-from kdbench.training.loop import train_step
 
-LOOP_GOAL, CEILING_GOAL, METRIC_GOAL = at_least(0.97), at_least(0.95), at_most(30)
+METRIC_GOAL = at_most(30)
 SIZE, BATCH, STEPS = 64, 16, 4
 TEACHER, STUDENT = {"name": "tiny_fcos", "width": 16}, {"name": "tiny_fcos", "width": 8}
 METHODS: dict[str, str | dict[str, Any]] = {
@@ -47,21 +45,6 @@ def _task(bench: Bench) -> dict[str, Any]:
     return {"name": "detection", "data": data, "val_size": 20}
 
 
-def _prepared(run: Training) -> list[Batch]:
-    return list(run.loader.batches(0))
-
-
-def _of_batches(run: Training) -> Arm:
-    batches = _prepared(run)
-    run.wrapped.train()
-
-    def steps() -> None:
-        for batch in batches:
-            train_step(run, batch)
-
-    return arm(steps, BATCH * len(batches))
-
-
 def _steps_against_hand_written(bench: Bench, seconds: float) -> Row:
     """Both on the same batches, with networks of one kind, on one thread."""
     run = begun(unit(_task(bench), STUDENT, "none", batch_size=BATCH, views=1))
@@ -69,21 +52,17 @@ def _steps_against_hand_written(bench: Bench, seconds: float) -> Row:
     spec = network.input_spec
     assert isinstance(spec, InputSpec)
     by_hand = MinimalDetectorStep(network.train(), (4, 8), SIZE, spec.mean, spec.std, run.unit.recipe.lr)
-    batches = _prepared(run)
+    batches = list(run.loader.batches(0))
 
     def steps() -> None:
         for batch in batches:
             assert isinstance(batch.inputs, Tensor)
             by_hand(batch.inputs, several(batch.target))
 
-    rounds = interleave({"kdbench": _of_batches(run), "minimal": arm(steps, BATCH * len(batches))}, seconds, enough=_resolved)
+    rounds = interleave({"kdbench": steps_of(run), "minimal": arm(steps, BATCH * len(batches))}, seconds, enough=resolved)
     wall = rounds.ratio("minimal", "kdbench", "wall").median
     what = "a step of a detector: kdbench / hand-written, samples/s"
     return Row(what, rounds.ratio("minimal", "kdbench"), goal=LOOP_GOAL, wall=wall, note=f"tiny_fcos of width 8, {SIZE} px, batch {BATCH}")
-
-
-def _resolved(rounds: Rounds) -> bool:
-    return rounds.ratio("minimal", "kdbench").resolution < 0.015
 
 
 def _of_the_ceiling(bench: Bench, name: str, method: str | dict[str, Any], seconds: float) -> Row:
@@ -95,25 +74,7 @@ def _of_the_ceiling(bench: Bench, name: str, method: str | dict[str, Any], secon
     live = random_teacher(folder, task, TEACHER)
     one = unit(task, STUDENT, method, live, batch_size=BATCH, views=1)
     cached = unit(task, STUDENT, method, with_cache(live, one, folder / "cache"), batch_size=BATCH, views=1)
-    runs = {"live": begun(one), "cached": begun(cached)}
-    teacher = runs["live"].teacher
-    assert teacher is not None
-    batches = [batch_as_trained(batch, "fp32", "contiguous") for batch in _prepared(runs["live"])]
-
-    def predict() -> None:
-        for batch in batches:
-            teacher(batch)
-
-    arms = {side: _of_batches(run) for side, run in runs.items()} | {"teacher": arm(predict, BATCH * len(batches))}
-    rounds = interleave(arms, end - time.monotonic())
-    share, speed_up = rounds.ratio("teacher", "live").median, rounds.ratio("live", "cached").median
-    note = f"{speed_up:.2f}x faster, teacher {100 * share:.0f}% of a live step"
-    value, wall = rounds.combined(_share_of_ceiling), rounds.combined(_share_of_ceiling, "wall").median
-    return Row(f"cached pyramids, {name}: speed-up by the cache / its ceiling", value, goal=CEILING_GOAL, wall=wall, note=note)
-
-
-def _share_of_ceiling(seconds: Mapping[str, float]) -> float:
-    return (seconds["live"] - seconds["teacher"]) / seconds["cached"]
+    return share_of_ceiling(f"cached pyramids, {name}", begun(one), begun(cached), end - time.monotonic())
 
 
 def _metric(bench: Bench) -> Row:

@@ -133,21 +133,26 @@ def _of_the_ceiling(bench: Bench, pair: ModelPair, seconds: float) -> Row:
     """The cache can save the teacher's forward pass and no more: live / (live - teacher) is the ceiling, live / cached what is reached."""
     end = time.monotonic() + seconds
     runs, precision = _prepared(bench, pair, pair.batch * _STEPS, {"live": ("kd", False), "cached": ("kd", True)}, views=1)
-    arms = {name: _steps(run) for name, run in runs.items()} | {"teacher": _teacher_alone(runs["live"])}
-    rounds = interleave(arms, end - time.monotonic())
+    said = f"; {precision['precision']}, {precision['memory_format']}"
+    return share_of_ceiling(pair.title, runs["live"], runs["cached"], end - time.monotonic(), said)
+
+
+def share_of_ceiling(what: str, live: Training, cached: Training, seconds: float, said: str = "") -> Row:
+    """What the cache of one pair reaches of its ceiling, in so many seconds. said: ends the note."""
+    rounds = interleave({"live": steps_of(live), "cached": steps_of(cached), "teacher": _teacher_alone(live)}, seconds)
     value = rounds.combined(_share_of_ceiling)
     speed_up = rounds.ratio("live", "cached").median
     share = rounds.ratio("teacher", "live").median
-    note = f"{speed_up:.2f}x faster, teacher {100 * share:.0f}% of a live step; {precision['precision']}, {precision['memory_format']}"
+    note = f"{speed_up:.2f}x faster, teacher {100 * share:.0f}% of a live step{said}"
     wall = rounds.combined(_share_of_ceiling, "wall").median
-    return Row(f"{pair.title}: speed-up by the cache / its ceiling", value, goal=CEILING_GOAL, wall=wall, note=note)
+    return Row(f"{what}: speed-up by the cache / its ceiling", value, goal=CEILING_GOAL, wall=wall, note=note)
 
 
 def _share_of_ceiling(seconds: Mapping[str, float]) -> float:
     return (seconds["live"] - seconds["teacher"]) / seconds["cached"]
 
 
-def _steps(run: Training) -> Arm:
+def steps_of(run: Training) -> Arm:
     """Optimizer steps on prepared batches: what is compared is the teacher, not the data path."""
     batches = list(run.loader.batches(0))
     run.wrapped.train()

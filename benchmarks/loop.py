@@ -39,7 +39,7 @@ def measure(bench: Bench) -> Iterator[Row]:
         end = time.monotonic() + bench.seconds * 0.3
         cached = with_cache(teacher, unit(task, QUICKSTART.student, method, teacher, **precision), bench.scratch / "cache")
         run = begun(unit(task, QUICKSTART.student, method, cached, **precision))
-        rounds = interleave({"kdbench": epochs(run), "minimal": _minimal(run, name)}, end - time.monotonic(), enough=_resolved)
+        rounds = interleave({"kdbench": epochs(run), "minimal": _minimal(run, name)}, end - time.monotonic(), enough=resolved)
         yield _row(f"loop with {name}: kdbench / hand-written, samples/s", rounds, "minimal", "kdbench", note=f"{_said(precision)}")
     bench.say("data path")
     yield _data_path(bench, task)
@@ -50,7 +50,7 @@ def _row(what: str, rounds: Rounds, above: str, below: str, note: str) -> Row:
     return Row(what, rounds.ratio(above, below), goal=LOOP_GOAL, wall=rounds.ratio(above, below, "wall").median, note=note)
 
 
-def _resolved(rounds: Rounds) -> bool:
+def resolved(rounds: Rounds) -> bool:
     return rounds.ratio("minimal", "kdbench").resolution < _RESOLVED
 
 

@@ -60,9 +60,14 @@ def rounded(columns: Columns) -> Columns:
     return mapped(columns, lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
 
 
+def wide(values: Tensor) -> Tensor:
+    """In single precision, or double where it is that."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def widened(columns: Columns) -> Columns:
     """Numbers in single precision, or double where they are; whole numbers and truth values as they are."""
-    return mapped(columns, lambda tensor: tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor)
+    return mapped(columns, lambda tensor: wide(tensor) if tensor.is_floating_point() else tensor)
 
 
 def described(columns: Columns | None) -> str:

@@ -34,6 +34,11 @@ class Files:
     names: tuple[str, ...]
     sizes: tuple[int, ...]  # in bytes
 
+    @classmethod
+    def of(cls, folder: Path, names: Sequence[str]) -> Files:
+        """The files of these names, as large as they are now. Raises OSError where there is none of a name."""
+        return cls(folder, tuple(names), tuple(os.stat(folder / name).st_size for name in names))
+
     def read(self, row: int) -> bytes:
         try:
             return read_file(self.folder / self.names[row], LARGEST_IMAGE)

@@ -17,6 +17,13 @@ from kdbench.data.label_map import LabelMap
 from kdbench.data.pictures import size_in_header
 
 
+def labelled_parts(train: tuple[Files, Files], test: tuple[Files, Files], frame: Frame, label_map: LabelMap) -> tuple[Part, Part, str]:
+    """Both parts, each of pictures and their labels, and in words what they hold. Raises UserError as `labelled_part` does."""
+    first = labelled_part(*train, frame, label_map, 0)
+    second = labelled_part(*test, frame, label_map, len(first))
+    return first, second, f"read {len(first):,} pictures with labels to train on and {len(second):,} to test on"
+
+
 def labelled_part(pictures: Files, labels: Files, frame: Frame, label_map: LabelMap, first: int) -> Part:
     """Pictures with a label per pixel, uint8 [N, height, width].
 

@@ -16,7 +16,7 @@ from kdbench.data.facts import Facts, NotHere
 from kdbench.data.frames import PADDING, Colour, Fitting, Frame, InputSize, sides_of
 from kdbench.data.image_folder import SUFFIXES, Files
 from kdbench.data.label_map import LARGEST_NUMBER, MOST_CLASSES, LabelMap
-from kdbench.data.labelled_pixels import labelled_part
+from kdbench.data.labelled_pixels import labelled_parts
 from kdbench.data.named_label_maps import NAMES, named_label_map, own_label_map
 from kdbench.data.objects import Broken, Flaw, WhatIfBroken
 from kdbench.data.sources import Source
@@ -121,9 +121,8 @@ def masks_folder(
     dropped, frame = Broken(broken), Frame(sides_of(size), fitting, min(sides_of(size)), padding)
     patterns = images or usual.images, masks or usual.labels
     found = [_pairs(path, *patterns, part, dropped) for part in (train or usual.train, test or usual.test)]
-    first = labelled_part(*found[0], frame, label_map, 0)
-    second = labelled_part(*found[1], frame, label_map, len(first))
-    told = printable(f"{path}: read {len(first):,} pictures with labels to train on and {len(second):,} to test on; {dropped.said}")
+    first, second, read = labelled_parts(found[0], found[1], frame, label_map)
+    told = printable(f"{path}: {read}; {dropped.said}")
     return Source("masks_folder", first, second, len(names), names, IMAGENET_MEAN, IMAGENET_STD, IGNORED, read=told)
 
 
@@ -151,10 +150,8 @@ def _pairs(root: Path, images: str, masks: str, part: str, broken: Broken) -> tu
     pictures, labels = list[str](), list[str]()
     for name in _matching(root, places[0]):
         label = _filled(places[1], _stars(places[0], name))
-        try:
-            if not (root / label).is_file():
-                raise Flaw(f"has no labels: there is no file {printable(str(root / label))}", "pictures without labels")
-        except Flaw as flaw:
+        if not (root / label).is_file():
+            flaw = Flaw(f"has no labels: there is no file {printable(str(root / label))}", "pictures without labels")
             broken.found(f"data masks_folder: {printable(str(root / name))}", flaw)
             continue
         pictures.append(name)
@@ -164,7 +161,7 @@ def _pairs(root: Path, images: str, masks: str, part: str, broken: Broken) -> tu
         first = places[0].split("/")[0]
         hint = nearest(first, there) if "*" not in first and first not in there else f"; it holds {first_few(there)}"
         raise UserError(f"data masks_folder: {printable(str(root))} has no pictures {shown(places[0])}{hint}")
-    return _files(root, pictures), _files(root, labels)
+    return Files.of(root, pictures), Files.of(root, labels)
 
 
 def _pattern(which: str, pattern: str, part: str) -> str:
@@ -210,7 +207,3 @@ def _stars(pattern: str, name: str) -> tuple[str, ...]:
 def _filled(pattern: str, stars: tuple[str, ...]) -> str:
     pieces = pattern.split("*")
     return "".join(piece + star for piece, star in zip(pieces, (*stars, ""), strict=True))
-
-
-def _files(root: Path, names: list[str]) -> Files:
-    return Files(root, tuple(names), tuple(os.stat(root / name).st_size for name in names))

@@ -117,16 +117,19 @@ class ObjectList:
         self.ends.append(len(self.counts))
         self.points.append(points)
 
-    def sorted(self, labels: NDArray[np.int64], kept: NDArray[np.bool_], points: int = 0) -> Objects:
-        """Those that are kept, those of a picture one after the other. labels: int64 [T], of all. points: how many an object has."""
+    def sorted(self, labels: NDArray[np.int64] | None = None, kept: NDArray[np.bool_] | None = None, points: int = 0) -> Objects:
+        """Those that are kept, those of a picture one after the other.
+
+        labels: int64 [T], of all; those that were given by default. kept: bool [T]; all by default. points: how many an object has.
+        """
         pictures = np.array(self.pictures, np.int64)
-        order = np.flatnonzero(kept)
+        order = np.arange(len(self)) if kept is None else np.flatnonzero(kept)
         empty = bytes(_POINT_BYTES * points)
         joined = b"".join(each or empty for each in self.points) if points else b""
         whole = Objects(
             pictures,
             np.array(self.boxes, np.float64).reshape(-1, 4),
-            labels,
+            np.array(self.labels, np.int64) if labels is None else labels,
             np.frombuffer(bytes(self.crowd), np.bool_),
             np.array(self.areas, np.float64),
             np.frombuffer(bytes(self.counts), np.uint8),

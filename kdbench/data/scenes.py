@@ -192,10 +192,15 @@ def _inside(item: _Placed, size: int) -> NDArray[np.bool_]:
     return covered
 
 
+def box_around(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 around the pixels of a mask [H, W], right and lower edge included in the box's area."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def _shape(item: _Placed, number: int, owner: NDArray[np.int8]) -> Shape:
     mask = owner == number
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    box = box_around(mask)
     cosine, sine = item.turn
     keypoints = np.zeros((KEYPOINTS, 3), np.float32)
     for row, (u, v) in enumerate(((0.0, 0.0), *_CORNERS[item.kind])):

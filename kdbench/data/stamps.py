@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import TARGET, Part
-from kdbench.data.drawn import Arrays, check_memory, columns_of, put, statistics
+from kdbench.data.drawn import Arrays, check_memory, columns_of, put, statistics, tensors_of
 from kdbench.data.facts import Facts
 from kdbench.data.kinds import NO_OBJECT, Boxes, Plain
 from kdbench.data.options import Seed
-from kdbench.data.scenes import MOST_IMAGES
+from kdbench.data.scenes import MOST_IMAGES, box_around
 from kdbench.data.sources import Source
 from kdbench.data.stamp_files import OPAQUE, Library, Pool, Stamp, open_library
 from kdbench.data.views import IGNORED
@@ -51,9 +51,8 @@ class Pasted:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1 around the visible pixels, right and lower edge included in the box's area."""
-        rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
-        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        """Around the visible pixels, see `box_around`."""
+        return box_around(self.mask)
 
 
 @dataclass(frozen=True)
@@ -255,6 +254,6 @@ def _part(name: str, count: int, size: int, seed: int, library: Library, asked: 
         put(inputs, row, count, further)
         put(target, row, count, wanted)
     pictures = torch.from_numpy(images)
-    shown = {"image": pictures, **{key: torch.from_numpy(values) for key, values in inputs.items()}} if inputs else pictures
+    shown = {"image": pictures, **tensors_of(inputs)} if inputs else pictures
     kinds = {"boxes": Boxes()} if asked.name == "boxes" else {TARGET: Plain()} if asked.name == "caption" else {}
     return pictures, Part(shown, columns_of(target), torch.arange(_FIRST[name], _FIRST[name] + count), kinds=kinds)

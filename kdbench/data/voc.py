@@ -11,13 +11,14 @@ from kdbench.data.batch import Part
 from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD
 from kdbench.data.facts import Facts, NotHere, TargetForm
 from kdbench.data.frames import PADDING, Colour, Fitting, Frame, InputSize, sides_of
+from kdbench.data.image_folder import Files
 from kdbench.data.label_map import LabelMap
-from kdbench.data.labelled_pixels import labelled_part
+from kdbench.data.labelled_pixels import labelled_parts
 from kdbench.data.object_parts import MOST_OF_ONE, Form, Pictures, object_parts
 from kdbench.data.objects import Broken, WhatIfBroken
 from kdbench.data.sources import Source
 from kdbench.data.views import IGNORED
-from kdbench.data.voc_annotations import LABELS, PICTURES, SplitObjects, files_in, segmented
+from kdbench.data.voc_annotations import LABELS, PICTURES, SplitObjects, segmented
 from kdbench.errors import UserError, printable
 
 VocTarget = Literal["boxes", "segmentation", "multi_label"]
@@ -95,21 +96,20 @@ def voc(
     ignored = None
     if target == "segmentation":
         frame = Frame(sides_of(size), fitting, min(sides_of(size)), padding)
-        first, second = _labelled(root, (train, test), frame, classes, dropped)
+        first, second, read = _labelled(root, (train, test), frame, classes, dropped)
         classes, ignored = ("background", *classes), IGNORED
-        read = f"read {len(first):,} pictures with labels to train on and {len(second):,} to test on"
     else:
         assert fitting != "centre", "it is refused above"
         sides = [SplitObjects(root, split, classes, dropped) for split in (train, test)]
-        pictures = [Pictures(files_in(root / PICTURES, side.names), side.sizes, side.objects) for side in sides]
+        pictures = [Pictures(Files.of(root / PICTURES, side.names), side.sizes, side.objects) for side in sides]
         form = Form(size, fitting, padding, len(classes), target == "multi_label", most=most_objects)
         first, second, read = object_parts(pictures[0], pictures[1], form, f"data voc: {printable(str(path))}")
     told = printable(f"{root}: {read}; {dropped.said}")
     return Source("voc", first, second, len(classes), classes, IMAGENET_MEAN, IMAGENET_STD, ignored, read=told)
 
 
-def _labelled(root: Path, splits: tuple[str, str], frame: Frame, classes: tuple[str, ...], broken: Broken) -> tuple[Part, Part]:
-    """Both parts of a segmentation."""
+def _labelled(root: Path, splits: tuple[str, str], frame: Frame, classes: tuple[str, ...], broken: Broken) -> tuple[Part, Part, str]:
+    """Both parts of a segmentation, and in words what they hold."""
     label_map = LabelMap(
         "voc",
         ("background", *classes),
@@ -117,8 +117,7 @@ def _labelled(root: Path, splits: tuple[str, str], frame: Frame, classes: tuple[
         way_out=f"{LABELS} must hold numbers of classes, as palette indices or bytes, and {IGNORED}; option classes names others",
     )
     train, test = (segmented(root, split, broken) for split in splits)
-    first = labelled_part(*train, frame, label_map, 0)
-    return first, labelled_part(*test, frame, label_map, len(first))
+    return labelled_parts(train, test, frame, label_map)
 
 
 def _root(path: Path, year: str, target: VocTarget, size: int | tuple[int, int], classes: int) -> Path:

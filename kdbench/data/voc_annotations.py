@@ -58,10 +58,6 @@ def _pictures(root: Path) -> dict[str, str]:
     return found
 
 
-def files_in(folder: Path, names: Sequence[str]) -> Files:
-    return Files(folder, tuple(names), tuple(os.stat(folder / name).st_size for name in names))
-
-
 def segmented(root: Path, split: str, broken: Broken) -> tuple[Files, Files]:
     """Pictures of a split, and the files that label their pixels."""
     there, pictures, labels = _pictures(root), [], []
@@ -81,7 +77,7 @@ def segmented(root: Path, split: str, broken: Broken) -> tuple[Files, Files]:
         labels.append(label)
     if not pictures:
         raise UserError(f"data voc: no picture of {split} is in {printable(str(root))}")
-    return files_in(root / PICTURES, pictures), files_in(root / LABELS, labels)
+    return Files.of(root / PICTURES, pictures), Files.of(root / LABELS, labels)
 
 
 class SplitObjects:
@@ -113,7 +109,7 @@ class SplitObjects:
 
     @property
     def objects(self) -> Objects:
-        return self._found.sorted(np.array(self._found.labels, np.int64), np.ones(len(self._found), np.bool_))
+        return self._found.sorted()
 
     def _add(self, file: Path, picture: str) -> None:
         try:

@@ -109,7 +109,7 @@ def _pictures(file: Path, said: Mapping[str, Any], key: str, classes: int, broke
     """The pictures that a key of data.yaml names, and the objects in them."""
     root = file.parent
     names = _sound(root, _names(file, said, key), broken)
-    store = Files(root, tuple(names), tuple(os.stat(root / name).st_size for name in names))
+    store = Files.of(root, names)
     sizes, found, without = sizes_in_headers(store), ObjectList(), 0
     for row, name in enumerate(names):
         labels = root / _labels_of(name)
@@ -122,19 +122,17 @@ def _pictures(file: Path, said: Mapping[str, Any], key: str, classes: int, broke
             f"data yolo: no picture of {key} has a label file; {printable(str(root / names[0]))} would have "
             f"{printable(str(root / _labels_of(names[0])))}"
         )
-    objects = found.sorted(np.array(found.labels, np.int64), np.ones(len(found), np.bool_))
-    return Pictures(store, np.array(sizes, np.int64).reshape(-1, 2), objects, annotated=False)
+    return Pictures(store, np.array(sizes, np.int64).reshape(-1, 2), found.sorted(), annotated=False)
 
 
 def _sound(root: Path, names: Sequence[str], broken: Broken) -> list[str]:
     """Those pictures that are there."""
     sound = []
     for name in names:
-        try:
-            if not (root / name).is_file():
-                raise Flaw("is listed, and there is no such file", "pictures without a file")
+        if (root / name).is_file():
             sound.append(name)
-        except Flaw as flaw:
+        else:
+            flaw = Flaw("is listed, and there is no such file", "pictures without a file")
             broken.found(f"data yolo: {printable(str(root / name))}", flaw)
     if not sound:
         raise UserError(f"data yolo: {printable(str(root))} holds no pictures ending in {', '.join(SUFFIXES)}")

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
+from kdbench.data.columns import wide
 from kdbench.data.kinds import NO_OBJECT  # of a background cell too
 from kdbench.models.detectors.cells import CellReading
-from kdbench.models.detectors.readings import wide
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss: Lin et al., ICCV 2017 (arXiv 1708.02002), section 4.1
 

@@ -20,6 +20,7 @@ from kdbench.models.build import ModelSpec
 from kdbench.models.detectors.mask_rcnn import MaskReading
 from kdbench.models.outputs import reading_of
 from kdbench.tasks.average_precision import measured, original
+from kdbench.tasks.by_class import is_of_class
 from kdbench.tasks.detection import Detection
 from kdbench.tasks.mask_losses import mask_of
 
@@ -70,7 +71,7 @@ class InstanceMasks(Detection):
         images = len(kept["scores"])
         sizes = [_picture(wanted, image, self.size) for image in range(images)]
         numbers = measured(found, objects, images, self.source.class_names, "segm", sizes)
-        return numbers | {f"box_{name}": value for name, value in super().metrics(prediction, target).items() if "/" not in name}
+        return numbers | {f"box_{name}": value for name, value in super().metrics(prediction, target).items() if not is_of_class(name)}
 
 
 def _found(kept: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> list[dict[str, Any]]:

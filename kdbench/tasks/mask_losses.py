@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, roi_align
 
+from kdbench.data.columns import wide
 from kdbench.data.encoded_targets import OBJECTS_A_GROUP
 from kdbench.errors import UserError
 from kdbench.models.detectors.mask_rcnn import MASK_SIDE, MaskReading
-from kdbench.models.detectors.readings import wide
 from kdbench.tasks.cell_losses import learned_labels
 from kdbench.tasks.two_stage_losses import TwoStageLosses
 

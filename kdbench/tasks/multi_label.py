@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, described, single
+from kdbench.data.columns import Columns, described, single, wide
 from kdbench.data.options import LEFT_OUT_UNSET
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
@@ -66,7 +66,7 @@ class MultiLabel(Task):
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Binary cross-entropy of logits [B, C] with the answers [B, C], mean over both, in nats."""
-        logits = _wide(outputs.logits)
+        logits = wide(outputs.logits)
         return {"binary_cross_entropy": F.binary_cross_entropy_with_logits(logits, batch.labels.to(logits.dtype))}
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
@@ -135,7 +135,7 @@ def _f1(answers: Tensor, present: Tensor, suffix: str) -> dict[str, float]:
 
 def _imitation(student: Outputs, teacher: Outputs, batch: Batch, temperature: float) -> Tensor:
     """T^2 times the binary cross-entropy of sigmoid(student / T) with sigmoid(teacher / T), mean over samples and classes."""
-    logits, wanted = _wide(student.logits) / temperature, _wide(teacher.logits.detach()) / temperature
+    logits, wanted = wide(student.logits) / temperature, wide(teacher.logits.detach()) / temperature
     return temperature**2 * F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype).sigmoid())
 
 
@@ -149,7 +149,3 @@ def _answers(target: Columns, classes: int) -> bool:
 def _no_and_yes(logits: Tensor) -> Tensor:
     """Each answer as a choice between two classes: logits [N, 2, C] whose softmax over the second dimension is 1 - p and p."""
     return torch.stack([torch.zeros_like(logits), logits], dim=1)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

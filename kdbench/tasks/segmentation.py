@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, alone, described, single
+from kdbench.data.columns import Columns, alone, described, single, wide
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.data.views import IGNORED
 from kdbench.errors import UserError
@@ -54,7 +53,7 @@ class Segmentation(Task):
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of logits [B, C, H, W] with labels [B, H, W], mean over the pixels that count; 0 where none does."""
-        logits = outputs.logits if outputs.logits.dtype == torch.float64 else outputs.logits.float()
+        logits = wide(outputs.logits)
         total = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum")
         return {"cross_entropy": total / (batch.labels != IGNORED).sum().clamp(min=1)}
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdbench.data.columns import wide
 from kdbench.data.hashing import hash64
 from kdbench.data.kinds import has_box
 from kdbench.models.detectors.anchors import encode
-from kdbench.models.detectors.readings import wide
 from kdbench.models.detectors.two_stage import ROI_WEIGHTS, TwoStageReading
 from kdbench.tasks.anchor_losses import Matches, hardest, match, wanted_offsets
 

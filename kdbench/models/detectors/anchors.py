@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdbench.data.columns import wide
 from kdbench.models.detectors.positions import corners, grid
-from kdbench.models.detectors.readings import Dense, Reading, end_to_end, suppressed, wide
+from kdbench.models.detectors.readings import Dense, Reading, end_to_end, suppressed
 
 LARGEST_GROWTH = math.log(1000 / 16)  # a side grows 62 times at most, so that no box becomes infinite
 BOX = 4

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdbench.data.columns import wide
 from kdbench.models.detectors.positions import corners, grid, positions
-from kdbench.models.detectors.readings import Dense, Reading, end_to_end, suppressed, wide
+from kdbench.models.detectors.readings import Dense, Reading, end_to_end, suppressed
 
 _LARGEST_EXPONENT = 5.0  # a side is at most exp(5) = 148 strides away, so that no box becomes infinite
 _BOX = 4
@@ -50,8 +51,11 @@ class CellReading(Reading):
 
     def dense(self, prediction: Mapping[str, Tensor], size: tuple[int, int]) -> Dense:
         logits, sides, _ = self.split(prediction)
+        return Dense(logits, self._placed(sides, size))
+
+    def _placed(self, sides: Tensor, size: tuple[int, int]) -> Tensor:
         centres, strides = self.cells(size, sides.device)
-        return Dense(logits, self.boxes(sides, centres.to(sides), strides.to(sides)))
+        return self.boxes(sides, centres.to(sides), strides.to(sides))
 
     def cells(self, size: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Where all cells stand, float32 [P, 2] of x and y in pixels, and their strides, float32 [P]; see `positions`."""
@@ -74,8 +78,8 @@ class CellReading(Reading):
     def detections(
         self, prediction: Mapping[str, Tensor], size: tuple[int, int], count: int, valid: Tensor | None = None
     ) -> dict[str, Tensor]:
-        logits, boxes = self.dense(prediction, size)
-        scores, central = logits.sigmoid(), self.split(prediction)[2]
+        logits, sides, central = self.split(prediction)
+        scores, boxes = logits.sigmoid(), self._placed(sides, size)
         if central is not None:
             scores = (scores * central.sigmoid()[..., None]).sqrt()
         levels = tuple(prediction[name].shape[-2] * prediction[name].shape[-1] for name in self.names)

@@ -18,10 +18,10 @@ from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import box_iou
 
-from kdbench.models.detectors.anchors import BOX, decode
+from kdbench.data.columns import wide
+from kdbench.models.detectors.anchors import BOX
 from kdbench.models.detectors.proposals import best_of_classes, pooled
-from kdbench.models.detectors.readings import wide
-from kdbench.models.detectors.two_stage import ROI_WEIGHTS, FasterRCNN, TwoStageReading
+from kdbench.models.detectors.two_stage import FasterRCNN, TwoStageReading
 
 MASK_SIDE = 28  # pixels of a mask, across and down its box
 _BINS = MASK_SIDE // 2
@@ -99,9 +99,8 @@ class MaskRCNN(FasterRCNN):
         return given | {"mask_boxes": where, "mask_scores": scores, "mask_classes": classes.to(where), "masks": masks}
 
     def _best(self, given: Mapping[str, Tensor], size: tuple[int, int], valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        boxes = decode(wide(given["roi_offsets"]), wide(given["proposals"])[:, :, None], ROI_WEIGHTS)
-        scores = wide(given["roi_logits"]).softmax(-1)[..., 1:]
         read = self.reading
+        scores, boxes = read.second(given)
         limits = {"lowest": read.lowest, "overlap": read.overlap}
         return best_of_classes(boxes, scores, size, valid, count=read.drawn, most=_CANDIDATES, **limits)
 

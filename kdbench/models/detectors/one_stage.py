@@ -6,6 +6,7 @@ Sources: Tian et al., ICCV 2019 (arXiv 1904.01355); Lin et al., ICCV 2017 (arXiv
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from kdbench.models.detectors.anchors import AnchorReading, anchor_sizes
 from kdbench.models.detectors.cells import CellReading
 from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
-from kdbench.models.detectors.pyramids import IMAGENET, Pyramid, below_backbone, check_preset, norm_of
+from kdbench.models.detectors.pyramids import EPSILON, IMAGENET, Pyramid, below_backbone, check_preset, norm_of
 from kdbench.models.detectors.readings import Reading
 from kdbench.models.inputs import InputSpec
 
@@ -36,7 +37,9 @@ class OneStage(WithTorchvisionsWeights):
     stage_modules: tuple[str, ...]
     input_spec: InputSpec | None
 
-    def __init__(self, backbone: str, width: int, finest: int, levels: int, in_channels: int, preset: str, epsilon: float = 1e-5) -> None:
+    def __init__(
+        self, backbone: str, width: int, finest: int, levels: int, in_channels: int, preset: str, epsilon: float = EPSILON
+    ) -> None:
         super().__init__()
         check_preset(preset, in_channels)
         self.backbone = Pyramid(
@@ -97,7 +100,7 @@ class RetinaNet(OneStage):
         levels: int,
         anchor: int,
         preset: str,
-        epsilon: float = 1e-5,
+        epsilon: float = EPSILON,
         *,
         num_classes: int,
         in_channels: int,
@@ -131,16 +134,11 @@ def fcos(
     return PyramidFCOS(backbone, width, finest, levels, preset, num_classes=num_classes, in_channels=in_channels)
 
 
-def fcos_resnet18_fpn(
-    *, num_classes: int, in_channels: int, width: int = 256, finest: int = 8, levels: int = 5, preset: str = ""
-) -> PyramidFCOS:
-    return PyramidFCOS("resnet18", width, finest, levels, preset, num_classes=num_classes, in_channels=in_channels)
+def _fcos_on(backbone: str) -> Callable[..., PyramidFCOS]:
+    def build(*, num_classes: int, in_channels: int, width: int = 256, finest: int = 8, levels: int = 5, preset: str = "") -> PyramidFCOS:
+        return PyramidFCOS(backbone, width, finest, levels, preset, num_classes=num_classes, in_channels=in_channels)
 
-
-def fcos_resnet50_fpn(
-    *, num_classes: int, in_channels: int, width: int = 256, finest: int = 8, levels: int = 5, preset: str = ""
-) -> PyramidFCOS:
-    return PyramidFCOS("resnet50", width, finest, levels, preset, num_classes=num_classes, in_channels=in_channels)
+    return build
 
 
 def retinanet(
@@ -157,13 +155,16 @@ def retinanet(
     return RetinaNet(backbone, width, finest, levels, anchor, preset, num_classes=num_classes, in_channels=in_channels)
 
 
-def retinanet_resnet18_fpn(
-    *, num_classes: int, in_channels: int, width: int = 256, finest: int = 8, levels: int = 5, anchor: int = 32, preset: str = ""
-) -> RetinaNet:
-    return RetinaNet("resnet18", width, finest, levels, anchor, preset, num_classes=num_classes, in_channels=in_channels)
+def _retinanet_on(backbone: str, epsilon: float) -> Callable[..., RetinaNet]:
+    def build(
+        *, num_classes: int, in_channels: int, width: int = 256, finest: int = 8, levels: int = 5, anchor: int = 32, preset: str = ""
+    ) -> RetinaNet:
+        return RetinaNet(backbone, width, finest, levels, anchor, preset, epsilon, num_classes=num_classes, in_channels=in_channels)
+
+    return build
 
 
-def retinanet_resnet50_fpn(
-    *, num_classes: int, in_channels: int, width: int = 256, finest: int = 8, levels: int = 5, anchor: int = 32, preset: str = ""
-) -> RetinaNet:
-    return RetinaNet("resnet50", width, finest, levels, anchor, preset, 0.0, num_classes=num_classes, in_channels=in_channels)
+fcos_resnet18_fpn = _fcos_on("resnet18")
+fcos_resnet50_fpn = _fcos_on("resnet50")
+retinanet_resnet18_fpn = _retinanet_on("resnet18", EPSILON)
+retinanet_resnet50_fpn = _retinanet_on("resnet50", 0.0)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms, nms, roi_align
 
-from kdbench.models.detectors.readings import wide
+from kdbench.data.columns import wide
+from kdbench.models.detectors.readings import cut_at_edges
 
 _SMALLEST = 1e-3  # pixels; a side below it is no proposal, as torchvision has it
 _SMALLEST_FOUND = 1e-2  # the same of what is found in the end
@@ -53,7 +54,7 @@ def best_proposals(
     level_of = torch.cat([torch.full((k,), level, device=boxes.device) for level, k in enumerate(numbers)])
     of_level = level_of.expand(boxes.shape[0], -1)  # len() would fix the batch in an export
     scores, boxes = scores.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    boxes = _cut(boxes, size, valid)
+    boxes = cut_at_edges(boxes, size, valid)
     large = (boxes[..., 2:] - boxes[..., :2] >= _SMALLEST).all(-1)
     return _first(boxes, scores, large & _kept(boxes, scores, of_level, large, overlap, size), count)[0]
 
@@ -78,17 +79,11 @@ def best_of_classes(
     """
     scores, order = scores.flatten(1).topk(min(most, scores.shape[1] * scores.shape[2]), dim=1)
     classes = order % boxes.shape[2]
-    boxes = _cut(boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4)), size, valid)
+    boxes = cut_at_edges(boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4)), size, valid)
     large = (boxes[..., 2:] - boxes[..., :2] >= _SMALLEST_FOUND).all(-1) & (scores > lowest)
     found, values, best = _first(boxes, scores, large & _kept(boxes, scores, classes, large, overlap, size), count)
     of_class = F.pad(classes.gather(1, best), (0, count - best.shape[1]))
     return found, values, torch.where(values > 0, of_class, 0)
-
-
-def _cut(boxes: Tensor, size: tuple[int, int], valid: Tensor | None) -> Tensor:
-    """Boxes [B, K, 4] cut at the edges of their pictures."""
-    height, width = (valid.to(boxes).T if valid is not None else boxes.new_tensor(size)[:, None]).unbind(0)
-    return torch.minimum(boxes.clamp(min=0), torch.stack([width, height, width, height], dim=-1)[:, None])
 
 
 def _first(boxes: Tensor, scores: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from kdbench.data.encoded import IMAGENET_MEAN, IMAGENET_STD
 from kdbench.errors import UserError, shown
 from kdbench.models.backbones import Norm, body
 from kdbench.models.inputs import InputSpec
@@ -21,7 +22,8 @@ from kdbench.models.inputs import InputSpec
 COARSEST = 32  # stride of the last map that a backbone gives; coarser levels are made from the pyramid
 MOST_LEVELS = 8
 PRESETS = ("", "coco_v1")
-IMAGENET = InputSpec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+EPSILON = 1e-5  # of frozen statistics, as of torch's own
+IMAGENET = InputSpec(IMAGENET_MEAN, IMAGENET_STD)
 
 
 class Pyramid(nn.Module):
@@ -89,7 +91,7 @@ def check_preset(preset: str, in_channels: int) -> None:
         raise UserError(f"preset coco_v1 is for images of three channels, and these have {in_channels}; leave preset out")
 
 
-def norm_of(preset: str, epsilon: float = 1e-5) -> Norm:
+def norm_of(preset: str, epsilon: float = EPSILON) -> Norm:
     """What the backbone normalises with: frozen statistics where it begins with torchvision's weights.
 
     epsilon: what these weights were trained with; 0 before torchvision 0.8.

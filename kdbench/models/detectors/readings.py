@@ -85,16 +85,18 @@ class Reading(ABC):
         """
 
 
-def wide(values: Tensor) -> Tensor:
-    """In float32, or float64 where it is that."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def end_to_end(maps: Tensor, per_cell: int = 1) -> Tensor:
     """[B, per_cell D, H, W] -> [B, H W per_cell, D]: cells row by row, and the places of a cell one after the other."""
     images, channels, height, width = maps.shape
     split = maps.view(images, per_cell, channels // per_cell, height, width)
     return split.permute(0, 3, 4, 1, 2).reshape(images, height * width * per_cell, channels // per_cell)
+
+
+def cut_at_edges(boxes: Tensor, size: tuple[int, int], valid: Tensor | None) -> Tensor:
+    """Boxes [B, ..., 4] cut at the edges of their pictures. size, valid: as of `Reading.detections`."""
+    height, width = (valid.to(boxes).T if valid is not None else boxes.new_tensor(size)[:, None]).unbind(0)
+    edges = torch.stack([width, height, width, height], dim=-1).view(-1, *[1] * (boxes.ndim - 2), 4)
+    return torch.minimum(boxes.clamp(min=0), edges)
 
 
 def suppressed(
@@ -114,7 +116,5 @@ def suppressed(
 
     scores: [B, P, C]. candidates: places of each level, of which the `most` highest scores are looked at; by_class: of each class.
     """
-    height, width = (valid.to(boxes).T if valid is not None else boxes.new_tensor(size)[:, None]).unbind(0)
-    edges = torch.stack([width, height, width, height], dim=-1).view(-1, *[1] * (boxes.ndim - 2), 4)
-    inside = torch.minimum(boxes.clamp(min=0), edges)
+    inside = cut_at_edges(boxes, size, valid)
     return best_of_each_image(scores, inside, count, lowest=lowest, overlap=overlap, levels=candidates, most=most, by_class=by_class)

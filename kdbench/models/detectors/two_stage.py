@@ -9,7 +9,7 @@ network can be exported. In training, the true boxes join the proposals.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
+from kdbench.data.columns import wide
 from kdbench.errors import UserError
 from kdbench.models.detectors.anchors import BOX, AnchorReading, Weights, anchor_sizes, decode
 from kdbench.models.detectors.one_stage import by_anchor
 from kdbench.models.detectors.pretrained import WithTorchvisionsWeights
 from kdbench.models.detectors.proposals import best_proposals, pooled
-from kdbench.models.detectors.pyramids import IMAGENET, Pyramid, below_backbone, check_preset, norm_of
-from kdbench.models.detectors.readings import Dense, Reading, suppressed, wide
+from kdbench.models.detectors.pyramids import EPSILON, IMAGENET, Pyramid, below_backbone, check_preset, norm_of
+from kdbench.models.detectors.readings import Dense, Reading, suppressed
 from kdbench.models.inputs import InputSpec
 
 ROI_WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)
@@ -80,11 +81,15 @@ class TwoStageReading(Reading):
     def dense(self, prediction: Mapping[str, Tensor], size: tuple[int, int]) -> Dense:
         return self.first.dense(prediction, size)
 
+    def second(self, prediction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the second stage says of each proposal: scores [B, R, C] and boxes [B, R, C, 4], float32 or wider."""
+        boxes = decode(wide(prediction["roi_offsets"]), wide(prediction["proposals"])[:, :, None], ROI_WEIGHTS)
+        return wide(prediction["roi_logits"]).softmax(-1)[..., 1:], boxes
+
     def detections(
         self, prediction: Mapping[str, Tensor], size: tuple[int, int], count: int, valid: Tensor | None = None
     ) -> dict[str, Tensor]:
-        scores = wide(prediction["roi_logits"]).softmax(-1)[..., 1:]
-        boxes = decode(wide(prediction["roi_offsets"]), wide(prediction["proposals"])[:, :, None], ROI_WEIGHTS)
+        scores, boxes = self.second(prediction)
         every = scores.shape[1]
         return suppressed(
             scores, boxes, size, count, valid, lowest=self.lowest, overlap=self.overlap, candidates=(every,), most=every * self.num_classes
@@ -127,7 +132,7 @@ class FasterRCNN(WithTorchvisionsWeights):
         proposals: int,
         learned: int,
         preset: str,
-        epsilon: float = 1e-5,
+        epsilon: float = EPSILON,
         *,
         num_classes: int,
         in_channels: int,
@@ -210,35 +215,25 @@ def faster_rcnn(
     return FasterRCNN(*sizes, preset, num_classes=num_classes, in_channels=in_channels)
 
 
-def fasterrcnn_resnet18_fpn(
-    *,
-    num_classes: int,
-    in_channels: int,
-    width: int = 256,
-    finest: int = 4,
-    levels: int = 5,
-    anchor: int = 32,
-    hidden: int = 1024,
-    proposals: int = 1000,
-    learned: int = 512,
-    preset: str = "",
-) -> FasterRCNN:
-    sizes = ("resnet18", width, finest, levels, anchor, hidden, proposals, learned)
-    return FasterRCNN(*sizes, preset, num_classes=num_classes, in_channels=in_channels)
+def _on(backbone: str, epsilon: float) -> Callable[..., FasterRCNN]:
+    def build(
+        *,
+        num_classes: int,
+        in_channels: int,
+        width: int = 256,
+        finest: int = 4,
+        levels: int = 5,
+        anchor: int = 32,
+        hidden: int = 1024,
+        proposals: int = 1000,
+        learned: int = 512,
+        preset: str = "",
+    ) -> FasterRCNN:
+        sizes = (backbone, width, finest, levels, anchor, hidden, proposals, learned)
+        return FasterRCNN(*sizes, preset, epsilon, num_classes=num_classes, in_channels=in_channels)
+
+    return build
 
 
-def fasterrcnn_resnet50_fpn(
-    *,
-    num_classes: int,
-    in_channels: int,
-    width: int = 256,
-    finest: int = 4,
-    levels: int = 5,
-    anchor: int = 32,
-    hidden: int = 1024,
-    proposals: int = 1000,
-    learned: int = 512,
-    preset: str = "",
-) -> FasterRCNN:
-    sizes = ("resnet50", width, finest, levels, anchor, hidden, proposals, learned)
-    return FasterRCNN(*sizes, preset, 0.0, num_classes=num_classes, in_channels=in_channels)
+fasterrcnn_resnet18_fpn = _on("resnet18", EPSILON)
+fasterrcnn_resnet50_fpn = _on("resnet50", 0.0)
