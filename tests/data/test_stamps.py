@@ -21,6 +21,7 @@ from kdbench.errors import TooMuch, UserError
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
+from tests.data.stamp_share import disc, write_share
 from tests.training.units import layout, unit
 
 COLOURS = {"animals": (250, 10, 10), "food": (10, 250, 10), "town": (10, 10, 250)}
@@ -28,32 +29,10 @@ NUMBERS = {"train": 24, "val": 8, "test": 8}
 HERE = (INSTALLED / STAMPS).is_dir() and (INSTALLED / GROUNDS).is_dir()
 
 
-def disc(colour: tuple[int, int, int], width: int = 60, height: int = 40) -> Image.Image:
-    """An ellipse of one colour that fills its picture, opaque inside and transparent outside."""
-    y, x = np.mgrid[:height, :width]
-    inside = ((x + 0.5) / width * 2 - 1) ** 2 + ((y + 0.5) / height * 2 - 1) ** 2 <= 1
-    pixels = np.zeros((height, width, 4), np.uint8)
-    pixels[..., :3] = colour
-    pixels[..., 3] = 255 * inside
-    return Image.fromarray(pixels)
-
-
 @pytest.fixture
 def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in the layout of /usr/share: four or more objects of three categories, symbols, and twelve photographs."""
-    stamps, grounds = tmp_path / STAMPS, tmp_path / GROUNDS
-    for category, colour in COLOURS.items():
-        for number in range(5):
-            file = stamps / category / ("wild" if number % 2 else "tame") / f"{category}-{number}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            disc(colour, 60 + 4 * number).save(file)
-            file.with_suffix(".txt").write_text(f"A {category} number {number}.\nfr.utf8=Autre chose.\n")
-    (stamps / "symbols").mkdir()
-    for letter in "abc":
-        disc((0, 0, 0)).save(stamps / "symbols" / f"{letter}.png")
-    grounds.mkdir(parents=True)
-    for number in range(12):
-        Image.fromarray(np.full((90, 120, 3), 20 * number, np.uint8)).save(grounds / f"{number:02}.jpg", quality=95)
+    write_share(tmp_path, COLOURS)
     monkeypatch.setenv("KDBENCH_DATA", str(tmp_path))
     sources._opened.cache_clear()
     yield tmp_path
