@@ -11,6 +11,8 @@ READY := $(VENV)/.ready
 PYTEST = $(VENV)/bin/python $(PYTHON_FLAGS) -m pytest
 IN_PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 SHUFFLE := $(VENV)/shuffle
+# Where a machine keeps no bytecode, each of the hundreds of processes that the tests start would compile kdbench and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 SEED ?= $(shell date +%s)
 TESTS ?= tests
 

@@ -76,6 +76,7 @@ def test_an_example_trains_as_it_is_printed(name: str, examples: Path) -> None:
     assert_trained(examples, experiment)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_example_with_a_search_is_searched(examples: Path) -> None:
     changes = [*SMALL, "recipe.epochs=3", "search.trials=2", "search.top_k=1"]  # with an epoch in each of its stages

@@ -35,6 +35,7 @@ def test_every_folder_of_golden_vectors_is_counted_for_one_method(script: dict[s
     assert script["vectors"]("kd") == sum(len(list((ROOT / "tests" / "golden" / name).glob("*.npz"))) for name in ("kd", "kd_clskd"))
 
 
+@pytest.mark.slow
 def test_costs_that_were_measured_stay_when_the_table_is_renewed(script: dict[str, Any]) -> None:
     page = re.sub(r"(\| `kd` .*\|)[^|\n]*\|$", r"\1 1.23 |", page_text("docs/methods.md"), flags=re.MULTILINE)
     assert script["costs_of"](page)["kd"] == "1.23"

@@ -91,6 +91,10 @@ def leased(store: ObjectStore, name: str, holder: str, waiting: Callable[[str], 
         if lease.lost:
             raise lease.taken_over() from None
         raise
+    except (OSError, RuntimeError) as error:  # such as a library's of its lock on a journal, which the other machine took away
+        if _is_surely_lost(lease):
+            raise lease.taken_over() from error
+        raise
     finally:
         try:
             with ending:
@@ -102,6 +106,13 @@ def leased(store: ObjectStore, name: str, holder: str, waiting: Callable[[str], 
         if not lease.lost:
             with suppress(KDBenchError):  # it then expires
                 store.replace(lease.path, _text(owner, holder, released=True), patient=False)
+
+
+def _is_surely_lost(lease: Lease) -> bool:
+    try:
+        return not lease.is_ours()
+    except KDBenchError:  # the storage does not answer
+        return False
 
 
 def _folder(name: str) -> str:

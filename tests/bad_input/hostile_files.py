@@ -2,7 +2,8 @@
 
     python -m tests.bad_input.hostile_files --seed 20261129
 
-`hostile_kinds` makes the files from the seed. Each command runs in a process of its own, in a folder of its own, with a new results folder,
+`hostile_kinds` makes the files from the seed. Each command runs in a process of its own (forked from one that
+has imported the modules), in a folder of its own, with a new results folder,
 home and TMPDIR, and nothing to read on its input. It has to end with exit code 2 and one line that begins as kdbench's errors do (ten lines
 at most for an experiment with several problems), within 10 s and 300 MB, and to leave no file behind. A few further cases are of commands
 that rightly name one bad file, leave it out and go on: each states the exit code that it expects, and which name has to be in the output.
@@ -14,18 +15,22 @@ Memory is the growth of VmHWM, which the process reads of itself; `ru_maxrss` wo
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,22 +49,39 @@ _MAY_STAY = re.compile(r"home/\.cache(/kdbench(/content.*)?)?$|tmp/torchinductor
 _FAULT = re.compile(r"\b(Assertion|Attribute|Index|Memory|Name|Recursion)Error\b")
 _REPOSITORY = Path(__file__).parents[2]
 
-# Imports what the command imports anyway, then is the console script. What it measured goes to a file descriptor.
-_COMMAND = """
-import importlib, json, os, sys, time
+# Imports once what the commands import anyway. For each line that it reads it forks a process that is the console script, and prints this
+# process's number, then its exit code. The variables and folders that modules may have looked at are those of the command.
+_COMMANDS = """
+import importlib, json, os, sys, tempfile, time
 def highest():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
-report, modules, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0] = "kdbench"
-for module in modules.split(","):
+for module in sys.argv[1].split(","):
     importlib.import_module(module)
 from kdbench.cli.app import main
-before, began = highest(), time.perf_counter()
-try:
-    main()
-finally:
-    os.write(int(report), json.dumps([time.perf_counter() - began, (highest() - before) / 1000]).encode())
+for line in sys.stdin:
+    command = json.loads(line)
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.chdir(command["here"])
+    os.environ.clear()
+    os.environ.update(command["environment"])
+    tempfile.tempdir = None
+    for opened, name, how in ((0, os.devnull, os.O_RDONLY), (1, command["out"], os.O_WRONLY | os.O_CREAT)):
+        os.dup2(os.open(name, how, 0o600), opened)
+    os.dup2(1, 2)
+    sys.stdin = open(0, closefd=False)
+    sys.argv = ["kdbench", *command["arguments"]]
+    before, began = highest(), time.perf_counter()
+    try:
+        main()
+    finally:
+        with open(command["report"], "w") as report:
+            json.dump([time.perf_counter() - began, (highest() - before) / 1000], report)
+    break
 """
 
 
@@ -138,46 +160,72 @@ def problems(case: Case, ended: Ended, most_seconds: float = MOST_SECONDS, most_
         yield f"left behind: {', '.join(ended.left[:5])}"
 
 
-def _run(case: Case, folder: Path, time_limit: float) -> Ended:
-    before = _below(folder)
-    out, report = folder / "out", folder / "report"
-    with ExitStack() as stack:
-        descriptor = os.open(report, os.O_CREAT | os.O_WRONLY, 0o600)
-        stack.callback(os.close, descriptor)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _COMMAND, str(descriptor), ",".join(case.imports), *case.arguments],
-            cwd=folder / "here",
-            env=_environment(folder) | {name: value.format(here=folder / "here") for name, value in case.environment.items()},
-            stdin=subprocess.DEVNULL,
-            stdout=stack.enter_context(out.open("wb")),
-            stderr=subprocess.STDOUT,
-            pass_fds=[descriptor],
+class _Commands:
+    """A process that has imported what some commands need, and starts them one after the other."""
+
+    def __init__(self, imports: tuple[str, ...]) -> None:
+        self._home = tempfile.TemporaryDirectory()
+        for name in ("home", "tmp"):
+            Path(self._home.name, name).mkdir()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _COMMANDS, ",".join(imports)],
+            env=_environment(Path(self._home.name)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        stopped = _watched(process, time_limit)
-    seconds, megabytes = json.loads(report.read_text() or "[null, null]")
-    text = out.read_text(errors="backslashreplace")
-    lines = tuple(line for line in text.splitlines() if line.strip() and not (case.progress and line.startswith(case.progress)))
-    left = sorted(_below(folder) - before - {"out", "report"})
-    return Ended(None if stopped else process.returncode, lines, seconds, megabytes, tuple(map(printable, left)), stopped)
 
+    def run(self, case: Case, folder: Path, time_limit: float) -> tuple[int, str]:
+        """The exit code of the command, and why it had to be ended, or nothing."""
+        here = folder / "here"
+        environment = _environment(folder) | {name: value.format(here=here) for name, value in case.environment.items()}
+        paths = {"here": str(here), "out": str(folder / "out"), "report": str(folder / "report")}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({**paths, "environment": environment, "arguments": case.arguments}) + "\n")
+        self._process.stdin.flush()
+        stopped = self._watched(int(self._said()), time_limit)
+        return int(self._said()), stopped
 
-def _watched(process: subprocess.Popen[bytes], time_limit: float) -> str:
-    """Wait for a command to end; why it had to be ended, or nothing."""
-    began = time.monotonic()
-    while True:
-        try:
-            process.wait(0.05)
-            return ""
-        except subprocess.TimeoutExpired:
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.communicate()
+        self._home.cleanup()
+
+    def _said(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def _watched(self, command: int, time_limit: float) -> str:
+        began = time.monotonic()
+        while not select.select([self._process.stdout], [], [], 0.05)[0]:
             stopped = ""
             if time.monotonic() - began > time_limit:
                 stopped = f"it did not end in {time_limit:.0f} s"
-            elif (used := _megabytes(process.pid)) > _MEMORY_LIMIT:
+            elif (used := _megabytes(command)) > _MEMORY_LIMIT:
                 stopped = f"it took {used:,.0f} MB and was ended"
             if stopped:
-                process.kill()
-                process.wait()
+                os.kill(command, signal.SIGKILL)
                 return stopped
+        return ""
+
+
+@cache
+def _commands(imports: tuple[str, ...], _thread: int) -> _Commands:
+    """One for each thread, as it starts one command at a time."""
+    started = _Commands(imports)
+    atexit.register(started.close)
+    return started
+
+
+def _run(case: Case, folder: Path, time_limit: float) -> Ended:
+    before = _below(folder)
+    code, stopped = _commands(case.imports, threading.get_ident()).run(case, folder, time_limit)
+    report = folder / "report"
+    seconds, megabytes = json.loads(report.read_text()) if report.exists() else (None, None)
+    text = (folder / "out").read_text(errors="backslashreplace")
+    lines = tuple(line for line in text.splitlines() if line.strip() and not (case.progress and line.startswith(case.progress)))
+    left = sorted(_below(folder) - before - {"out", "report"})
+    return Ended(None if stopped else code, lines, seconds, megabytes, tuple(map(printable, left)), stopped)
 
 
 def _megabytes(process: int) -> float:

@@ -139,6 +139,7 @@ def folders_of_pictures() -> None:
 FOLDER = {"name": "classification", "data": {"name": "image_folder", "path": "pictures", "size": 16}, "val_size": 2}
 
 
+@pytest.mark.slow
 def test_pictures_that_take_the_machine_or_are_none_are_refused(tmp_path: Path) -> None:
     def put(name: str, content: Callable[[], bytes]) -> Callable[[], object]:
         def made() -> None:
@@ -295,6 +296,7 @@ def nested() -> pa.Array:
 TABLE = {"name": "classification", "data": {"name": "parquet", "train": "train.parquet", "test": "test.parquet", "size": 16}, "val_size": 2}
 
 
+@pytest.mark.slow
 def test_tables_that_take_the_machine_or_are_none_are_refused(tmp_path: Path) -> None:
     def of(images: Callable[[], Any] | None = None, labels: Callable[[], Any] | None = None) -> Callable[[], object]:
         return lambda: table(images and images(), labels and labels(), compression="zstd")

@@ -124,6 +124,7 @@ class _Fault:
         return self.left <= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [

@@ -53,6 +53,7 @@ def test_every_shipped_experiment_is_valid(path: Path) -> None:
     assert load_experiment(path).name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(SMALL))
 def test_teacher_search_finals_and_board_work_for_every_task(task: str, tmp_path: Path, ray: None) -> None:
     search = {"trials": 2, "sampler": "random", "scheduler": "none", "also": {"recipe.lr": {"low": 0.01, "high": 0.1, "log": True}}}

@@ -68,6 +68,7 @@ def test_without_another_checkout_the_comparison_is_not_measured(tmp_path: Path,
     assert last.verdict == "not measured"
 
 
+@pytest.mark.slow
 def test_a_worker_answers_with_the_seconds_of_its_starts(tmp_path: Path) -> None:
     with begin.Worker(begin.ROOT, tmp_path / "now") as worker:
         first, second = worker.arm("none")(), worker.arm("none")()

@@ -20,6 +20,7 @@ from benchmarks.report import Row
 from benchmarks.timing import Sample
 
 
+@pytest.mark.slow
 def test_a_part_is_measured_and_written_at_a_size_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "METHODS", {"kd": "kd"})
     assert command.main(["--quick", "--only", "a", "--seconds", "0.1", "--output", str(tmp_path)]) == 0

@@ -112,8 +112,8 @@ def with_config(path: Path, key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "student",
     [
-        {"name": "vit_tiny_patch16_224", "depth": 100_000},
-        {"name": "vit_tiny_patch16_224", "embed_dim": 24_000},
+        pytest.param({"name": "vit_tiny_patch16_224", "depth": 100_000}, marks=pytest.mark.slow),
+        pytest.param({"name": "vit_tiny_patch16_224", "embed_dim": 24_000}, marks=pytest.mark.slow),
         {"name": "torchvision.models:resnet50", "width_per_group": 20_000},
     ],
     ids=lambda student: list(student)[-1],

@@ -234,14 +234,14 @@ def test_every_weight_multiplies_its_term_and_beta_is_half_of_alpha() -> None:
     ("boxes", "labels"),
     [
         (BOXES, LABELS),
-        (BOXES[:, :1], torch.zeros(2, 1, dtype=torch.long)),  # one class
-        (torch.tensor([[[0.0, 0, 64, 64]], [[60, 60, 64, 64]]]), torch.tensor([[0], [1]])),  # at the border
+        pytest.param(BOXES[:, :1], torch.zeros(2, 1, dtype=torch.long), marks=pytest.mark.slow),  # one class
+        pytest.param(torch.tensor([[[0.0, 0, 64, 64]], [[60, 60, 64, 64]]]), torch.tensor([[0], [1]]), marks=pytest.mark.slow),  # border
         (torch.tensor([[[0.0, 0, 60, 60], [8, 8, 40, 40], [9, 9, 17, 17]]] * 2), torch.tensor([[0, 1, 2]] * 2)),  # nested
         (BOXES, torch.full((2, 2), -1)),  # no object at all
         (torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long)),
     ],
 )
-@pytest.mark.parametrize("levels", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.nodes])])
+@pytest.mark.parametrize("levels", [1, pytest.param(2, marks=pytest.mark.nodes)])
 def test_gradients_are_derivatives_for_whatever_boxes_a_picture_has(boxes: Tensor, labels: Tensor, levels: int) -> None:
     method, s, t = built(levels, alpha=0.5, gamma=0.1, relation=0.02), outputs(4, levels), outputs(6, levels, seed=1)
     seen = batch(boxes, labels)

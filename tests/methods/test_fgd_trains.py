@@ -80,6 +80,7 @@ def test_the_teachers_levels_come_from_the_cache(tmp_path: Path) -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_search_looks_around_the_defaults_for_the_pair(tmp_path: Path, ray: object) -> None:
     asked = Experiment.model_validate(
         {

@@ -158,6 +158,23 @@ def test_whoever_was_taken_over_is_told_so_before_it_writes(store: ObjectStore, 
     assert store.read("locks/study.lease/00000002") == b"{}"
 
 
+@pytest.mark.parametrize("broken", [FileNotFoundError("journal.lock"), RuntimeError("Error: did not possess lock")])
+@pytest.mark.parametrize("taken", [True, False])
+def test_what_breaks_because_another_machine_took_over_is_told_as_such(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, broken: Exception, taken: bool
+) -> None:
+    monkeypatch.setenv("KDBENCH_LEASE_SECONDS", "3600")
+
+    def go_on() -> None:
+        with leased(store, "study", "here", print):
+            if taken:
+                store.create("locks/study.lease/00000002", b"{}")
+            raise broken
+
+    with pytest.raises(RunFailed if taken else type(broken), match="took this experiment over" if taken else "lock"):
+        go_on()
+
+
 def test_the_number_of_a_lease_is_higher_than_that_of_every_holder_before(store: ObjectStore) -> None:
     numbers = []
     for holder in ("here", "there", "there", "here"):

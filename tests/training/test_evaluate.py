@@ -101,7 +101,7 @@ NORMALIZED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*[name for name in NORMALIZED if name != "average"], pytest.param("average", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["labels", *(pytest.param(name, marks=pytest.mark.slow) for name in NORMALIZED if name != "labels")])
 def test_two_workers_measure_the_batch_statistics_that_are_saved(tmp_path: Path, case: str) -> None:
     recipe = {"precision": "fp64", "epochs": 1, **NORMALIZED[case].get("recipe", {})}
     both = unit(**{"student": {"name": "tiny_cnn", "width": 4}, "workers": 2, **NORMALIZED[case], "recipe": recipe})

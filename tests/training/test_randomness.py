@@ -87,7 +87,7 @@ def draws(kind: str, folder: Path, **changes: Any) -> dict[str, Tensor]:
     return {name: torch.stack([torch.load(folder / f"{name}-{step}.pt") for step in range(STEPS)]) for name in ("alone", "0", "1")}
 
 
-@pytest.mark.parametrize("kind", ["Noise", "CoupledNoise"])
+@pytest.mark.parametrize("kind", [pytest.param("Noise", marks=pytest.mark.slow), "CoupledNoise"])
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_rank_0_draws_what_a_single_worker_draws_and_rank_1_something_else(tmp_path: Path, kind: str, inputs: str) -> None:
     found = draws(kind, tmp_path, **INPUTS[inputs])
@@ -117,7 +117,7 @@ def scramble() -> None:
         seed(12345)
 
 
-@pytest.mark.parametrize("method", ["noise", "noise-by-name", pytest.param("mgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["noise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("noise-by-name", "mgd"))])
 def test_two_workers_that_are_killed_go_on_to_the_bits_of_two_that_were_not(tmp_path: Path, method: str) -> None:
     both = {
         "noise": lambda: noisy(student=DROPOUT),

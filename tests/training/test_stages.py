@@ -76,7 +76,7 @@ def test_a_record_says_the_stages_and_that_of_a_training_without_any_says_none(t
     assert fit(unit("kd", saved_teacher(tmp_path)), LocalSession(), layout(tmp_path)).stages is None
 
 
-@pytest.mark.parametrize("kill_after", [2, 9, 10, 11, 12, 17])
+@pytest.mark.parametrize("kill_after", [9, 11, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 10, 12, 17))])
 @pytest.mark.parametrize("recipe", [{}, {"ema": 0.8, "weights": "best"}], ids=["last", "average-and-best"])
 def test_a_training_killed_in_any_stage_ends_bit_for_bit_as_one_that_was_not(
     tmp_path: Path, kill_after: int, recipe: dict[str, Any]
