@@ -17,7 +17,7 @@ SPARSE = 50_000_000_000  # bytes
 SENTINEL = "called"  # what hostile code would make in the working directory; any file that a command leaves fails its case
 
 # What `kdbench run` imports before it looks at an experiment's parts.
-RUN_IMPORTS = ("torch", "kdbench.benchmark.run", "kdbench.benchmark.dry_run", "kdbench.cli.display", "kdbench.tracking")
+RUN_IMPORTS = ("torch", "torch._dynamo", "kdbench.benchmark.run", "kdbench.benchmark.dry_run", "kdbench.cli.display", "kdbench.tracking")
 FILES_IMPORTS = ("kdbench.records.exchange",)  # what reads records and archives needs no torch
 
 

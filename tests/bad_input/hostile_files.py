@@ -52,13 +52,15 @@ _REPOSITORY = Path(__file__).parents[2]
 # Imports once what the commands import anyway. For each line that it reads it forks a process that is the console script, and prints this
 # process's number, then its exit code. The variables and folders that modules may have looked at are those of the command.
 _COMMANDS = """
-import importlib, json, os, sys, tempfile, time
+import atexit, gc, importlib, json, os, sys, tempfile, time, traceback
 def highest():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 for module in sys.argv[1].split(","):
     importlib.import_module(module)
 from kdbench.cli.app import main
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     command = json.loads(line)
     child = os.fork()
@@ -75,13 +77,20 @@ for line in sys.stdin:
     os.dup2(1, 2)
     sys.stdin = open(0, closefd=False)
     sys.argv = ["kdbench", *command["arguments"]]
-    before, began = highest(), time.perf_counter()
+    before, began, code = highest(), time.perf_counter(), 0
     try:
         main()
-    finally:
-        with open(command["report"], "w") as report:
-            json.dump([time.perf_counter() - began, (highest() - before) / 1000], report)
-    break
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with open(command["report"], "w") as report:
+        json.dump([time.perf_counter() - began, (highest() - before) / 1000], report)
+    atexit._run_exitfuncs()  # what an exit does, but for taking a million objects apart, which takes a second
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 """
 
 

@@ -18,12 +18,21 @@ from tests.data.stamp_share import write_share
 from tests.pages import ROOT
 
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
-# Detectors at COCO's size, the largest transformers, and many methods with deep networks: ten seconds to half a minute each.
+# Detectors at COCO's size and the largest transformers take half a minute each, many methods with deep networks ten seconds.
+LARGEST = ("fgd_coco_faster", "fgd_coco_mask", "mgd_coco", "scalekd_imagenet")
 LARGE = (
-    *("fgd_coco", "mgd_coco", "scalekd_imagenet", "norm_imagenet_mobilenet", "ffsd_cifar100", "fashion_mnist_methods"),
+    *("fgd_coco_retinanet", "norm_imagenet_mobilenet", "ffsd_cifar100", "fashion_mnist_methods"),
     *("cifar100_resnet110", "cifar100_resnet56", "cifar100_wrn_40_2", "cifar100_cross_resnet32x4"),
 )
-MARKED = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith(LARGE) else []) for path in FILES]
+
+
+def _marks(path: Path) -> list[pytest.MarkDecorator]:
+    if path.stem.startswith(LARGEST):
+        return [pytest.mark.nodes]
+    return [pytest.mark.slow] if path.stem in LARGE else []
+
+
+MARKED = [pytest.param(path, id=path.stem, marks=_marks(path)) for path in FILES]
 
 
 def _methods(path: Path) -> Iterator[str]:

@@ -29,7 +29,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
-@pytest.mark.slow
+@pytest.mark.nodes
 @pytest.mark.timeout(600)
 def test_a_command_that_was_stopped_for_longer_than_a_lease_writes_nothing_more_when_it_goes_on(
     undisturbed: Path, tmp_path: Path, object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch

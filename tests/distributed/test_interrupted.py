@@ -69,7 +69,7 @@ def alive(pids: set[int]) -> set[int]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nodes
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_an_interrupted_search_ends_with_all_its_processes_and_goes_on(tmp_path: Path) -> None:

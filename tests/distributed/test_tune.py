@@ -280,6 +280,7 @@ def between_trials(notes: Path, trials: int, sampler: str, concurrent: int) -> E
     )
 
 
+@pytest.mark.nodes  # some minutes
 @pytest.mark.timeout(460)
 def test_a_process_killed_between_any_two_trials_changes_nothing_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune uses it for the next trial, of which none has begun when it dies. TPE draws from what ended, so it tells the order too."""

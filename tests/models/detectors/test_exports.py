@@ -23,7 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name == "fcos" else [pytest.mark.nodes]) for name in FAMILIES])
 def test_a_family_is_exported_with_a_dynamic_batch(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = ours(family, **FAMILIES[family])

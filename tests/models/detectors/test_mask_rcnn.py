@@ -13,7 +13,7 @@ NAME = "maskrcnn_resnet50_fpn"
 TINY = {"backbone": "resnet10t", "width": 16, "levels": 3, "anchor": 16, "hidden": 32, "proposals": 40, "learned": 70, "drawn": 12}
 
 
-@pytest.mark.slow
+@pytest.mark.nodes
 def test_with_the_same_weights_boxes_and_masks_are_torchvisions_on_padded_pictures() -> None:
     peer = theirs(NAME, True, **SMALL, box_detections_per_img=100)
     head = "roi_heads.box_predictor"
