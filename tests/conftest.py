@@ -47,10 +47,13 @@ def _same_draws() -> None:
     torch.manual_seed(0)
 
 
+LONGEST = ("test_tune.py", "test_tasks.py", "test_jobs.py", "test_randomness.py")  # with their slow tests, some minutes each
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Some processes share the tests, a file at a time; the longest files go first, so that neither ends long before the other."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path not in long, item.path.name not in LONGEST))
 
 
 def pytest_collection_finish() -> None:

@@ -200,7 +200,7 @@ def test_the_exit_code_of_the_job_is_that_of_the_command_and_lost_results_are_re
     code, out, err = finished(wrong)
     assert code == 2  # Ray's own command line makes 1 of it
     assert "kdbench: data image_folder: there is no folder /no/such/folder" in out
-    assert "working directory: 3 files, 0.0 MiB\n" in err
+    assert "working directory: 3 files, 0.0 MiB" in err
     code, out, _ = finished(relative)
     assert code == 1
     assert "kdbench: results folder results: inside the job's copy of the working directory, which Ray deletes" in out
