@@ -1,6 +1,6 @@
 # make run: the quickstart benchmark; make test: the linters and the quick tests; make test-slow: the tests that are marked slow.
 # CI runs make test, then make test-slow. make test-nodes: clusters of several nodes, and what losing
-# them costs; every task killed and carried on, of which make test-slow has two; what takes minutes.
+# them costs; every task killed and carried on, of which make test-slow has one a kind; what takes a detector, a search or a driver minutes.
 # make test-shuffled: the tests of both in random order (SEED=1 repeats an order; TESTS=tests/data runs a part).
 # PYTHON_FLAGS="-X dev" runs any of these with Python's development mode.
 # make bench: how fast kdbench is (ARGS=--quick, --only a,b, --help).
