@@ -16,7 +16,7 @@ from tests.bad_input.tiny_experiment import TINIER, write
 SPARSE = 50_000_000_000  # bytes
 SENTINEL = "called"  # what hostile code would make in the working directory; any file that a command leaves fails its case
 
-# What `kdbench run` imports before it looks at an experiment's parts.
+# What `kdbench run` imports before it looks at an experiment's parts, and what the first optimizer does, by which it checks a recipe.
 RUN_IMPORTS = ("torch", "torch._dynamo", "kdbench.benchmark.run", "kdbench.benchmark.dry_run", "kdbench.cli.display", "kdbench.tracking")
 FILES_IMPORTS = ("kdbench.records.exchange",)  # what reads records and archives needs no torch
 

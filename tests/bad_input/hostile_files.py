@@ -2,11 +2,11 @@
 
     python -m tests.bad_input.hostile_files --seed 20261129
 
-`hostile_kinds` makes the files from the seed. Each command runs in a process of its own (forked from one that
-has imported the modules), in a folder of its own, with a new results folder,
-home and TMPDIR, and nothing to read on its input. It has to end with exit code 2 and one line that begins as kdbench's errors do (ten lines
-at most for an experiment with several problems), within 10 s and 300 MB, and to leave no file behind. A few further cases are of commands
-that rightly name one bad file, leave it out and go on: each states the exit code that it expects, and which name has to be in the output.
+`hostile_kinds` makes the files from the seed. Each command runs in a process of its own, forked from one that has
+imported the modules, in a folder of its own, with a new results folder, home and TMPDIR, and nothing to read on its input. It has to end
+with exit code 2 and one line that begins as kdbench's errors do (ten lines at most for an experiment with several problems), within 10 s
+and 300 MB, and to leave no file behind. A few further cases are of commands that rightly name one bad file, leave it out and go on: each
+states the exit code that it expects, and which name has to be in the output.
 
 Seconds and memory are those of the command: from the call of kdbench's `main`, when the modules that the command needs anyway are imported.
 Memory is the growth of VmHWM, which the process reads of itself; `ru_maxrss` would be that of the process that started it.

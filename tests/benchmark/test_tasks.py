@@ -5,7 +5,6 @@ One run of each task that nothing disturbs is what the others are compared with,
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from torch import Tensor, nn
 
+from kdbench.boards.leaderboard import boards
 from kdbench.data.columns import Columns, named, tensors
 from kdbench.data.loader import in_order
 from kdbench.deploy.export import TOLERANCE
@@ -320,10 +320,10 @@ def test_a_report_of_a_real_run_works_in_the_browser(browser: Chrome, undisturbe
     labels = ["none", "kd", undisturbed.looks_inside.label]
     assert sorted(seen("section.one-board table.board tbody th")) == sorted(labels)
     means = {row["method"]: row["mean"] for row in board(undisturbed.results)[0]["rows"]}
+    decimals = boards(undisturbed.finals)[0].decimals
     for row in browser.find_elements("css selector", "section.one-board table.board tbody tr"):
         label = row.find_element("css selector", "th").text
-        decimals = re.findall(r"\d\.(\d{2,})\b", row.text)  # two, or more where every value of the board is small
-        assert any(f"{means[label]:.{len(digits)}f}" in row.text for digits in decimals), row.text
+        assert f"{means[label]:.{decimals}f}" in row.text, row.text
     drawn = browser.execute_script("return [...document.querySelectorAll('.plot')].map((p) => p.querySelectorAll('.mark').length)")
     assert drawn
     assert min(drawn) > 0, "a chart without a mark"
