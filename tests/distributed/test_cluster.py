@@ -35,7 +35,7 @@ from tests.each_task import EACH_TASK
 from tests.listening import descendants
 from tests.training.units import TEACHER, saved_teacher
 
-pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
 TASK = {"name": "classification", "data": "fashion_mnist", "transfer_size": 200, "val_size": 200}
@@ -78,8 +78,9 @@ class Nodes:
                 os.kill(one.process.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def nodes(cluster_token: None) -> Iterator[Nodes]:
+    """Three nodes of one test alone: what a test kills, the head too, no other test goes without."""
     import ray
 
     others = ray.is_initialized()  # those of another file, of which a process can have one only
@@ -151,7 +152,7 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
         "teacher": {"model": TEACHER, "weights": str(saved_teacher(tmp_path, "fp64").weights)},
         "students": [student(watch)],
         "methods": ["rkd"],  # it looks across samples, so each worker has to see the joined batch
-        "recipe": RECIPE | {"epochs": 9},
+        "recipe": RECIPE | {"epochs": 15},
         "seeds": 1,
     }
     runtime = {"workers": {"min": 1, "max": 3}, "placement": "spread", "checkpoint_seconds": 0, "address": nodes.address}
@@ -165,12 +166,15 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
         assert {note.rank for note in set(trained) - set(first)} == {0, 1, 2}
         nodes.kill(next(note.node for note in set(trained) - set(first) if note.rank == 0))
 
-    def add_a_node(text: str) -> None:
-        if text.endswith("with 2 workers instead of 3"):
-            watch.notes.with_suffix(".hold").write_text(str(3 + 3 + 2 + 3))  # the two are not done before three begin again
-            nodes.add(1)
+    def add_a_node(trained: list[Note]) -> None:
+        watch.notes.with_suffix(".hold").write_text(str(3 + 3 + 2 + 3))  # the two are not done before three begin again
+        nodes.add(1)
 
-    watch.at_epoch, watch.at_note = {1: kill_a_worker, 3: kill_a_node}, add_a_node
+    def when_two_have_ended_an_epoch(text: str) -> None:  # before that, nothing is stored of their having trained
+        if text.endswith("with 2 workers instead of 3"):
+            watch.at_epoch[int(text.split(" of 15")[0].split()[-1])] = add_a_node
+
+    watch.at_epoch, watch.at_note = {1: kill_a_worker, 3: kill_a_node}, when_two_have_ended_an_epoch
     summary = run(Experiment.model_validate(parts | {"runtime": runtime}), tmp_path / "three", watch)
     assert summary.failures == ()
     assert len({note.node for note in first}) == 3
@@ -179,7 +183,7 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
     ] * 2
     places = [text for text in watch.said if "goes on from" in text]
     for place, said in zip(
-        places, ("2 of 9.*", "[4-7] of 9.*, with 2 workers instead of 3", "[4-8] of 9.*, with 3 workers instead of 2"), strict=True
+        places, (r"\d+ of 15.*", r"\d+ of 15.*, with 2 workers instead of 3", r"\d+ of 15.*, with 3 workers instead of 2"), strict=True
     ):
         assert re.fullmatch(f"rkd seed 0: goes on from epoch {said}", place)
     assert capfd.readouterr() == ("", "")
@@ -190,7 +194,7 @@ def test_a_training_on_three_nodes_survives_a_killed_worker_and_goes_on_with_two
     (one,), (several,) = (ResultStore(tmp_path / name).scan(role="final") for name in ("alone", "three"))
     assert (several.worker_counts, several.world_size, one.worker_counts) == ([3, 2, 3], 3, [1])
     assert several.metrics == pytest.approx(one.metrics)
-    assert [row["epoch"] for row in several.curve] == [*range(1, 10)]
+    assert [row["epoch"] for row in several.curve] == [*range(1, 16)]
     assert [row["train_total"] for row in several.curve] == pytest.approx([row["train_total"] for row in one.curve])
     expected = weights_of(tmp_path / "alone")
     for name, found in weights_of(tmp_path / "three").items():
