@@ -1,13 +1,15 @@
-"""Comparisons of all rows of a board at once: one error from rows and seeds, Dunnett's intervals, ranks as intervals.
+"""Comparisons of all rows of a board at once: one error from rows and seeds, Dunnett's intervals, ranks as intervals, gaps, Pareto fronts.
 
 The rows share their seeds. A row's own spread over three seeds says little, so the residual of the layout (rows x seeds) is the error of
 every row, and a row's own where that is larger. A row whose seeds scatter far more than the others' is judged by its own spread alone.
+A column of a layout may be a search, whose finals are averaged, instead of a seed: the code is the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from kdbench.boards.stats import LEVEL, POWER
 
 Floats = NDArray[np.float64]
+Law = tuple[tuple[float, int], ...]
+"""The comparisons with one control: the share of the control's mean in the error of a difference, and how many have this share."""
 
 _WIDE = 0.001  # over the whole board: the chance that a row is called wide where all spreads are equal
 _UNEVEN = 0.05  # likewise, that a board is called uneven
@@ -29,8 +33,9 @@ _TAIL = 1e-14  # of the spread's distribution, left out at either end
 class Spreads:
     """The error of each row, as `spreads` finds it. All variances are of one seed's value.
 
-    variances: [K], a row's own or `pool`, whichever is larger. own: [K]. degrees: of `pool`. df: what critical values are taken for.
-    wide: [K], rows that are left out of `pool`. uneven: whether the other rows' spreads differ.
+    variances: [K], a row's own, `pool` or `rounding`, whichever is largest. own: [K]. degrees: of `pool`. df: what critical values are
+    taken for. wide: [K], rows that are left out of `pool`. uneven: whether the other rows' spreads differ. shared: of what a seed does to
+    all rows alike. rounding: of a metric that moves in steps.
     """
 
     variances: Floats
@@ -40,23 +45,37 @@ class Spreads:
     df: int
     wide: NDArray[np.bool_]
     uneven: bool
+    shared: float
+    rounding: float
+
+    @property
+    def correlation(self) -> float:
+        """Of two rows over seeds."""
+        return self.shared / (self.shared + self.pool) if self.shared else 0.0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a row is than the control. The intervals of all rows hold at once; `p` is below 0.05 where one leaves out 0."""
+    """How much better a row is than the control. The intervals of all rows hold at once; `p` is below 1 - level where one leaves out 0.
+
+    error: the standard error of `middle`, with `degrees` degrees of freedom. critical: half the interval in standard errors.
+    """
 
     middle: float
     low: float
     high: float
     p: float
+    error: float
+    critical: float
+    degrees: int
 
 
-def spreads(values: ArrayLike) -> Spreads | None:
+def spreads(values: ArrayLike, step: float = 0.0) -> Spreads | None:
     """The errors of the rows of a complete block.
 
     Args:
         values: [K, n], a row of the board by a seed. K and n are 2 or more.
+        step: The smallest difference that the metric can show, such as 100 / N for the accuracy on N samples; 0 where it is not known.
 
     Returns:
         None where all seeds agree exactly, so that nothing is known of the error.
@@ -78,11 +97,13 @@ def spreads(values: ArrayLike) -> Spreads | None:
             wide[np.argmax(np.where(kept, squares, -1.0))] = True
             continue
         break
-    pool, degrees = total / ((k - 1) * d), (k - 1) * d
-    if pool == 0.0:
+    pool, degrees, rounding = total / ((k - 1) * d), (k - 1) * d, step**2 / 12
+    if pool == rounding == 0.0:
         return None
     uneven = p * k < _UNEVEN
-    return Spreads(np.maximum(own, pool), own, pool, degrees, min(degrees, d + _BORROWED) if uneven else degrees, wide, uneven)
+    df = min(degrees, d + _BORROWED) if uneven else degrees
+    shared = max(0.0, float(k * (centred[kept].mean(axis=0) ** 2).sum() / d - pool) / k)
+    return Spreads(np.maximum(own, max(pool, rounding)), own, pool, degrees, df, wide, uneven, shared, rounding)
 
 
 def _largest_spread(squares: Floats, kept: NDArray[np.bool_], total: float, d: int) -> float:
@@ -98,52 +119,106 @@ def _largest_spread(squares: Floats, kept: NDArray[np.bool_], total: float, d: i
     return float(fdtrc(d, (k - 2) * d, (squares[kept] / (d * (1 - 1 / k)) / rest).max()))
 
 
-def differences(values: ArrayLike, control: int, found: Spreads, level: float = LEVEL) -> dict[int, Difference]:
-    """Every other row against the row `control`, by its place; positive is better. values: [K, n], more is better."""
+def differences(
+    values: ArrayLike,
+    control: int,
+    found: Spreads,
+    *,
+    extra: Mapping[int, ArrayLike] | None = None,
+    level: float = LEVEL,
+    comparisons: int | None = None,
+) -> dict[int, Difference]:
+    """Every other row against the row `control`, by its place; positive is better.
+
+    Args:
+        values: [K, n], more is better.
+        control: A place in `values`.
+        found: The errors of `values`.
+        extra: Values of further seeds that few rows have, [e] by the row's place: the same seeds for each row. Those of the control make
+            its mean surer, as far as a seed does not do the same to all; a row that has them too is compared with it over all n + e.
+        level: Of all intervals together.
+        comparisons: Of how many these are some; None: K - 1.
+    """
     from scipy.special import stdtr, stdtrit
 
-    block = np.asarray(values, dtype=float)
+    block, more = np.asarray(values, dtype=float), {row: np.asarray(each, dtype=float) for row, each in (extra or {}).items()}
     rows, seeds = block.shape
-    comparisons, d = rows - 1, seeds - 1
-    critical = dunnett(comparisons, found.df, level)
-    made = {}
+    m, d, e = comparisons or rows - 1, seeds - 1, len(more.get(control, ()))
+    theirs, used = _with_further_seeds(block, control, found, more), _used(found, seeds, e)
+    own_extra = float(more[control].mean()) if e else 0.0
+    middles, errors, shares = {}, {}, {}
     for i in range(rows):
         if i == control:
             continue
         middle = float(block[i].mean() - block[control].mean())
-        error = math.sqrt((found.variances[i] + found.variances[control]) / seeds)
-        own, p = critical, 1 - _dunnett_probability(abs(middle) / error, comparisons, found.df)
+        if e and i in more:
+            middle = float(np.append(block[i], more[i]).mean() - np.append(block[control], more[control]).mean())
+            errors[i] = math.sqrt((_with_further_seeds(block, i, found, more) + theirs) / (seeds + e))
+            shares[i] = math.sqrt(seeds * theirs / (1 - used)) / ((seeds + e) * errors[i])
+        elif e:
+            middle += used * (float(block[control].mean()) - own_extra)
+            errors[i] = math.sqrt((found.variances[i] + theirs * (1 - used)) / seeds)
+            shares[i] = math.sqrt(theirs * (1 - used) / seeds) / errors[i]
+        else:
+            errors[i] = math.sqrt((found.variances[i] + theirs) / seeds)
+            shares[i] = math.sqrt(0.5)
+        middles[i] = middle
+    law = _law(shares.values(), m)
+    critical = dunnett(m, found.df, level) if not e else _critical(law, found.df, level)
+    made = {}
+    for i, middle in middles.items():
+        error, own, degrees = errors[i], critical, found.df
+        p = 1 - _dunnett_probability(abs(middle) / error, law, found.df)
         if found.wide[i] or found.wide[control]:
-            own = max(critical, float(stdtrit(d, 1 - (1 - level) / (2 * comparisons))))
-            p = max(p, min(1.0, 2 * comparisons * float(stdtr(d, -abs(middle) / error))))
-        made[i] = Difference(middle, middle - own * error, middle + own * error, max(0.0, p))
+            degrees = d if found.wide[i] and i not in more else d + e
+            own = max(critical, float(stdtrit(degrees, 1 - (1 - level) / (2 * m))))
+            p = max(p, min(1.0, 2 * m * float(stdtr(degrees, -abs(middle) / error))))
+        made[i] = Difference(middle, middle - own * error, middle + own * error, max(0.0, p), error, own, degrees)
     return made
 
 
-def partial_difference(row: ArrayLike, control: ArrayLike, rows: int, found: Spreads, level: float = LEVEL) -> Difference | None:
+def _used(found: Spreads, seeds: int, extra: int) -> float:
+    """The weight of the control's further seeds in its mean: all of what they add where a seed does nothing to all rows alike."""
+    return (1 - found.correlation) * extra / (seeds + extra)
+
+
+def _with_further_seeds(block: Floats, row: int, found: Spreads, more: Mapping[int, Floats]) -> float:
+    """The variance of a row's values, from its further seeds too."""
+    if not len(more.get(row, ())):
+        return float(found.variances[row])
+    d, further = block.shape[1] - 1, more[row]
+    all_of_it = float(np.append(block[row], further).var(ddof=1))
+    own = (d * found.own[row] + len(further) * max(0.0, all_of_it - found.shared)) / (d + len(further))
+    return float(max(own, found.pool, found.rounding))
+
+
+def partial_difference(
+    row: ArrayLike, control: ArrayLike, rows: int, found: Spreads, control_variance: float | None = None, level: float = LEVEL
+) -> Difference | None:
     """A row that misses seeds against the control, over the n' seeds that both have. None for fewer than two of them.
 
-    row, control: [n'], in the order of the seeds. rows: K of the complete block, from which `found` is.
+    row, control: [n'], in the order of the seeds. rows: K of the complete block, from which `found` is. control_variance: of the control,
+    where it is a row of that block; where it misses seeds itself, its variance is found as the row's.
     """
     from scipy.special import stdtr, stdtrit
 
     ours, theirs = (np.asarray(each, dtype=float) for each in (row, control))
-    seeds, comparisons = len(ours), rows - 1
+    seeds, comparisons = len(ours), max(1, rows - 1)
     if seeds < 2:
         return None
-    middle = float(ours.mean() - theirs.mean())
-    variance = max(found.pool, float(ours.var(ddof=1))) + max(found.pool, float(theirs.var(ddof=1)))
-    error = math.sqrt(variance / seeds)
+    middle, least = float(ours.mean() - theirs.mean()), max(found.pool, found.rounding)
+    variance = max(least, float(theirs.var(ddof=1))) if control_variance is None else control_variance
+    error = math.sqrt((max(least, float(ours.var(ddof=1))) + variance) / seeds)
     critical = max(dunnett(comparisons, found.df, level), float(stdtrit(seeds - 1, 1 - (1 - level) / (2 * comparisons))))
     p = max(
-        1 - _dunnett_probability(abs(middle) / error, comparisons, found.df),
+        1 - _dunnett_probability(abs(middle) / error, _law([math.sqrt(0.5)], comparisons), found.df),
         min(1.0, 2 * comparisons * float(stdtr(seeds - 1, -abs(middle) / error))),
     )
-    return Difference(middle, middle - critical * error, middle + critical * error, p)
+    return Difference(middle, middle - critical * error, middle + critical * error, p, error, critical, seeds - 1)
 
 
-def rank_intervals(values: ArrayLike, found: Spreads, level: float = LEVEL) -> list[tuple[int, int]]:
-    """For each row, the best and the worst rank that it may have; all intervals hold the true ranks at once with probability `level`.
+def better(values: ArrayLike, found: Spreads, level: float = LEVEL) -> NDArray[np.bool_]:
+    """[K, K]: whether the one row is surely better than the other; whoever is, is truly so for all pairs at once, with probability `level`.
 
     values: [K, n], more is better.
     """
@@ -156,23 +231,105 @@ def rank_intervals(values: ArrayLike, found: Spreads, level: float = LEVEL) -> l
     either = found.wide[:, None] | found.wide[None]
     critical[either] = np.maximum(critical[either], float(stdtrit(seeds - 1, 1 - (1 - level) / (2 * (rows - 1)))))
     errors = np.sqrt((found.variances[:, None] + found.variances[None]) / seeds)
-    better = means[:, None] - means[None] > critical * errors
-    return [(1 + int(better[:, i].sum()), rows - int(better[i].sum())) for i in range(rows)]
+    told: NDArray[np.bool_] = means[:, None] - means[None] > critical * errors
+    return told
 
 
-def smallest_found(rows: int, seeds: int, found: Spreads, power: float = POWER, level: float = LEVEL) -> float:
-    """The true difference from the control that is found with probability `power`, where all spreads are equal."""
+def rank_intervals(told: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """For each row, the best and the worst rank that it may have, from what `better` gives; all intervals hold the true ranks at once."""
+    rows = len(told)
+    return [(1 + int(told[:, i].sum()), rows - int(told[i].sum())) for i in range(rows)]
+
+
+def fronts(told: NDArray[np.bool_], surely: NDArray[np.bool_], possibly: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which rows are surely on the Pareto front of the metric and one cost, and which are surely off it. [K] each; the rest may be.
+
+    Args:
+        told: [K, K], from `better`.
+        surely: [K, K], whether the second of two rows is surely no dearer than the first.
+        possibly: [K, K], whether it may be no dearer.
+    """
+    others = ~np.eye(len(told), dtype=bool)
+    off: NDArray[np.bool_] = (surely & told.T & others).any(axis=1)
+    sure: NDArray[np.bool_] = (~(possibly & others) | told).all(axis=1)
+    return sure & ~off, off
+
+
+def gap(
+    difference: Difference, values: ArrayLike, control: int, found: Spreads, teacher: float, extra: Mapping[int, ArrayLike] | None = None
+) -> tuple[float, float, float] | None:
+    """The share of the teacher's lead over the undistilled student that a row has made up, with its interval (Fieller 1954).
+
+    Args:
+        difference: The row's, from `differences` with the undistilled student as the control. The interval holds 0 where that one does.
+        values: [K, n], more is better.
+        control: The place of the undistilled student.
+        found: The errors of `values`.
+        teacher: Its metric, more is better; it is taken as known.
+        extra: As for `differences`.
+
+    Returns:
+        None where the lead is not surely above 0.
+    """
+    block, more = np.asarray(values, dtype=float), {row: np.asarray(each, dtype=float) for row, each in (extra or {}).items()}
+    seeds, e = block.shape[1], len(more.get(control, ()))
+    used, base = _used(found, seeds, e), float(block[control].mean())
+    if e:
+        base -= used * (base - float(more[control].mean()))
+    both = _with_further_seeds(block, control, found, more) / (seeds + e)
+    lead, variance = teacher - base, both + (1 - used) * found.shared / seeds
+    ends = fieller(difference.middle, lead, difference.error**2, both, variance, difference.critical)
+    return None if ends is None or lead <= 0 else (difference.middle / lead, *ends)
+
+
+def fieller(a: float, b: float, a_variance: float, covariance: float, b_variance: float, critical: float) -> tuple[float, float] | None:
+    """The interval of a / b; None where b is not told apart from 0. variances: of a and b as estimates."""
+    squared = b**2 - critical**2 * b_variance
+    if squared <= 0:
+        return None
+    middle = a * b - critical**2 * covariance
+    half = math.sqrt(max(0.0, middle**2 - squared * (a**2 - critical**2 * a_variance)))
+    return (middle - half) / squared, (middle + half) / squared
+
+
+def search_variances(values: ArrayLike) -> tuple[float, float]:
+    """What another search would change, and what another seed would: the variances (between searches, between seeds).
+
+    values: [K, S, n], a row by a search by a final of it; S and n are 2 or more.
+    """
+    finals = np.asarray(values, dtype=float)
+    rows, searches, seeds = finals.shape
+    found = spreads(finals.reshape(rows * searches, seeds))
+    between_seeds = found.pool if found is not None else 0.0
+    means = finals.mean(axis=2)
+    squares = ((means - means.mean(axis=1, keepdims=True)) ** 2).sum() / (rows * (searches - 1))
+    return max(0.0, float(seeds * squares - between_seeds) / seeds), between_seeds
+
+
+def smallest_found(rows: int, seeds: int, found: Spreads, extra: int = 0, power: float = POWER, level: float = LEVEL) -> float:
+    """The true difference from the control that is found with probability `power`, where all spreads are equal.
+
+    extra: further seeds of the control.
+    """
     from scipy.special import chdtr, chdtrc, nctdtrinc
 
-    d = seeds - 1
+    d, used = seeds - 1, _used(found, seeds, extra)
     floor = float(chdtr(d, d) + chdtrc(d + 2, d))  # what the larger of pool and own is on average, in units of the pool
-    return float(nctdtrinc(found.df, 1 - power, dunnett(rows - 1, found.df, level))) * math.sqrt(2 * floor * found.pool / seeds)
+    law = _law([math.sqrt((1 - used) / (2 - used))], rows - 1)
+    critical = _critical(law, found.df, level) if extra else dunnett(rows - 1, found.df, level)
+    spread = max(found.pool, found.rounding)
+    return float(nctdtrinc(found.df, 1 - power, critical)) * math.sqrt((2 - used) * floor * spread / seeds)
 
 
 @cache
 def dunnett(comparisons: int, df: int, level: float = LEVEL) -> float:
     """Dunnett's two-sided critical value, for comparisons with one control whose mean varies as theirs do."""
-    return _root(lambda c: _dunnett_probability(c, comparisons, df), level)
+    return _critical(_law([math.sqrt(0.5)], comparisons), df, level)
+
+
+@cache
+def _critical(law: Law, df: int, level: float) -> float:
+    return _root(lambda c: _dunnett_probability(c, law, df), level)
 
 
 @cache
@@ -190,14 +347,23 @@ def _root(probability: Callable[[float], float], level: float) -> float:
     return float(brentq(lambda x: probability(x) - level, 0.0, high, xtol=1e-12))
 
 
-def _dunnett_probability(c: float, comparisons: int, df: int) -> float:
-    """P(max |T_i| <= c) for T_i = (Z_0 + Z_i) / (sqrt 2 S)."""
+def _law(shares: Iterable[float], comparisons: int) -> Law:
+    """Of one share a comparison. Where these are some of more comparisons, the first stands for those that are not here."""
+    counted = Counter(round(share, 12) for share in shares)
+    counted[next(iter(counted))] += comparisons - counted.total()
+    return tuple(sorted(counted.items()))
+
+
+def _dunnett_probability(c: float, law: Law, df: int) -> float:
+    """P(max |T_i| <= c) for T_i = (l_i Z_0 + sqrt(1 - l_i^2) Z_i) / S, with the shares l_i of the law."""
     from scipy.special import ndtr
 
     z, z_weights, s, s_weights = _grid(df)
-    half = math.sqrt(0.5)
-    upper, shift = c * s[:, None] / half, z[None]
-    inner = (ndtr(upper - shift) - ndtr(-upper - shift)) ** comparisons
+    inner = np.ones((len(s), len(z)))
+    for share, count in law:
+        other = math.sqrt(1 - share**2)
+        upper, shift = c * s[:, None] / other, share / other * z[None]
+        inner *= (ndtr(upper - shift) - ndtr(-upper - shift)) ** count
     return float(s_weights @ inner @ z_weights)
 
 
