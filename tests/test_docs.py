@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kdbench.boards.leaderboard import Board, Row
+from kdbench.boards.board import Board, Row
 from kdbench.boards.summary import Summary, SummaryRow
 from kdbench.cli.app import app
 from kdbench.cli.pages import KINDS, show_page
@@ -210,8 +210,9 @@ def test_the_reference_has_the_options_that_all_tasks_share(task: type[Task]) ->
 
 
 def test_the_json_contract_has_every_key_that_is_printed() -> None:
-    empty = dict.fromkeys(Row.__dataclass_fields__) | {"params": {}, "values": {}, "pareto": (), "run_ids": (), "seeds": 0, "failed": 0}
-    board = Board("p", "f", "t", "d", None, None, None, "s", "accuracy", True, None, None, None, (), (), ())
+    lists = dict.fromkeys(("pareto", "pareto_sure", "pareto_off", "run_ids"), ())
+    empty = dict.fromkeys(Row.__dataclass_fields__) | {"params": {}, "values": {}, "seeds": 0, "failed": 0, **lists}
+    board = Board("p", "f", "t", "d", None, None, None, "s", "accuracy", True, None, None, None, None, None, (), (), ())
     assert list(_table("docs/leaderboard.md", "A row")) == list(row_data(Row(**empty)))
     table = _table("docs/leaderboard.md", "A board")
     assert list(table) == list(board_data(board))

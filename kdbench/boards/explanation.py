@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from kdbench.boards.board import Board, Row
 from kdbench.boards.filters import check_row
-from kdbench.boards.formatting import interval, short
-from kdbench.boards.leaderboard import CONTROLS, Board, Row
-from kdbench.boards.stats import paired_difference, paired_p_value
+from kdbench.boards.formatting import interval, ranks, short
+from kdbench.boards.simultaneous import Difference
 from kdbench.errors import UserError
 from kdbench.records.record import RunRecord
 
@@ -122,9 +122,11 @@ class _Trace:
             self._rank(),
             self._mean(),
             self._paired("gain", "undistilled", "gain"),
+            self._together("gain_all", self.row.over_undistilled, self.board.undistilled),
             self._gap(),
             self._paired("vs_kd", "control", "vs_control"),
             self._p(),
+            self._together("vs_kd_all", self.row.over_control, self.board.control),
         ]
         found += [self._cost(name) for name in ("latency_ms_p50", "params_count", "flops")]
         return [figure for figure in [*found, self._device_hours(), self._params()] if figure is not None]
@@ -132,20 +134,23 @@ class _Trace:
     def _rank(self) -> Figure:
         row = self.row
         if row.rank is None:
-            why = "every seed failed" if row.mean is None and row.failed else f"{row.seeds} seeds that count, fewer than others have"
+            why = "every seed failed" if row.mean is None and row.failed else f"{row.seeds} seeds that count, not all that others have"
             return Figure("rank", "none", why, row.run_ids)
-        leader = next(other for other in self.board.rows if other.rank == row.rank)
-        place = self.board.rows.index(row) + 1
-        above = [other for other in self.board.rows[: place - 1] if other.rank is not None and other.rank < row.rank]
-        if leader is not row:
-            open_ = "has no interval, as one seed gives none" if row.seeds == 1 else "holds 0"
-            against, how = leader, f"shared with {leader.label}: the difference {self._difference(row, leader)} {open_}"
-        elif above:
-            against = next(other for other in above if other.rank == above[-1].rank)
-            how = f"place {place}: the difference to {against.label}, {self._difference(row, against)}, leaves out 0"
+        above = [other for other in self.board.rows if row.label in other.better_than]
+        below = [other for other in self.board.rows if other.label in row.better_than]
+        ranked = sum(other.rank is not None for other in self.board.rows)
+        if self.board.errors is None:
+            how = f"nothing is known of the error: any of the {ranked} places may be its own"
         else:
-            against, how = None, "the best mean"
-        return Figure("rank", str(row.rank), how, (*row.run_ids, *(against.run_ids if against else ())))
+            told = [f"{self._who(above)} surely better, {self._who(below)} surely worse, of {ranked}"]
+            told.append(f"by Tukey's critical value for {ranked} rows ({self.board.errors.df} degrees of freedom)")
+            how = "; ".join(told)
+        others = [run for other in self.board.rows if other is not row and other.rank is not None for run in other.run_ids]
+        return Figure("rank", ranks(row.rank, row.rank_high), how, (*row.run_ids, *others))
+
+    @staticmethod
+    def _who(rows: Sequence[Row]) -> str:
+        return f"{len(rows)} ({', '.join(row.label for row in rows)})" if rows else "nobody"
 
     def _mean(self) -> Figure | None:
         row, values = self.row, [*self.row.values.values()]
@@ -172,6 +177,22 @@ class _Trace:
             (*self.counted, *(against[0] for _, against in couples)),
         )
 
+    def _together(self, name: str, difference: Difference | None, against: str | None) -> Figure | None:
+        """The interval that holds together with those of the other rows."""
+        errors, other = self.board.errors, self.board.row(against)
+        if difference is None or errors is None or other is None:
+            return None
+        d = self.decimals
+        how = (
+            f"{difference.middle:+.{d}f} ± {difference.critical:.3f} · {difference.error:.{d + 1}f}: Dunnett's critical value for "
+            f"{errors.comparisons} comparisons with {against} ({difference.degrees} degrees of freedom), times the standard error from the "
+            f"spread over seeds that all rows share (variance {errors.pool:.3g}), or its own where that is larger; p = {difference.p:.3g}"
+        )
+        if errors.further:
+            how += f"; {against} has {errors.further} more seeds, which its mean uses"
+        shown = interval(difference.middle, difference.low, difference.high, f"+.{d}f")
+        return Figure(name, shown, how, (*self.row.run_ids, *other.run_ids))
+
     def _gap(self) -> Figure | None:
         row, undistilled, metric = self.row, self.board.row(self.board.undistilled), self.board.teacher_metric
         if row.gap_recovered is None or row.mean is None or undistilled is None or undistilled.mean is None or metric is None:
@@ -179,15 +200,16 @@ class _Trace:
         base, teacher = self._number(undistilled.mean), self._number(metric)
         teachers = [r.run_id for r in self.by_id.values() if r.role == "teacher" and r.teacher_sha == self.board.teacher_sha is not None]
         how = f"({self._number(row.mean)} - {base}) / ({teacher} - {base}); {teacher} is the teacher, {base} is {undistilled.label}"
-        return Figure("gap_recovered", f"{row.gap_recovered:z.1%}", how, (*self.counted, *undistilled.run_ids, *teachers))
+        if row.gap_low is not None:
+            how += "; Fieller's interval, with the critical value and the errors of gain_all"
+        shown = interval(row.gap_recovered, row.gap_low, row.gap_high, "z.1%")
+        return Figure("gap_recovered", shown, how, (*self.counted, *undistilled.run_ids, *teachers))
 
     def _p(self) -> Figure | None:
         row, control = self.row, self.board.row(self.board.control)
         if row.vs_control_p is None or control is None:
             return None
-        family = [other for other in self.board.rows if other.vs_control_p is not None and other.method not in CONTROLS]
-        plain = paired_p_value(row.values, control.values)
-        how = f"paired t-test: {short(plain)}; adjusted by Holm for {len(family)} methods: {', '.join(other.label for other in family)}"
+        how = "paired t-test of this row alone, not corrected for the other comparisons: see vs_kd_all"
         return Figure("vs_kd_p", short(row.vs_control_p), how, (*row.run_ids, *control.run_ids))
 
     def _cost(self, name: str) -> Figure | None:
@@ -221,11 +243,6 @@ class _Trace:
 
     def _records(self) -> list[RunRecord]:
         return [self.by_id[run_id] for run_id in self.row.run_ids]
-
-    def _difference(self, a: Row, b: Row) -> str:
-        ours, theirs = ({seed: self.sign * value for seed, value in row.values.items()} for row in (a, b))
-        middle, low, high = paired_difference(ours, theirs) or (None, None, None)
-        return interval(middle, low, high, f"+.{self.decimals}f")
 
     def _number(self, value: float) -> str:
         return f"{value:.{self.decimals}f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from kdbench.boards.leaderboard import Board
+from kdbench.boards.board import Board
 from kdbench.errors import UserError, nearest
 from kdbench.records.record import RunRecord
 from kdbench.records.store import LONG_FIELDS

@@ -19,6 +19,13 @@ def interval(middle: float | None, low: float | None, high: float | None, spec: 
     return f"{middle:{spec}}" if low is None or high is None else f"{middle:{spec}} [{low:{spec}}, {high:{spec}}]"
 
 
+def together_data(name: str, difference: Any) -> dict[str, float | None]:
+    """The difference whose interval holds together with those of the other rows, as keys of JSON; null where there is none."""
+    ends = ("middle", "low", "high", "p")
+    values = (None if difference is None else getattr(difference, end) for end in ends)
+    return dict(zip((f"{name}_all", *(f"{name}_all_{end}" for end in ends[1:])), map(finite, values), strict=True))
+
+
 def short(value: Any) -> str:
     """A number to three figures, anything else as it is."""
     if value is None:

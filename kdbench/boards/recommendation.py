@@ -9,14 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kdbench.boards.formatting import finite
-from kdbench.boards.leaderboard import Board, Row
-from kdbench.boards.stats import paired_difference
+from kdbench.boards.board import Board, Row
+from kdbench.boards.formatting import finite, together_data
 from kdbench.errors import UserError
 from kdbench.records.record import RunRecord
 
 LARGEST = 1e15  # of a limit; no network has more parameters, and none takes as many milliseconds
-SURE = 0.975  # what a 95% interval's lower end stands for
 COST_UNITS: Mapping[str, str] = {"latency_ms_p50": "ms", "params_count": "parameters", "device_hours": "device-hours"}
 _MILLISECONDS = {"": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
@@ -40,8 +38,9 @@ class Budget:
 class Option:
     """One row of a board, judged.
 
-    confidence: how sure its seeds make that the true gain is at least min_gain, 0 where none was asked for (one-sided, from the paired
-    differences by seed); None for the undistilled student, for a single seed, and on a board without an undistilled student.
+    confidence: how sure its seeds make that the true gain is at least min_gain, 0 where none was asked for (one-sided, of this row alone,
+    with the error of the board); None for the undistilled student, for a single seed, and on a board without an undistilled student.
+    sure: it keeps to the limits, and the gain asked for lies below the interval of its gain, which holds for all rows of the board at once.
     missed: for every limit that it breaks, by how much, in words. alike: labels of its board that also keep to the limits and whose
     metric is not told apart from its own.
     """
@@ -50,14 +49,10 @@ class Option:
     row: Row
     confidence: float | None
     missed: tuple[str, ...]
+    sure: bool
     shortfall: float  # sum of what it misses, each as a share of its limit
     alike: tuple[str, ...]
     latency_device: str | None
-
-    @property
-    def sure(self) -> bool:
-        """The gain asked for lies below the 95% interval of the gain."""
-        return not self.missed and self.confidence is not None and self.confidence >= SURE
 
     @property
     def undistilled(self) -> bool:
@@ -127,22 +122,18 @@ def _option(board: Board, row: Row, budget: Budget, devices: Mapping[str, str | 
     alike = [
         other.label
         for other in board.rows
-        if other is not row and other.rank is not None and not dict(_misses(board, other, budget)) and not _apart(row, other)
+        if other is not row and other.rank is not None and not dict(_misses(board, other, budget)) and not row.apart_from(other)
     ]
     return Option(
         board=board,
         row=row,
-        confidence=_confidence(board, row, budget.min_gain or 0.0),
+        confidence=_confidence(row, budget.min_gain or 0.0),
         missed=tuple(misses),
+        sure=not misses and row.over_undistilled is not None and row.over_undistilled.low > (budget.min_gain or 0.0),
         shortfall=sum(misses.values()),
         alike=tuple(alike) if not misses else (),
         latency_device=next((devices.get(run_id) for run_id in row.run_ids if devices.get(run_id)), None),
     )
-
-
-def _apart(row: Row, other: Row) -> bool:
-    _, low, high = paired_difference(row.values, other.values) or (0.0, None, None)
-    return low is not None and high is not None and not low <= 0 <= high
 
 
 def _order(option: Option) -> tuple[Any, ...]:
@@ -153,7 +144,7 @@ def _order(option: Option) -> tuple[Any, ...]:
 def _misses(board: Board, row: Row, budget: Budget) -> Iterable[tuple[str, float]]:
     """Each limit that the row breaks, in words, and by which share of it."""
     if budget.min_gain is not None:
-        gain = 0.0 if row.label == board.undistilled else row.gain
+        gain = 0.0 if row.label == board.undistilled else row.shown_gain[0]
         if gain is None:
             yield "its gain is not known", math.inf
         elif gain < budget.min_gain:
@@ -169,18 +160,14 @@ def _misses(board: Board, row: Row, budget: Budget) -> Iterable[tuple[str, float
             yield f"{cost:.3g} {unit} are over the limit of {limit:.3g}", cost / limit - 1 if limit else math.inf
 
 
-def _confidence(board: Board, row: Row, min_gain: float) -> float | None:
-    """From the interval that the board prints: Student's, so its half width over its quantile is the standard error."""
-    undistilled = board.row(board.undistilled)
-    if undistilled is None or row.gain is None or row.gain_low is None or row.gain_high is None:
+def _confidence(row: Row, min_gain: float) -> float | None:
+    """From the error that the board's own interval of the gain rests on."""
+    gain = row.over_undistilled
+    if gain is None:
         return None
-    from scipy.special import stdtr, stdtrit
+    from scipy.special import stdtr
 
-    degrees = len(row.values.keys() & undistilled.values.keys()) - 1
-    error = (row.gain_high - row.gain_low) / 2 / float(stdtrit(degrees, SURE))
-    if error == 0.0:
-        return 1.0 if row.gain >= min_gain else 0.0
-    return float(stdtr(degrees, (row.gain - min_gain) / error))
+    return float(stdtr(gain.degrees, (gain.middle - min_gain) / gain.error))
 
 
 def _notes(boards: Sequence[Board], judged: Sequence[Option], fitting: Sequence[Option]) -> tuple[str, ...]:
@@ -251,6 +238,7 @@ def _option_data(option: Option) -> dict[str, Any]:
         "confidence": option.confidence,
         "missed": list(option.missed),
         **{name: getattr(row, name) for name in figures},
+        **together_data("gain", row.over_undistilled),
         "latency_device": option.latency_device,
         "alike": list(option.alike),
         "seeds": row.seeds,

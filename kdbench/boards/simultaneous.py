@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -53,21 +53,48 @@ class Spreads:
         """Of two rows over seeds."""
         return self.shared / (self.shared + self.pool) if self.shared else 0.0
 
+    def with_seeds(self, seeds: int) -> Spreads:
+        """As if so many seeds had been trained, with the same spreads; the rows' own variances stay those that were measured."""
+        d, kept = seeds - 1, int((~self.wide).sum())
+        degrees = (kept - 1) * d
+        return replace(self, degrees=degrees, df=min(degrees, d + _BORROWED) if self.uneven else degrees)
+
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a row is than the control. The intervals of all rows hold at once; `p` is below 1 - level where one leaves out 0.
+    """How much better a row is than the control. The intervals of all rows hold at once.
 
-    error: the standard error of `middle`, with `degrees` degrees of freedom. critical: half the interval in standard errors.
+    error: the standard error of `middle`. critical: half the interval in standard errors. law, df: of all comparisons with this control.
+    alone: whether the row is also judged by its own spread, with `degrees` degrees of freedom; these are `df` where it is not.
     """
 
     middle: float
-    low: float
-    high: float
-    p: float
     error: float
     critical: float
+    law: Law
+    df: int
     degrees: int
+    alone: bool
+
+    @property
+    def low(self) -> float:
+        return self.middle - self.critical * self.error
+
+    @property
+    def high(self) -> float:
+        return self.middle + self.critical * self.error
+
+    @property
+    def p(self) -> float:
+        """Among all comparisons with this control; below 1 - level exactly where the interval leaves out 0."""
+        from scipy.special import stdtr
+
+        far = abs(self.middle) / self.error
+        p = 1 - _dunnett_probability(far, self.law, self.df)
+        if self.alone:
+            comparisons = sum(count for _, count in self.law)
+            p = max(p, min(1.0, 2 * comparisons * float(stdtr(self.degrees, -far))))
+        return max(0.0, p)
 
 
 def spreads(values: ArrayLike, step: float = 0.0) -> Spreads | None:
@@ -139,7 +166,7 @@ def differences(
         level: Of all intervals together.
         comparisons: Of how many these are some; None: K - 1.
     """
-    from scipy.special import stdtr, stdtrit
+    from scipy.special import stdtrit
 
     block, more = np.asarray(values, dtype=float), {row: np.asarray(each, dtype=float) for row, each in (extra or {}).items()}
     rows, seeds = block.shape
@@ -167,13 +194,11 @@ def differences(
     critical = dunnett(m, found.df, level) if not e else _critical(law, found.df, level)
     made = {}
     for i, middle in middles.items():
-        error, own, degrees = errors[i], critical, found.df
-        p = 1 - _dunnett_probability(abs(middle) / error, law, found.df)
-        if found.wide[i] or found.wide[control]:
+        own, degrees, alone = critical, found.df, bool(found.wide[i] or found.wide[control])
+        if alone:
             degrees = d if found.wide[i] and i not in more else d + e
             own = max(critical, float(stdtrit(degrees, 1 - (1 - level) / (2 * m))))
-            p = max(p, min(1.0, 2 * m * float(stdtr(degrees, -abs(middle) / error))))
-        made[i] = Difference(middle, middle - own * error, middle + own * error, max(0.0, p), error, own, degrees)
+        made[i] = Difference(middle, errors[i], own, law, found.df, degrees, alone)
     return made
 
 
@@ -200,7 +225,7 @@ def partial_difference(
     row, control: [n'], in the order of the seeds. rows: K of the complete block, from which `found` is. control_variance: of the control,
     where it is a row of that block; where it misses seeds itself, its variance is found as the row's.
     """
-    from scipy.special import stdtr, stdtrit
+    from scipy.special import stdtrit
 
     ours, theirs = (np.asarray(each, dtype=float) for each in (row, control))
     seeds, comparisons = len(ours), max(1, rows - 1)
@@ -210,11 +235,7 @@ def partial_difference(
     variance = max(least, float(theirs.var(ddof=1))) if control_variance is None else control_variance
     error = math.sqrt((max(least, float(ours.var(ddof=1))) + variance) / seeds)
     critical = max(dunnett(comparisons, found.df, level), float(stdtrit(seeds - 1, 1 - (1 - level) / (2 * comparisons))))
-    p = max(
-        1 - _dunnett_probability(abs(middle) / error, _law([math.sqrt(0.5)], comparisons), found.df),
-        min(1.0, 2 * comparisons * float(stdtr(seeds - 1, -abs(middle) / error))),
-    )
-    return Difference(middle, middle - critical * error, middle + critical * error, p, error, critical, seeds - 1)
+    return Difference(middle, error, critical, _law([math.sqrt(0.5)], comparisons), found.df, seeds - 1, alone=True)
 
 
 def better(values: ArrayLike, found: Spreads, level: float = LEVEL) -> NDArray[np.bool_]:
@@ -250,9 +271,9 @@ def fronts(told: NDArray[np.bool_], surely: NDArray[np.bool_], possibly: NDArray
         possibly: [K, K], whether it may be no dearer.
     """
     others = ~np.eye(len(told), dtype=bool)
-    off: NDArray[np.bool_] = (surely & told.T & others).any(axis=1)
-    sure: NDArray[np.bool_] = (~(possibly & others) | told).all(axis=1)
-    return sure & ~off, off
+    off = np.any(surely & told.T & others, axis=1)
+    sure = np.all(~(possibly & others) | told, axis=1)
+    return np.asarray(sure & ~off), np.asarray(off)
 
 
 def gap(
@@ -319,6 +340,20 @@ def smallest_found(rows: int, seeds: int, found: Spreads, extra: int = 0, power:
     critical = _critical(law, found.df, level) if extra else dunnett(rows - 1, found.df, level)
     spread = max(found.pool, found.rounding)
     return float(nctdtrinc(found.df, 1 - power, critical)) * math.sqrt((2 - used) * floor * spread / seeds)
+
+
+def seeds_needed(rows: int, found: Spreads, difference: float) -> int | None:
+    """The fewest seeds with which a true difference from the control is found with probability POWER; None for more than a thousand."""
+    low, high = 2, 1000
+    if smallest_found(rows, high, found.with_seeds(high)) > difference:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if smallest_found(rows, middle, found.with_seeds(middle)) <= difference:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The statistics of one board: intervals, differences paired by seed, what many comparisons and few seeds allow to say, Pareto fronts."""
+"""Statistics of one row or one pair of rows: intervals, differences paired by seed, Pareto fronts by means."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 POWER = 0.8  # the usual chance to find a difference that is there (Cohen 1988)
-SMALLEST_GAP = 0.5  # points; below it, the share of the gap that a method recovers is noise divided by noise
 
 Interval = tuple[float, float | None, float | None]
 """A mean with the low and high end of its interval; both ends are None for a single value, which has no spread."""
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def t_interval(values: Sequence[float], level: float = LEVEL, variance: float | None = None) -> Interval:
     """The mean of independent `values` and Student's t-interval that holds the true mean with probability `level`.
+
+    variance: of one value, where it is known better than from these.
 
     Raises ValueError for no values.
     """
@@ -27,6 +28,8 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     error = standard_error(values)
     if error is None:
         return mean, None, None
+    if variance is not None:
+        error = math.sqrt(variance / len(values))
     from scipy.special import stdtrit
 
     half = float(stdtrit(len(values) - 1, 0.5 + level / 2)) * error
@@ -50,20 +53,6 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: flo
     return t_interval([a[seed] - b[seed] for seed in common], level) if common else None
 
 
-def gap_recovered(
-    student: float, undistilled: float, teacher: float, error: float | None = None, higher_is_better: bool = True
-) -> float | None:
-    """The share of the teacher's lead over the undistilled student that the student has made up; 1 equals the teacher.
-
-    `error`: standard error of `undistilled`. None where the lead is under 0.5 points or two standard errors, or where there is none.
-    """
-    sign = 1.0 if higher_is_better else -1.0
-    lead = sign * (teacher - undistilled)
-    if lead < max(SMALLEST_GAP, 2 * (error or 0.0)):
-        return None
-    return sign * (student - undistilled) / lead
-
-
 def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
     """The two-sided p-value of the paired t-test over the seeds that both have; None for fewer than two of them.
 
@@ -80,36 +69,6 @@ def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float | No
     from scipy.special import stdtr
 
     return 2 * float(stdtr(len(common) - 1, -abs(mean) / error))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979) of the p-values of a family of tests, in their order.
-
-    Rejecting where the adjusted value is at most alpha keeps the chance of even one false rejection at alpha, however the tests depend
-    on each other, as those against one shared control do.
-    """
-    count = len(p_values)
-    adjusted = [0.0] * count
-    largest = 0.0
-    for step, position in enumerate(sorted(range(count), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (count - step) * p_values[position]))
-        adjusted[position] = largest
-    return adjusted
-
-
-def detectable_effect(seeds: int, sd: float, *, comparisons: int = 1, power: float = POWER, level: float = LEVEL) -> float | None:
-    """The smallest true difference that a paired t-test over `seeds` seeds finds with probability `power`; None for a single seed.
-
-    sd: standard deviation of the differences, in their unit, as is the result. comparisons: of how many the test is one, at Holm's
-    first and strictest step. The chance to reject on the wrong side is left out; at such differences it is nothing.
-    """
-    if seeds < 2:
-        return None
-    from scipy.special import nctdtrinc, stdtrit
-
-    degrees = seeds - 1
-    threshold = float(stdtrit(degrees, 1 - (1 - level) / (2 * comparisons)))
-    return float(nctdtrinc(degrees, 1 - power, threshold)) * sd / math.sqrt(seeds)
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TypeVar
@@ -16,8 +16,7 @@ from kdbench.boards.across_pairs import (
     probability_of_improvement,
     stratified_bootstrap,
 )
-from kdbench.boards.leaderboard import Board, Row
-from kdbench.boards.stats import gap_recovered, standard_error
+from kdbench.boards.board import Board, Row
 
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the teacher's lead
 
@@ -92,9 +91,9 @@ def _newest(board: Board) -> str:
     return max((run_id for row in board.rows for run_id in row.run_ids), default="")
 
 
-def of_method(found: Sequence[T], method: str) -> list[T]:
-    """The boards or summaries that have the method, with its rows alone; figures and ranks stay those of the whole."""
-    return _of_rows(found, lambda row: method in (row.label, row.method))
+def of_methods(found: Sequence[T], methods: Collection[str]) -> list[T]:
+    """The boards or summaries that have one of the methods, with their rows alone; figures and ranks stay those of the whole."""
+    return _of_rows(found, lambda row: row.label in methods or row.method in methods)
 
 
 def of_student(found: Sequence[Board], student: str) -> list[Board]:
@@ -110,7 +109,7 @@ def _of_rows(found: Sequence[T], wanted: Callable[[Row | SummaryRow], bool]) -> 
 def _summary(boards: Sequence[Board]) -> Summary:
     ranked = [{row.label: row for row in board.rows if row.rank is not None} for board in boards]
     everywhere = [label for label in ranked[0] if all(label in rows for rows in ranked)]
-    recoverable = [(board, rows) for board, rows in zip(boards, ranked, strict=True) if _lead(board) is not None]
+    recoverable = [(board, rows) for board, rows in zip(boards, ranked, strict=True) if board.lead is not None]
     ranks = _average_ranks(boards, ranked, everywhere)
     rows = [
         _row(
@@ -151,20 +150,9 @@ def _row(rows: Sequence[Row], boards: Sequence[Board], gaps: Sequence[Sequence[f
     )
 
 
-def _lead(board: Board) -> float | None:
-    """The teacher's lead over the undistilled student in the metric's unit; None where there is none to speak of."""
-    undistilled = board.row(board.undistilled)
-    if undistilled is None or undistilled.mean is None or board.teacher_metric is None:
-        return None
-    error = standard_error([*undistilled.values.values()])
-    if gap_recovered(undistilled.mean, undistilled.mean, board.teacher_metric, error, board.higher_is_better) is None:
-        return None
-    return abs(board.teacher_metric - undistilled.mean)
-
-
 def _gaps(row: Row, board: Board) -> list[float]:
     """The share of the lead that each seed recovered, its gain over the undistilled student of the same seed divided by the lead."""
-    lead, undistilled = _lead(board), board.row(board.undistilled)
+    lead, undistilled = board.lead, board.row(board.undistilled)
     if lead is None or undistilled is None:
         return []
     sign = 1.0 if board.higher_is_better else -1.0

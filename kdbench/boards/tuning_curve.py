@@ -55,7 +55,7 @@ def interval_of_the_median_best(values: ArrayLike, trials: int, level: float = L
 
 def running_best(values: Sequence[float]) -> list[float]:
     """The best value until each trial, in the order in which a search made them; more is better."""
-    return np.maximum.accumulate(np.asarray(values, dtype=float)).tolist()
+    return [float(best) for best in np.maximum.accumulate(np.asarray(values, dtype=float))]
 
 
 def _shares_of_best(count: int, m: int) -> Floats:

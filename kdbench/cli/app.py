@@ -39,7 +39,7 @@ from kdbench.credentials import keep_out_of_logs, without_secrets
 from kdbench.errors import NO_SPACE, KDBenchError, UserError, for_terminal, in_one_line, not_written, printable
 
 if TYPE_CHECKING:
-    from kdbench.boards.leaderboard import Board, RowsBy
+    from kdbench.boards.board import Board, RowsBy
     from kdbench.boards.summary import Summary
     from kdbench.records.folders import Folders
     from kdbench.records.record import RunRecord
@@ -217,9 +217,13 @@ def leaderboard(
     by: Annotated[
         str, typer.Option(metavar="ROWS", help="What a row is: method, or student to compare the students of each method.")
     ] = "method",
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Only these rows; their figures stay those of the whole board.", show_default=False),
+    ] = None,
     control: Annotated[
         str | None,
-        typer.Option(metavar="STUDENT", help="With --by student: also give each student's difference from this one.", show_default=False),
+        typer.Option(metavar="ROW", help="What differences are over in place of kd; with --by student, a student.", show_default=False),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the gains: FILE.png, .svg or .pdf.", show_default=False)
@@ -238,9 +242,9 @@ def leaderboard(
     ] = False,
     port: Annotated[int, typer.Option(callback=within(0, 65_535), help="Of --serve; 0 takes any that is free.")] = 8230,
 ) -> None:
-    """Rank what the results folder holds: one board for each protocol, never mixed, with intervals paired by seed."""
+    """Rank what the results folder holds: one board for each protocol, never mixed, with intervals that hold all at once."""
     from kdbench.boards.filters import check_row
-    from kdbench.boards.summary import of_method, summaries
+    from kdbench.boards.summary import of_methods, summaries
     from kdbench.records.folders import Folders
     from kdbench.report.rendering import check_format
     from kdbench.storage.layout import results_folder
@@ -253,22 +257,30 @@ def leaderboard(
     if picture is not None and (pages or explain is not None):
         raise UserError("--picture is of what is printed, and --html, --site, --serve and --explain print no board; give one of the two")
     refused = {"--html": html, "--site": site, "--serve": serve, "--picture": picture, "--explain": explain, "--published": published}
-    _check_rows(by, control, [name for name, given in refused.items() if given])
+    _check_rows(by, [name for name, given in refused.items() if given])
+    if only is not None and method is not None:
+        raise UserError("--only and --method both choose rows; give one of the two")
+    names = [name.strip() for name in (only or method or "").split(",") if name.strip()]
     folders = Folders([results_folder(folder) for folder in results] if results else [results_folder()])
     if by == "student":
+        if only is not None:
+            raise UserError("--only is of methods; with --by student, --method chooses boards and --student rows")
         _students(folders, wanted, method, control, format_)
         return
     if pages:
-        _report(folders, wanted, method, html, site, port if serve else None)
+        _report(folders, wanted, names, control, html, site, port if serve else None)
         return
     if explain is not None:
-        _explain(folders, wanted, explain, format_)
+        _explain(folders, wanted, explain, control, format_)
         return
-    found = _boards(folders, wanted)
-    across = summaries(found)
-    if method is not None:
-        check_row(found, method)
-        found, across = of_method(found, method), of_method(across, method)
+    found = _boards(folders, wanted, control=control)
+    across = summaries(found) if control is None else []
+    for name in names:
+        check_row(found, name, "--only" if only is not None else "--method")
+    if control is not None:
+        check_row(found, control, "--control")
+    if names:
+        found, across = of_methods(found, names), of_methods(across, names)
     _print_boards(found, format_, across, published)
     if picture is not None:
         from kdbench.report.picture import draw
@@ -276,12 +288,10 @@ def leaderboard(
         draw(found, picture)
 
 
-def _check_rows(by: str, control: str | None, others: Sequence[str]) -> None:
-    """Raise UserError for --by, --control and other options that make no sense together."""
+def _check_rows(by: str, others: Sequence[str]) -> None:
+    """Raise UserError for --by and other options that make no sense together."""
     if by not in ("method", "student"):
         raise UserError(f"--by {by}: expected method or student")
-    if control is not None and by == "method":
-        raise UserError("--control requires --by student")
     if by == "student" and others:
         report = others[0] in ("--html", "--site", "--serve")
         way_out = "the report has a section for students without --by" if report else "leave one of them out"
@@ -305,12 +315,18 @@ def _students(folders: "Folders", filters: Mapping[str, str], method: str | None
 
 
 def _report(
-    folders: "Folders", filters: Mapping[str, str], method: str | None, html: Path | None, site: Path | None, port: int | None
+    folders: "Folders",
+    filters: Mapping[str, str],
+    methods: Sequence[str],
+    control: str | None,
+    html: Path | None,
+    site: Path | None,
+    port: int | None,
 ) -> None:
     """The boards as HTML: a file, a folder, or on a port until Ctrl-C."""
     from kdbench.report.files import Report
 
-    report = Report(folders, [filters], method)
+    report = Report(folders, [filters], tuple(methods), control)
     if html is not None:
         typer.echo(f"report: {report.write(html)}")
     if site is not None:
@@ -342,7 +358,7 @@ def _boards(folders: "Folders", filters: Mapping[str, str], rows_by: "RowsBy" = 
     return found
 
 
-def _explain(folders: "Folders", filters: Mapping[str, str], method: str, format_: str) -> None:
+def _explain(folders: "Folders", filters: Mapping[str, str], method: str, control: str | None, format_: str) -> None:
     import json
 
     from kdbench.boards.explanation import explain, explanation_data
@@ -351,7 +367,7 @@ def _explain(folders: "Folders", filters: Mapping[str, str], method: str, format
     from kdbench.cli.pages import check_table_or_json, explanation_page
 
     check_table_or_json(format_)
-    traced = explain(boards(filtered(folders, filters)), folders.scan(), method)
+    traced = explain(boards(filtered(folders, filters), control=control), folders.scan(), method)
     if format_ == "json":
         typer.echo(json.dumps({"explanations": [explanation_data(each) for each in traced]}, indent=2, allow_nan=False))
     else:

@@ -14,7 +14,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from kdbench.benchmark.watch import Phase
-from kdbench.boards.leaderboard import Board, Row, boards
+from kdbench.boards.board import Board, Row, verdict
+from kdbench.boards.formatting import ranks
+from kdbench.boards.leaderboard import boards
 from kdbench.experiment import Unit
 from kdbench.records.record import RunRecord
 
@@ -133,7 +135,7 @@ class Display:
             rows = [row for row in board.rows if row.label == record.label and record.run_id in row.run_ids]
             if rows:
                 row, ranked = rows[0], sum(other.rank is not None for other in board.rows)
-                rank = f", rank {row.rank} of {ranked}" if row.rank is not None else ""
+                rank = f", rank {ranks(row.rank, row.rank_high)} of {ranked}" if row.rank is not None else ""
                 return f"; {row.label} so far {_mean(row, board)} over {row.seeds} seed{'' if row.seeds == 1 else 's'}{rank}"
         return ""
 
@@ -185,10 +187,10 @@ def _mean(row: Row, board: Board) -> str:
 
 def _gain(row: Row, board: Board) -> Text:
     """The gain in points: green surely better, red surely worse."""
-    if row.gain is None:
+    gain, _, _ = row.shown_gain
+    if gain is None:
         return Text("-")
-    surely = row.gain_low is not None and row.gain_high is not None and not row.gain_low <= 0 <= row.gain_high
-    return Text(f"{row.gain:+.{board.decimals}f}", style=("green" if row.gain > 0 else "red") if surely else "")
+    return Text(f"{gain:+.{board.decimals}f}", style={1: "green", -1: "red", 0: ""}[verdict(row.over_undistilled)])
 
 
 def _small_board(board: Board, lines: int, width: int) -> Group:
@@ -202,7 +204,7 @@ def _small_board(board: Board, lines: int, width: int) -> Group:
         column.no_wrap, column.overflow = True, "ellipsis"
     table = Table(*columns, box=box.SIMPLE_HEAD if width >= 55 else None, pad_edge=False, show_edge=False)
     for row in board.rows[:lines]:
-        rank = Text("-" if row.rank is None else str(row.rank))
+        rank = Text(ranks(row.rank, row.rank_high))
         cells = [rank, Text(row.label), Text(_mean(row, board)), _gain(row, board), Text(str(row.seeds))]
         table.add_row(*cells[: len(columns)], style="bold" if row.rank == 1 else "")
     return Group(Text(title, style="bold", no_wrap=True, overflow="ellipsis"), table)

@@ -554,7 +554,7 @@ def _option_lines(option: Option, answer: Answer, budget: Budget) -> Iterator[st
     row, decimals = option.row, option.board.decimals
     yield f"  {row.label} for {option.board.student}: {_sureness(option, budget)}"
     mean = interval(row.mean, row.low, row.high, f".{decimals}f")
-    gain = "" if row.gain is None else f", gain {_gain(option)} over {option.board.undistilled}"
+    gain = "" if row.shown_gain[0] is None else f", gain {_gain(option)} over {option.board.undistilled}"
     yield f"    {answer.primary} {mean}{gain}, {row.seeds} seed{'' if row.seeds == 1 else 's'}"
     latency = "latency not known" if row.latency_ms_p50 is None else f"{short(row.latency_ms_p50)} ms for one image"
     on = f" on {option.latency_device}" if option.latency_device else ""
@@ -566,7 +566,7 @@ def _option_lines(option: Option, answer: Answer, budget: Budget) -> Iterator[st
 
 
 def _option_table(options: Sequence[Option], primary: str) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("student", "method", f"{primary} [95%]", "gain [95%]", "seeds", "ms", "params", "device-h")]
+    rows: list[tuple[str, ...]] = [("student", "method", f"{primary} [95%]", "gain [all at once]", "seeds", "ms", "params", "device-h")]
     for option in options:
         row = option.row
         mean = interval(row.mean, row.low, row.high, f".{option.board.decimals}f")
@@ -576,18 +576,18 @@ def _option_table(options: Sequence[Option], primary: str) -> list[tuple[str, ..
 
 
 def _gain(option: Option) -> str:
-    row = option.row
-    return interval(row.gain, row.gain_low, row.gain_high, f"+.{option.board.decimals}f")
+    return interval(*option.row.shown_gain, f"+.{option.board.decimals}f")
 
 
 def _sureness(option: Option, budget: Budget) -> str:
     """How sure the seeds are of the gain that is asked for; of any gain where none is."""
     if option.undistilled:
         return "the undistilled student"
-    if option.row.gain is None:
+    if option.row.shown_gain[0] is None:
         return "its gain is not known"
     asked = "a gain" if budget.min_gain is None else f"a gain of at least {budget.min_gain:g}"
     if option.confidence is None:
-        return f"not known how sure {asked} is, one seed tells nothing"
+        why = "one seed tells nothing" if option.row.seeds == 1 else "seeds that agree exactly tell nothing of the error"
+        return f"not known how sure {asked} is: {why}"
     confidence = "over 99.9%" if option.confidence > 0.999 else f"{option.confidence:.1%}"  # a few seeds never make it 100.0%
     return f"{'sure' if option.sure else 'not sure'} of {asked} ({confidence})"

@@ -118,6 +118,8 @@ class RunRecord(BaseModel):
     val_metric: float | None = None
     test_metric: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    # Of the primary metric on this test part: `step`, the smallest difference it can show, bounds `low` and `high`, and `smallest_gap`.
+    primary_scale: dict[str, float] | None = None
     chance_metric: float | None = None  # the primary metric up to which a network is no better than chance on the test set
     nll: float | None = None
     ece: float | None = None

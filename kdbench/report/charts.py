@@ -37,14 +37,7 @@ _MOST_STOPS = 25  # points of one curve that hover can find
 
 Verdict = Literal["better", "worse", "unclear"]
 VERDICTS: dict[int, Verdict] = {1: "better", -1: "worse", 0: "unclear"}
-"""By a `Row`'s own verdict."""
-
-
-def verdict(low: float | None, high: float | None) -> Verdict:
-    """What a 95% interval of a difference says of its sign."""
-    if low is None or high is None or low <= 0 <= high:
-        return "unclear"
-    return "better" if low > 0 else "worse"
+"""By what `boards.board.verdict` says."""
 
 
 # --- differences with their intervals --------------------------------------------------------------------------------

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from kdbench.boards.leaderboard import Board, Row, boards
+from kdbench.boards.board import Board, Interval, Row, verdict
+from kdbench.boards.leaderboard import boards
 from kdbench.boards.published import PublishedFigure
+from kdbench.boards.simultaneous import Difference as Together
 from kdbench.errors import UserError
 from kdbench.records.record import RunRecord
 from kdbench.records.store import path_name
-from kdbench.report.charts import VERDICTS, Curve, Difference, Point, verdict
+from kdbench.report.charts import VERDICTS, Curve, Difference, Point
 from kdbench.storage.journals import read_journal
 from kdbench.storage.layout import Layout
 from kdbench.tracking import Interface
@@ -86,31 +88,13 @@ class Page:
 
     @property
     def gains(self) -> list[Difference]:
-        """Over the undistilled student, best first; each judged by its own interval."""
-        found = [
-            Difference(e.row.label, e.number, e.row.gain, e.row.gain_low, e.row.gain_high, verdict(e.row.gain_low, e.row.gain_high))
-            for e in self.entries
-            if e.row.gain is not None
-        ]
-        return sorted(found, key=lambda difference: -difference.middle)
+        """Over the undistilled student, best first."""
+        return _differences((e, e.row.shown_gain, e.row.over_undistilled) for e in self.entries)
 
     @property
     def over_control(self) -> list[Difference]:
-        """Over kd, best first; methods are judged after Holm's correction."""
-        found = [
-            Difference(
-                e.row.label,
-                e.number,
-                e.row.vs_control,
-                e.row.vs_control_low,
-                e.row.vs_control_high,
-                VERDICTS[e.row.verdict],
-                "" if e.row.vs_control_p is None else f"p = {e.row.vs_control_p:.3g} after Holm",
-            )
-            for e in self.entries
-            if e.row.vs_control is not None
-        ]
-        return sorted(found, key=lambda difference: -difference.middle)
+        """Over the control, best first."""
+        return _differences((e, e.row.shown_difference, e.row.over_control) for e in self.entries)
 
     @property
     def curves(self) -> list[Curve]:
@@ -127,28 +111,46 @@ class Page:
         ]
 
 
+def _differences(found: Iterable[tuple[BoardEntry, Interval, Together | None]]) -> list[Difference]:
+    shown = [
+        Difference(
+            entry.row.label,
+            entry.number,
+            middle,
+            low,
+            high,
+            VERDICTS[verdict(together)],
+            "" if together is None else f"p = {together.p:.3g} among all comparisons of this column",
+        )
+        for entry, (middle, low, high), together in found
+        if middle is not None
+    ]
+    return sorted(shown, key=lambda difference: -difference.middle)
+
+
 def pages(
     records: Sequence[RunRecord],
     published: Sequence[PublishedFigure],
     folders: Sequence[Path],
     interface: Interface,
-    method: str | None = None,
+    methods: Collection[str] = (),
+    control: str | None = None,
 ) -> list[Page]:
     """One page a board of `records`. Studies are looked for in the results `folders`, MLflow's pages at `interface`.
 
-    method: leave out all other rows; what is left keeps its gains and its rank.
+    methods: leave out all other rows; what is left keeps its gains and its rank. control: what methods are compared with; None for kd.
     """
     by_id = {record.run_id: record for record in records}
     names: Counter[str] = Counter()
     made = []
-    for board in boards(records, published):
+    for board in boards(records, published, control=control):
         pair = (board.data, board.teacher or "no-teacher", board.student, board.protocol_hash[:8])
         anchor = _unused("-".join(map(path_name, pair)), names)  # used already: the same names with other weights of the teacher
         labels: Counter[str] = Counter()
         entries = tuple(
             _entry(number, _unused(path_name(row.label), labels), row, [by_id[run] for run in row.run_ids], board, folders, interface)
             for number, row in enumerate(board.rows, start=1)
-            if method in (None, row.label, row.method)
+            if not methods or row.label in methods or row.method in methods
         )
         runs = [by_id[run.run_id] for entry in entries for run in entry.runs]
         if entries:

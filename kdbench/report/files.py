@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdbench.boards.board import Board
 from kdbench.boards.filters import check_row, filtered
-from kdbench.boards.leaderboard import Board
 from kdbench.boards.leaderboard import boards as boards_of
 from kdbench.boards.published import load_published
 from kdbench.errors import UserError, not_written
@@ -29,11 +29,15 @@ TITLE = "Leaderboard"
 
 @dataclass(frozen=True)
 class Report:
-    """What is reported: the records of `folders` that one of the `filters` leaves; where `method` is given, its rows alone."""
+    """What is reported: the records of `folders` that one of the `filters` leaves; where `methods` are given, their rows alone.
+
+    control: the method that the others are compared with; None for kd.
+    """
 
     folders: Folders
     filters: Sequence[Mapping[str, str]] = ({},)
-    method: str | None = None
+    methods: tuple[str, ...] = ()
+    control: str | None = None
 
     def write(self, path: Path) -> Path:
         """All boards in one file. Raises UserError for a folder and where there is no board, RunFailed where it can't be written."""
@@ -93,15 +97,19 @@ class Report:
         """Raise UserError where there are records, and a filter or the method that no record has leaves none of them."""
         for wanted in self.filters:
             filtered(self.folders, wanted)
-        if self.method is not None:
-            check_row(boards_of(self._records()), self.method)
+        if self.methods or self.control is not None:
+            found = boards_of(self._records())
+            for method in self.methods:
+                check_row(found, method)
+            if self.control is not None:
+                check_row(found, self.control, "--control")
 
     def _pages(self, records: Sequence[RunRecord]) -> list[Page]:
-        return pages(records, load_published(), self.folders.paths, self._interface, self.method)
+        return pages(records, load_published(), self.folders.paths, self._interface, self.methods, self.control)
 
     def _students(self, records: Sequence[RunRecord]) -> list[Board]:
         found = boards_of(records, rows_by="student")
-        return found if self.method is None else [board for board in found if board.trained_by(self.method)]
+        return [board for board in found if not self.methods or any(map(board.trained_by, self.methods))]
 
     @property
     def _interface(self) -> Interface:

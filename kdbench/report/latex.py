@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from kdbench import __version__
+from kdbench.boards.board import CONTROL, Board, Row
 from kdbench.boards.formatting import UNKNOWN, ranks, scaled, short
-from kdbench.boards.leaderboard import Board, Row
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -22,7 +22,7 @@ _NONE = "--"
 
 
 def latex(boards: Sequence[Board]) -> str:
-    r"""One `table` a board: means, gains and differences to kd with their intervals. It needs \usepackage{booktabs} and nothing else."""
+    r"""One `table` a board: means, ranks, gains, differences to kd, with intervals. It needs \usepackage{booktabs} and nothing else."""
     return "\n\n".join([f"% made by kdbench {__version__}; needs \\usepackage{{booktabs}}", *map(_table, boards)]) + "\n"
 
 
@@ -35,7 +35,7 @@ def _table(board: Board) -> str:
     decimals = board.decimals
     rows = [[_name(row, board), *_figures(row, board, decimals)] for row in board.rows]
     if board.rows_by == "method":
-        heads = ["Method", escaped(board.primary), "Gain", "vs.\\ kd", "Gap", "Seeds"]
+        heads = ["Method", escaped(board.primary), "Rank", "Gain", f"vs.\\ {escaped(board.control or CONTROL)}", "Gap", "Seeds"]
     else:
         costs = ["Parameters", "FLOPs", "ms", "Device-h"]
         heads = ["Student", escaped(board.primary), "Rank", f"vs.\\ {escaped(board.control or '')}", "Seeds", *costs]
@@ -60,7 +60,7 @@ def _table(board: Board) -> str:
 
 
 def _name(row: Row, board: Board) -> str:
-    return escaped(row.label) + ("$^{*}$" if row.vs_control_p is not None and row.verdict > 0 else "")
+    return escaped(row.label) + ("$^{*}$" if row.verdict > 0 else "")
 
 
 def _figures(row: Row, board: Board, decimals: int) -> list[str]:
@@ -68,18 +68,23 @@ def _figures(row: Row, board: Board, decimals: int) -> list[str]:
     if board.rows_by == "student":
         return [
             _interval(row.mean, row.low, row.high, f".{decimals}f", best),
-            _NONE if row.rank is None else ranks(row.rank, row.rank_high).replace("-", "--"),
-            _interval(row.vs_control, row.vs_control_low, row.vs_control_high, f"+.{decimals}f"),
+            _rank(row),
+            _interval(*row.shown_difference, f"+.{decimals}f"),
             _seeds(row),
             *map(_shown, (scaled(row.params_count), scaled(row.flops), short(row.latency_ms_p50), short(row.device_hours))),
         ]
     return [
         _interval(row.mean, row.low, row.high, f".{decimals}f", best),
-        _interval(row.gain, row.gain_low, row.gain_high, f"+.{decimals}f"),
-        _interval(row.vs_control, row.vs_control_low, row.vs_control_high, f"+.{decimals}f"),
+        _rank(row),
+        _interval(*row.shown_gain, f"+.{decimals}f"),
+        _interval(*row.shown_difference, f"+.{decimals}f"),
         _NONE if row.gap_recovered is None else f"${100 * row.gap_recovered:.0f}$\\,\\%",
         _seeds(row),
     ]
+
+
+def _rank(row: Row) -> str:
+    return _NONE if row.rank is None else ranks(row.rank, row.rank_high).replace("-", "--")
 
 
 def _shown(text: str) -> str:
@@ -108,18 +113,12 @@ def _caption(board: Board, decimals: int) -> str:
         f"{escaped(board.task)} on {escaped(board.data)}, {teacher}, {shared}:",
         f"{escaped(board.primary)} ({'higher' if board.higher_is_better else 'lower'} is better),",
     ]
-    if board.method is not None:
-        what = "ranks" if board.control is None else f"ranks, and differences to {escaped(board.control)},"
-        told += [
-            f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; {what} hold all at once with 95\\,\\%.",
-            "Bold: students that may be the best.",
-            *(["$^{*}$: better than the control."] if board.control is not None else []),
-        ]
-        return " ".join([*told, f"Protocol {escaped(board.protocol_hash)}."])
+    columns = [*(["gains"] if board.undistilled else []), *([f"differences to {escaped(board.control)}"] if board.control else [])]
+    what = " and ".join(["ranks", *(f"all {name}" for name in columns)])
     told += [
-        f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; gain over the undistilled student and difference to kd are paired by seed.",
-        "Bold: rank 1, the best mean and the methods after it whose paired interval to it holds 0.",
+        f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; {what} hold all at once with 95\\,\\% each.",
+        f"Bold: {board.rows_by}s that may be the best.",
     ]
-    if any(row.vs_control_p is not None for row in board.rows):
-        told.append(r"$^{*}$: better than kd at the 5\,\% level after Holm's correction.")
+    if any(row.verdict > 0 for row in board.rows):
+        told.append(f"$^{{*}}$: better than {escaped(board.control or CONTROL)}: the interval leaves out 0.")
     return " ".join([*told, f"Protocol {escaped(board.protocol_hash)}."])

@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 from kdbench import __version__
 from kdbench.boards.across_pairs import SMALLEST_NUMBER_OF_PAIRS
+from kdbench.boards.board import Board, Row, verdict
 from kdbench.boards.formatting import interval, ranks, scaled, short
-from kdbench.boards.leaderboard import Board, Row
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, summaries
 from kdbench.report import charts
@@ -112,6 +112,7 @@ def _environment() -> Environment:
         "published_cells": published_cells,
         "ranks": ranks,
         "pareto_text": pareto_text,
+        "verdict": verdict,
     }
     return made
 
@@ -150,16 +151,15 @@ def headline(page: Page) -> str:
     text = f"{first.label} has the best mean {board.primary}, {first.mean:{figures}}"
     if first.label == board.undistilled:
         text += ", without any distilling" + (f"; the best distilled is {best.label}, {best.mean:{figures}}" if best else "")
-    if first.gain is not None:
-        text += f", {_signed(first.gain, figures)} points over the undistilled student" + (
-            f" (95% interval {_signed(first.gain_low, figures)} to {_signed(first.gain_high, figures)})"
-            if first.gain_low is not None
-            else ""
+    gain, low, high = first.shown_gain
+    if gain is not None:
+        text += f", {_signed(gain, figures)} points over the undistilled student" + (
+            f" (interval {_signed(low, figures)} to {_signed(high, figures)}, with all others at once)" if low is not None else ""
         )
     others = [row.label for row in leaders[1:]]
     if others:
         named = ", ".join(others) if len(others) <= 4 else f"{', '.join(others[:3])} and {len(others) - 3} others"
-        text += f". No difference from {named} was found"
+        text += f". The best may also be {named}"
     return text + "."
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdbench.boards.leaderboard import Board, Row
+from kdbench.boards.board import Board, verdict
 from kdbench.errors import RunFailed, UserError
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_BETTER, _WORSE, _UNCLEAR = "#1b7837", "#b2182b", "#5a5a5a"
+_COLOURS = {1: "#1b7837", -1: "#b2182b", 0: "#5a5a5a"}  # of a verdict
 
 
 def draw(boards: Sequence[Board], path: Path) -> None:
@@ -38,33 +38,27 @@ def draw(boards: Sequence[Board], path: Path) -> None:
 
 def worth_drawing(board: Board) -> bool:
     """Whether any method's gain is known."""
-    return any(row.gain is not None for row in board.rows)
+    return any(row.shown_gain[0] is not None for row in board.rows)
 
 
 def _panel(axes: object, board: Board) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    rows, figures = [row for row in board.rows if row.gain is not None][::-1], f".{board.decimals}f"
+    rows, figures = [row for row in board.rows if row.shown_gain[0] is not None][::-1], f".{board.decimals}f"
     for height, row in enumerate(rows):
-        colour = _colour(row)
-        if row.gain_low is not None and row.gain_high is not None:
-            axes.plot([row.gain_low, row.gain_high], [height, height], color=colour, linewidth=2.5, solid_capstyle="round")
-        axes.plot(row.gain or 0.0, height, "o", color=colour, markersize=6)
+        colour, (middle, low, high) = _COLOURS[verdict(row.over_undistilled)], row.shown_gain
+        if low is not None and high is not None:
+            axes.plot([low, high], [height, height], color=colour, linewidth=2.5, solid_capstyle="round")
+        axes.plot(middle or 0.0, height, "o", color=colour, markersize=6)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row.label}  {row.mean:{figures}}" for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(axis="x", linewidth=0.4, alpha=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"gain in {board.primary} over the undistilled student, points, 95% interval paired by seed", fontsize=9)
+    axes.set_xlabel(f"gain in {board.primary} over the undistilled student, points; all intervals hold at once with 95%", fontsize=9)
     teacher = f"{board.teacher} ({board.teacher_metric:{figures}})" if board.teacher_metric is not None else board.teacher or "no teacher"
     student = board.row(board.undistilled)
     undistilled = f", undistilled {student.mean:{figures}}" if student is not None and student.mean is not None else ""
     axes.set_title(f"{board.data}: {teacher} → {board.student}{undistilled}", loc="left", fontsize=10)
-
-
-def _colour(row: Row) -> str:
-    if row.gain_low is None or row.gain_high is None or row.gain_low <= 0 <= row.gain_high:
-        return _UNCLEAR
-    return _BETTER if row.gain_low > 0 else _WORSE

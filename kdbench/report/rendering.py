@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kdbench.boards.formatting import UNKNOWN, finite, interval, ranks, scaled, short
-from kdbench.boards.leaderboard import UNDISTILLED, Board, Row, RowsBy
+from kdbench.boards.board import CONTROL, COSTS, UNDISTILLED, Board, Interval, Row, RowsBy, verdict
+from kdbench.boards.formatting import UNKNOWN, finite, interval, ranks, scaled, short, together_data
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, SummaryRow
 from kdbench.catalogue import nearest
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+JSON_VERSION = 2  # goes up where a key changes its meaning
 FORMATS = ("table", "markdown", "latex", "csv", "json")
 _COST_TITLES = {"latency_ms_p50": "ms", "params_count": "params", "device_hours": "device-h"}
+_COLOURS = {1: "green", -1: "red", 0: ""}  # of a verdict
 _WORDS = ("method", "student", "tuned", "Pareto")  # columns of text, on the left
-_WELCOME = ("finding: beats", "finding: better", "finding: may be the best")
+_WELCOME = ("finding: better", "finding: may be the best")
 _ENDS = ("", "_low", "_high", "_p")
+_FRONTS = ("pareto", "pareto_sure", "pareto_off")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def nothing_to_rank(location: str, records: Sequence[RunRecord], rows_by: RowsBy
 def content_data(boards: Sequence[Board], across: Sequence[Summary]) -> dict[str, Any]:
     """All that JSON holds. Boards of students are never among boards of methods: their rows have other keys."""
     return {
+        "schema_version": JSON_VERSION,
         "boards": [board_data(board) for board in boards if board.rows_by == "method"],
         "across_pairs": [summary_data(summary) for summary in across],
         "students": [board_data(board) for board in boards if board.rows_by == "student"],
@@ -111,6 +115,7 @@ def board_data(board: Board) -> dict[str, Any]:
         **({"undistilled": board.undistilled} if of_methods else {}),
         "control": board.control,
         "detectable": finite(board.detectable),
+        **_errors_data(board),
         "rows": [row_data(row) if of_methods else student_row_data(row) for row in board.rows],
         "findings": list(board.findings),
         "notes": list(board.notes),
@@ -121,10 +126,14 @@ def row_data(row: Row) -> dict[str, Any]:
     """One row as plain data; `method` is its label on the board, `method_name` its name in the catalogue."""
     return {
         "rank": row.rank,
+        "rank_high": row.rank_high,
         "method": row.label,
         "method_name": row.method,
-        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", "gain", "gain_low", "gain_high", "gap_recovered")},
+        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", "gain", "gain_low", "gain_high")},
+        **together_data("gain", row.over_undistilled),
+        **{name: finite(getattr(row, name)) for name in ("gap_recovered", "gap_low", "gap_high")},
         **{f"vs_kd{end}": finite(getattr(row, f"vs_control{end}")) for end in _ENDS},
+        **together_data("vs_kd", row.over_control),
         **_runs_and_costs(row),
     }
 
@@ -135,8 +144,22 @@ def student_row_data(row: Row) -> dict[str, Any]:
         "rank": row.rank,
         "rank_high": row.rank_high,
         "student": row.label,
-        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high", *(f"vs_control{end}" for end in _ENDS))},
+        **{name: finite(getattr(row, name)) for name in ("mean", "low", "high")},
+        **{name.replace("_all", ""): value for name, value in together_data("vs_control", row.over_control).items()},
         **_runs_and_costs(row),
+    }
+
+
+def _errors_data(board: Board) -> dict[str, Any]:
+    """What the intervals that hold all at once rest on; null where nothing is told apart."""
+    errors = board.errors
+    columns = (("gain", board.undistilled), ("vs_kd" if board.rows_by == "method" else "vs_control", board.control))
+    return {
+        "pool": None if errors is None else finite(errors.pool),
+        "df": None if errors is None else errors.df,
+        "uneven": None if errors is None else errors.uneven,
+        "wide": None if errors is None else list(errors.wide),
+        "families": {} if errors is None else {name: errors.comparisons for name, there in columns if there is not None},
     }
 
 
@@ -151,7 +174,7 @@ def _runs_and_costs(row: Row) -> dict[str, Any]:
         "flops": row.flops,
         "latency_ms_p50": finite(row.latency_ms_p50),
         "device_hours": finite(row.device_hours),
-        "pareto": list(row.pareto),
+        **{name: list(getattr(row, name)) for name in _FRONTS},
         "run_ids": list(row.run_ids),
     }
 
@@ -190,16 +213,16 @@ def _columns(board: Board) -> list[Column]:
         Column(board.rows_by, lambda r: r.label, style=lambda r: "bold" if r.rank == 1 else "dim" if r.rank is None else ""),
         Column(f"{board.primary} [95%]", lambda r: interval(r.mean, r.low, r.high, f".{decimals}f")),
         Column(
-            "gain [95%]",
-            lambda r: interval(r.gain, r.gain_low, r.gain_high, f"+.{decimals}f"),
+            "gain [all at once]",
+            lambda r: _signed(r.shown_gain, decimals),
             2,
-            lambda r: _verdict(r.gain_low, r.gain_high),
+            lambda r: _COLOURS[verdict(r.over_undistilled)],
         ),
         Column(
-            f"vs {'kd' if board.rows_by == 'method' else board.control} [95%]",
-            lambda r: interval(r.vs_control, r.vs_control_low, r.vs_control_high, f"+.{decimals}f"),
+            f"vs {board.control or CONTROL} [all at once]",
+            lambda r: _signed(r.shown_difference, decimals),
             3,
-            lambda r: {1: "green", -1: "red", 0: ""}[r.verdict],
+            lambda r: _COLOURS[r.verdict],
         ),
         Column("gap", lambda r: UNKNOWN if r.gap_recovered is None else f"{r.gap_recovered:z.0%}", 5),
         Column("seeds", lambda r: _seeds(r, seeds), 4, lambda r: "yellow" if r.failed or r.seeds < seeds else ""),
@@ -214,9 +237,16 @@ def _columns(board: Board) -> list[Column]:
     return [column for column in shown if column.expendable < always or any(column.cell(row) != UNKNOWN for row in board.rows)]
 
 
+def _signed(shown: Interval, decimals: int) -> str:
+    return interval(*shown, f"+.{decimals}f")
+
+
 def pareto_text(row: Row) -> str:
-    """The costs for which the row is on the front, as the columns are called."""
-    return ", ".join(_COST_TITLES[cost] for cost in row.pareto) or UNKNOWN
+    """The costs for which the row is surely (●) or maybe (○) on the front, as the columns are called."""
+    if row.rank is None:
+        return UNKNOWN
+    known = [cost for cost in COSTS if getattr(row, cost) is not None and cost not in row.pareto_off]
+    return ", ".join(f"{'●' if cost in row.pareto_sure else '○'} {_COST_TITLES[cost]}" for cost in known) or UNKNOWN
 
 
 def _summary_columns(summary: Summary) -> list[Column]:
@@ -235,14 +265,10 @@ def _share_above(place: int, row: SummaryRow) -> str:
 
 
 def _gap_verdict(row: SummaryRow) -> str:
-    return _verdict(row.gap_low, row.gap_high)
-
-
-def _verdict(low: float | None, high: float | None) -> str:
     """Green: surely better. Red: surely worse. No colour: can't be told."""
-    if low is None or high is None:
+    if row.gap_low is None or row.gap_high is None:
         return ""
-    return "green" if low > 0 else "red" if high < 0 else ""
+    return "green" if row.gap_low > 0 else "red" if row.gap_high < 0 else ""
 
 
 def _seeds(row: Row, wanted: int) -> str:
@@ -373,7 +399,7 @@ def _csv(boards: Sequence[Board]) -> str:
         own |= {f"teacher_{name}" if name != "name" else "teacher": value for name, value in facts["teacher"].items()}
         for row in facts["rows"]:
             as_text = {name: json.dumps(row[name]) for name in ("params", "values")}
-            line = {**own, **row, **as_text, **{name: " ".join(row[name]) for name in ("pareto", "run_ids")}}
+            line = {**own, **row, **as_text, **{name: " ".join(row[name]) for name in (*_FRONTS, "run_ids")}}
             if writer is None:
                 writer = csv.DictWriter(out, list(line), lineterminator="\n")
                 writer.writeheader()

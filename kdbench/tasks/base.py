@@ -136,6 +136,8 @@ class Task(ABC):
     gives: ClassVar[frozenset[str]] = frozenset()
     primary: str  # the key of `metrics` that runs are chosen and ranked by
     higher_is_better: ClassVar[bool] = True
+    bounds: ClassVar[tuple[float | None, float | None]] = (None, None)  # of the primary metric; None where there is none
+    smallest_gap: ClassVar[float] = 0.5  # in its unit: a lead of the teacher below it is not shared out among methods
     batch_coupled: ClassVar[bool] = False  # its loss compares samples: the frame gathers the batch of all workers first
     kept_exactly: ClassVar[bool] = False  # whether predictions are stored in float32, where half precision would move what is measured
 
@@ -240,6 +242,10 @@ class Task(ABC):
 
         prediction: as `kept` gives it, numbers in float32 or wider.
         """
+
+    def step(self, target: Columns) -> float:
+        """The smallest difference that the primary metric can show on these samples; 0 where nobody knows."""
+        return 0.0
 
     def chance(self, target: Columns) -> float | None:
         """The primary metric up to which a network is no better than one that always answers with the commonest class of `target`.

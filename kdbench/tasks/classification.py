@@ -30,6 +30,7 @@ class Classification(Task):
     name = "classification"
     gives = frozenset({"class logits"})
     primary = "accuracy"
+    bounds = (0.0, 100.0)
 
     class Options(SplitOptions):
         data: DataSpec = DataSpec(name="fashion_mnist")
@@ -81,6 +82,10 @@ class Classification(Task):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a network of other inputs may warn before it fails
             return checked_network(network, self.source, (self.source.num_classes,), "teacher.task: its network")
+
+    def step(self, target: Columns) -> float:
+        """That of one sample."""
+        return 100 / len(single(target, "target"))
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
         """prediction: logits [N, C]; target: [N].

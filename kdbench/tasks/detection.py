@@ -42,6 +42,7 @@ class Detection(Task):
     version = 2  # since 2, networks give raw levels, and `kd` counts by images
     gives = frozenset({"boxes", "imitation"})
     primary = "ap"
+    bounds = (0.0, 100.0)
     kept_exactly = True
 
     class Options(SplitOptions):

@@ -27,6 +27,7 @@ class ImageText(Task):
     name = "image_text"
     gives = frozenset({"embedding", "imitation"})
     primary = "recall_at_1"
+    bounds = (0.0, 100.0)
     batch_coupled = True
 
     class Options(SplitOptions):

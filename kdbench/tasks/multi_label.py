@@ -32,6 +32,7 @@ class MultiLabel(Task):
     name = "multi_label"
     gives = frozenset({"scores", "imitation"})
     primary = "map"
+    bounds = (0.0, 100.0)
 
     class Options(SplitOptions):
         """top: also measure the answer that names so many classes of each image, those with the highest scores, as for COCO's top 3."""

@@ -28,6 +28,7 @@ class Segmentation(Task):
     version = 2  # since 2, several workers and micro-batches count by labelled pixels and no more by images
     gives = frozenset({"pixel logits"})
     primary = "miou"
+    bounds = (0.0, 100.0)
 
     class Options(SplitOptions):
         data: DataSpec = DataSpec(name="shapes")

@@ -86,6 +86,7 @@ def _quality(predicted: Columns, teacher: Columns | None, task: Task, splits: Sp
     return {
         "test_metric": quality[task.primary],
         "metrics": quality,
+        "primary_scale": _scale(task, splits),
         "chance_metric": task.chance(targets_of(splits.test)),
         "nll": quality.get("nll"),
         "ece": quality.get("ece"),
@@ -94,6 +95,13 @@ def _quality(predicted: Columns, teacher: Columns | None, task: Task, splits: Sp
         "predictions_uri": where,
         "predictions_sha256": hashlib.sha256(packed).hexdigest(),
     }
+
+
+def _scale(task: Task, splits: Splits) -> dict[str, float]:
+    """What a board has to know of the primary metric on the test part."""
+    low, high = task.bounds
+    known = {"step": task.step(targets_of(splits.test)), "low": low, "high": high, "smallest_gap": task.smallest_gap}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _as_stored(prediction: Columns, target: Columns, task: Task) -> tuple[Columns, dict[str, float]]:

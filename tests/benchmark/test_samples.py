@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from kdbench.benchmark.dry_run import dry_run
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
-from kdbench.boards.leaderboard import Board, boards
+from kdbench.boards.board import Board
+from kdbench.boards.leaderboard import boards
 from kdbench.deploy.export import export
 from kdbench.deploy.verification import verify
 from kdbench.errors import UserError

@@ -52,7 +52,8 @@ def test_every_known_figure_of_the_row_is_there_with_its_runs(records) -> None:
     found = figures(only(records, "nkd"))
 
     assert set(found) == {
-        "rank", "mean", "gain", "gap_recovered", "vs_kd", "vs_kd_p", "latency_ms_p50", "params_count", "flops", "device_hours", "params"
+        "rank", "mean", "gain", "gain_all", "gap_recovered", "vs_kd", "vs_kd_p", "vs_kd_all",
+        "latency_ms_p50", "params_count", "flops", "device_hours", "params",
     }  # fmt: skip
     known = {record.run_id for record in records}
     assert all(figure.run_ids and set(figure.run_ids) <= known for figure in found.values())
@@ -83,12 +84,24 @@ def test_how_a_figure_follows_gives_the_figure_again(records) -> None:
     assert found["params"].how == "of the newest final; chosen by 8 trials, study study-kd"
 
 
-def test_a_rank_says_against_whom_it_stands(records) -> None:
-    ranks = {label: figures(only(records, label))["rank"] for label in ("nkd", "kd", "none")}
+def test_a_rank_says_who_is_surely_better_and_worse(make_record) -> None:
+    values = {"kd": [91.0, 91.1, 91.2], "none": [90.0, 90.1, 90.21], "nkd": [91.05, 91.1, 91.3]}
+    records = [make_record(method=m, seed=s, test_metric=v) for m, by in values.items() for s, v in enumerate(by)]
 
-    assert ranks["nkd"].how == "the best mean"
-    assert ranks["kd"].how.startswith("shared with nkd: the difference ")
-    assert set(ranks["kd"].run_ids) == {"kd-0", "kd-1", "kd-2", "nkd-0", "nkd-1", "nkd-2"}
+    none, kd = (figures(only(records, label))["rank"] for label in ("none", "kd"))
+    assert (none.value, kd.value) == ("3", "1-2")
+    assert none.how.startswith("2 (nkd, kd) surely better, nobody surely worse, of 3; by Tukey's critical value for 3 rows (4 degrees")
+    assert kd.how.startswith("nobody surely better, 1 (none) surely worse, of 3")
+    assert set(kd.run_ids) == {record.run_id for record in records}
+
+
+def test_a_difference_among_all_follows_from_its_critical_value_and_error(records) -> None:
+    found = figures(only(records, "kd"))["gain_all"]
+
+    middle, critical, error = (float(x) for x in re.findall(r"[+-]?[\d.]+", found.how.partition(":")[0]))
+    low, high = (float(x) for x in re.findall(r"[+-][\d.]+(?=[,\]])", found.value))
+    assert (middle - critical * error, middle + critical * error) == pytest.approx((low, high), abs=0.01)
+    assert "Dunnett's critical value for 2 comparisons with none (4 degrees of freedom)" in found.how
 
 
 def test_the_latency_is_the_median_over_all_runs_of_the_network(records) -> None:
@@ -102,21 +115,11 @@ def test_the_latency_is_the_median_over_all_runs_of_the_network(records) -> None
     assert set(figures(only(unknown, "kd"))["latency_ms_p50"].run_ids) == {"kd-0", "kd-1", "kd-2"}
 
 
-def test_a_rank_that_one_seed_shares_has_no_interval_to_name(make_record) -> None:
+def test_the_rank_of_one_seed_says_that_nothing_is_known(make_record) -> None:
     records = [make_record(method="none"), make_record(method="kd", test_metric=91.0)]
 
-    assert figures(only(records, "none"))["rank"].how == "shared with kd: the difference -1.00 has no interval, as one seed gives none"
-
-
-def test_a_later_rank_names_the_rank_above(make_record) -> None:
-    records = [
-        make_record(method=method, seed=seed, test_metric=value)
-        for method, values in {"kd": [91.0, 91.1, 91.2], "none": [90.0, 90.1, 90.21]}.items()
-        for seed, value in enumerate(values)
-    ]
-
-    how = figures(only(records, "none"))["rank"].how
-    assert how == "place 2: the difference to kd, -1.00 [-1.01, -0.98], leaves out 0"
+    rank = figures(only(records, "none"))["rank"]
+    assert (rank.value, rank.how) == ("1-2", "nothing is known of the error: any of the 2 places may be its own")
 
 
 def test_controls_and_single_seeds_have_no_figures_that_they_cannot_have(make_record) -> None:

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from typing import Any
 
 import pytest
 from scipy import stats as oracle
 
-from kdbench.boards.leaderboard import Board, Row, boards
+from kdbench.boards.board import Board, Row
+from kdbench.boards.leaderboard import boards
 from kdbench.boards.published import load_published
-from kdbench.boards.stats import detectable_effect
+from kdbench.boards.simultaneous import differences, gap, smallest_found, spreads
+
+EVEN_LABELS = ("none", "label_smoothing", "kd", "nkd", "dkd", "tf_nkd")
+EVEN = [
+    [77.75, 78.80, 78.85],
+    [78.00, 79.40, 78.05],
+    [83.55, 82.25, 82.65],
+    [83.75, 83.30, 83.35],
+    [83.80, 84.05, 83.45],
+    [78.75, 78.60, 78.65],
+]
+CALM = [
+    [70, 70.4, 70.2], [71, 71.6, 71.1], [72, 72.2, 72.6], [71.5, 71.9, 71.6], [70.8, 71, 71.3], [73, 73.5, 73.1], [72.4, 72.5, 72.9],
+]  # fmt: skip
+UNEVEN = [
+    [60.0, 60.1, 60.3, 60.1], [61.0, 61.2, 61.2, 61.3], [60.4, 60.6, 60.5, 60.8],
+    [60.9, 61.5, 60.7, 61.1], [61.5, 61.6, 61.8, 61.6], [60.2, 60.2, 60.5, 60.3],
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -59,20 +76,64 @@ def test_a_control_is_not_compared_with_itself(finals) -> None:
     assert row(board, "none").vs_control == pytest.approx(-1.0)
 
 
-def test_methods_that_nothing_tells_apart_share_a_rank(finals) -> None:
-    records = [
-        *finals("a", [92.0, 93.0, 94.0]),
-        *finals("b", [93.0, 92.0, 93.5]),  # crosses a: the interval of the difference holds 0
-        *finals("c", [91.0, 92.0, 93.1]),  # a point below a on every seed, yet closer to b
-        *finals("d", [91.1, 91.9, 93.0]),
-    ]
+def test_a_rank_is_the_interval_of_the_ranks_that_a_method_may_have(finals) -> None:
+    """As many as are surely better come before it, as many as are surely worse after it: the written board, through the whole way."""
+    values = dict(zip(EVEN_LABELS, EVEN, strict=True))
+    board = only(boards([record for label, of in values.items() for record in finals(label, of, teacher_metric=86.8)]))
+
+    found = {r.label: (r.rank, r.rank_high) for r in board.rows}
+    assert found == {"none": (4, 6), "label_smoothing": (4, 6), "kd": (1, 3), "nkd": (1, 3), "dkd": (1, 3), "tf_nkd": (4, 6)}
+    assert [r.label for r in board.leaders] == ["dkd", "nkd", "kd"]
+    assert "may be the best: dkd, nkd, kd" in board.findings
+    assert row(board, "dkd").better_than == {"none", "label_smoothing", "tf_nkd"}
+    assert row(board, "dkd").apart_from(row(board, "none"))
+    assert row(board, "none").apart_from(row(board, "dkd"))
+    assert not row(board, "dkd").apart_from(row(board, "kd"))
+    dkd, kd = row(board, "dkd"), row(board, "kd")
+    assert (dkd.shown_gain, dkd.shown_difference) == (
+        pytest.approx((5.3, 3.776059926, 6.823940074)),
+        pytest.approx((0.95, -0.7114882733, 2.611488273)),
+    )
+    assert (dkd.gap_recovered, dkd.gap_low, dkd.gap_high) == pytest.approx((0.636, 0.5010012902, 0.7559418581))
+    assert (kd.gap_recovered, kd.gap_low, kd.gap_high) == pytest.approx((0.522, 0.3333801809, 0.6908473600))
+    assert board.detectable == pytest.approx(2.075733163)
+    assert board.errors is not None
+    assert (board.errors.pool, board.errors.df, board.errors.comparisons) == (pytest.approx(0.3070555556), 10, 5)
+
+
+def test_further_seeds_of_the_controls_make_differences_surer_and_leave_the_ranks(finals, make_record) -> None:
+    values = dict(zip(EVEN_LABELS, EVEN, strict=True))
+    records = [record for label, of in values.items() for record in finals(label, of)]
+    more = [make_record(method="kd", seed=3 + place, test_metric=value) for place, value in enumerate([82.9, 83.1, 82.4])]
+    before, after = only(boards(records)), only(boards([*records, *more]))
+
+    assert row(after, "dkd").shown_difference == pytest.approx((0.9583333333, -0.2870379071, 2.203704574))
+    assert row(after, "none").shown_difference == pytest.approx((-4.341666667, -5.778064845, -2.905268489))
+    assert {r.label: (r.rank, r.rank_high) for r in after.rows} == {r.label: (r.rank, r.rank_high) for r in before.rows}
+    assert row(after, "kd").mean == pytest.approx((83.55 + 82.25 + 82.65 + 82.9 + 83.1 + 82.4) / 6)
+    assert after.detectable < before.detectable
+    assert any(note.startswith("kd has 3 more seeds, which differences use") for note in after.notes)
+
+
+def test_both_controls_with_further_seeds_are_compared_over_all_of_them(finals, make_record) -> None:
+    values = dict(zip(EVEN_LABELS, EVEN, strict=True))
+    records = [record for label, of in values.items() for record in finals(label, of)]
+    kd, none = [82.9, 83.1, 82.4], [78.1, 78.9, 78.4]
+    records += [make_record(method="kd", seed=3 + place, test_metric=value) for place, value in enumerate(kd)]
+    records += [make_record(method="none", seed=3 + place, test_metric=value) for place, value in enumerate(none)]
     board = only(boards(records))
 
-    assert [(r.label, r.rank) for r in board.rows] == [("a", 1), ("b", 1), ("c", 3), ("d", 3)]
+    known, extra = spreads(EVEN), {2: kd, 0: none}
+    expected = differences(EVEN, 0, known, extra=extra)
+    assert row(board, "kd").over_undistilled.middle == pytest.approx(expected[2].middle)
+    assert row(board, "kd").over_undistilled.error == pytest.approx(expected[2].error)
+    assert row(board, "nkd").over_undistilled.low == pytest.approx(expected[3].low)
+    assert row(board, "nkd").gap_low == pytest.approx(gap(expected[3], EVEN, 0, known, 94.0, extra)[1])
+    assert any(note.startswith("kd and none have 3 more seeds") for note in board.notes)
 
 
-def test_methods_that_are_equal_often_get_several_ranks_as_the_docs_say(finals) -> None:
-    """A rank is no statement about a difference: 12 equal methods with 3 seeds get several on 60% of boards (2,000 boards)."""
+def test_methods_that_are_equal_nearly_always_share_rank_1_as_the_docs_say(finals) -> None:
+    """12 equal methods with 3 seeds: all may be the best on 97% of 2,000 boards."""
     generator, count = random.Random(0), 100
     records = [
         record
@@ -80,17 +141,16 @@ def test_methods_that_are_equal_often_get_several_ranks_as_the_docs_say(finals) 
         for method in range(12)
         for record in finals(f"m{method}", [generator.gauss(80, 1) for _ in range(3)], protocol_hash=f"p{number}")
     ]
-    several = sum(len({r.rank for r in board.rows}) > 1 for board in boards(records))
+    shared = sum(len(board.leaders) == 12 for board in boards(records))
 
-    spread = math.sqrt(0.6 * 0.4 / count)
-    assert abs(several / count - 0.6) < 4 * spread
+    assert shared / count > 0.97 - 4 * math.sqrt(0.97 * 0.03 / count)
 
 
 def test_one_seed_ranks_nobody_above_another_and_says_so(finals) -> None:
     board = only(boards([*finals("none", [90.0]), *finals("kd", [95.0])]))
 
-    assert [r.rank for r in board.rows] == [1, 1]
-    assert row(board, "kd").gain == 5.0
+    assert [(r.rank, r.rank_high) for r in board.rows] == [(1, 2), (1, 2)]
+    assert (row(board, "kd").gain, row(board, "kd").shown_gain) == (5.0, (5.0, None, None))
     assert row(board, "kd").gain_low is None
     assert any("one seed" in note for note in board.notes)
 
@@ -125,10 +185,11 @@ def test_a_stopped_run_is_not_a_result(finals, make_record) -> None:
 
 
 def test_fewer_seeds_than_others_are_listed_last_without_a_rank(finals) -> None:
-    board = only(boards([*finals("none", [90.0, 90.1, 90.2]), *finals("kd", [91.0, 91.1, 91.2]), *finals("nkd", [99.0, 99.0])]))
+    records = [*finals("none", [90.0, 90.1, 90.2]), *finals("kd", [91.0, 91.1, 91.2]), *finals("at", [90.0, 90.1, 90.2])]
+    board = only(boards([*records, *finals("nkd", [99.0, 99.0])]))
 
-    assert [(r.label, r.rank) for r in board.rows] == [("kd", 1), ("none", 2), ("nkd", None)]
-    assert any("not ranked, fewer than 3 seeds: nkd (2)" in note for note in board.notes)
+    assert [(r.label, r.rank) for r in board.rows] == [("kd", 1), ("at", 1), ("none", 1), ("nkd", None)]
+    assert any("not ranked, not all of the 3 seeds that others have: nkd (2)" in note for note in board.notes)
 
 
 def test_protocols_and_pairs_are_never_mixed(finals) -> None:
@@ -215,20 +276,21 @@ def test_methods_that_are_surely_better_or_worse_than_tuned_kd_are_findings_and_
         *finals("none", [90.0, 90.1, 90.2]),
         *finals("kd", [91.0, 91.1, 91.2], trials=8),
         *finals("nkd", [92.0, 92.1, 92.22], trials=8),
-        *finals("dkd", [91.0, 91.5, 90.9], trials=8),
+        *finals("dkd", [91.0, 91.3, 91.1], trials=8),
         *finals("at", [90.5, 90.6, 90.71], trials=8),
         *finals("label_smoothing", [90.0, 90.1, 90.2], trials=8),
     ]
     board = only(boards(records))
 
-    assert board.findings == ("worse than tuned kd: at", "beats tuned kd: nkd")
-    assert "no difference from tuned kd was found, which does not show that there is none: dkd" in board.notes
+    assert board.findings == ("may be the best: nkd", "worse than kd, each as tuned here: at", "better than kd, each as tuned here: nkd")
+    assert "no difference from kd was found, which does not show that there is none: dkd" in board.notes
+    assert any("of these parameters (one search)" in note and "a second search was not made" in note for note in board.notes)
 
 
 def test_kd_that_was_not_tuned_is_not_called_tuned(finals) -> None:
-    board = only(boards([*finals("none", [90.0, 90.1]), *finals("kd", [91.0, 91.0]), *finals("nkd", [92.0, 92.1])]))
+    board = only(boards([*finals("none", [90.0, 90.1]), *finals("kd", [91.0, 91.02]), *finals("nkd", [92.0, 92.1])]))
 
-    assert board.findings == ("beats kd (not tuned): nkd",)
+    assert "better than kd, each as tuned or configured here (kd is not tuned): nkd" in board.findings
 
 
 def test_one_seed_finds_nothing_about_a_method(finals) -> None:
@@ -240,14 +302,19 @@ def test_one_seed_finds_nothing_about_a_method(finals) -> None:
 
 def test_distilling_that_makes_every_student_worse_is_a_finding(finals) -> None:
     none = finals("none", [97.7, 97.6, 97.68])
-    records = [*none, *finals("kd", [95.3, 95.2, 95.4]), *finals("fragile", [95.7, 95.6, 95.8]), *finals("label_smoothing", [98.0] * 3)]
+    records = [
+        *none,
+        *finals("kd", [95.3, 95.2, 95.4]),
+        *finals("fragile", [95.7, 95.6, 95.8]),
+        *finals("label_smoothing", [98.0, 98.1, 97.9]),
+    ]
 
     board = only(boards(records))
     assert "distilling hurts here: every distilled method is surely worse than the undistilled student" in board.findings
     assert board.best_distilled is not None
     assert board.best_distilled.label == "fragile"
-    open_ = only(boards([*records, *finals("dkd", [97.0, 98.0, 97.5])]))
-    assert "distilling with kd (not tuned) hurts here: it is surely worse than the undistilled student" in open_.findings
+    open_ = only(boards([*records, *finals("dkd", [97.4, 97.8, 97.5])]))
+    assert "distilling with kd hurts here: it is surely worse than the undistilled student" in open_.findings
     assert not any("every distilled" in finding for finding in open_.findings)
     assert not any("hurts" in f for f in only(boards([*none, *finals("kd", [95.0, 97.7, 97.0])])).findings)
     assert only(boards(none)).best_distilled is None
@@ -289,7 +356,7 @@ def test_a_control_whose_seeds_all_failed_is_compared_with_nothing(finals, make_
     no_none = only(boards([*finals("kd", [90.0, 90.1, 90.21]), *nkd, *(make_record(method="none", seed=s, **lost) for s in range(3))]))
 
     assert (row(no_kd, "nkd").vs_control, row(no_kd, "nkd").gain) == (None, pytest.approx(2.0, abs=0.01))
-    assert no_kd.findings == ("no seed of kd finished: whether a method beats it is not known",)
+    assert no_kd.findings[-1] == "no seed of kd finished: whether a method beats it is not known"
     assert row(no_none, "nkd").gain is None
     assert no_none.findings[0] == "no seed of the undistilled student (none) finished: gains can't be given"
 
@@ -331,36 +398,120 @@ def test_published_figures_stand_beside_and_change_nothing(finals) -> None:
 
 @pytest.fixture
 def crowded(finals):
-    """kd and five methods on three seeds; only `a` beats kd when one asks how many were tried, `b` when one does not."""
-    kd = [91.0, 91.2, 91.1]
-    differences = {"a": [1.0, 1.02, 1.01], "b": [1.0, 1.3, 0.8], "c": [0.5, -0.5, 0.1], "d": [-0.2, 0.3, 0.0], "e": [-1.0, -1.02, -1.01]}
-    methods = [finals(label, [x + y for x, y in zip(kd, by, strict=True)]) for label, by in differences.items()]
-    return [*finals("none", [90.0, 90.1, 90.2]), *finals("kd", kd), *(record for records in methods for record in records)], differences
+    """kd and five methods on three seeds."""
+    values = {
+        "none": [90.0, 90.1, 90.2],
+        "kd": [91.0, 91.2, 91.1],
+        "a": [92.4, 92.5, 92.6],
+        "b": [91.6, 91.9, 91.4],
+        "c": [91.5, 90.7, 91.2],
+        "d": [90.8, 91.5, 91.1],
+        "e": [89.6, 89.9, 89.8],
+    }
+    return [record for label, of in values.items() for record in finals(label, of)], values
 
 
-def test_verdicts_against_kd_are_corrected_for_the_number_of_methods(crowded) -> None:
-    records, differences = crowded
+def test_a_verdict_is_an_interval_that_leaves_out_0_among_all_comparisons_with_kd(crowded) -> None:
+    records, values = crowded
     board = only(boards(records))
 
-    plain = {label: oracle.ttest_1samp(by, 0.0).pvalue for label, by in differences.items()}
-    p_values = {r.label: r.vs_control_p for r in board.rows}
-    assert p_values["b"] == pytest.approx(3 * plain["b"])  # the third smallest of five
-    assert min(plain["a"], plain["e"]) * 5 == pytest.approx(min(p_values["a"], p_values["e"]), rel=1e-6)
-    assert (p_values["kd"], p_values["none"]) == (None, None)
+    block = [*values.values()]
+    expected = dict(zip([label for label in values if label != "kd"], differences(block, 1, spreads(block)).values(), strict=True))
+    for label, one in expected.items():
+        assert row(board, label).shown_difference == pytest.approx((one.middle, one.low, one.high))
+        assert row(board, label).over_control.p == pytest.approx(one.p)
+        alone = oracle.ttest_rel(values[label], values["kd"])
+        assert row(board, label).vs_control_p == pytest.approx(alone.pvalue)
     assert {r.label: r.verdict for r in board.rows} == {"a": 1, "b": 0, "c": 0, "d": 0, "e": -1, "none": -1, "kd": 0}
-    assert board.findings == ("worse than kd (not tuned): e", "beats kd (not tuned): a")
-    assert row(board, "b").vs_control_low > 0
-    assert any(note == "the interval to kd leaves out 0, but not after Holm's correction for 5 methods: b" for note in board.notes)
+    assert board.findings[1:] == (
+        "worse than kd, each as tuned or configured here (kd is not tuned): e",
+        "better than kd, each as tuned or configured here (kd is not tuned): a",
+    )
 
 
-def test_the_detectable_effect_is_that_of_the_pooled_spread_and_of_holms_first_step(crowded) -> None:
-    records, differences = crowded
+def test_the_detectable_difference_is_said_with_what_more_seeds_would_find(crowded) -> None:
+    records, values = crowded
     board = only(boards(records))
 
-    spread = math.sqrt(sum(statistics.variance(by) for by in differences.values()) / 5)
-    assert board.detectable == pytest.approx(detectable_effect(3, spread, comparisons=5))
-    said = f"with 3 seeds, this board has less than 80% power to detect a difference from kd smaller than {board.detectable:.2g}"
-    assert said in board.notes
+    known = spreads([*values.values()])
+    assert board.detectable == pytest.approx(smallest_found(7, 3, known))
+    (said,) = (note for note in board.notes if note.startswith("a true difference from kd below"))
+    assert f"below {board.detectable:.2g} is missed more than one time in 5" in said
+    assert f"with 6 seeds {smallest_found(7, 6, known.with_seeds(6)):.2g}" in said
+    needed = int(said.rpartition("to find 1: ")[2].split()[0])
+    assert smallest_found(7, needed, known.with_seeds(needed)) <= 1
+    assert needed == 2 or smallest_found(7, needed - 1, known.with_seeds(needed - 1)) > 1
+
+
+def test_a_method_whose_seeds_scatter_is_judged_by_its_own_and_the_others_keep_their_intervals(finals) -> None:
+    rows = dict(zip(["none", "kd", "m1", "m2", "m3", "m4", "m5"], CALM, strict=True))
+    calm = only(boards([record for label, of in rows.items() for record in finals(label, of)]))
+    with_wild = only(boards([record for label, of in (rows | {"wild": [71.9, 40, 72]}).items() for record in finals(label, of)]))
+
+    assert "wild's seeds scatter far more than the others': it is judged by its own alone" in with_wild.notes
+    assert with_wild.errors is not None
+    assert with_wild.errors.wide == ("wild",)
+    assert row(with_wild, "wild").verdict == 0
+    width = {
+        name: row(board, "m1").over_control.high - row(board, "m1").over_control.low
+        for name, board in (("calm", calm), ("wild", with_wild))
+    }
+    assert width["wild"] < 1.1 * width["calm"]
+    wild_kd = only(boards([record for label, of in (rows | {"kd": [71.9, 40, 72]}).items() for record in finals(label, of)]))
+    assert any(note.startswith("kd's own seeds scatter far more than the others'") for note in wild_kd.notes)
+
+
+def test_spreads_that_differ_are_said_to(finals) -> None:
+    rows = dict(zip(["none", "kd", "a", "b", "c", "d"], UNEVEN, strict=True))
+    board = only(boards([record for label, of in rows.items() for record in finals(label, of)]))
+
+    assert "the methods' spreads differ: intervals are taken wider (9 degrees of freedom instead of 15)" in board.notes
+
+
+def test_seeds_that_agree_exactly_give_no_interval_and_no_verdict_unless_the_metric_moves_in_steps(finals) -> None:
+    rows = {"none": [90.0] * 3, "kd": [91.0] * 3, "nkd": [92.0] * 3}
+    blind = only(boards([record for label, of in rows.items() for record in finals(label, of)]))
+    scale = {"step": 0.5, "low": 0.0, "high": 100.0, "smallest_gap": 0.5}
+    stepped = only(boards([record for label, of in rows.items() for record in finals(label, of, primary_scale=scale)]))
+
+    assert "all seeds agree exactly: nothing is told apart" in blind.notes
+    assert {(r.rank, r.rank_high, r.low, r.verdict) for r in blind.rows} == {(1, 3, None, 0)}
+    assert row(blind, "nkd").shown_gain == (2.0, None, None)
+    assert row(stepped, "nkd").verdict == 1
+    assert row(stepped, "nkd").high - row(stepped, "nkd").mean == pytest.approx(oracle.t.ppf(0.975, 2) * (0.5**2 / 12 / 3) ** 0.5)
+
+
+def test_an_interval_of_a_mean_ends_at_the_bounds_of_the_metric(finals) -> None:
+    scale = {"step": 0.05, "low": 0.0, "high": 100.0}
+    board = only(boards([*finals("none", [99.0, 99.9, 99.5], primary_scale=scale), *finals("kd", [0.1, 1.9, 0.4], primary_scale=scale)]))
+
+    assert row(board, "none").high == 100.0
+    assert row(board, "kd").low == 0.0
+    assert row(board, "none").low < 99.0
+
+
+def test_the_smallest_lead_that_is_shared_out_is_the_tasks(finals) -> None:
+    scale = {"step": 0.0, "low": 0.0, "high": 1.0, "smallest_gap": 0.005}
+    values = {"none": [0.700, 0.701, 0.702], "kd": [0.710, 0.7105, 0.712], "nkd": [0.7111, 0.712, 0.713]}
+    with_scale = [r for label, of in values.items() for r in finals(label, of, primary_scale=scale, teacher_metric=0.75)]
+    without = [r for label, of in values.items() for r in finals(label, of, teacher_metric=0.75)]
+
+    assert row(only(boards(with_scale)), "kd").gap_recovered == pytest.approx((0.71083333 - 0.701) / (0.75 - 0.701), rel=1e-4)
+    assert row(only(boards(without)), "kd").gap_recovered is None
+
+
+def test_any_method_may_be_the_control(crowded) -> None:
+    records, values = crowded
+    board = only(boards(records, control="a"))
+    block = [*values.values()]
+    expected = dict(zip([label for label in values if label != "a"], differences(block, 2, spreads(block)).values(), strict=True))
+
+    assert board.control == "a"
+    assert row(board, "kd").shown_difference == pytest.approx((expected["kd"].middle, expected["kd"].low, expected["kd"].high))
+    assert any(finding.startswith("worse than a") and finding.endswith("e") for finding in board.findings)
+    missing = only(boards(records, control="nothing"))
+    assert missing.control is None
+    assert any(note.startswith("nothing is not on this board") for note in missing.notes)
 
 
 def test_without_kd_or_with_one_seed_no_effect_is_called_detectable(finals) -> None:
@@ -418,3 +569,8 @@ def test_the_front_of_a_cost_holds_what_nothing_better_undercuts(finals) -> None
         "none": ("device_hours",),
         "few": (),
     }
+    for r in board.rows:
+        assert not set(r.pareto_sure) & set(r.pareto_off)
+    assert row(board, "none").pareto_sure == ("device_hours",)  # nothing else is as cheap
+    assert row(board, "kd").pareto_off == ()
+    assert row(board, "few").pareto_sure == row(board, "few").pareto_off == ()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from scipy import stats as oracle
 
 from kdbench.boards.leaderboard import boards
 from kdbench.boards.recommendation import Answer, Budget, Option, answer_data, milliseconds, parameter_count, recommend
+from kdbench.boards.simultaneous import differences, spreads
 from kdbench.cli.pages import recommendation_page
 from kdbench.errors import UserError
 
 SMALL = {"student": "small", "latency_ms_p50": 2.0, "params_count": 20_000, "latency_device": "cpu"}
 LARGE = {"student": "large", "latency_ms_p50": 8.0, "params_count": 300_000, "latency_device": "cpu"}
-NONE, KD, NKD, WILD = [70.0, 70.4, 69.8], [72.0, 72.3, 71.9], [71.5, 71.8, 71.35], [75.0, 70.5, 72.5]
+NONE, KD, NKD, WILD = [70.0, 70.4, 69.8], [72.0, 72.3, 71.9], [71.5, 71.8, 71.35], [80.0, 65.5, 72.5]
 
 
 @pytest.fixture
@@ -108,18 +108,21 @@ def test_the_latency_that_a_limit_is_held_against_is_that_of_the_board(make_reco
     assert {option["latency_ms_p50"] for option in answer_data(answer(records))["options"]} == {median}
 
 
-def test_confidence_is_that_of_the_one_sided_paired_test(records) -> None:
+def test_confidence_is_one_sided_with_the_error_that_the_board_prints(records) -> None:
     found = answer(records, min_gain=1.6, latency_ms_p50=5.0)
 
-    gains = {label: np.array(values) - NONE for label, values in (("kd", KD), ("dkd", WILD))}
-    expected = {label: 1 - oracle.ttest_1samp(by, 1.6, alternative="greater").pvalue for label, by in gains.items()}
+    block = [NONE, KD, NKD, WILD]
+    gains = differences(block, 0, spreads(block))
+    expected = {label: oracle.t.cdf((gains[row].middle - 1.6) / gains[row].error, df) for label, row, df in (("kd", 1, 4), ("dkd", 3, 2))}
     by_label = {option.row.label: option for option in found.options}
     assert {label: option.confidence for label, option in by_label.items()} == pytest.approx(expected)
     assert (by_label["kd"].sure, by_label["dkd"].sure) == (True, False)
 
 
 def test_sure_means_that_the_whole_interval_lies_above(records) -> None:
-    low = next(row.gain_low for board in boards(records) for row in board.rows if board.student == "small" and row.label == "kd")
+    low = next(
+        row.over_undistilled.low for board in boards(records) for row in board.rows if board.student == "small" and row.label == "kd"
+    )
 
     def kd(min_gain: float) -> Option:
         return next(option for option in answer(records, min_gain=min_gain, latency_ms_p50=5.0).options if option.row.label == "kd")
@@ -129,11 +132,14 @@ def test_sure_means_that_the_whole_interval_lies_above(records) -> None:
 
 def test_confidence_counts_the_seeds_that_the_gain_is_over(make_record) -> None:
     gains = [2.0, 2.3]  # the undistilled student has two of the three seeds
-    records = [make_record(method="none", seed=seed, test_metric=70.0) for seed in range(2)]
+    records = [make_record(method="none", seed=seed, test_metric=70.0 + seed / 10) for seed in range(2)]
     records += [make_record(method="kd", seed=seed, test_metric=70.0 + gain) for seed, gain in enumerate([*gains, 2.1])]
+    records += [make_record(method="nkd", seed=seed, test_metric=69.0 + gain) for seed, gain in enumerate([*gains, 2.2])]
 
-    [option] = answer(records, min_gain=1.0).options
-    assert option.confidence == pytest.approx(1 - oracle.ttest_1samp(gains, 1.0, alternative="greater").pvalue)
+    option = answer(records, min_gain=1.0).options[0]
+    gain = option.row.over_undistilled
+    assert (option.row.label, gain.degrees, gain.middle) == ("kd", 1, pytest.approx(2.1))
+    assert option.confidence == pytest.approx(oracle.t.cdf((gain.middle - 1.0) / gain.error, 1))
 
 
 def test_a_gain_that_is_only_there_on_average_is_an_unsure_answer(records) -> None:

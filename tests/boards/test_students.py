@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kdbench.boards.leaderboard import Board, Row, boards
+from kdbench.boards.board import Board, Row
+from kdbench.boards.leaderboard import boards
 from kdbench.boards.simultaneous import differences, spreads
 from kdbench.records.store import ResultStore
 from kdbench.report.rendering import render
@@ -70,13 +71,15 @@ def test_a_named_student_is_what_the_others_are_compared_with(finals) -> None:
     for place, label in enumerate(order):
         if label != "middle":
             row, said = rows[label], expected[place]
-            assert (row.vs_control, row.vs_control_low, row.vs_control_high, row.vs_control_p) == (said.middle, said.low, said.high, said.p)
+            assert row.shown_difference == pytest.approx((said.middle, said.low, said.high))
+            assert row.over_control.p == pytest.approx(said.p)
+            assert row.vs_control == pytest.approx(said.middle)
     assert rows["middle"].vs_control is None
     assert {label: row.verdict for label, row in rows.items()} == {"wide": 1, "middling": 0, "middle": 0, "narrow": -1}
     assert board.findings == ("may be the best: wide", "worse than middle: narrow", "better than middle: wide")
     assert any(note.startswith("no difference from middle was found") and note.endswith(": middling") for note in board.notes)
     assert board.detectable is not None
-    assert any("power to detect a difference from middle smaller than" in note for note in board.notes)
+    assert any(note.startswith("a true difference from middle below") for note in board.notes)
 
 
 def test_a_metric_where_lower_is_better_turns_ranks_and_differences(finals) -> None:
@@ -103,8 +106,8 @@ def test_a_student_that_misses_a_seed_is_not_ranked_but_compared_over_those_it_h
     narrow = by_label(board)["narrow"]
     assert (board.rows[-1].label, narrow.rank, narrow.rank_high, narrow.seeds) == ("narrow", None, None, 2)
     assert narrow.vs_control == pytest.approx((60.1 - 75.0 + 60.4 - 75.5) / 2)
-    assert narrow.vs_control_low < narrow.vs_control < narrow.vs_control_high
-    assert "not ranked, not all of the seeds that others have: narrow (2)" in board.notes
+    assert narrow.over_control.low < narrow.vs_control < narrow.over_control.high
+    assert "not ranked, not all of the 3 seeds that others have: narrow (2)" in board.notes
     assert [row.rank_high for row in board.rows[:3]] == [1, 3, 3]
     assert narrow.pareto == ()
 
@@ -186,7 +189,7 @@ def found(finals) -> list[Board]:
 def test_the_terminal_and_markdown_show_ranks_as_intervals_and_costs(found) -> None:
     lines = render(found, "markdown").splitlines()
     assert lines[0] == "### classification on fashion_mnist: cifar_resnet56 -> students, by kd"
-    assert lines[2] == "| rank | student | top1 [95%] | vs middle [95%] | seeds | params | FLOPs | Pareto |"
+    assert lines[2] == "| rank | student | top1 [95%] | vs middle [all at once] | seeds | params | FLOPs | Pareto |"
     assert next(line for line in lines if "| wide |" in line).startswith("| 1 | wide | 80.23 [79.4")
     assert "| 2-3 | middling |" in "\n".join(lines)
     assert "- finding: worse than middle: narrow" in lines
@@ -194,7 +197,7 @@ def test_the_terminal_and_markdown_show_ranks_as_intervals_and_costs(found) -> N
 
     shown = render(found, "table", console=Console(width=160, color_system=None))
     assert all(word in shown for word in ("2-3", "middling", "4k", "vs middle", "students, by kd"))
-    assert "vs middle" not in render(boards_without_control(found), "table", console=Console(width=160, color_system=None))
+    assert "vs middle [all" not in render(boards_without_control(found), "table", console=Console(width=160, color_system=None))
 
 
 def boards_without_control(found: list[Board]) -> list[Board]:
@@ -262,7 +265,7 @@ def test_filters_choose_boards_and_rows_whose_ranks_stay_those_of_the_whole(kdbe
     ("options", "error"),
     [
         (["--by", "teacher"], "--by teacher: expected method or student"),
-        (["--control", "wide"], "--control requires --by student"),
+        (["--control", "wid"], "--control wid: no board has this method"),
         (["--by", "student", "--control", "wid"], "--control wid: no board has this student; did you mean 'wide'?"),
         (["--by", "student", "--student", "narow"], "--student narow: no board has this student; did you mean 'narrow'?"),
         (["--by", "student", "--method", "dkd"], "--method dkd: no two students have it"),

@@ -94,10 +94,11 @@ def test_a_method_that_not_all_pairs_rank_is_left_out_and_named(pair, make_recor
 
 
 def test_a_method_with_fewer_seeds_on_one_pair_is_left_out(pair) -> None:
-    fewer = [record for record in pair("b") if (record.method, record.seed) != ("nkd", 2)]
-    summary = only([*pair("a"), *fewer])
+    whole = [*pair("a"), *pair("a", methods=(("dkd", NKD),))]
+    fewer = [*pair("b", methods=(("dkd", NKD),)), *(record for record in pair("b") if (record.method, record.seed) != ("nkd", 2))]
+    summary = only([*whole, *fewer])
 
-    assert set(rows(summary)) == {"none", "kd"}
+    assert set(rows(summary)) == {"none", "kd", "dkd"}
     assert any("nkd (1)" in note for note in summary.notes)
 
 

@@ -28,7 +28,7 @@ def test_the_board_of_several_pairs_ends_with_what_they_say_together(kdbench: Kd
     ended = kdbench("leaderboard", "--results", folder)
 
     assert ended.out.index("-> small\n") < ended.out.index("classification across 2 pairs")
-    assert "beats kd (not tuned): nkd" in ended.out
+    assert "better than kd, each as tuned or configured here (kd is not tuned): nkd" in ended.out
     assert "across" not in kdbench("leaderboard", "--results", folder, "--student", "small").out
 
 
@@ -70,7 +70,8 @@ def test_every_output_of_a_board_has_the_same_findings(kdbench: Kdbench, harmed:
     assert board["findings"] == [
         "the teacher (97.42) is no better than the undistilled student (97.66)",
         "distilling hurts here: every distilled method is surely worse than the undistilled student",
-        "worse than kd (not tuned): fragile",
+        "may be the best: none",
+        "worse than kd, each as tuned or configured here (kd is not tuned): fragile",
     ]
     kdbench("leaderboard", "--results", harmed, "--html", "report.html")
     shown = {
@@ -83,10 +84,34 @@ def test_every_output_of_a_board_has_the_same_findings(kdbench: Kdbench, harmed:
     assert not any(missing.values()), missing
     [explained] = json.loads(kdbench("leaderboard", "--results", harmed, "--explain", "kd", "--format", "json").out)["explanations"]
     assert explained["findings"] == board["findings"]
-    open_ = "no difference from kd (not tuned) was found, which does not show that there is none: dkd"
+    open_ = "no difference from kd was found, which does not show that there is none: dkd"
     assert [open_ in shown[name] for name in ("table", "markdown", "html")] == [True] * 3
     assert [row["rank"] for row in board["rows"] if row["method"] == "w"] == [None]
     assert "= every seed failed" in kdbench("leaderboard", "--results", harmed, "--explain", "w").out
+
+
+def test_any_method_may_be_the_control_and_rows_may_be_chosen(kdbench: Kdbench, harmed: Path) -> None:
+    whole = json.loads(kdbench("leaderboard", "--results", harmed, "--format", "json").out)["boards"][0]
+    [board] = json.loads(kdbench("leaderboard", "--results", harmed, "--only", "kd, fragile", "--format", "json").out)["boards"]
+    assert [row["method"] for row in board["rows"]] == ["kd", "fragile"]
+    by_method = {row["method"]: row for row in whole["rows"]}
+    assert all(row == by_method[row["method"]] for row in board["rows"])
+    [other] = json.loads(kdbench("leaderboard", "--results", harmed, "--control", "fragile", "--format", "json").out)["boards"]
+    rows = {row["method"]: row for row in other["rows"]}
+    assert other["control"] == "fragile"
+    assert rows["kd"]["vs_kd_all"] == pytest.approx(-by_method["fragile"]["vs_kd_all"])
+    assert rows["kd"]["gain_all_low"] == by_method["kd"]["gain_all_low"]
+    assert "vs fragile [all at once]" in kdbench("leaderboard", "--results", harmed, "--control", "fragile", "--format", "markdown").out
+    assert kdbench("leaderboard", "--results", harmed, "--html", "control.html", "--control", "fragile").code == 0
+    assert "vs fragile" in Path("control.html").read_text()
+    for options, said in (
+        (("--only", "kd,fragil"), "--only fragil: no board has this method; did you mean 'fragile'?"),
+        (("--control", "fragil"), "--control fragil: no board has this method; did you mean 'fragile'?"),
+        (("--only", "kd", "--method", "kd"), "--only and --method both choose rows; give one of the two"),
+        (("--only", "kd", "--by", "student"), "--only is of methods; with --by student"),
+    ):
+        ended = kdbench("leaderboard", "--results", harmed, *options)
+        assert (ended.code, said in ended.err) == (2, True), ended.err
 
 
 def test_the_report_names_the_best_distilled_row_and_says_where_it_is_not_the_best(kdbench: Kdbench, harmed: Path) -> None:

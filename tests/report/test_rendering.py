@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kdbench.boards.leaderboard import boards
 from kdbench.boards.published import load_published
-from kdbench.boards.summary import of_method, summaries
+from kdbench.boards.summary import of_methods, summaries
 from kdbench.errors import RunFailed, UserError
 from kdbench.report.picture import draw
 from kdbench.report.rendering import FORMATS, nothing_to_rank, render
@@ -72,7 +72,11 @@ def test_json_keeps_its_contract_and_full_precision(found) -> None:
 
 
 def test_no_board_is_an_empty_list_in_json() -> None:
-    assert json.loads(render([], "json")) == {"boards": [], "across_pairs": [], "students": []}
+    assert json.loads(render([], "json")) == {"schema_version": 2, "boards": [], "across_pairs": [], "students": []}
+
+
+def below_of(lines: list[str]) -> str:
+    return "\n".join(lines)
 
 
 def test_csv_reads_back_row_by_row(found) -> None:
@@ -93,9 +97,10 @@ def test_markdown_is_a_table_with_rounded_numbers_and_the_protocol_below(found) 
     kd = next(line for line in table if "| kd |" in line)
     assert "| 91.05 [90.41, 91.69] |" in kd
     assert "| +0.99 [" in kd
+    assert "| 2 | kd |" in below_of(lines)
     below = "\n".join(lines)
     assert "protocol 0123abc | teacher cifar_resnet56 94.00 | student cifar_resnet8 | fashion_mnist | top1, higher is better" in below
-    assert "- no difference from tuned kd was found, which does not show that there is none: nkd" in below
+    assert "- finding: better than kd, each as tuned here: nkd" in below
 
 
 def test_a_share_of_the_gap_that_rounds_to_zero_has_no_sign(make_record) -> None:
@@ -125,13 +130,18 @@ def test_a_narrower_terminal_drops_the_least_important_columns_and_nothing_wraps
     assert ("tuned" in "".join(header[:4])) is (width >= 200)
 
 
-def test_colours_say_surely_better_and_surely_worse(found) -> None:
-    shown = render(found, "table", console=Console(width=200, force_terminal=True, color_system="standard"))
+def test_colours_say_surely_better_and_surely_worse(make_record) -> None:
+    values = {"none": [90.0, 90.1, 90.2], "kd": [91.0, 91.12, 91.2], "at": [90.02, 90.1, 90.21]}
+    records = [make_record(method=m, seed=s, test_metric=v) for m, by in values.items() for s, v in enumerate(by)]
+    [board] = boards(records)
+    shown = render([board], "table", console=Console(width=200, force_terminal=True, color_system="standard"))
 
-    assert "\x1b[32m+0.99 [+0.84, +1.14]" in shown
-    assert "31m-0.99 [-1.14, -0.84]" in shown
-    assert "m+1.00 [-0.27, +2.27]" not in shown  # its interval holds 0
-    assert " +1.00 [-0.27, +2.27]" in shown
+    cells = {row.label: [f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]" for middle, low, high in (row.shown_gain, row.shown_difference) if low]
+             for row in board.rows}  # fmt: skip
+    assert f"\x1b[32m{cells['kd'][0]}" in shown
+    assert f"31m{cells['none'][0]}" in shown
+    assert f"m{cells['at'][0]}" not in shown  # its interval holds 0
+    assert f" {cells['at'][0]}" in shown
 
 
 def test_published_figures_are_a_section_of_their_own_when_asked(found) -> None:
@@ -151,11 +161,12 @@ def test_a_row_that_is_incomplete_or_failed_shows_it(make_record) -> None:
         make_record(method="kd", seed=0, status="failed", test_metric=None),
         make_record(method="kd", seed=1),
         make_record(method="nkd", seed=0, status="failed", test_metric=None),
+        *(make_record(method="at", seed=seed) for seed in range(3)),
     ]
     lines = {line.split(" | ")[1]: line for line in render(boards(records), "markdown").splitlines() if line.startswith("| - |")}
 
     assert set(lines) == {"kd", "nkd"}
-    assert "| 90.00 [90.00, 90.00] |" in lines["kd"]
+    assert "| 90.00 | +0.00 |" in lines["kd"]  # seeds that agree exactly have no interval
     assert "2 of 3 (1 failed)" in lines["kd"]
     assert lines["nkd"].startswith("| - | nkd | - | - | - |")
     assert "0 of 3 (1 failed)" in lines["nkd"]
@@ -243,11 +254,11 @@ def test_a_summary_fits_a_narrow_terminal(family) -> None:
 
 
 def test_one_methods_rows_keep_the_figures_of_the_whole(family) -> None:
-    [summary], [board, _] = of_method(summaries(family), "nkd"), of_method(family, "nkd")
+    [summary], [board, _] = of_methods(summaries(family), ["nkd"]), of_methods(family, ["nkd"])
 
     assert [row.label for row in summary.rows] == [row.label for row in board.rows] == ["nkd"]
     assert summary.rows[0].gap_recovered == summaries(family)[0].rows[0].gap_recovered
-    assert of_method(family, "nothing") == []
+    assert of_methods(family, ["nothing"]) == []
 
 
 # --- LaTeX -----------------------------------------------------------------------------------------------------------
@@ -258,13 +269,13 @@ def test_latex_is_a_booktabs_table_with_intervals(found) -> None:
 
     assert r"\usepackage{booktabs}" in table.splitlines()[0]
     rows = [line for line in table.splitlines() if line.endswith(r"\\")]
-    assert rows[0] == r"Method & top1 & Gain & vs.\ kd & Gap & Seeds \\"
+    assert rows[0] == r"Method & top1 & Rank & Gain & vs.\ kd & Gap & Seeds \\"
     assert len({row.count("&") for row in rows}) == 1
-    assert rows[2] == (
-        r"kd & $\mathbf{91.05}\;{\scriptstyle[90.41,\,91.69]}$ & $+0.99\;{\scriptstyle[+0.84,\,+1.14]}$ & -- & $25$\,\% & 2 \\"
-    )
+    middle, low, high = found[0].rows[1].shown_gain
+    interval = rf"${middle:+.2f}\;{{\scriptstyle[{low:+.2f},\,{high:+.2f}]}}$"
+    assert rows[2].startswith(rf"kd & $91.05\;{{\scriptstyle[90.41,\,91.69]}}$ & 2 & {interval} & -- & ")
+    assert rows[2].endswith(" & 2 " + 2 * chr(92))
     assert r"\mathbf{92.05}" in rows[1]
-    assert "$90.06" in rows[3]  # not bold: of another rank
     assert [table.count(f"\\{word}") for word in ("toprule", "midrule", "bottomrule", "begin{table}", "end{table}")] == [1] * 5
     assert table.count("{") == table.count("}")
 
@@ -279,7 +290,7 @@ def test_latex_escapes_names_and_marks_what_beats_kd(make_record) -> None:
     table = render(boards(records), "latex")
 
     assert r"my\_\{50\%\} \& \$\textbackslash{}\#\textasciicircum{}\textasciitilde{}$^{*}$ & " in table
-    assert "after Holm's correction" in table
+    assert r"$^{*}$: better than kd: the interval leaves out 0." in table
     assert r"kd & $91.10" in table
 
 

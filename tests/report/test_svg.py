@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdbench.report.charts import Point, _joined, critical_difference, front_shares, search_history, verdict
+from kdbench.report.charts import Point, _joined, critical_difference, front_shares, search_history
 from kdbench.report.searches import Search, Trial
 from kdbench.report.svg import Box, Scale, element, free_places, number, scale_of, spread
 
@@ -80,13 +80,6 @@ def test_a_name_goes_where_it_covers_nothing_or_is_left_out() -> None:
 
 def test_text_and_attributes_are_escaped() -> None:
     assert element("text", "<b>&", x='"><script>') == '<text x="&#34;&gt;&lt;script&gt;">&lt;b&gt;&amp;</text>'
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said"), [(0.1, 2, "better"), (-2, -0.1, "worse"), (-1, 1, "unclear"), (0, 1, "unclear"), (None, None, "unclear")]
-)
-def test_an_interval_says_what_it_says(low: float | None, high: float | None, said: str) -> None:
-    assert verdict(low, high) == said
 
 
 def test_bars_join_the_largest_runs_that_cannot_be_told_apart() -> None:

@@ -1,0 +1,124 @@
+"""The final runs of a board, grouped into rows: one setting a label, a value a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from statistics import fmean, median
+from typing import Any
+
+from kdbench.boards.board import RowsBy
+from kdbench.records.record import RunRecord
+
+SPEED_ONLY = frozenset({"memory_format", "compile"})  # keys of a recipe that change how fast it is, not what is trained
+
+
+@dataclass(frozen=True)
+class Finals:
+    """The final runs of one label with one setting, a record a seed. label: of the method, or of the student on a board of students."""
+
+    label: str
+    records: Mapping[int, RunRecord]
+    left_out: int  # older finals of this label with another setting
+    sign: float  # +1 or -1: multiplies a metric so that more is better
+    values: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> RunRecord:
+        return max(self.records.values(), key=age)
+
+    @property
+    def signed(self) -> dict[int, float]:
+        """The values by seed, turned so that more is better."""
+        return {seed: self.sign * value for seed, value in self.values.items()}
+
+    @property
+    def failed(self) -> int:
+        return sum(_failed(record) for record in self.records.values())
+
+    @property
+    def network(self) -> tuple[object, ...]:
+        """What it deploys, by parameters and FLOPs; where one of them is unknown, a network of its own."""
+        measured = tuple(next(iter(known([*self.records.values()], name)), None) for name in ("params_count", "flops"))
+        return (self.label,) if None in measured else measured
+
+
+def grouped(members: Sequence[RunRecord], rows_by: RowsBy) -> list[Finals]:
+    """One group a label: the setting that was run last, never a mixture of two settings."""
+    sign = 1.0 if members[0].higher_is_better else -1.0
+    by_label: dict[str, dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
+    for record in sorted(members, key=age):
+        by_label[record.label if rows_by == "method" else record.student][_setting(record)].append(record)
+    groups = []
+    for label, settings in by_label.items():
+        latest = max(settings.values(), key=lambda runs: age(runs[-1]))
+        left_out = sum(len(runs) for runs in settings.values()) - len(latest)
+        groups.append(Finals(label, {record.seed: record for record in latest}, left_out, sign))
+    return groups
+
+
+def _setting(record: RunRecord) -> str:
+    return json.dumps([record.method, record.method_version, record.params, record.recipe, record.search_hash], sort_keys=True)
+
+
+def family_of(groups: Sequence[Finals]) -> str:
+    """16 hex digits of how a board's students were trained and searched, whatever the data and the networks."""
+    records = [group.newest for group in groups]
+    varied = {name.removeprefix("recipe.") for record in records for name in record.space or {} if name.startswith("recipe.")}
+    first = records[0]
+    recipe = {name: value for name, value in first.recipe.items() if name not in varied | SPEED_ONLY}
+    searches = sorted({(r.trials, r.sampler or "", r.scheduler or "") for r in records if r.trials})
+    told = [first.task, first.task_version, first.primary, recipe, first.global_batch, first.precision, sorted(varied), searches]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def chosen(groups: Sequence[Finals], method: str) -> Finals | None:
+    """The group with that label, else the only one with that method."""
+    of_method = [group for group in groups if group.newest.method == method]
+    labelled = [group for group in of_method if group.label == method]
+    return next(iter(labelled or (of_method if len(of_method) == 1 else [])), None)
+
+
+def values_of(group: Finals, undistilled: Finals | None) -> dict[int, float]:
+    """The test metric by seed; a failed seed has the undistilled student's of that seed, or none where that is missing too.
+
+    Empty where every seed failed: nothing of the method was measured.
+    """
+    if group.failed == len(group.records):
+        return {}
+    values = {}
+    for seed, record in sorted(group.records.items()):
+        counted = record if not _failed(record) or undistilled is None else undistilled.records.get(seed)
+        if counted is not None and counted.test_metric is not None and not _failed(counted):
+            values[seed] = counted.test_metric
+    return values
+
+
+def _failed(record: RunRecord) -> bool:
+    return record.status == "failed" or record.test_metric is None or not math.isfinite(record.test_metric)
+
+
+def best_first(groups: Sequence[Finals]) -> list[Finals]:
+    """The best mean first; who has none, last."""
+    return sorted(groups, key=lambda group: (-group.sign * fmean(group.values.values()) if group.values else math.inf, group.label))
+
+
+def latencies(groups: Sequence[Finals]) -> dict[tuple[object, ...], float]:
+    """By network, the median over all finals that deploy it: their latencies differ by nothing but the noise of measuring."""
+    measured: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    for group in groups:
+        measured[group.network] += known([*group.records.values()], "latency_ms_p50")
+    return {network: median(values) for network, values in measured.items() if values}
+
+
+def known(records: Sequence[RunRecord], name: str) -> list[Any]:
+    return [value for record in records if (value := getattr(record, name)) is not None and math.isfinite(value)]
+
+
+def age(record: RunRecord) -> tuple[datetime, str]:
+    return record.created_at, record.run_id
