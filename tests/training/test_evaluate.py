@@ -16,8 +16,8 @@ from kdbench.data.columns import named
 from kdbench.errors import Diverged
 from kdbench.experiment import Unit
 from kdbench.tasks.build import build_task
-from kdbench.training.checkpoint import unpack_predictions
 from kdbench.training import evaluate
+from kdbench.training.checkpoint import unpack_predictions
 from kdbench.training.evaluate import at_once, check_numbers, predict
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
