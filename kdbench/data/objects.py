@@ -54,11 +54,12 @@ class Broken:
 
 
 def check_box(box: Sequence[float], height: int, width: int) -> None:
-    """Raise Flaw where a box x0, y0, x1, y1 in pixels of its picture has no area, or sticks out of the picture."""
+    """Raise Flaw where a box x0, y0, x1, y1 in pixels of its picture has no area, sticks out of the picture, or has no part in it."""
     x0, y0, x1, y1 = box
     if not (x1 > x0 and y1 > y0):
         raise Flaw(f"has a box without area, {_rounded(box)}", "boxes without area")
-    if x0 < -ROUNDING or y0 < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING:
+    apart = x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0
+    if apart or x0 < -ROUNDING or y0 < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING:
         raise Flaw(f"has a box outside of its picture of {width} x {height} pixels, {_rounded(box)}", "boxes outside of their picture")
 
 

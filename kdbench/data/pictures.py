@@ -87,7 +87,10 @@ def _turn(picture: Image.Image, size: tuple[int, int] | None) -> Image.Transpose
         return None
     if turn in _SIDEWAYS and stored == size[::-1]:
         return turn
-    raise _Refused(f"it has {picture.width} x {picture.height} pixels, and its annotation says {size[1]} x {size[0]}")
+    raise _OtherSize(
+        f"has {picture.width} x {picture.height} pixels, and its annotation or mask {size[1]} x {size[0]}; "
+        "mend one of the two, or leave the picture out"
+    )
 
 
 def _upright_pixels(picture: Image.Image, size: tuple[int, int] | None) -> Tensor:
@@ -119,6 +122,10 @@ def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 class _Refused(Exception):
     """A picture that is not decoded, though it may be sound: it has too many pixels, or pixels of no known range. The message says why."""
+
+
+class _OtherSize(Exception):
+    """A sound picture of another size than its annotation says. The message says which."""
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -159,6 +166,8 @@ def _undecodable(empty: bool, name: str, error: Exception, formats: Sequence[str
     reason = in_one_line(error)
     if isinstance(error, UnidentifiedImageError):  # whose own message has an address in memory
         reason = "the file is empty" if empty else f"it is none of {', '.join(formats)}, or its header is damaged"
+    elif isinstance(error, _OtherSize):
+        return UserError(f"{name} {error}")
     elif isinstance(error, _Refused):
         reason = str(error)
     return UserError(f"{name} can't be decoded as an image: {reason}")

@@ -229,7 +229,14 @@ def _timms(name: str, strides: Sequence[int], in_channels: int, names: tuple[str
         _check(name, strides, reductions)
         indices = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
         network = timm.create_model(name, features_only=True, out_indices=indices, in_chans=in_channels, **options)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:  # what timm raises of networks that give no maps
+    except TypeError as error:
+        if "output_stride" not in str(error):
+            raise UserError(f"backbone {shown(name)}: timm can't give its maps: {in_one_line(error)}") from error
+        raise UserError(
+            f"backbone {shown(name)} has no form that is dilated to a stride of {options['output_stride']}; "
+            "name a convolutional network, such as resnet50 or mobilenetv3_large_100"
+        ) from error
+    except (RuntimeError, AttributeError, NotImplementedError) as error:  # what timm raises of networks that give no maps
         raise UserError(f"backbone {shown(name)}: timm can't give its maps: {in_one_line(error)}") from error
     return _TimmBody(network, strides, names or tuple(str(number) for number in range(len(strides))))
 

@@ -26,7 +26,8 @@ def average_precision(kept: Mapping[str, Tensor], target: Mapping[str, Tensor], 
     `ap` over overlaps 0.50, 0.55, ..., 0.95; `ap50` and `ap75`: means over classes that occur. `ap_small`, `ap_medium`, `ap_large`: of
     objects of an area below 32^2, below 96^2 and above, where the target has some. `ap/NAME`: of each class that occurs.
 
-    Boxes are moved back to the original picture and cut at its edge where the target has `scale`, `shift` and `size`. An object's own
+    Boxes are moved back to the original picture where the target has `scale`, `shift` and `size`, and those that were found are cut at
+    its edge; a true box that sticks out of it a little stays as it is, as pycocotools has it. An object's own
     `area` decides its size where the target has it, and a `crowd` is ignored as pycocotools ignores it.
 
     Args:
@@ -86,20 +87,27 @@ def measured(
 
 
 def original(boxes: Tensor, target: Mapping[str, Tensor]) -> Tensor:
-    """Boxes [N, K, 4] of network inputs in pixels of the original pictures, cut at their edges: float32 on the CPU.
+    """Boxes [N, K, 4] of network inputs in pixels of the original pictures: float32 on the CPU. What sticks out of a picture stays so.
 
-    target: with `scale` and `shift` [N, 2] of x and y and `size` [N, 2] of height and width, or without any: then inputs are the pictures.
+    target: with `scale` and `shift` [N, 2] of x and y, or without any: then inputs are the pictures.
     """
     boxes = boxes.float().cpu()
     if "scale" not in target:
         return boxes
-    scale, shift, size = (target[name].float().cpu() for name in ("scale", "shift", "size"))
-    moved = (boxes - shift.repeat(1, 2)[:, None]) / scale.repeat(1, 2)[:, None]
-    return torch.minimum(moved.clamp(min=0), size.flip(1).repeat(1, 2)[:, None])
+    scale, shift = (target[name].float().cpu() for name in ("scale", "shift"))
+    return (boxes - shift.repeat(1, 2)[:, None]) / scale.repeat(1, 2)[:, None]
+
+
+def found_in_picture(boxes: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """What a detector found, as `original`, cut at the edges of the picture, whose `size` [N, 2], height and width, the target has."""
+    moved = original(boxes, target)
+    if "scale" not in target:
+        return moved
+    return torch.minimum(moved.clamp(min=0), target["size"].float().cpu().flip(1).repeat(1, 2)[:, None])
 
 
 def _found(kept: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    boxes = _corners_and_sides(original(kept["boxes"], target))
+    boxes = _corners_and_sides(found_in_picture(kept["boxes"], target))
     real = (kept["scores"] > 0).cpu()
     columns = (real.nonzero()[:, 0], kept["classes"].cpu()[real], kept["scores"].float().cpu()[real], boxes[real])
     rows = zip(*(column.tolist() for column in columns), strict=True)

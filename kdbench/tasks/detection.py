@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -11,14 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, described, several
+from kdbench.data.columns import Columns, described, several, single
+from kdbench.data.frames import Colour
 from kdbench.data.hashing import hash64
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec, build_model, without_weights
 from kdbench.models.detectors.readings import Reading
-from kdbench.models.inputs import InputSpec
-from kdbench.models.outputs import Outputs, predicted, reading_of
+from kdbench.models.inputs import InputSpec, model_inputs
+from kdbench.models.outputs import Outputs, main_output, predicted, reading_of
 from kdbench.tasks.average_precision import MOST_BOXES, average_precision, shared_boxes
 from kdbench.tasks.base import Splits, Task, TaskInfo
 from kdbench.tasks.cell_losses import learned_labels
@@ -124,9 +125,47 @@ class Detection(Task):
         return {name: found[name] for name in ("boxes", "scores", "classes")}
 
     def found(self, model: nn.Module, inputs: Columns) -> dict[str, Tensor]:
-        """All that the network's reading finds in the inputs."""
+        """All that the network's reading finds in the inputs.
+
+        Padding is shown to the network as the mean that it subtracts, and no box reaches into it: as torchvision's detectors, which pad
+        after they normalise and cut proposals and boxes at the picture.
+        """
         reading: Reading = reading_of(model)
-        return reading.detections(several(predicted(model, inputs)), self.size, self.options.kept_boxes)
+        valid = self._valid(inputs)
+        if valid is None:
+            return reading.detections(several(predicted(model, inputs)), self.size, self.options.kept_boxes)
+        seen = model_inputs(model, self._with_mean_padding(model, single(inputs, "inputs"), valid))
+        output = model(seen, valid=valid) if reading.wants_valid else model(seen)
+        return reading.detections(several(main_output(model, output)), self.size, self.options.kept_boxes, valid)
+
+    @cached_property
+    def _padding(self) -> Colour | None:
+        """The colour beside pictures that do not fill their input; None where all do."""
+        test = self._splits.test
+        images = test.encoded_images if test.encoded is not None else None
+        return images.padding if images is not None and images.fitting == "letterbox" else None
+
+    def _valid(self, inputs: Columns) -> Tensor | None:
+        """int64 [B, 2], height and width of the picture in each input's upper left corner: what is not the colour of the padding.
+
+        None where no input is padded. A network is exported and measured without the data set, so the input itself has to tell.
+        """
+        if self._padding is None or not isinstance(inputs, Tensor):
+            return None
+        colour = inputs.new_tensor(self._padding)[:, None, None] / 255
+        picture = ((inputs - colour).abs() > 0.5 / 255).any(1)
+        sides = [_last(picture.any(along)) for along in (2, 1)]
+        valid = torch.stack(sides, dim=1)
+        return None if bool((valid == valid.new_tensor(self.size)).all()) else valid
+
+    def _with_mean_padding(self, model: nn.Module, images: Tensor, valid: Tensor) -> Tensor:
+        spec = model.input_spec
+        if not isinstance(spec, InputSpec):
+            return images
+        mean = images.new_tensor(spec.mean)[:, None, None]
+        rows, columns = (torch.arange(side, device=images.device) for side in self.size)
+        inside = (rows[:, None] < valid[:, 0, None, None]) & (columns < valid[:, 1, None, None])
+        return torch.where(inside[:, None], images, mean)
 
     def metrics(self, prediction: Columns, target: Columns) -> dict[str, float]:
         """Average precision in percent, of all, by size and by class: see `average_precision`."""
@@ -135,3 +174,10 @@ class Detection(Task):
     def agreement(self, prediction: Columns, teacher: Columns) -> dict[str, float]:
         """agreement: of the boxes that student and teacher keep, the share that the other has too (`shared_boxes`)."""
         return {"agreement": shared_boxes(several(prediction), several(teacher))}
+
+
+def _last(there: Tensor) -> Tensor:
+    """[B, L] -> int64 [B], the place after the last that is true; L where none is."""
+    length = there.shape[1]
+    places = torch.arange(1, length + 1, device=there.device)
+    return torch.where(there.any(1), (there * places).amax(1), length)

@@ -19,7 +19,7 @@ from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.detectors.mask_rcnn import MaskReading
 from kdbench.models.outputs import reading_of
-from kdbench.tasks.average_precision import measured, original
+from kdbench.tasks.average_precision import found_in_picture, measured, original
 from kdbench.tasks.by_class import is_of_class
 from kdbench.tasks.detection import Detection
 from kdbench.tasks.mask_losses import mask_of
@@ -76,7 +76,7 @@ class InstanceMasks(Detection):
 
 def _found(kept: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> list[dict[str, Any]]:
     """The kept masks in their pictures, as COCO's result files have them."""
-    boxes, rows = original(kept["boxes"], target), []
+    boxes, rows = found_in_picture(kept["boxes"], target), []
     for image, scores in enumerate(kept["scores"].float().cpu()):
         real = scores > 0
         probabilities = kept["masks"][image].cpu()[real].float() / _MOST

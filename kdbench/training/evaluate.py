@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from kdbench.errors import Diverged
 from kdbench.tasks.base import Role, Task
 from kdbench.training.precision import autocast, placed_inputs
 from kdbench.training.session import Session
+
+_MOST_SAMPLES = 512
+_MOST_NUMBERS = 512 * 3 * 224 * 224  # of all inputs of a pass
 
 
 def check_numbers(prediction: Columns, whose: str) -> None:
@@ -29,10 +34,21 @@ def targets_of(part: Part) -> Columns:
     return measured_target(part)
 
 
+def at_once(task: Task, role: Role) -> int:
+    """How many samples are predicted in one pass: 512, and fewer where their inputs would take more than those of 512 usual images.
+
+    Large pictures have large maps inside of a network, and dense predictions.
+    """
+    example = task.example(role)
+    if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
+        numbers = math.prod(example)
+    else:
+        numbers = sum(tensor[:1].numel() for tensor in tensors(cast(Columns, example)))
+    return max(1, min(_MOST_SAMPLES, _MOST_NUMBERS // max(1, numbers)))
+
+
 @torch.no_grad()
-def predict(
-    model: nn.Module, part: Part, session: Session, precision: str, task: Task, role: Role = "student", batch_size: int = 512
-) -> Columns:
+def predict(model: nn.Module, part: Part, session: Session, precision: str, task: Task, role: Role = "student") -> Columns:
     """What the task keeps of the model's predictions, [N, ...] in the part's order, float32 on the CPU, un-augmented.
 
     The model runs in eval mode, which is restored afterwards. Each worker takes every world_size-th sample; workers that have one fewer
@@ -46,7 +62,7 @@ def predict(
     training = model.training
     model.eval()
     chunks = []
-    for batch in in_order(part.select(rows) if world > 1 else part, batch_size, session.device):
+    for batch in in_order(part.select(rows) if world > 1 else part, at_once(task, role), session.device):
         with autocast(precision, session.device):
             prediction = task.predict(model, placed_inputs(task.inputs_for(role, batch.inputs), precision))
         chunks.append(widened(task.kept(prediction)))

@@ -228,7 +228,7 @@ def test_a_picture_of_another_size_than_its_labels_is_named(tmp_path: Path) -> N
     (root / "masks" / "train" / "p1.png").write_bytes(png(np.zeros((10, 12), np.uint8)))
     source = masks_folder(root, classes=("x",), size=16)
     with pytest.raises(
-        UserError, match=r"images/train/p1.jpg can't be decoded as an image: it has 30 x 20 pixels, and its annotation says 12 x 10"
+        UserError, match=r"images/train/p1.jpg has 30 x 20 pixels, and its annotation or mask 12 x 10; mend one of the two, or"
     ):
         list(in_order(source.train, 2))
 

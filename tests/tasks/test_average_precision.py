@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdbench.data.shapes import shapes
-from kdbench.tasks.average_precision import average_precision, original, shared_boxes
+from kdbench.tasks.average_precision import average_precision, found_in_picture, original, shared_boxes
 from tests.tasks.scenes import Target, target
 
 ALL = ("ap", "ap50", "ap75")
@@ -108,8 +108,17 @@ def test_each_class_that_occurs_and_each_size_that_occurs_has_its_number() -> No
 def test_boxes_move_back_to_the_original_picture() -> None:
     placed = {"scale": torch.tensor([[0.5, 0.5]]), "shift": torch.tensor([[0.0, 8.0]]), "size": torch.tensor([[48, 64]])}
     boxes = torch.tensor([[[1.0, 9.0, 11.0, 20.0], [-3.0, 0.0, 40.0, 40.0]]])
-    assert original(boxes, placed).tolist() == [[[2, 2, 22, 24], [0, 0, 64, 48]]]
+    assert original(boxes, placed).tolist() == [[[2, 2, 22, 24], [-6, -16, 80, 64]]]
+    assert found_in_picture(boxes, placed).tolist() == [[[2, 2, 22, 24], [0, 0, 64, 48]]]
     assert torch.equal(original(boxes, {}), boxes)
+
+
+def test_a_true_box_that_sticks_out_of_its_picture_is_measured_as_it_is_annotated() -> None:
+    """As pycocotools has it: half of the box is a pixel outside, so what is found inside overlaps it by half alone."""
+    placed = {"scale": torch.ones(1, 2), "shift": torch.zeros(1, 2), "size": torch.tensor([[48, 64]])}
+    wanted = target(((-1.0, 0.0, 1.0, 10.0), 0)) | placed
+    found = average_precision(kept_of(target(((0.0, 0.0, 1.0, 10.0), 0))), wanted)
+    assert (found["ap50"], found["ap75"]) == (100, 0)
 
 
 def test_an_objects_own_area_decides_its_size() -> None:

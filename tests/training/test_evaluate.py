@@ -16,8 +16,9 @@ from kdbench.data.columns import named
 from kdbench.errors import Diverged
 from kdbench.experiment import Unit
 from kdbench.tasks.build import build_task
+from kdbench.training import evaluate
 from kdbench.training.checkpoint import unpack_predictions
-from kdbench.training.evaluate import check_numbers, predict
+from kdbench.training.evaluate import at_once, check_numbers, predict
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
 from tests.each_task import EACH_TASK
@@ -29,17 +30,28 @@ CPU = torch.device("cpu")
 TASK = build_task(unit().task)
 
 
-def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was() -> None:
+def test_predictions_are_those_of_evaluation_and_leave_the_network_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_MOST_SAMPLES", 4)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3))
     images = torch.randint(256, (10, 1, 8, 8), dtype=torch.uint8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = predict(model.train(), Part(images, torch.zeros(10), torch.arange(10)), LocalSession(device=CPU), "fp32", TASK, batch_size=4)
+    found = predict(model.train(), Part(images, torch.zeros(10), torch.arange(10)), LocalSession(device=CPU), "fp32", TASK)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         right = torch.cat([model.eval()(part / 255) for part in images.split(4)])
     torch.testing.assert_close(found, right)
+
+
+def test_large_pictures_are_predicted_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 512 pictures of 800 x 1344 pixels the inputs alone took 6.6 GB, and a detector's levels more than any machine has."""
+    assert at_once(TASK, "student") == 512
+    for shape, most in (((3, 224, 224), 512), ((3, 800, 1344), 23), ((3, 480, 640), 83), ((3, 16_000, 16_000), 1)):
+        monkeypatch.setattr(TASK, "example", lambda role, shape=shape: shape)
+        assert at_once(TASK, "student") == most
+    monkeypatch.setattr(TASK, "example", lambda role: {"image": torch.zeros(2, 3, 800, 1344), "tokens": torch.zeros(2, 8)})
+    assert at_once(TASK, "student") == 23
 
 
 def test_a_prediction_of_one_number_a_sample_is_looked_at_too() -> None:

@@ -37,6 +37,7 @@ class Reading(ABC):
     num_classes: int
     strides: tuple[int, ...]
 
+    wants_valid: ClassVar[bool] = False  # whether the network is handed `valid`, as of `detections`, where pictures are padded
     wants_truth: ClassVar[bool] = False  # whether the network is handed `boxes` and `labels` of the target in training
 
     @property

@@ -45,6 +45,7 @@ class TwoStageReading(Reading):
     sizes, ratios: of the anchors, see `AnchorReading`. lowest, overlap: of the suppression.
     """
 
+    wants_valid: ClassVar[bool] = True
     wants_truth: ClassVar[bool] = True
 
     sizes: tuple[tuple[int, ...], ...] = ()

@@ -66,7 +66,9 @@ def test_width_and_depth_of_the_u_net() -> None:
 def test_a_backbone_that_can_not_be_dilated_is_one_line() -> None:
     with pytest.raises(UserError) as error:
         network("deeplabv3", backbone="vit_tiny_patch16_224")
-    assert str(error.value).startswith("model 'deeplabv3': backbone 'vit_tiny_patch16_224'")
+    assert str(error.value).startswith(
+        "model 'deeplabv3': backbone 'vit_tiny_patch16_224' has no form that is dilated to a stride of 8; name a"
+    )
     assert "\n" not in str(error.value)
 
 
