@@ -99,6 +99,17 @@ def test_the_scale_of_logits_does_not_change_the_accuracy(scale: float, precisio
     assert (found.derived, found.problems) == (1, ())
 
 
+def test_a_record_says_what_its_metric_can_show(tmp_path: Path) -> None:
+    """A board cuts intervals at the bounds, and takes no error to be smaller than that of the rounding."""
+    record = fit(unit(role="final"), LocalSession(), layout(tmp_path))
+    samples = len(build_task(unit().task).splits().test)
+    assert record.primary_scale == {"step": 100 / samples, "low": 0.0, "high": 100.0, "smallest_gap": 0.5}
+    steps = record.test_metric / record.primary_scale["step"]
+    assert steps == pytest.approx(round(steps))
+    ResultStore(tmp_path).append(record)
+    assert ResultStore(tmp_path).scan()[0].primary_scale == record.primary_scale
+
+
 def test_predictions_that_half_precision_serves_are_kept_as_they_always_were(tmp_path: Path) -> None:
     """Bit by bit: older code packed float16 with the positions of the samples."""
     record = measured_at(1.0, tmp_path)
