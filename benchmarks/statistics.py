@@ -45,8 +45,9 @@ class Figures:
 
 def simulated(generator: np.random.Generator, rows: int, seeds: int, log_sd: float = 0.0) -> NDArray[np.float64]:
     """[rows, seeds] of rows with equal means."""
-    own = generator.normal(size=(rows, seeds)) * np.exp(log_sd * generator.normal(size=(rows, 1)))
-    return own + np.sqrt(SHARED / (1 - SHARED)) * generator.normal(size=seeds)
+    own: NDArray[np.float64] = generator.normal(size=(rows, seeds)) * np.exp(log_sd * generator.normal(size=(rows, 1)))
+    values: NDArray[np.float64] = own + np.sqrt(SHARED / (1 - SHARED)) * generator.normal(size=seeds)
+    return values
 
 
 def figures(boards: int, seeds: int, rows: int, seed: int = 0) -> Figures:
