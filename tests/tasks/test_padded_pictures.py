@@ -61,7 +61,7 @@ def test_boxes_of_padded_pictures_are_torchvisions(task: Detection, name: str) -
     tame(peer, SPREADS[name])
     network = task.build_model(ModelSpec.model_validate({"name": name})).eval()
     network.load_state_dict(peer.state_dict())
-    network.input_spec = IMAGENET  # as torchvision normalises
+    network.input_spec = IMAGENET  # type: ignore[assignment]  # as torchvision normalises
     (batch,) = in_order(task.splits().test, 8)
     with torch.no_grad():
         kept = task.predict(network, batch.inputs)
