@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from kdbench.boards import sentences
@@ -25,6 +26,7 @@ def boards(
     *,
     rows_by: RowsBy = "method",
     control: str | None = None,
+    planned: int | None = None,
 ) -> list[Board]:
     """One board a protocol, task, data set, teacher (name and identity) and student, from the final runs that kdbench made.
 
@@ -37,6 +39,7 @@ def boards(
             students or more.
         control: The row that the others of its board are compared with: a method's label, or a student's; without it, methods are
             compared with kd, and students are ranked and no more.
+        planned: The seeds that every row is meant to have, beside further ones of the controls; None for what a row but these has at most.
     """
     records = list(records)
     pairs: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)
@@ -56,13 +59,13 @@ def boards(
             metric = _teacher_metric(members, teacher, records)
             if rows_by == "method":
                 groups = grouped(members, "method")
-                board = _board(members, groups, sha, metric, control, latencies(groups))
+                board = _board(members, groups, sha, metric, control, latencies(groups), planned=planned)
                 methods = {row.method for row in board.rows}
                 found.append(replace(board, published=tuple(figure for figure in published if figure.method in methods)))
             elif len({record.student for record in members}) > 1:
                 together = _with_teacher(of_all[(task, data, name, protocol)], teacher)
                 groups = grouped(members, "student")
-                board = _board(members, groups, sha, metric, control, _latencies_of_students(groups, together), rows_by="student")
+                board = _board(members, groups, sha, metric, control, _latencies_of_students(groups, together), "student", planned)
                 found.append(board)
     return found
 
@@ -96,6 +99,7 @@ def _board(
     named: str | None,
     latency: Mapping[tuple[object, ...], float],
     rows_by: RowsBy = "method",
+    planned: int | None = None,
 ) -> Board:
     """No student stands for another's failed seed, as the undistilled student does for a method's: it misses that seed."""
     undistilled = chosen(groups, UNDISTILLED) if rows_by == "method" else None
@@ -105,10 +109,11 @@ def _board(
     control = next((group for group in groups if group.label == named), None)
     if named is None and rows_by == "method":
         control = chosen(groups, CONTROL)
-    found = standings(groups, rows_by=rows_by, undistilled=undistilled, control=control, teacher=teacher_metric, scale=scale)
+    find = partial(standings, groups, rows_by=rows_by, undistilled=undistilled, teacher=teacher_metric, scale=scale, planned=planned)
+    found = find(control=control)
     if rows_by == "student" and control is not None and found.rows.get(control.label, Standing()).rank is None:
         control = None  # nobody is compared with a student that misses seeds
-        found = standings(groups, rows_by=rows_by, undistilled=None, control=None, teacher=teacher_metric, scale=scale)
+        found = find(control=None)
     ordered = sorted(groups, key=lambda group: found.rows.get(group.label, Standing()).rank is None)
     rows = [
         _row(group, found.rows.get(group.label, Standing()), undistilled, control, scale, latency.get(group.network)) for group in ordered

@@ -65,7 +65,7 @@ def test_the_board_grows_with_every_final_and_ranks_what_is_complete() -> None:
         assert ["-", "kd", "87.80", "+1.80", "1"] in rows
         show(display, finals())
         rows = [line.split() for line in shown(display, 100)]
-        assert ["1", "dkd", "88.65", "±0.64", "+2.60", "2"] in rows
+        assert ["1-3", "dkd", "88.65", "±0.64", "+2.60", "2"] in rows
         assert "2/3" not in str(rows)
         assert any("cifar_resnet56 -> cifar_resnet8, so far" in line for line in shown(display, 100))
 
@@ -76,7 +76,7 @@ def test_what_an_earlier_run_finished_is_on_the_board_too() -> None:
             display.found(record)
         display.found(final("at", 0, 99.0, role="candidate"))
         lines = "\n".join(shown(display, 100))
-        assert re.search(r"1\s+kd\s+87\.85", lines)
+        assert re.search(r"1-2\s+kd\s+87\.85", lines)
         assert " at " not in lines
 
 
@@ -118,5 +118,5 @@ def test_without_a_terminal_a_line_says_where_the_method_stands() -> None:
     lines = paper.file.getvalue().splitlines()
     assert len(lines) == 6
     assert "; none so far 86.00 over 1 seed, rank 1 of 1" in lines[0]
-    assert "; dkd so far 88.65 ±0.64 over 2 seeds, rank 1 of 3" in lines[5]
+    assert "; dkd so far 88.65 ±0.64 over 2 seeds, rank 1-3 of 3" in lines[5]
     assert "\x1b" not in paper.file.getvalue()
