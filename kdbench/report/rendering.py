@@ -363,7 +363,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], dim: str
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column.title, justify="left" if column.title in _WORDS else "right", overflow="fold")
+        table.add_column(Text(column.title), justify="left" if column.title in _WORDS else "right", overflow="fold")
     for row in rows:
         cells = (Text(column.cell(row), style=column.style(row)) for column in columns)
         table.add_row(*cells, style="dim" if row.method == dim else "")

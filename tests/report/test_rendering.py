@@ -115,7 +115,18 @@ def test_a_wide_terminal_shows_everything(found) -> None:
 
     assert all(
         word in shown
-        for word in ("gap", "78k", "25.3M", "1.23", "temperature=2", "vs kd", "protocol 0123abc", "94.00", "8 trials a method")
+        for word in (
+            "gap",
+            "78k",
+            "25.3M",
+            "1.23",
+            "temperature=2",
+            "gain [all at once]",
+            "vs kd [all at once]",
+            "protocol 0123abc",
+            "94.00",
+            "8 trials a method",
+        )
     )
 
 
