@@ -143,7 +143,7 @@ def test_the_readme_shows_the_board_of_the_quickstart() -> None:
     assert shown is not None
     experiment = load_experiment(ROOT / "experiments" / "quickstart.yaml")
     for method in experiment.methods:
-        assert re.search(rf"^\s+\d+\s+{method.label}\s+\d", shown[1], re.MULTILINE), f"{method.label} has no row"
+        assert re.search(rf"^\s+\d+(-\d+)?\s+{method.label}\s+\d", shown[1], re.MULTILINE), f"{method.label} has no row"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

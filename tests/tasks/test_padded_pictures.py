@@ -53,7 +53,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Detection:
     return made
 
 
-@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("name", ["fcos_resnet50_fpn", *(pytest.param(name, marks=pytest.mark.slow) for name in [*SPREADS][1:])])
 def test_boxes_of_padded_pictures_are_torchvisions(task: Detection, name: str) -> None:
     two_stages = name.startswith("faster")
     limits = {"box_detections_per_img": ALL} if two_stages else {"score_thresh": 0.05, "detections_per_img": ALL}
