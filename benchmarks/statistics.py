@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kdbench.boards.board import verdict
 from kdbench.boards.simultaneous import better, differences, spreads
 
 SHAPES = ((3, 6), (3, 12), (3, 35), (5, 6), (5, 12), (5, 35), (10, 12))  # seeds and rows
@@ -72,7 +73,7 @@ def _verdicts(values: NDArray[np.float64]) -> NDArray[np.int64]:
     known = spreads(values)
     if known is None:
         return np.zeros(len(values) - 1, dtype=np.int64)
-    return np.array([(one.low > 0) - (one.high < 0) for one in differences(values, 0, known).values()])
+    return np.array([verdict(one) for one in differences(values, 0, known).values()])
 
 
 def table(boards: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ WITHOUT_DISTILLATION = frozenset({UNDISTILLED, "label_smoothing"})
 CONTROLS = WITHOUT_DISTILLATION | {CONTROL}  # methods that are there to be beaten
 COSTS = ("latency_ms_p50", "params_count", "device_hours")  # what a better metric is weighed against
 RowsBy = Literal["method", "student"]
-Interval = tuple[float | None, float | None, float | None]
+Estimate = tuple[float | None, float | None, float | None]
 """A middle with the low and the high end; all None where it is not known, the ends where there is no interval."""
 
 
@@ -67,12 +67,18 @@ class Row:
         return verdict(self.over_control)
 
     @property
-    def shown_gain(self) -> Interval:
+    def network(self) -> tuple[object, ...]:
+        """What it deploys, by parameters and FLOPs; where one of them is unknown, a network of its own."""
+        known = (self.params_count, self.flops)
+        return (self.label,) if None in known else known
+
+    @property
+    def shown_gain(self) -> Estimate:
         """The gain as boards print it: with the interval that holds for all rows at once, where there is one."""
         return _shown(self.over_undistilled, self.gain)
 
     @property
-    def shown_difference(self) -> Interval:
+    def shown_difference(self) -> Estimate:
         """The difference to the control as boards print it."""
         return _shown(self.over_control, self.vs_control)
 
@@ -88,7 +94,7 @@ def verdict(difference: Difference | None) -> int:
     return (difference.low > 0) - (difference.high < 0)
 
 
-def _shown(together: Difference | None, alone: float | None) -> Interval:
+def _shown(together: Difference | None, alone: float | None) -> Estimate:
     return (alone, None, None) if together is None else (together.middle, together.low, together.high)
 
 

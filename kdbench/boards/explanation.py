@@ -188,7 +188,7 @@ class _Trace:
             f"{errors.comparisons} comparisons with {against} ({difference.degrees} degrees of freedom), times the standard error from the "
             f"spread over seeds that all rows share (variance {errors.pool:.3g}), or its own where that is larger; p = {difference.p:.3g}"
         )
-        if errors.further:
+        if errors.further and len(other.values) > errors.seeds:
             how += f"; {against} has {errors.further} more seeds, which its mean uses"
         shown = interval(difference.middle, difference.low, difference.high, f"+.{d}f")
         return Figure(name, shown, how, (*self.row.run_ids, *other.run_ids))
@@ -223,9 +223,7 @@ class _Trace:
         return Figure(name, short(getattr(self.row, name)), how, tuple(run_id for run_id, _ in known))
 
     def _of_one_network(self) -> list[RunRecord]:
-        network = (self.row.params_count, self.row.flops)
-        alike = [self.row] if None in network else [row for row in self.board.rows if (row.params_count, row.flops) == network]
-        return [self.by_id[run_id] for row in alike for run_id in row.run_ids]
+        return [self.by_id[run_id] for row in self.board.rows if row.network == self.row.network for run_id in row.run_ids]
 
     def _device_hours(self) -> Figure | None:
         if self.row.device_hours is None:

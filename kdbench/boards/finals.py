@@ -117,8 +117,10 @@ def latencies(groups: Sequence[Finals]) -> dict[tuple[object, ...], float]:
 
 
 def known(records: Sequence[RunRecord], name: str) -> list[Any]:
+    """The values of a field that are there and finite."""
     return [value for record in records if (value := getattr(record, name)) is not None and math.isfinite(value)]
 
 
 def age(record: RunRecord) -> tuple[datetime, str]:
+    """What sorts records, the oldest first."""
     return record.created_at, record.run_id

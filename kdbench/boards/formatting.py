@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 UNKNOWN = "-"
+COLOURS = {1: "green", -1: "red", 0: ""}  # of a verdict, in a terminal
 
 
 def interval(middle: float | None, low: float | None, high: float | None, spec: str) -> str:

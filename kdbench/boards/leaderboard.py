@@ -9,7 +9,7 @@ from functools import partial
 from statistics import fmean
 
 from kdbench.boards import sentences
-from kdbench.boards.board import CONTROL, UNDISTILLED, Board, Interval, Row, RowsBy
+from kdbench.boards.board import CONTROL, UNDISTILLED, Board, Estimate, Row, RowsBy
 from kdbench.boards.cautions import board_cautions
 from kdbench.boards.finals import Finals, age, best_first, chosen, family_of, grouped, known, latencies, values_of
 from kdbench.boards.published import PublishedFigure
@@ -111,13 +111,11 @@ def _board(
         control = chosen(groups, CONTROL)
     find = partial(standings, groups, rows_by=rows_by, undistilled=undistilled, teacher=teacher_metric, scale=scale, planned=planned)
     found = find(control=control)
-    if rows_by == "student" and control is not None and found.rows.get(control.label, Standing()).rank is None:
+    if rows_by == "student" and control is not None and found.rows[control.label].rank is None:
         control = None  # nobody is compared with a student that misses seeds
         found = find(control=None)
-    ordered = sorted(groups, key=lambda group: found.rows.get(group.label, Standing()).rank is None)
-    rows = [
-        _row(group, found.rows.get(group.label, Standing()), undistilled, control, scale, latency.get(group.network)) for group in ordered
-    ]
+    ordered = sorted(groups, key=lambda group: found.rows[group.label].rank is None)
+    rows = [_row(group, found.rows[group.label], undistilled, control, scale, latency.get(group.network)) for group in ordered]
     first, finals = members[0], [record for group in ordered for record in group.records.values()]
     board = Board(
         protocol_hash=first.protocol_hash,
@@ -198,7 +196,7 @@ def _row(group: Finals, standing: Standing, undistilled: Finals | None, control:
     )
 
 
-def _mean(group: Finals, standing: Standing, scale: Scale) -> Interval:
+def _mean(group: Finals, standing: Standing, scale: Scale) -> Estimate:
     """With Student's interval, cut at the metric's bounds. Seeds that agree exactly have the error of the other rows, or no interval."""
     values = list(group.values.values())
     if not values:
@@ -215,7 +213,7 @@ def _mean(group: Finals, standing: Standing, scale: Scale) -> Interval:
     return mean, low, high
 
 
-def _difference(a: Finals, b: Finals | None) -> Interval:
+def _difference(a: Finals, b: Finals | None) -> Estimate:
     """How much better `a` is than `b`, paired by seed. All None where `b` is missing, is `a` itself, or shares no seed with it."""
     if b is None or a is b:
         return None, None, None

@@ -140,7 +140,8 @@ def _power(board: Board, found: Standings, rows: int) -> str:
     """Which differences would be missed, with these seeds and with more."""
     assert found.spreads is not None
     assert board.detectable is not None
-    seeds, further = len(found.seeds), len(found.further)
+    control = board.row(board.control)
+    seeds, further = len(found.seeds), len(found.further) if control is not None and set(found.further) <= control.values.keys() else 0
     more = [
         f"with {times * seeds} seeds {smallest_found(rows, times * seeds, found.spreads.with_seeds(times * seeds), times * further):.2g}"
         for times in _MORE

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kdbench.boards.board import CONTROL, COSTS, UNDISTILLED, Errors, Interval, Row, RowsBy
+from kdbench.boards.board import CONTROL, COSTS, UNDISTILLED, Errors, Estimate, Row, RowsBy
 from kdbench.boards.finals import Finals, chosen
 from kdbench.boards.simultaneous import (
     Difference,
@@ -26,7 +26,7 @@ from kdbench.boards.simultaneous import (
 from kdbench.boards.stats import pareto_front
 
 _MEASURED = 0.05  # by how much two measured costs differ before one is called cheaper
-_UNKNOWN_GAP: Interval = (None, None, None)
+_UNKNOWN_GAP: Estimate = (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Standing:
     better_than: frozenset[str] = frozenset()
     over_undistilled: Difference | None = None
     over_control: Difference | None = None
-    gap: Interval = _UNKNOWN_GAP
+    gap: Estimate = _UNKNOWN_GAP
     variance: float | None = None
 
 
@@ -93,18 +93,16 @@ def standings(
     seeds = _block(groups, rows_by, planned)
     complete = [group for group in groups if seeds and group.values.keys() >= set(seeds)]
     layout = _Layout(complete, seeds, _further(groups, seeds, complete), scale)
-    found = {group.label: standing for group, standing in zip(complete, layout.standings(), strict=True)}
+    ranked = dict(zip(layout.labels, layout.standings(), strict=True))
     over_undistilled, over_control = (layout.column(groups, against) for against in (undistilled, control))
+    lead, found = layout.lead(undistilled, teacher), {}
     for group in groups:
-        label = group.label
-        found[label] = replace(
-            found.get(label, Standing()), over_undistilled=over_undistilled.get(label), over_control=over_control.get(label)
-        )
-    lead = layout.lead(undistilled, teacher)
-    for group in groups:
+        gain, gap_made_up = over_undistilled.get(group.label), _UNKNOWN_GAP
         if lead is not None and undistilled is not None and group is not undistilled and teacher is not None:
-            standing = found.get(group.label, Standing())
-            found[group.label] = replace(standing, gap=layout.gap(group, standing.over_undistilled, undistilled, teacher, lead))
+            gap_made_up = layout.gap(group, gain, undistilled, teacher, lead)
+        found[group.label] = replace(
+            ranked.get(group.label, Standing()), over_undistilled=gain, over_control=over_control.get(group.label), gap=gap_made_up
+        )
     if lead is not None and layout.known is not None and not any(standing.gap != _UNKNOWN_GAP for standing in found.values()):
         lead = None  # no row's interval tells it apart from none
     return Standings(found, seeds, layout.further, lead, layout.errors(), layout.known, layout.detectable(control))
@@ -181,7 +179,7 @@ class _Layout:
         lead = undistilled.sign * teacher - float(np.mean([*undistilled.signed.values()]))
         return lead if lead >= self.scale.smallest_gap else None
 
-    def gap(self, group: Finals, gain: Difference | None, undistilled: Finals, teacher: float, lead: float) -> Interval:
+    def gap(self, group: Finals, gain: Difference | None, undistilled: Finals, teacher: float, lead: float) -> Estimate:
         """The share of the lead that a row has made up; with an interval for the rows of the block."""
         place = self._place(undistilled)
         if gain is not None and self.known is not None and place is not None and group.label in self.labels:
@@ -246,7 +244,6 @@ def _cheaper(cost: str, rows: Sequence[Row], prices: Sequence[float]) -> tuple[N
     surely: NDArray[np.bool_] = price[None] <= price[:, None] / (1 + _MEASURED)
     possibly: NDArray[np.bool_] = price[None] < price[:, None] * (1 + _MEASURED)
     if cost == "latency_ms_p50":
-        networks = [(row.label,) if None in (row.params_count, row.flops) else (row.params_count, row.flops) for row in rows]
-        same = np.array([[one == other for other in networks] for one in networks])
+        same = np.array([[one.network == other.network for other in rows] for one in rows])
         surely, possibly = surely | same, possibly | same
     return surely, possibly

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kdbench.benchmark.watch import Phase
 from kdbench.boards.board import Board, Row, verdict
-from kdbench.boards.formatting import ranks
+from kdbench.boards.formatting import COLOURS, ranks
 from kdbench.boards.leaderboard import boards
 from kdbench.experiment import Unit
 from kdbench.records.record import RunRecord
@@ -192,7 +192,7 @@ def _gain(row: Row, board: Board) -> Text:
     gain, _, _ = row.shown_gain
     if gain is None:
         return Text("-")
-    return Text(f"{gain:+.{board.decimals}f}", style={1: "green", -1: "red", 0: ""}[verdict(row.over_undistilled)])
+    return Text(f"{gain:+.{board.decimals}f}", style=COLOURS[verdict(row.over_undistilled)])
 
 
 def _small_board(board: Board, lines: int, width: int) -> Group:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from kdbench.boards.board import Board, Interval, Row, verdict
+from kdbench.boards.board import Board, Estimate, Row, verdict
 from kdbench.boards.leaderboard import boards
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.simultaneous import Difference as Together
@@ -111,7 +111,7 @@ class Page:
         ]
 
 
-def _differences(found: Iterable[tuple[BoardEntry, Interval, Together | None]]) -> list[Difference]:
+def _differences(found: Iterable[tuple[BoardEntry, Estimate, Together | None]]) -> list[Difference]:
     shown = [
         Difference(
             entry.row.label,

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kdbench.boards.board import CONTROL, COSTS, UNDISTILLED, Board, Interval, Row, RowsBy, verdict
-from kdbench.boards.formatting import UNKNOWN, finite, interval, ranks, scaled, short, together_data
+from kdbench.boards.board import CONTROL, COSTS, UNDISTILLED, Board, Estimate, Row, RowsBy, verdict
+from kdbench.boards.formatting import COLOURS, UNKNOWN, finite, interval, ranks, scaled, short, together_data
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, SummaryRow
 from kdbench.catalogue import nearest
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 JSON_VERSION = 2  # goes up where a key changes its meaning
 FORMATS = ("table", "markdown", "latex", "csv", "json")
 _COST_TITLES = {"latency_ms_p50": "ms", "params_count": "params", "device_hours": "device-h"}
-_COLOURS = {1: "green", -1: "red", 0: ""}  # of a verdict
 _WORDS = ("method", "student", "tuned", "Pareto")  # columns of text, on the left
 _WELCOME = ("finding: better", "finding: may be the best")
 _ENDS = ("", "_low", "_high", "_p")
@@ -216,13 +215,13 @@ def _columns(board: Board) -> list[Column]:
             "gain [all at once]",
             lambda r: _signed(r.shown_gain, decimals),
             2,
-            lambda r: _COLOURS[verdict(r.over_undistilled)],
+            lambda r: COLOURS[verdict(r.over_undistilled)],
         ),
         Column(
             f"vs {board.control or CONTROL} [all at once]",
             lambda r: _signed(r.shown_difference, decimals),
             3,
-            lambda r: _COLOURS[r.verdict],
+            lambda r: COLOURS[r.verdict],
         ),
         Column("gap", lambda r: UNKNOWN if r.gap_recovered is None else f"{r.gap_recovered:z.0%}", 5),
         Column("seeds", lambda r: _seeds(r, seeds), 4, lambda r: "yellow" if r.failed or r.seeds < seeds else ""),
@@ -237,7 +236,7 @@ def _columns(board: Board) -> list[Column]:
     return [column for column in shown if column.expendable < always or any(column.cell(row) != UNKNOWN for row in board.rows)]
 
 
-def _signed(shown: Interval, decimals: int) -> str:
+def _signed(shown: Estimate, decimals: int) -> str:
     return interval(*shown, f"+.{decimals}f")
 
 

@@ -159,7 +159,7 @@ class Detection(Task):
         return None if bool((valid == valid.new_tensor(self.size)).all()) else valid
 
     def _with_mean_padding(self, model: nn.Module, images: Tensor, valid: Tensor) -> Tensor:
-        spec = model.input_spec
+        spec = getattr(model, "input_spec", None)  # as `model_inputs` asks
         if not isinstance(spec, InputSpec):
             return images
         mean = images.new_tensor(spec.mean)[:, None, None]

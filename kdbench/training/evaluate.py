@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +39,7 @@ def at_once(task: Task, role: Role) -> int:
     Large pictures have large maps inside of a network, and dense predictions.
     """
     example = task.example(role)
-    if isinstance(example, tuple) and all(isinstance(side, int) for side in example):
-        numbers = math.prod(example)
-    else:
-        numbers = sum(tensor[:1].numel() for tensor in tensors(cast(Columns, example)))
+    numbers = math.prod(example) if isinstance(example, tuple) else sum(tensor[:1].numel() for tensor in tensors(example))
     return max(1, min(_MOST_SAMPLES, _MOST_NUMBERS // max(1, numbers)))
 
 

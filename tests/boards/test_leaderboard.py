@@ -13,23 +13,7 @@ from kdbench.boards.board import Board, Row
 from kdbench.boards.leaderboard import boards
 from kdbench.boards.published import load_published
 from kdbench.boards.simultaneous import differences, gap, smallest_found, spreads
-
-EVEN_LABELS = ("none", "label_smoothing", "kd", "nkd", "dkd", "tf_nkd")
-EVEN = [
-    [77.75, 78.80, 78.85],
-    [78.00, 79.40, 78.05],
-    [83.55, 82.25, 82.65],
-    [83.75, 83.30, 83.35],
-    [83.80, 84.05, 83.45],
-    [78.75, 78.60, 78.65],
-]
-CALM = [
-    [70, 70.4, 70.2], [71, 71.6, 71.1], [72, 72.2, 72.6], [71.5, 71.9, 71.6], [70.8, 71, 71.3], [73, 73.5, 73.1], [72.4, 72.5, 72.9],
-]  # fmt: skip
-UNEVEN = [
-    [60.0, 60.1, 60.3, 60.1], [61.0, 61.2, 61.2, 61.3], [60.4, 60.6, 60.5, 60.8],
-    [60.9, 61.5, 60.7, 61.1], [61.5, 61.6, 61.8, 61.6], [60.2, 60.2, 60.5, 60.3],
-]  # fmt: skip
+from tests.boards.layouts import EVEN, EVEN_LABELS, UNEVEN, WIDE
 
 
 @pytest.fixture
@@ -444,7 +428,7 @@ def test_the_detectable_difference_is_said_with_what_more_seeds_would_find(crowd
 
 
 def test_a_method_whose_seeds_scatter_is_judged_by_its_own_and_the_others_keep_their_intervals(finals) -> None:
-    rows = dict(zip(["none", "kd", "m1", "m2", "m3", "m4", "m5"], CALM, strict=True))
+    rows = dict(zip(["none", "kd", "m1", "m2", "m3", "m4", "m5"], WIDE[:7], strict=True))
     calm = only(boards([record for label, of in rows.items() for record in finals(label, of)]))
     with_wild = only(boards([record for label, of in (rows | {"wild": [71.9, 40, 72]}).items() for record in finals(label, of)]))
 
