@@ -17,7 +17,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 # What differs between two runs of the same trainings: names, and how long things took on a machine that does other things too.
-UNREPEATABLE = ("run_ids", "device_hours", "latency_ms_p50", "pareto")
+MEASURED = ("device_hours", "latency_ms_p50")
+UNREPEATABLE = ("run_ids", "pareto", *MEASURED)
 Moment = Callable[[Path], bool]  # of a results folder
 
 
@@ -66,6 +67,8 @@ def board(results: Path | str) -> list[dict[str, Any]]:
     for row in (row for found in boards for row in found["rows"]):
         for key in UNREPEATABLE:
             row.pop(key)
+        for key in ("pareto_sure", "pareto_off"):
+            row[key] = [cost for cost in row[key] if cost not in MEASURED]
     return boards
 
 
