@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,16 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kdbench.data.kinds import NO_OBJECT, has_box
-from kdbench.models.detectors.anchors import AnchorReading, DefaultBoxReading, Weights, encode
+from kdbench.models.detectors.anchors import AnchorReading, BoxesOfCells, DefaultBoxReading, Weights, encode
 from kdbench.tasks.cell_losses import Assignment, focal_loss, learned_labels
 
 _NEGATIVES = 3  # of SSD, background boxes that are learned for each box that learns an object: Liu et al., section 2.2
+
+
+@lru_cache(maxsize=16)
+def kept_anchors(reading: BoxesOfCells, size: tuple[int, int], device: torch.device) -> Tensor:
+    """All anchors of a family, see `BoxesOfCells.anchors`; kept, because every step of a training asks for them. Not to be changed."""
+    return reading.anchors(size, device)
 
 
 @dataclass(frozen=True)
@@ -89,12 +97,13 @@ class AnchorLosses:
     divided by the number of these anchors in the batch, or by 1 where there are none. (Torchvision divides image by image.)
     """
 
+    draws: ClassVar[bool] = False
     reading: AnchorReading
 
     def losses(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """The terms by name, for images of `size`, height and width."""
         logits, offsets = self.reading.split(prediction)
-        anchors = self.reading.anchors(size, offsets.device).to(offsets)
+        anchors = kept_anchors(self.reading, size, offsets.device).to(offsets)
         matches = self._matched(target, anchors)
         divisor = matches.counts.sum().clamp(min=1)
         apart = (offsets[matches.positive] - wanted_offsets(matches, anchors, self.reading.weights)).abs()
@@ -102,7 +111,7 @@ class AnchorLosses:
 
     def weights(self, target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """What each term is divided by: the anchors that learn an object."""
-        count = self._matched(target, self.reading.anchors(size, target["labels"].device)).counts.sum()
+        count = self._matched(target, kept_anchors(self.reading, size, target["labels"].device)).counts.sum()
         return {"focal": count, "l1": count}
 
     def _matched(self, target: Mapping[str, Tensor], anchors: Tensor) -> Matches:
@@ -117,12 +126,13 @@ class DefaultBoxLosses:
     largest loss; `smooth_l1`: of the offsets of the first. Both are divided by the number of boxes that learn an object, or by 1.
     """
 
+    draws: ClassVar[bool] = False
     reading: DefaultBoxReading
 
     def losses(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """The terms by name, for images of `size`, height and width."""
         logits, offsets = self.reading.split(prediction)
-        anchors = self.reading.anchors(size, offsets.device).to(offsets)
+        anchors = kept_anchors(self.reading, size, offsets.device).to(offsets)
         matches = self._matched(target, anchors)
         divisor = matches.counts.sum().clamp(min=1)
         positive = matches.positive
@@ -136,7 +146,7 @@ class DefaultBoxLosses:
 
     def weights(self, target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """What each term is divided by: the boxes that learn an object."""
-        count = self._matched(target, self.reading.anchors(size, target["labels"].device)).counts.sum()
+        count = self._matched(target, kept_anchors(self.reading, size, target["labels"].device)).counts.sum()
         return {"cross_entropy": count, "smooth_l1": count}
 
     def _matched(self, target: Mapping[str, Tensor], anchors: Tensor) -> Matches:

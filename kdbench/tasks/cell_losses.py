@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +130,7 @@ class CellLosses:
     network says it. All are divided by the number of these cells, or by 1 where there are none.
     """
 
+    draws: ClassVar[bool] = False
     reading: CellReading
 
     def losses(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:

@@ -103,9 +103,11 @@ class Detection(Task):
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The losses of the network's family, see `detector_losses`."""
-        draws = hash64(_DRAWS, batch.index, batch.view)
-        target = several(batch.target) | {"draws": draws}
-        return losses_of(outputs.reading).losses(several(outputs.prediction), target, self.size)
+        losses = losses_of(outputs.reading)
+        target = several(batch.target)
+        if losses.draws:
+            target = target | {"draws": hash64(_DRAWS, batch.index, batch.view)}
+        return losses.losses(several(outputs.prediction), target, self.size)
 
     def truth(self, batch: Batch) -> dict[str, Tensor]:
         """The boxes of the objects, and their classes, for a detector whose second stage learns at them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -22,13 +22,15 @@ from kdbench.tasks.two_stage_losses import TwoStageLosses
 class DetectorLosses(Protocol):
     """The losses of one family."""
 
+    draws: ClassVar[bool]  # whether it learns a part of its places only, which are drawn
+
     def losses(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """The terms by name, float32 or wider, each divided by what `weights` says of it, or by 1 where that is 0.
 
         Args:
             prediction: What the network gave in training.
-            target: Boxes [B, M, 4], labels [B, M] and the further columns that the data have; `draws` int64 [B], bits of each image and
-                view for families that learn a part of their places, drawn from them.
+            target: Boxes [B, M, 4], labels [B, M] and the further columns that the data have; for a family
+                that draws, `draws` int64 [B], bits of each image and view.
             size: Height and width of the images.
         """
         ...

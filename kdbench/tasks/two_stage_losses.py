@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from kdbench.data.hashing import hash64
 from kdbench.data.kinds import has_box
 from kdbench.models.detectors.anchors import encode
 from kdbench.models.detectors.two_stage import ROI_WEIGHTS, TwoStageReading
-from kdbench.tasks.anchor_losses import Matches, hardest, match, wanted_offsets
+from kdbench.tasks.anchor_losses import Matches, hardest, kept_anchors, match, wanted_offsets
 
 SAMPLED, POSITIVE = 256, 128  # anchors of an image that the first stage learns, and how many of them lie on an object at most
 _BETA = 1 / 9  # where the smooth L1 loss turns linear
@@ -34,6 +35,7 @@ class TwoStageLosses:
     the offsets of those that overlap an object by half. (Torchvision draws 512 of 2000 proposals there; ours are the best.)
     """
 
+    draws: ClassVar[bool] = True
     reading: TwoStageReading
 
     def losses(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -50,7 +52,7 @@ class TwoStageLosses:
     def _first(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         first = self.reading.first
         logits, offsets = first.split(prediction)
-        anchors = first.anchors(size, offsets.device).to(offsets)
+        anchors = kept_anchors(first, size, offsets.device).to(offsets)
         matches = match(target, anchors, above=first.above, below=first.below, best="any")
         learned = drawn(matches, target["draws"])
         count = learned.sum(1).clamp(min=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,8 +60,7 @@ class CellReading(Reading):
 
     def cells(self, size: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Where all cells stand, float32 [P, 2] of x and y in pixels, and their strides, float32 [P]; see `positions`."""
-        centres, strides = positions(size, self.strides, device)
-        return (torch.cat(corners(size, self.strides, device)) if self.corners else centres), strides
+        return _cells(self.strides, self.corners, size, device)
 
     def split(self, prediction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Class logits [B, P, C], raw sides [B, P, 4] and logits of the centre-ness [B, P], None where there are none."""
@@ -84,3 +84,11 @@ class CellReading(Reading):
             scores = (scores * central.sigmoid()[..., None]).sqrt()
         levels = tuple(prediction[name].shape[-2] * prediction[name].shape[-1] for name in self.names)
         return suppressed(scores, boxes, size, count, valid, lowest=self.lowest, overlap=self.overlap, candidates=levels, most=self.most)
+
+
+@lru_cache(maxsize=16)
+def _cells(strides: tuple[int, ...], at_corners: bool, size: tuple[int, int], device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Kept, because every step of a training asks for them."""
+    with torch.inference_mode(False):  # made inside it, a later backward pass could not use them
+        centres, of_cells = positions(size, strides, device)
+        return (torch.cat(corners(size, strides, device)) if at_corners else centres), of_cells
