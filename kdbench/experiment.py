@@ -34,6 +34,7 @@ from kdbench.data.views import Augment
 from kdbench.errors import UserError, cut, explain, printable, shown
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
+from kdbench.records.plan import CONTROL, LEVELS, Plan, control_of, doubled
 from kdbench.search.space import Choice, Dimension, Range
 from kdbench.storage.address import is_address, problem_with
 from kdbench.tasks import TASKS
@@ -41,6 +42,8 @@ from kdbench.tasks.build import TaskSpec
 
 PRECISIONS = ("auto", "fp64", "fp32", "bf16", "fp16")
 MOST_EPOCHS = 1_000_000
+MOST_SEEDS = 1000
+TRIAL_SEED = 1_000_000  # of the trials of a method's first search; each further search has the next
 MOST_WORKERS = 10_000
 MOST_GPUS = 1024  # of one worker
 SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii")
@@ -126,6 +129,7 @@ class Search(_Part):
     reduction: int = Field(default=3, ge=2, le=1000)  # asha: one in this many goes on at each rung
     also: dict[str, Annotated[Dimension, BeforeValidator(_dimension)]] = Field(default_factory=dict)  # recipe keys in every method's space
     objectives: tuple[str, ...] = ()  # beside the task's own metric: lower-is-better costs such as train_seconds
+    studies: Annotated[int, LEFT_OUT_UNSET] = Field(default=1, ge=1, le=100)  # searches of each method, each with its own finals
     top_k: int = Field(default=2, ge=1, le=100)  # this many are trained again on fresh seeds; the best validation mean is tuned for good
     confirm_seeds: int = Field(default=1, ge=1, le=100)
     seed: Seed = 0
@@ -279,6 +283,34 @@ class Runtime(_Part):
         return self.workers == 1
 
 
+class UntilDecided(_Part):
+    """Seeds are added while a method is not told apart from kd: after each look, twice as many as before, up to `max`."""
+
+    start: int = Field(default=3, ge=2, le=1000)
+    max: int = Field(ge=2, le=1000)
+    until: Literal["decided"]
+    matters: float | None = Field(default=None, gt=0, le=1e9)  # a lead over kd, in the metric's unit, below which a method is no better
+
+    @model_validator(mode="after")
+    def _few_looks(self) -> UntilDecided:
+        if self.max < self.start:
+            raise ValueError(f"max is {self.max} and start {self.start}; expected max to be the larger")
+        if (looks := len(doubled(self.start, self.max))) > max(LEVELS):
+            raise ValueError(f"from {self.start} to {self.max} seeds there are {looks} looks, expected at most {max(LEVELS)}; raise start")
+        return self
+
+
+def _seeds(value: Any) -> Any:
+    if isinstance(value, dict):
+        try:
+            return UntilDecided.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(explain(error, "of seeds until decided", UntilDecided).splitlines()[0]) from None
+    if isinstance(value, UntilDecided) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_SEEDS):
+        return value
+    raise ValueError(f"expected a whole number from 1 to {MOST_SEEDS}, or {{start: 3, max: 12, until: decided}}, got {shown(value)}")
+
+
 class Experiment(_Part):
     """The whole of one YAML file."""
 
@@ -289,7 +321,9 @@ class Experiment(_Part):
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     recipe: Recipe = Recipe()
     search: Search | None = None
-    seeds: int = Field(default=3, ge=1, le=1000)
+    seeds: Annotated[int | UntilDecided, BeforeValidator(_seeds)] = 3  # of `search.studies` searches, each has so many
+    # Of `none` and `kd`; by default twice as many as the others, as all are compared with these.
+    control_seeds: Annotated[int | None, LEFT_OUT_UNSET] = Field(default=None, ge=1, le=MOST_SEEDS)
     data_seed: Seed = 0
     cache: CacheOptions = CacheOptions()
     runtime: Runtime = Runtime()
@@ -332,6 +366,33 @@ class Experiment(_Part):
             if twice := sorted({label for label in labels if labels.count(label) > 1}):
                 raise ValueError(f"{key}: {shown(twice[0])} stands twice; give one of them another `label`")
         return self
+
+    @model_validator(mode="after")
+    def _one_way_to_more_seeds(self) -> Experiment:
+        studies = self.search.studies if self.search is not None else 1
+        ways = {
+            "seeds.until: decided": isinstance(self.seeds, UntilDecided),
+            "search.studies above 1": studies > 1,
+            "control_seeds": self.control_seeds is not None and self.control_seeds != self.seeds,
+        }
+        if len(asked := [way for way, there in ways.items() if there]) > 1:
+            raise ValueError(f"{asked[0]} and {asked[1]} do not go together: what they would find out is not known; leave one of them out")
+        if isinstance(self.seeds, UntilDecided):
+            if control_of([(spec.label, spec.name) for spec in self.methods], CONTROL) is None:
+                raise ValueError("seeds.until: decided compares methods with kd, which is not among them; add kd to the methods")
+        elif self.control_seeds is not None and self.control_seeds < self.seeds:
+            raise ValueError(f"control_seeds is {self.control_seeds} and seeds {self.seeds}; expected at least as many")
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """How many finals the board of each pair is meant to have."""
+        searches = self.search.studies if self.search is not None else 1
+        if isinstance(self.seeds, UntilDecided):
+            until = self.seeds
+            return Plan(seeds=until.start, control_seeds=until.start, looks=doubled(until.start, until.max), matters=until.matters)
+        more = self.seeds if searches > 1 else self.control_seeds or (2 * self.seeds if self.seeds > 1 else 1)
+        return Plan(seeds=self.seeds, control_seeds=more, searches=searches)
 
     def task_of(self, role: str) -> TaskSpec:
         """What a network of this role, `teacher` or any other, is trained for and measured on."""
@@ -541,7 +602,8 @@ class Unit(_Part):
         if self.role == "teacher":
             return f"teacher {self.student.label}"
         if self.role == "trial":
-            return f"{self.method.label} trial {self.number}"
+            search = self.seed - TRIAL_SEED
+            return f"{self.method.label} trial {self.number}" + (f" of search {search + 1}" if search > 0 else "")
         return f"{self.method.label} {'check ' if self.role == 'candidate' else ''}seed {self.seed}"
 
     @property

@@ -105,6 +105,7 @@ def experiment_file(task: str, folder: Path) -> Path:
             "also": {"recipe.lr": {"low": 0.005, "high": 0.05, "log": True}},
         },
         "seeds": 2,
+        "control_seeds": 2,
         "runtime": {"checkpoint_seconds": 0.05},
     }
     file = folder / f"{task}.yaml"

@@ -20,7 +20,7 @@ from kdbench.boards.summary import Summary, SummaryRow
 from kdbench.cli.app import app
 from kdbench.cli.pages import KINDS, show_page
 from kdbench.data.views import Augment
-from kdbench.experiment import CacheOptions, Experiment, Recipe, Runtime, Search, TeacherSpec, load_experiment
+from kdbench.experiment import CacheOptions, Experiment, Recipe, Runtime, Search, TeacherSpec, UntilDecided, load_experiment
 from kdbench.methods.build import MethodSpec
 from kdbench.models.build import ModelSpec
 from kdbench.report.rendering import board_data, row_data, student_row_data, summary_data
@@ -180,6 +180,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Recipe": Recipe,
     "Augment": Augment,
     "Search": Search,
+    "Seeds": UntilDecided,
     "Cache": CacheOptions,
     "Runtime": Runtime,
 }

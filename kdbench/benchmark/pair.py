@@ -16,12 +16,25 @@ import torch
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
+from kdbench.boards.leaderboard import seeds_still_wanted
 from kdbench.errors import UserError
-from kdbench.experiment import Experiment, Recipe, Search, TeacherRef, Unit, board_hash, content_hash, validated, worker_bounds
+from kdbench.experiment import (
+    TRIAL_SEED,
+    Experiment,
+    Recipe,
+    Search,
+    TeacherRef,
+    Unit,
+    board_hash,
+    content_hash,
+    validated,
+    worker_bounds,
+)
 from kdbench.methods.base import Method
 from kdbench.methods.build import NO_OVERRIDES, MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
+from kdbench.records.plan import CONTROL, UNDISTILLED, control_of
 from kdbench.records.record import RunRecord
 from kdbench.search.space import Parameter, Range, describe, is_whole
 from kdbench.search.study import Asha, Direction, MethodStudy, defaults, holds
@@ -35,7 +48,8 @@ from kdbench.training.outcome import code_of, failed_record
 from kdbench.training.stages import epochs_of
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
-TRIAL_SEED, FIRST_CANDIDATE_SEED = 1_000_000, 2_000_000
+FIRST_CANDIDATE_SEED = 2_000_000
+_APART = 1_000_003  # between the seeds of the samplers of a method's searches
 
 
 @dataclass(frozen=True)
@@ -136,10 +150,14 @@ class Pair:
         methods = [self._fitted(spec) for spec in specs]
         return [method.teacher_taps for method in methods if method.needs_teacher]
 
-    def study_id(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search) -> str:
-        """Names all that decides a study's points and values, but not the number of trials: a longer search continues a shorter one."""
+    def study_id(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search, number: int = 0) -> str:
+        """Names all that decides a study's points and values, but not the number of trials: a longer search continues a shorter one.
+
+        number: of the search, where the method has several.
+        """
         return content_hash(
             {
+                **({"number": number} if number else {}),
                 "experiment": self.experiment.name,
                 "task": self.task_facts,
                 "data": self.splits.learned_hash,
@@ -151,13 +169,15 @@ class Pair:
                 "cache": self.experiment.cache.numbers,
                 "workers": self.experiment.runtime.model_dump(mode="json")["workers"],
                 "space": describe(axes),
-                "search": search.model_dump(mode="json", exclude={"trials", "top_k", "confirm_seeds", "also"}),
+                "search": search.model_dump(mode="json", exclude={"trials", "top_k", "confirm_seeds", "also", "studies"}),
             }
         )
 
-    def open_study(self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search, recall: Recall) -> tuple[str, MethodStudy]:
-        study_id, layout = self.study_id(spec, axes, search), recall.ledger.layout
-        if not fetch_journal(layout.study(study_id)).exists():
+    def open_study(
+        self, spec: MethodSpec, axes: tuple[Parameter, ...], search: Search, recall: Recall, number: int
+    ) -> tuple[str, MethodStudy]:
+        study_id, layout = self.study_id(spec, axes, search, number), recall.ledger.layout
+        if not number and not fetch_journal(layout.study(study_id)).exists():
             earlier = self.asked.study_id(self.student, self.teacher, self.recipe, spec, axes, search)
             if fetch_journal(layout.study(earlier)).exists() and recall.continues(
                 earlier, self.student, self.teacher, spec.label, draws_noise(self.dropout, spec)
@@ -173,7 +193,7 @@ class Pair:
             axes,
             trials=search.trials,
             sampler=search.sampler,
-            seed=search.seed,
+            seed=search.seed + number * _APART,
             directions=[main, *costs],
             asha=asha,
             before_upload=recall.ledger.check_lease,
@@ -236,11 +256,13 @@ def axes_of(spec: MethodSpec, search: Search | None, recipe: Recipe, own: tuple[
 
 @dataclass
 class Contender:
-    """One method on its way. `ended` holds the record of each check and final that ended, None where its process died for good."""
+    """One search of a method on its way. ended: the record of each check and final that ended, None where its process died for good."""
 
     spec: MethodSpec
     axes: tuple[Parameter, ...]
     open_parent: Callable[[], str | None]
+    seeds: range  # of its finals
+    number: int = 0  # of its search, where the method has several
     study: MethodStudy | None = None
     study_id: str | None = None
     candidates: dict[str, tuple[int, Unit]] = field(default_factory=dict)  # by unit key: which of the best points, and the training
@@ -250,6 +272,11 @@ class Contender:
     tuned: Mapping[str, Any] = field(default_factory=dict)
     parent_id: str | None = None
     held: bool = False  # a trial or a check was left to the next run, and the finals with it
+
+    @property
+    def title(self) -> str:
+        """Its label, and which search of it, where that is not the first."""
+        return self.spec.label + (f", search {self.number + 1}" if self.number else "")
 
     def parent(self) -> str | None:
         """The MLflow run that this method's runs are nested under; made when the first of them is. None while MLflow can't be reached."""
@@ -269,33 +296,52 @@ class PairWork:
 
     def __init__(self, pair: Pair, ledger: Ledger, search_only: bool) -> None:
         self.pair, self.ledger, self.search_only = pair, ledger, search_only
-        self.search = pair.experiment.search
+        self.search, self.plan = pair.experiment.search, pair.experiment.plan
         self._recall = Recall(pair.asked, ledger)
-        self.contenders = [self._contender(spec) for spec in pair.experiment.methods]
+        rows = [(spec.label, spec.name) for spec in pair.experiment.methods]
+        self._controls = {label for name in (UNDISTILLED, CONTROL) if (label := control_of(rows, name)) is not None}
+        self._owners: dict[tuple[str, int | None], Contender] = {}
+        self.contenders = [self._contender(spec, number) for spec in pair.experiment.methods for number in range(self.plan.searches)]
         for contender in self.contenders:
             self._move_on(contender)
+        self._look()
 
-    def _contender(self, spec: MethodSpec) -> Contender:
+    def _contender(self, spec: MethodSpec, number: int) -> Contender:
+        each = self.plan.seeds
+        seeds = range(number * each, (number + 1) * each)
+        if self.plan.searches == 1 and spec.label in self._controls:
+            seeds = range(self.plan.control_seeds)
         axes = axes_of(spec, self.search, self.pair.recipe, self.pair.search_axes(spec) if self.search is not None else None)
-        contender = Contender(spec, axes, partial(self._open_parent, spec))
+        contender = Contender(spec, axes, partial(self._open_parent, spec, number), seeds, number)
         if self.search is not None and axes:
-            contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self._recall)
-            now = code_of(self.pair.unit(spec, "trial", defaults(axes), TRIAL_SEED))
+            contender.study_id, contender.study = self.pair.open_study(spec, axes, self.search, self._recall, number)
+            now = code_of(self.pair.unit(spec, "trial", defaults(axes), TRIAL_SEED + number))
             self.ledger.compare_code(f"{self.pair.student.label} · {spec.label} (search)", now, contender.study.began_with(now))
         return contender
 
-    def _open_parent(self, spec: MethodSpec) -> str | None:
+    def _open_parent(self, spec: MethodSpec, number: int) -> str | None:
         pair = self.pair
         tags = {"kdbench.method": spec.label, "kdbench.student": pair.student.label, PROTOCOL_TAG: pair.board_hash}
-        return self.ledger.tracker.parent(f"{spec.label} · {pair.student.label}", self._parent_key(spec), tags)
+        title = f"{spec.label} · {pair.student.label}" + (f" · search {number + 1}" if number else "")
+        return self.ledger.tracker.parent(title, self._parent_key(spec, number), tags)
 
-    def _parent_key(self, spec: MethodSpec) -> str:
-        return content_hash([self.pair.board_hash, self.pair.student.model_dump(mode="json"), spec.label])
+    def _parent_key(self, spec: MethodSpec, number: int) -> str:
+        told = [self.pair.board_hash, self.pair.student.model_dump(mode="json"), spec.label]
+        return content_hash([*told, number] if number else told)
 
     @property
     def unfinished(self) -> list[MethodSpec]:
         """The methods that have something left to train."""
-        return [contender.spec for contender in self.contenders if not contender.done]
+        left = {contender.spec.label: contender.spec for contender in self.contenders if not contender.done}
+        return [*left.values()]
+
+    @property
+    def saved(self) -> str | None:
+        """How many finals were not needed, where seeds are added until rows are decided; None before that is known."""
+        if not self.plan.looks or not self.done or any(not contender.finals for contender in self.contenders):
+            return None
+        made, most = sum(len(contender.finals or {}) for contender in self.contenders), self.plan.most * len(self.contenders)
+        return f"{self.pair.student.label}: decided after {made} finals; {self.plan.most} seeds of every method are {most}"
 
     def counts(self) -> dict[Phase, tuple[int, int]]:
         """Trainings done and in all, a phase each."""
@@ -310,13 +356,13 @@ class PairWork:
                     planned if contender.finals is None else len(contender.candidates),
                 )
             if not self.search_only:
-                _add(rounds["final"], len((contender.finals or {}).keys() & contender.ended), self.pair.experiment.seeds)
+                _add(rounds["final"], len((contender.finals or {}).keys() & contender.ended), len(contender.finals or contender.seeds))
         return {"search": tuple(rounds["search"]), "check": tuple(rounds["check"]), "final": tuple(rounds["final"])}  # type: ignore[dict-item]
 
     def close(self) -> None:
         """Tell MLflow which methods are through."""
         for contender in self.contenders:
-            run_id = contender.parent_id or self.ledger.left_open.get(self._parent_key(contender.spec))
+            run_id = contender.parent_id or self.ledger.left_open.get(self._parent_key(contender.spec, contender.number))
             self.ledger.tracker.close_parent(run_id, "FINISHED" if contender.done and not contender.held else "KILLED")
 
     # --- the queue ---------------------------------------------------------------------------------------------------
@@ -329,13 +375,14 @@ class PairWork:
         for contender in self.contenders:
             unit = self._next_of(contender)
             if unit is not None:
+                self._owners[unit.key, unit.number] = contender
                 return unit
         return None
 
     def _next_of(self, contender: Contender) -> Unit | None:
         if contender.study is not None and contender.study.missing:
             point = contender.study.ask()
-            return self.pair.unit(contender.spec, "trial", point.params, TRIAL_SEED, point.number)
+            return self.pair.unit(contender.spec, "trial", point.params, TRIAL_SEED + contender.number, point.number)
         checks = ((key, unit) for key, (_, unit) in contender.candidates.items())
         for key, unit in chain(checks, (contender.finals or {}).items()):
             if key not in contender.started and key not in contender.ended:
@@ -372,6 +419,7 @@ class PairWork:
         else:
             contender.ended[unit.key] = self._append(contender, unit, record)
         self._move_on(contender)
+        self._look()
 
     def crash(self, unit: Unit, reason: str, died: bool = False) -> None:
         """Processes kept dying or code failed. That is no property of a method: nothing goes on record, and the next run tries again.
@@ -392,9 +440,10 @@ class PairWork:
             contender.ended[unit.key] = None
             contender.held |= died and unit.key in contender.candidates
         self._move_on(contender)
+        self._look()
 
     def owner(self, unit: Unit) -> Contender:
-        return next(contender for contender in self.contenders if contender.spec.label == unit.method.label)
+        return self._owners[unit.key, unit.number]
 
     # --- what follows from what ended --------------------------------------------------------------------------------
 
@@ -423,15 +472,20 @@ class PairWork:
         if record.status == "failed":
             self.ledger.failures.append(record.failure or unit.title)
         params = _searched_params(contender, record)
-        return self.ledger.append(unit, record, contender.parent, params=params, **self._search_facts(contender))
+        facts = self._search_facts(contender)
+        if unit.role == "final":
+            facts |= {"plan": self.plan.model_dump(mode="json", exclude_defaults=True)}
+        return self.ledger.append(unit, record, contender.parent, params=params, **facts)
 
     def _search_facts(self, contender: Contender) -> dict[str, Any]:
         """What finding the parameters cost: trials and the winners' checks."""
+        number = {"search_number": contender.number} if self.plan.searches > 1 else {}
         if contender.study is None or self.search is None:
-            return {}
+            return number
         spent, checks = contender.study.spent(), [contender.ended[key] for key in contender.candidates if key in contender.ended]
         _, workers = worker_bounds(self.pair.experiment.runtime.workers)  # of a range, the most: a trial that is stopped says not how many
         return {
+            **number,
             "study_id": contender.study_id,
             "sampler": self.search.sampler,
             "scheduler": self.search.scheduler,
@@ -459,8 +513,9 @@ class PairWork:
             return
         if len(best) > 1 and not contender.candidates:
             for place, params in enumerate(best):
-                for seed in range(self.search.confirm_seeds):
-                    unit = self.pair.unit(contender.spec, "candidate", params, FIRST_CANDIDATE_SEED + seed)
+                first = FIRST_CANDIDATE_SEED + contender.number * self.search.confirm_seeds
+                for seed in range(first, first + self.search.confirm_seeds):
+                    unit = self.pair.unit(contender.spec, "candidate", params, seed)
                     contender.candidates[unit.key] = place, unit
             self._look_up(contender, {key: unit for key, (_, unit) in contender.candidates.items()})
         if all(key in contender.ended for key in contender.candidates) and not contender.held:
@@ -483,11 +538,30 @@ class PairWork:
         if self.search_only:
             contender.finals = {}
             return
-        first = self.pair.unit(contender.spec, "final", params, 0)
+        contender.finals = {}
+        self._add_finals(contender, contender.seeds)
+
+    def _add_finals(self, contender: Contender, seeds: range) -> None:
+        assert contender.finals is not None
+        first = self.pair.unit(contender.spec, "final", contender.tuned, seeds[0])
         # The method is fitted to the pair once, and not for each seed: that would take most of the time of a plan.
-        finals = (first.model_copy(update={"seed": seed}) for seed in range(self.pair.experiment.seeds))
-        contender.finals = {unit.key: unit for unit in finals}
-        self._look_up(contender, contender.finals)
+        added = {unit.key: unit for unit in (first.model_copy(update={"seed": seed}) for seed in seeds)}
+        contender.finals |= added
+        self._look_up(contender, added)
+
+    def _look(self) -> None:
+        """Once all finals have ended, add seeds to the rows that are not decided, and to the controls: see `boards.standings`."""
+        while self.plan.looks and not self.search_only and all(contender.done and contender.finals for contender in self.contenders):
+            ended = [record for contender in self.contenders for key, record in contender.ended.items() if key in (contender.finals or {})]
+            if any(record is None for record in ended):
+                return  # a process died for good: the next run trains that first
+            wanted = seeds_still_wanted([record for record in ended if record is not None], self.plan, self._controls)
+            if not wanted:
+                return
+            for contender in self.contenders:
+                seeds = range(len(contender.finals or {}), wanted.get(contender.spec.label, 0))
+                if seeds:
+                    self._add_finals(contender, seeds)
 
     def _look_up(self, contender: Contender, units: Mapping[str, Unit]) -> None:
         """What the store already has is not trained again. units: by key."""

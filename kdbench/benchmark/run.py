@@ -172,6 +172,9 @@ def _run(experiment: Experiment, ledger: Ledger, built: Networks, search_only: b
             built.rehearse()
             with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
                 empty(queue, experiment, ledger)
+        for work in queue.queues:
+            if work.saved is not None:
+                ledger.watch.note(work.saved)
         ledger.catch_up()
         ledger.tell_of_other_code()
     finally:
@@ -181,7 +184,7 @@ def _run(experiment: Experiment, ledger: Ledger, built: Networks, search_only: b
     seal(ledger.store, "tune" if search_only else "run")
     if queue.done and not ledger.failures:
         forget_folder(ledger.layout.checkpoints(experiment.name))
-    tuned = {work.pair.student.label: {c.spec.label: c.tuned for c in work.contenders} for work in queue.queues}
+    tuned = {work.pair.student.label: {c.title: c.tuned for c in work.contenders} for work in queue.queues}
     protocols = tuple(dict.fromkeys(pair.board_hash for pair in pairs))
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 

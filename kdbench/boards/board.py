@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.simultaneous import Difference
+from kdbench.records.plan import CONTROL, UNDISTILLED, Plan
 
-UNDISTILLED = "none"
-CONTROL = "kd"
 WITHOUT_DISTILLATION = frozenset({UNDISTILLED, "label_smoothing"})
 CONTROLS = WITHOUT_DISTILLATION | {CONTROL}  # methods that are there to be beaten
 COSTS = ("latency_ms_p50", "params_count", "device_hours")  # what a better metric is weighed against
@@ -60,6 +59,8 @@ class Row:
     pareto_off: tuple[str, ...]  # those for which a row that is as cheap is surely better
     run_ids: tuple[str, ...]
     better_than: frozenset[str] = frozenset()  # labels of the rows that it is surely better than; ranks count these
+    looked: int = 0  # where seeds are added until rows are decided, the seeds of its last look, which its differences are from
+    undecided: bool = False  # whether it was not decided there
 
     @property
     def verdict(self) -> int:
@@ -142,6 +143,8 @@ class Board:
     data_hash: str = ""  # of the content of the data set; metrics on other content do not compare
     trainings: frozenset[str] = field(default=frozenset())  # the unit keys of all finals
     method: str | None = None  # on a board of students, the label of the method that all of them were trained with; None on one of methods
+    plan: Plan | None = None  # how many finals it was meant to have; None where nobody kept that
+    searches: tuple[float, ...] | None = None  # variances between searches and between seeds, or their sum; None for one search a method
 
     @property
     def rows_by(self) -> RowsBy:

@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from kdbench.boards.board import RowsBy
+from kdbench.records.plan import Plan, control_of
 from kdbench.records.record import RunRecord
 
 SPEED_ONLY = frozenset({"memory_format", "compile"})  # keys of a recipe that change how fast it is, not what is trained
@@ -20,12 +21,17 @@ SPEED_ONLY = frozenset({"memory_format", "compile"})  # keys of a recipe that ch
 
 @dataclass(frozen=True)
 class Finals:
-    """The final runs of one label with one setting, a record a seed. label: of the method, or of the student on a board of students."""
+    """The final runs of one label, a record a seed; those of one search have one setting.
+
+    label: of the method, or of the student on a board of students. left_out: older finals of this label with another setting. sign: +1 or
+    -1, multiplies a metric so that more is better. searches: of the method, each with its own finals.
+    """
 
     label: str
     records: Mapping[int, RunRecord]
-    left_out: int  # older finals of this label with another setting
-    sign: float  # +1 or -1: multiplies a metric so that more is better
+    left_out: int
+    sign: float
+    searches: int = 1
     values: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -33,9 +39,61 @@ class Finals:
         return max(self.records.values(), key=age)
 
     @property
+    def told(self) -> RunRecord:
+        """The record that stands for the row's parameters: the newest, of several searches of the one with the best validation mean."""
+        if self.searches == 1:
+            return self.newest
+        by_search: dict[int, list[RunRecord]] = defaultdict(list)
+        for record in self.records.values():
+            by_search[record.search_number or 0].append(record)
+
+        best = max(by_search.values(), key=lambda records: self.sign * fmean(known(records, "val_metric") or [-self.sign * math.inf]))
+        return max(best, key=age)
+
+    @property
+    def search_device_hours(self) -> float:
+        """Of one search; the mean of several."""
+        spent: dict[int, float] = {}
+        for record in self.records.values():
+            if record.search_device_hours is not None:
+                number = record.search_number or 0
+                spent[number] = max(spent.get(number, 0.0), record.search_device_hours)
+        return fmean(spent.values()) if spent else 0.0
+
+    @property
     def signed(self) -> dict[int, float]:
         """The values by seed, turned so that more is better."""
         return {seed: self.sign * value for seed, value in self.values.items()}
+
+    @property
+    def replicates(self) -> dict[int, float]:
+        """What rows are compared by, so that more is better: the values by seed; of several searches, by search the mean of its finals.
+
+        A search that lacks one of its finals is not among them.
+        """
+        if self.searches == 1:
+            return self.signed
+        return {number: fmean(finals) for number, finals in self.by_search.items()}
+
+    @property
+    def by_search(self) -> dict[int, list[float]]:
+        """Of each search that has all of its finals their values, more is better."""
+        seeds: dict[int, list[int]] = defaultdict(list)
+        for seed, record in sorted(self.records.items()):
+            seeds[record.search_number or 0].append(seed)
+        plan, signed = self.plan, self.signed
+        each = plan.seeds if plan is not None else max((len(own) for own in seeds.values()), default=0)
+        return {
+            number: [signed[seed] for seed in own]
+            for number, own in sorted(seeds.items())
+            if len(own) == each and all(seed in signed for seed in own)
+        }
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the newest of them was planned as; None of older ones, whose plan nobody kept."""
+        told = [record for record in self.records.values() if record.plan is not None]
+        return Plan.model_validate(max(told, key=age).plan) if told else None
 
     @property
     def failed(self) -> int:
@@ -49,16 +107,18 @@ class Finals:
 
 
 def grouped(members: Sequence[RunRecord], rows_by: RowsBy) -> list[Finals]:
-    """One group a label: the setting that was run last, never a mixture of two settings."""
+    """One group a label: of each search the setting that was run last, never a mixture of two settings."""
     sign = 1.0 if members[0].higher_is_better else -1.0
-    by_label: dict[str, dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
+    by_label: dict[str, dict[int, dict[str, list[RunRecord]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for record in sorted(members, key=age):
-        by_label[record.label if rows_by == "method" else record.student][_setting(record)].append(record)
+        label = record.label if rows_by == "method" else record.student
+        by_label[label][record.search_number or 0][_setting(record)].append(record)
     groups = []
-    for label, settings in by_label.items():
-        latest = max(settings.values(), key=lambda runs: age(runs[-1]))
-        left_out = sum(len(runs) for runs in settings.values()) - len(latest)
-        groups.append(Finals(label, {record.seed: record for record in latest}, left_out, sign))
+    for label, searches in by_label.items():
+        latest = [run for settings in searches.values() for run in max(settings.values(), key=lambda runs: age(runs[-1]))]
+        left_out = sum(len(runs) for settings in searches.values() for runs in settings.values()) - len(latest)
+        planned = max((record.plan.get("searches", 1) for record in latest if record.plan is not None), default=1)
+        groups.append(Finals(label, {record.seed: record for record in latest}, left_out, sign, planned))
     return groups
 
 
@@ -78,10 +138,9 @@ def family_of(groups: Sequence[Finals]) -> str:
 
 
 def chosen(groups: Sequence[Finals], method: str) -> Finals | None:
-    """The group with that label, else the only one with that method."""
-    of_method = [group for group in groups if group.newest.method == method]
-    labelled = [group for group in of_method if group.label == method]
-    return next(iter(labelled or (of_method if len(of_method) == 1 else [])), None)
+    """The group that stands for a control, see `control_of`."""
+    label = control_of([(group.label, group.newest.method) for group in groups], method)
+    return next((group for group in groups if group.label == label), None)
 
 
 def values_of(group: Finals, undistilled: Finals | None) -> dict[int, float]:

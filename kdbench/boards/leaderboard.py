@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
 from kdbench.boards import sentences
-from kdbench.boards.board import CONTROL, UNDISTILLED, Board, Estimate, Row, RowsBy
+from kdbench.boards.board import Board, Estimate, Row, RowsBy
 from kdbench.boards.cautions import board_cautions
 from kdbench.boards.finals import Finals, age, best_first, chosen, family_of, grouped, known, latencies, values_of
 from kdbench.boards.published import PublishedFigure
-from kdbench.boards.standings import Scale, Standing, standings, with_fronts
+from kdbench.boards.standings import Scale, Standing, scale_of, seeds_wanted, standings, with_fronts
 from kdbench.boards.stats import paired_difference, paired_p_value, t_interval
+from kdbench.records.plan import CONTROL, UNDISTILLED, Plan
 from kdbench.records.record import RunRecord
 
 _AGREE = 1e-9  # of a mean: values that differ by less differ by how they were added up
@@ -26,7 +27,6 @@ def boards(
     *,
     rows_by: RowsBy = "method",
     control: str | None = None,
-    planned: int | None = None,
 ) -> list[Board]:
     """One board a protocol, task, data set, teacher (name and identity) and student, from the final runs that kdbench made.
 
@@ -39,7 +39,6 @@ def boards(
             students or more.
         control: The row that the others of its board are compared with: a method's label, or a student's; without it, methods are
             compared with kd, and students are ranked and no more.
-        planned: The seeds that every row is meant to have, beside further ones of the controls; None for what a row but these has at most.
     """
     records = list(records)
     pairs: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)
@@ -59,13 +58,13 @@ def boards(
             metric = _teacher_metric(members, teacher, records)
             if rows_by == "method":
                 groups = grouped(members, "method")
-                board = _board(members, groups, sha, metric, control, latencies(groups), planned=planned)
+                board = _board(members, groups, sha, metric, control, latencies(groups))
                 methods = {row.method for row in board.rows}
                 found.append(replace(board, published=tuple(figure for figure in published if figure.method in methods)))
             elif len({record.student for record in members}) > 1:
                 together = _with_teacher(of_all[(task, data, name, protocol)], teacher)
                 groups = grouped(members, "student")
-                board = _board(members, groups, sha, metric, control, _latencies_of_students(groups, together), "student", planned)
+                board = _board(members, groups, sha, metric, control, _latencies_of_students(groups, together), "student")
                 found.append(board)
     return found
 
@@ -99,17 +98,17 @@ def _board(
     named: str | None,
     latency: Mapping[tuple[object, ...], float],
     rows_by: RowsBy = "method",
-    planned: int | None = None,
 ) -> Board:
     """No student stands for another's failed seed, as the undistilled student does for a method's: it misses that seed."""
     undistilled = chosen(groups, UNDISTILLED) if rows_by == "method" else None
     for group in groups:
         group.values.update(values_of(group, undistilled))
-    groups, scale = best_first(groups), _scale(groups)
+    groups, scale = best_first(groups), scale_of(groups)
     control = next((group for group in groups if group.label == named), None)
     if named is None and rows_by == "method":
         control = chosen(groups, CONTROL)
-    find = partial(standings, groups, rows_by=rows_by, undistilled=undistilled, teacher=teacher_metric, scale=scale, planned=planned)
+    plan = _plan(groups)
+    find = partial(standings, groups, rows_by=rows_by, undistilled=undistilled, teacher=teacher_metric, scale=scale, plan=plan)
     found = find(control=control)
     if rows_by == "student" and control is not None and found.rows[control.label].rank is None:
         control = None  # nobody is compared with a student that misses seeds
@@ -139,16 +138,31 @@ def _board(
         data_hash=first.data_hash,
         trainings=frozenset(record.unit_key for record in members),
         method=None if rows_by == "method" else first.label,
+        plan=plan,
+        searches=found.searches,
     )
     told = (*sentences.notes(board, groups, found, scale, named), *board_cautions(finals, first.teacher, teacher_metric))
     return replace(board, findings=sentences.findings(board), notes=told)
 
 
-def _scale(groups: Sequence[Finals]) -> Scale:
-    """Of the metric, as the newest record that tells it does."""
-    told = [record for group in groups for record in group.records.values() if record.primary_scale is not None]
-    newest = max(told, key=age, default=None)
-    return Scale() if newest is None or newest.primary_scale is None else Scale(**newest.primary_scale)
+def seeds_still_wanted(finals: Sequence[RunRecord], plan: Plan, controls: Collection[str]) -> dict[str, int]:
+    """How many finals each method of one pair should have, by label, where seeds are added until a method is decided.
+
+    finals: all that the pair has. controls: labels of the rows that the others are compared with. Empty where all is decided.
+    """
+    groups = grouped(finals, "method")
+    undistilled, control = chosen(groups, UNDISTILLED), chosen(groups, CONTROL)
+    for group in groups:
+        group.values.update(values_of(group, undistilled))
+    scale = scale_of(groups)
+    found = standings(groups, rows_by="method", undistilled=undistilled, control=control, teacher=None, scale=scale, plan=plan)
+    return seeds_wanted(found, plan, controls)
+
+
+def _plan(groups: Sequence[Finals]) -> Plan | None:
+    """The plan of the row that is meant to have most seeds; None where nobody kept one."""
+    plans = [plan for group in groups if (plan := group.plan) is not None]
+    return max(plans, key=lambda plan: (plan.most, plan.seeds), default=None)
 
 
 def _row(group: Finals, standing: Standing, undistilled: Finals | None, control: Finals | None, scale: Scale, latency: float | None) -> Row:
@@ -157,7 +171,7 @@ def _row(group: Finals, standing: Standing, undistilled: Finals | None, control:
     vs_control, vs_control_low, vs_control_high = _difference(group, control)
     gap, gap_low, gap_high = standing.gap
     records = [group.records[seed] for seed in sorted(group.records)]
-    training, search = known(records, "device_hours"), known(records, "search_device_hours")
+    training, told = known(records, "device_hours"), group.told
     return Row(
         label=group.label,
         method=group.newest.method,
@@ -176,29 +190,31 @@ def _row(group: Finals, standing: Standing, undistilled: Finals | None, control:
         vs_control=vs_control,
         vs_control_low=vs_control_low,
         vs_control_high=vs_control_high,
-        vs_control_p=paired_p_value(group.signed, control.signed) if control is not None and control is not group else None,
+        vs_control_p=paired_p_value(group.replicates, control.replicates) if control is not None and control is not group else None,
         over_control=standing.over_control,
         values=dict(group.values),
         seeds=len(group.values),
         failed=group.failed,
-        params=group.newest.params,
-        searched=frozenset(group.newest.space or {}),
-        trials=group.newest.trials,
+        params=told.params,
+        searched=frozenset(told.space or {}),
+        trials=told.trials,
         params_count=next(iter(known(records, "params_count")), None),
         flops=next(iter(known(records, "flops")), None),
         latency_ms_p50=latency,
-        device_hours=fmean(training) + max(search, default=0.0) if training else None,
+        device_hours=fmean(training) + group.search_device_hours if training else None,
         pareto=(),
         pareto_sure=(),
         pareto_off=(),
         run_ids=tuple(record.run_id for record in records),
         better_than=standing.better_than,
+        looked=standing.looked,
+        undecided=standing.open,
     )
 
 
 def _mean(group: Finals, standing: Standing, scale: Scale) -> Estimate:
     """With Student's interval, cut at the metric's bounds. Seeds that agree exactly have the error of the other rows, or no interval."""
-    values = list(group.values.values())
+    values = [group.sign * value for value in group.replicates.values()]
     if not values:
         return None, None, None
     mean, low, high = t_interval(values)
@@ -217,7 +233,7 @@ def _difference(a: Finals, b: Finals | None) -> Estimate:
     """How much better `a` is than `b`, paired by seed. All None where `b` is missing, is `a` itself, or shares no seed with it."""
     if b is None or a is b:
         return None, None, None
-    return paired_difference(a.signed, b.signed) or (None, None, None)
+    return paired_difference(a.replicates, b.replicates) or (None, None, None)
 
 
 def _teacher_metric(members: Sequence[RunRecord], teacher: str | None, records: Sequence[RunRecord]) -> float | None:

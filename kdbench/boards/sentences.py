@@ -5,6 +5,8 @@ Every output of a board has these sentences, and no others of the kind.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 
 from kdbench.boards.board import CONTROLS, WITHOUT_DISTILLATION, Board, Row
@@ -48,6 +50,8 @@ def _how(board: Board, control: Row | None) -> str:
     """By which parameters the methods of a board are compared: a second search might have found others."""
     if board.method is not None or control is None:
         return ""
+    if board.searches is not None:
+        return f", over {_searches(board)} searches each"
     return ", each as tuned here" if control.trials else f", each as tuned or configured here ({control.label} is not tuned)"
 
 
@@ -76,7 +80,7 @@ def notes(board: Board, groups: Sequence[Finals], found: Standings, scale: Scale
     named: the control that somebody asked for.
     """
     kind, count = board.rows_by, len(found.seeds)
-    told = [f"{count} seed{'' if count == 1 else 's'} a {kind}; {_search_budget(groups, kind)}"]
+    told = [f"{_seeds(board, count, kind)}; {_search_budget(groups, kind)}"]
     ranked = [row for row in board.rows if row.rank is not None]
     if named is not None and board.control != named:
         held = "misses seeds that others have" if board.row(named) is not None else "is not on this board"
@@ -95,6 +99,10 @@ def notes(board: Board, groups: Sequence[Finals], found: Standings, scale: Scale
         told.append("all seeds agree exactly: nothing is told apart")
     if board.detectable is not None and found.spreads is not None:
         told.append(_power(board, found, len(ranked)))
+    if any(row.looked for row in board.rows):
+        told.append(_looks(board))
+    elif grown := [group.label for group in groups if _grew(group)]:
+        told.append(f"seeds were added after a look, and the {LEVEL:.0%} do not hold: {', '.join(grown)}")
     if undecided := [row.label for row in _rivals(board) if row.over_control is not None and row.verdict == 0]:
         told.append(f"no difference from {board.control} was found, which does not show that there is none: " + ", ".join(undecided))
     if _gap_left_out(board):
@@ -120,12 +128,7 @@ def _basis(board: Board, groups: Sequence[Finals], ranked: Sequence[Row]) -> lis
         f"{what} hold all at once with {LEVEL:.0%}; the error is pooled over {len(ranked) - len(errors.wide)} {kind}s "
         f"({errors.degrees} degrees of freedom), a {kind}'s own where that is larger"
     ]
-    searched = any(group.newest.trials for group in groups)
-    one = " (one search)" if searched else ""
-    told.append(
-        f"they speak of new seeds: of these parameters{one}, this teacher, this split and these test samples"
-        + ("; a second search was not made" if searched else "")
-    )
+    told.append(_conditions(board, groups))
     for label in errors.wide:
         if label == board.control:
             told.append(f"{label}'s own seeds scatter far more than the others': all differences from it are judged by them; give it more")
@@ -136,20 +139,79 @@ def _basis(board: Board, groups: Sequence[Finals], ranked: Sequence[Row]) -> lis
     return told
 
 
+def _conditions(board: Board, groups: Sequence[Finals]) -> str:
+    """What the intervals are conditional on: all that was done once."""
+    rest = "this teacher, this split and these test samples"
+    if board.searches is not None:
+        return f"they speak of new searches with new seeds: of {rest}; {_spread_of_searches(board)}"
+    searched = any(group.newest.trials for group in groups)
+    one, second = (" (one search)", "; a second search was not made") if searched else ("", "")
+    return f"they speak of new seeds: of these parameters{one}, {rest}{second}"
+
+
+def _spread_of_searches(board: Board) -> str:
+    assert board.searches is not None
+    sds = [math.sqrt(variance) for variance in board.searches]
+    if len(sds) == 1:
+        return f"another search with another seed moves a value by sd {sds[0]:.2g}"
+    return f"between searches sd {sds[0]:.2g}, between seeds {sds[1]:.2g}"
+
+
+def _searches(board: Board) -> int:
+    return board.plan.searches if board.plan is not None else 1
+
+
+def _seeds(board: Board, count: int, kind: str) -> str:
+    """How many finals each row has."""
+    plan, plural = board.plan, "" if count == 1 else "s"
+    if plan is not None and plan.looks:
+        return f"{count} seeds a {kind}, and more until it is decided, up to {max(plan.looks)}"
+    if plan is not None and plan.searches > 1:
+        return f"{count} search{'' if count == 1 else 'es'} a {kind}, {plan.seeds} final{'' if plan.seeds == 1 else 's'} each"
+    return f"{count} seed{plural} a {kind}"
+
+
+def _looks(board: Board) -> str:
+    """Which rows were decided after how many seeds."""
+    assert board.plan is not None
+    *before, last = zip(board.plan.looks, (f"{100 * level:.4g}%" for level in board.plan.levels), strict=True)
+    where = ", ".join(f"{seeds} ({level})" for seeds, level in before) + (" or " if before else "") + f"{last[0]} seeds ({last[1]})"
+    rivals = [row for row in board.rows if row.looked and row.label not in (board.control, board.undistilled) and row.over_control]
+    decided = [
+        f"{', '.join(labels)} at {seeds}"
+        for seeds in board.plan.looks
+        if (labels := [row.label for row in rivals if row.looked == seeds and not row.undecided])
+    ]
+    told = f"decided at {where}: {'; '.join(decided) or 'nobody'}"
+    if left := [row.label for row in rivals if row.undecided and row.looked == max(board.plan.looks)]:
+        told += f"; never decided: {', '.join(left)}"
+    if waiting := [row.label for row in rivals if row.undecided and row.looked < max(board.plan.looks)]:
+        told += f"; not decided yet: {', '.join(waiting)} (the same command goes on)"
+    return f"{told}; ranks are of the first {board.plan.looks[0]} seeds"
+
+
+def _grew(group: Finals) -> bool:
+    """Whether some finals of a row were planned only after others had been seen."""
+    return len({json.dumps(record.plan, sort_keys=True) for record in group.records.values() if record.plan is not None}) > 1
+
+
 def _power(board: Board, found: Standings, rows: int) -> str:
     """Which differences would be missed, with these seeds and with more."""
     assert found.spreads is not None
     assert board.detectable is not None
+    missed = f"a true difference from {board.control} below {board.detectable:.2g} is missed more than one time in {round(1 / (1 - POWER))}"
+    if board.plan is not None and board.plan.looks:
+        return f"with {max(board.plan.looks)} seeds, {missed}"
     control = board.row(board.control)
+    unit = "seeds" if board.searches is None else "searches"
     seeds, further = len(found.seeds), len(found.further) if control is not None and set(found.further) <= control.values.keys() else 0
     more = [
-        f"with {times * seeds} seeds {smallest_found(rows, times * seeds, found.spreads.with_seeds(times * seeds), times * further):.2g}"
+        f"with {times * seeds} {unit} {smallest_found(rows, times * seeds, found.spreads.with_seeds(times * seeds), times * further):.2g}"
         for times in _MORE
     ]
     whole = 1.0 if board.decimals == 2 else 0.01
     wanted = seeds_needed(rows, found.spreads, whole)
-    needed = f"; to find {whole:g}: {wanted} seeds" if wanted is not None else ""
-    missed = f"a true difference from {board.control} below {board.detectable:.2g} is missed more than one time in {round(1 / (1 - POWER))}"
+    needed = f"; to find {whole:g}: {wanted} {unit}" if wanted is not None else ""
     return f"{missed}; {', '.join(more)}{needed}"
 
 

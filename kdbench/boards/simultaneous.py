@@ -153,6 +153,7 @@ def differences(
     *,
     extra: Mapping[int, ArrayLike] | None = None,
     level: float = LEVEL,
+    comparisons: int | None = None,
 ) -> dict[int, Difference]:
     """Every other row against the row `control`, by its place; positive is better.
 
@@ -163,12 +164,13 @@ def differences(
         extra: Values of further seeds that few rows have, [e] by the row's place: the same seeds for each row. Those of the control make
             its mean surer, as far as a seed does not do the same to all; a row that has them too is compared with it over all n + e.
         level: Of all intervals together.
+        comparisons: How many they are, where those of other rows were made before; by default, those of the rows here.
     """
     from scipy.special import stdtrit
 
     block, more = np.asarray(values, dtype=float), {row: np.asarray(each, dtype=float) for row, each in (extra or {}).items()}
     rows, seeds = block.shape
-    m, d, e = rows - 1, seeds - 1, len(more.get(control, ()))
+    m, d, e = rows - 1 if comparisons is None else comparisons, seeds - 1, len(more.get(control, ()))
     theirs, used = _with_further_seeds(block, control, found, more), _used(found, seeds, e)
     own_extra = float(more[control].mean()) if e else 0.0
     middles, errors, shares = {}, {}, {}

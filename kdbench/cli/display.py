@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,8 +104,7 @@ class Display:
     def found(self, record: RunRecord) -> None:
         if record.role == "final":
             self._finals[record.unit_key] = record
-            most = max(Counter((final.student, final.label) for final in self._finals.values()).values())
-            self._boards = boards(self._finals.values(), planned=most)  # who has fewer so far is not ranked yet
+            self._boards = boards(self._finals.values())
 
     def note(self, text: str) -> None:
         self._line(text)

@@ -101,8 +101,10 @@ class RunRecord(BaseModel):
     params: dict[str, Any] = Field(default_factory=dict)
     seed: int
     data_seed: int
+    plan: dict[str, Any] | None = None  # of a final: how many its board was meant to have, see `records.plan`; unknown of older records
 
     # search
+    search_number: int | None = None  # where each method is searched several times, which search its parameters are from, from 0 on
     sampler: str | None = None
     scheduler: str | None = None
     trials: int | None = None

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 from kdbench import __version__
-from kdbench.boards.board import CONTROL, Board, Row
+from kdbench.boards.board import Board, Row
 from kdbench.boards.formatting import UNKNOWN, ranks, scaled, short
+from kdbench.records.plan import CONTROL
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kdbench.boards.board import CONTROL, COSTS, UNDISTILLED, Board, Estimate, Row, RowsBy, verdict
+from kdbench.boards.board import COSTS, Board, Estimate, Row, RowsBy, verdict
 from kdbench.boards.formatting import COLOURS, UNKNOWN, finite, interval, ranks, scaled, short, together_data
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, SummaryRow
 from kdbench.catalogue import nearest
 from kdbench.errors import UserError
+from kdbench.records.plan import CONTROL, UNDISTILLED
 from kdbench.records.record import RunRecord
 from kdbench.report.latex import latex
 

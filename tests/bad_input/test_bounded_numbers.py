@@ -33,9 +33,9 @@ def assert_refused(ended: Ended, *said: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("seeds", 10**9, "seeds: expected less than or equal to 1000, got 1000000000"),
-        ("seeds", 10**30, "seeds: expected less than or equal to 1000, got 1"),
-        ("seeds", 0, "seeds: expected greater than or equal to 1, got 0"),
+        ("seeds", 10**9, "seeds: expected a whole number from 1 to 1000, or {start: 3, max: 12, until: decided}, got 1000000000"),
+        ("seeds", 10**30, "seeds: expected a whole number from 1 to 1000, or {start: 3, max: 12, until: decided}, got 1"),
+        ("seeds", 0, "seeds: expected a whole number from 1 to 1000, or {start: 3, max: 12, until: decided}, got 0"),
         ("data_seed", -1, "data_seed: expected greater than or equal to 0, got -1"),
         ("data_seed", BEYOND, "data_seed: expected less than 9223372036854775808, got 9223372036854775808"),
         ("teacher.seed", -1, "teacher.seed: expected greater than or equal to 0"),
@@ -320,5 +320,8 @@ def test_an_option_that_makes_no_sense_is_refused(kdbench: Kdbench, arguments: l
 
 
 def test_set_goes_through_the_same_bounds(kdbench: Kdbench) -> None:
-    assert_refused(run(kdbench, {}, "--set", "seeds=1000000000"), "seeds: expected less than or equal to 1000")
+    assert_refused(
+        run(kdbench, {}, "--set", "seeds=1000000000"),
+        "seeds: expected a whole number from 1 to 1000, or {start: 3, max: 12, until: decided}, got 1000000000",
+    )
     assert yaml.safe_load(Path("tiny.yaml").read_text())["seeds"] == 1

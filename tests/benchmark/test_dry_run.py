@@ -24,6 +24,7 @@ CIFAR: dict[str, Any] = {
     "methods": ["none", "kd", "fitnet"],
     "recipe": {"epochs": 10, "batch_size": 64, "precision": "fp32"},
     "seeds": 3,
+    "control_seeds": 3,
 }
 
 

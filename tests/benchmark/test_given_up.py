@@ -26,6 +26,7 @@ EXPERIMENT = Experiment.model_validate(
         "recipe": {"epochs": 1, "batch_size": 20, "precision": "fp32", "memory_format": "contiguous", "compile": False},
         "search": {"trials": 3, "sampler": "tpe", "scheduler": "none", "top_k": 2, "also": {"recipe.lr": {"low": 0.01, "high": 0.3}}},
         "seeds": 2,
+        "control_seeds": 2,
     }
 )
 

@@ -469,7 +469,7 @@ def test_a_memory_of_files_that_was_damaged_is_made_anew() -> None:
 
 def test_finals_are_planned_from_one_unit_and_have_the_keys_of_units_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan of 1000 seeds fits each method to the pair once."""
-    asked = experiment(WITHOUT_SEARCH | {"seeds": 1000})
+    asked = experiment(WITHOUT_SEARCH | {"seeds": 1000, "control_seeds": 1000})
     ledger = Ledger(asked, Path("results"), Unwatched(), NoTracker())
     (pair,) = _pairs(asked, ledger, check(asked, ledger), may_train=True)
     spec = asked.methods[1]

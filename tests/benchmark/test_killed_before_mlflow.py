@@ -29,6 +29,7 @@ PARTS: dict[str, Any] = {
     "methods": ["none"],
     "recipe": {"epochs": 2, "batch_size": 20, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     "seeds": 2,
+    "control_seeds": 2,
 }
 WHOLE = [("none seed 0", "FINISHED", 2), ("none seed 1", "FINISHED", 2), ("none · tiny_cnn", "FINISHED", 0)]
 KILLED_AFTER_APPEND = """

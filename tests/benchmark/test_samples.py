@@ -42,6 +42,7 @@ ASKED: dict[str, Any] = {
         "views": 2,
     },
     "seeds": 2,
+    "control_seeds": 2,
 }
 OTHER: dict[str, Any] = {"name": "classification", "data": {**DATA, "size": 24, "seed": 9}, "val_size": 20}
 

@@ -35,7 +35,7 @@ seeds: 1
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nodes  # a minute
 @pytest.mark.ray
 def test_a_search_stops_no_trial_before_its_last_stage_is_under_way(kdbench: Kdbench) -> None:
     Path("experiment.yaml").write_text(EXPERIMENT)

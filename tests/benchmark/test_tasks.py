@@ -150,7 +150,7 @@ def _runs_in_mlflow(results: Path) -> list[tuple[str, str]]:
     return sorted((run.info.run_name, run.info.status) for run in runs)
 
 
-@pytest.mark.parametrize("undisturbed", of_tasks("detection"), indirect=True)
+@pytest.mark.parametrize("undisturbed", of_tasks("classification"), indirect=True)
 def test_a_driver_killed_on_one_machine_goes_on_from_the_bucket_on_another_and_on_a_cluster_that_shares_no_disk_with_it(
     undisturbed: Undisturbed, tmp_path: Path, object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ EXPERIMENT = Experiment.model_validate(
         "recipe": {"epochs": 2, "batch_size": 50, "precision": "fp32", "memory_format": "contiguous", "compile": False},
         "search": {"trials": 2, "sampler": "random", "scheduler": "none", "top_k": 1, "also": {"recipe.lr": {"low": 0.01, "high": 0.1}}},
         "seeds": 2,
+        "control_seeds": 2,
     }
 )
 
@@ -126,7 +127,7 @@ def test_what_a_server_missed_while_it_did_not_answer_is_sent_when_it_does_and_n
     assert shown(server.uri) == sorted(expected)
 
     # It is killed, and is not there again until the run has ended.
-    more = EXPERIMENT.model_copy(update={"seeds": 4})
+    more = EXPERIMENT.model_copy(update={"seeds": 4, "control_seeds": 4})
     watch = Watch(server, taken_by=signal.SIGKILL)
     assert run(more, results, watch, tracker()).trained == 4
     assert watch.notes[-1] == (

@@ -50,7 +50,8 @@ WILD = RECIPE | {"weight_decay": 1.0}  # diverges where the learning rate is in 
 
 def experiment(**parts: Any) -> Experiment:
     base = {"name": "test", "task": TASK, "students": [STUDENT], "methods": ["none"], "recipe": RECIPE, "seeds": 2}
-    return Experiment.model_validate(base | parts)
+    parts = base | parts
+    return Experiment.model_validate({"control_seeds": parts["seeds"], **parts})
 
 
 def also_lr(low: float, high: float) -> dict[str, Any]:
@@ -371,7 +372,7 @@ def of_task(task: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("task", ["labels", "detection", "image_text"])
+@pytest.mark.parametrize("task", ["labels", *(pytest.param(task, marks=pytest.mark.nodes) for task in ("detection", "image_text"))])
 def test_two_workers_search_without_deadlock_and_end_with_the_weights_of_one(tmp_path: Path, task: str) -> None:
     search = {"trials": 2, "sampler": "random", "scheduler": "none", "top_k": 1, "also": also_lr(0.01, 0.1)}
     asked = of_task(task)
