@@ -59,6 +59,7 @@ class Row:
     pareto_off: tuple[str, ...]  # those for which a row that is as cheap is surely better
     run_ids: tuple[str, ...]
     better_than: frozenset[str] = frozenset()  # labels of the rows that it is surely better than; ranks count these
+    moved_by_samples: float | None = None  # by how much other test samples alone would move the difference to the control
     looked: int = 0  # where seeds are added until rows are decided, the seeds of its last look, which its differences are from
     undecided: bool = False  # whether it was not decided there
 

@@ -13,6 +13,7 @@ from kdbench.boards.board import Board, Estimate, Row, RowsBy
 from kdbench.boards.cautions import board_cautions
 from kdbench.boards.finals import Finals, age, best_first, chosen, family_of, grouped, known, latencies, values_of
 from kdbench.boards.published import PublishedFigure
+from kdbench.boards.samples import moved_by_samples
 from kdbench.boards.standings import Scale, Standing, scale_of, seeds_wanted, standings, with_fronts
 from kdbench.boards.stats import paired_difference, paired_p_value, t_interval
 from kdbench.records.plan import CONTROL, UNDISTILLED, Plan
@@ -208,6 +209,7 @@ def _row(group: Finals, standing: Standing, undistilled: Finals | None, control:
         run_ids=tuple(record.run_id for record in records),
         better_than=standing.better_than,
         looked=standing.looked,
+        moved_by_samples=moved_by_samples(group, control) if control is not None and control is not group else None,
         undecided=standing.open,
     )
 

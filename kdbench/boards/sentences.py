@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from kdbench.boards.board import CONTROLS, WITHOUT_DISTILLATION, Board, Row
 from kdbench.boards.finals import Finals
+from kdbench.boards.samples import samples
 from kdbench.boards.simultaneous import seeds_needed, smallest_found
 from kdbench.boards.standings import Scale, Standings
 from kdbench.boards.stats import LEVEL, POWER
@@ -141,12 +142,23 @@ def _basis(board: Board, groups: Sequence[Finals], ranked: Sequence[Row]) -> lis
 
 def _conditions(board: Board, groups: Sequence[Finals]) -> str:
     """What the intervals are conditional on: all that was done once."""
-    rest = "this teacher, this split and these test samples"
+    counts = [count for group in groups if (count := samples(group)) is not None]
+    rest = f"this teacher, this split and these {f'{counts[0]:,} ' if counts else ''}test samples"
     if board.searches is not None:
-        return f"they speak of new searches with new seeds: of {rest}; {_spread_of_searches(board)}"
+        return f"they speak of new searches with new seeds: of {rest}; {_spread_of_searches(board)}{_other_samples(board)}"
     searched = any(group.newest.trials for group in groups)
     one, second = (" (one search)", "; a second search was not made") if searched else ("", "")
-    return f"they speak of new seeds: of these parameters{one}, {rest}{second}"
+    return f"they speak of new seeds: of these parameters{one}, {rest}{_other_samples(board)}{second}"
+
+
+def _other_samples(board: Board) -> str:
+    """How far other test samples would move what the best distilled row is ahead of the control."""
+    best = board.best_distilled
+    if best is None or best.moved_by_samples is None:
+        best = max((row for row in board.rows if row.moved_by_samples is not None), key=lambda row: row.rank is not None, default=None)
+    if best is None or best.moved_by_samples is None:
+        return ""
+    return f"; other samples alone would move {best.label} - {board.control} by {best.moved_by_samples:.2g}"
 
 
 def _spread_of_searches(board: Board) -> str:

@@ -35,8 +35,9 @@ from kdbench.tasks.by_class import is_of_class
 from kdbench.tasks.networks import outlined
 from kdbench.training.checkpoint import file_sha256, unpack_predictions
 from kdbench.training.earlier_keys import EarlierData
+from kdbench.training.evaluate import targets_of
 from kdbench.training.keys import NotDerivable, derived
-from kdbench.training.outcome import rederive
+from kdbench.training.outcome import rederive, samples_right
 from kdbench.training.recorded import experiment_of, model_spec
 
 # A record's metrics are those of the predictions as they are kept. So both numbers contain the same rounding, and only the order of sums in
@@ -272,6 +273,8 @@ class _Check:
         for name in sorted(told.keys() | again.keys()):
             if not _equal(told.get(name), again.get(name)):
                 yield f"{name} is {told.get(name)!r}, its predictions give {again.get(name)!r}"
+        if record.samples_right not in (None, samples_right(unpack_predictions(content)[0], targets_of(splits.test), task)):
+            yield "samples_right names other samples than its predictions do"
         if record.agreement is not None and teacher is not None and teacher.predictions_uri is not None:
             yield from self._agreement(content, teacher, teacher.predictions_uri)
 

@@ -122,6 +122,8 @@ class RunRecord(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     # Of the primary metric on this test part: `step`, the smallest difference it can show, bounds `low` and `high`, and `smallest_gap`.
     primary_scale: dict[str, float] | None = None
+    # Where the primary metric is the share of samples that are predicted right: a bit for each test sample, see `records.bits`.
+    samples_right: str | None = None
     chance_metric: float | None = None  # the primary metric up to which a network is no better than chance on the test set
     nll: float | None = None
     ece: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -115,6 +116,8 @@ def board_data(board: Board) -> dict[str, Any]:
         **({"undistilled": board.undistilled} if of_methods else {}),
         "control": board.control,
         "detectable": finite(board.detectable),
+        "plan": None if board.plan is None else board.plan.model_dump(mode="json", exclude_defaults=True),
+        **_searches_data(board),
         **_errors_data(board),
         "rows": [row_data(row) if of_methods else student_row_data(row) for row in board.rows],
         "findings": list(board.findings),
@@ -134,6 +137,7 @@ def row_data(row: Row) -> dict[str, Any]:
         **{name: finite(getattr(row, name)) for name in ("gap_recovered", "gap_low", "gap_high")},
         **{f"vs_kd{end}": finite(getattr(row, f"vs_control{end}")) for end in _ENDS},
         **together_data("vs_kd", row.over_control),
+        "vs_kd_samples": finite(row.moved_by_samples),
         **_runs_and_costs(row),
     }
 
@@ -146,8 +150,17 @@ def student_row_data(row: Row) -> dict[str, Any]:
         "student": row.label,
         **{name: finite(getattr(row, name)) for name in ("mean", "low", "high")},
         **{name.replace("_all", ""): value for name, value in together_data("vs_control", row.over_control).items()},
+        "vs_control_samples": finite(row.moved_by_samples),
         **_runs_and_costs(row),
     }
+
+
+def _searches_data(board: Board) -> dict[str, Any]:
+    """How much a value varies, as standard deviations; null for one search a method, and between seeds where a search has one final."""
+    variances = board.searches or ()
+    names = ("sd_between_searches", "sd_between_seeds") if len(variances) != 1 else ("sd_of_searches_and_seeds",)
+    found = dict(zip(names, map(math.sqrt, variances), strict=False))
+    return {name: finite(found.get(name)) for name in ("sd_between_searches", "sd_between_seeds", "sd_of_searches_and_seeds")}
 
 
 def _errors_data(board: Board) -> dict[str, Any]:
@@ -167,6 +180,8 @@ def _runs_and_costs(row: Row) -> dict[str, Any]:
     return {
         "values": {str(seed): finite(value) for seed, value in row.values.items()},
         "seeds": row.seeds,
+        "looked": row.looked or None,
+        "undecided": row.undecided,
         "failed": row.failed,
         "params": finite(dict(row.params)),
         "trials": row.trials,

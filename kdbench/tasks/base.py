@@ -247,6 +247,10 @@ class Task(ABC):
         """The smallest difference that the primary metric can show on these samples; 0 where nobody knows."""
         return 0.0
 
+    def right(self, prediction: Columns, target: Columns) -> Tensor | None:
+        """Whether each sample is predicted right, bool [N], where the primary metric is their share in percent; None where it is not."""
+        return None
+
     def chance(self, target: Columns) -> float | None:
         """The primary metric up to which a network is no better than one that always answers with the commonest class of `target`.
 

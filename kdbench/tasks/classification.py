@@ -95,13 +95,16 @@ class Classification(Task):
         logits, labels = single(prediction, "logits"), single(target, "target")
         # Computed here, because importing torchmetrics takes as long as training a small student does; a test holds both equal.
         log_probabilities = logits.double().log_softmax(1)
-        correct = logits.argmax(1) == labels
+        correct = self.right(prediction, target)
         found = {"accuracy": 100 * correct.double().mean().item()}
         if logits.shape[1] > 5:
             found["top5"] = 100 * (logits.topk(5, dim=1).indices == labels[:, None]).any(1).double().mean().item()
         found["nll"] = F.nll_loss(log_probabilities, labels).item()
         found["ece"] = _calibration_error(log_probabilities.amax(1).exp(), correct)
         return found
+
+    def right(self, prediction: Columns, target: Columns) -> Tensor:
+        return single(prediction, "logits").argmax(1) == single(target, "target")
 
     def chance(self, target: Columns) -> float:
         """The commonest label's share in percent, and three standard errors of a share of so many images. target: [N]."""

@@ -16,6 +16,7 @@ from kdbench.errors import Diverged, KDBenchError, UserError
 from kdbench.experiment import Unit, board_hash, worker_bounds
 from kdbench.methods.build import method_code
 from kdbench.models.build import model_code
+from kdbench.records.bits import packed
 from kdbench.records.environment import own_code
 from kdbench.records.record import RunRecord, new_run_id
 from kdbench.search.space import dotted
@@ -87,6 +88,7 @@ def _quality(predicted: Columns, teacher: Columns | None, task: Task, splits: Sp
         "test_metric": quality[task.primary],
         "metrics": quality,
         "primary_scale": _scale(task, splits),
+        "samples_right": samples_right(prediction, targets_of(splits.test), task),
         "chance_metric": task.chance(targets_of(splits.test)),
         "nll": quality.get("nll"),
         "ece": quality.get("ece"),
@@ -95,6 +97,12 @@ def _quality(predicted: Columns, teacher: Columns | None, task: Task, splits: Sp
         "predictions_uri": where,
         "predictions_sha256": hashlib.sha256(packed).hexdigest(),
     }
+
+
+def samples_right(prediction: Columns, target: Columns, task: Task) -> str | None:
+    """A record's bits of which samples are predicted right, from predictions as they are stored."""
+    right = task.right(widened(prediction), target)
+    return None if right is None else packed(right.cpu().numpy())
 
 
 def _scale(task: Task, splits: Splits) -> dict[str, float]:

@@ -169,6 +169,7 @@ def test_a_value_edited_by_hand_breaks_the_checksum_whatever_it_is(results, valu
         ({"test_metric": 99.0}, "test_metric is 99.0, its predictions give "),
         ({"nll": 0.1}, "nll is 0.1, its predictions give "),
         ({"ece": None}, "ece is None, its predictions give "),
+        ({"samples_right": "8:/w=="}, "samples_right names other samples than its predictions do"),
         ({"metrics": "{}"}, "metrics.accuracy is None, its predictions give "),
         ({"agreement": 0.999}, "agreement is 0.999, the predictions give "),
         ({"teacher_kl": 0.001}, "teacher_kl is 0.001, the predictions give "),

@@ -15,6 +15,7 @@ from kdbench.errors import UserError
 from kdbench.experiment import Experiment, TeacherRef, to_yaml
 from kdbench.models.build import ModelSpec
 from kdbench.records.record import RunRecord
+from kdbench.records.bits import unpacked
 from kdbench.records.store import ResultStore
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.checkpoint import save_weights
@@ -94,6 +95,8 @@ def test_the_scale_of_logits_does_not_change_the_accuracy(scale: float, precisio
     task = build_task(TaskSpec.model_validate(units.TASK))
     stored = (tmp_path / str(record.predictions_uri)).read_bytes()
     assert rederive(record, task, stored) == record.metrics
+    assert record.samples_right is not None
+    assert 100 * unpacked(record.samples_right).mean() == pytest.approx(record.test_metric)
     ResultStore(tmp_path).append(record)
     found = verify(tmp_path)
     assert (found.derived, found.problems) == (1, ())
