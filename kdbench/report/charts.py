@@ -188,7 +188,10 @@ def _point(point: Point, is_on: bool, name: Markup, xs: Scale, ys: Scale, height
 
 @dataclass(frozen=True)
 class Curve:
-    """The validation metric of a method by epoch, the mean over its seeds."""
+    """The validation metric of a method by epoch, the mean over its seeds; or the best one by the trials of its search.
+
+    epochs: or trials.
+    """
 
     method: str
     number: int
@@ -196,20 +199,23 @@ class Curve:
     values: tuple[float, ...]
 
 
-def learning_curves(curves: Sequence[Curve], primary: str) -> Markup:
-    """All methods' curves, each named at its end. The scale begins where the last three quarters lie: first epochs may run out below."""
+def learning_curves(curves: Sequence[Curve], primary: str, step: str = "epoch") -> Markup:
+    """All methods' curves, each named at its end. The scale begins where the last three quarters lie: first epochs may run out below.
+
+    step: what the curves go on by, `epoch` or `trial`.
+    """
     height = 320
     late = [v for c in curves for v in c.values[len(c.values) // 4 :]]
     xs, ys = Scale(min(c.epochs[0] for c in curves), max(c.epochs[-1] for c in curves), whole=True), scale_of(late)
     if xs.low == xs.high:
         xs = Scale(xs.low - 1, xs.high, whole=True)
     ends = spread([height * (1 - min(1.0, max(0.0, ys(c.values[-1])))) for c in curves], 15, height - 4)
-    parts = [y_axis(ys, height), x_axis(xs, height, "epoch")]
-    parts += [_curve(curve, index, end, xs, ys, height, primary) for index, (curve, end) in enumerate(zip(curves, ends, strict=True))]
-    return chart(*parts, height=height, label=f"validation {primary} by epoch, {len(curves)} methods", names="right")
+    parts = [y_axis(ys, height), x_axis(xs, height, step)]
+    parts += [_curve(curve, index, end, xs, ys, height, primary, step) for index, (curve, end) in enumerate(zip(curves, ends, strict=True))]
+    return chart(*parts, height=height, label=f"validation {primary} by {step}, {len(curves)} methods", names="right")
 
 
-def _curve(curve: Curve, index: int, end: float, xs: Scale, ys: Scale, height: int, primary: str) -> Markup:
+def _curve(curve: Curve, index: int, end: float, xs: Scale, ys: Scale, height: int, primary: str, step: str) -> Markup:
     """What lies below the scale is cut off."""
     path = [(xs(epoch), height * (1 - ys(value))) for epoch, value in zip(curve.epochs, curve.values, strict=True)]
     colour, dash = f"colour-{index % COLOURS}", _DASHES[index // COLOURS % len(_DASHES)]
@@ -220,16 +226,16 @@ def _curve(curve: Curve, index: int, end: float, xs: Scale, ys: Scale, height: i
     ]
     stops = [*range(0, len(path), math.ceil(len(path) / _MOST_STOPS)), len(path) - 1]
     shown += [
-        element("circle", cx=percent(path[i][0]), cy=round(path[i][1], 1), r=7, class_="stop", data_tip=_at_epoch(curve, i, primary))
+        element("circle", cx=percent(path[i][0]), cy=round(path[i][1], 1), r=7, class_="stop", data_tip=_at_step(curve, i, primary, step))
         for i in dict.fromkeys(stops)
         if 0 <= path[i][1] <= height
     ]
-    tip = f"{curve.method}: {primary} {curve.values[-1]:.4g} after {curve.epochs[-1]:g} epochs, {curve.values[0]:.4g} after the first"
+    tip = f"{curve.method}: {primary} {curve.values[-1]:.4g} after {curve.epochs[-1]:g} {step}s, {curve.values[0]:.4g} after the first"
     return mark(*shown, method=curve.method, tip=tip)
 
 
-def _at_epoch(curve: Curve, position: int, primary: str) -> str:
-    return f"{curve.method}, epoch {curve.epochs[position]:g}: {primary} {curve.values[position]:.4g}"
+def _at_step(curve: Curve, position: int, primary: str, step: str) -> str:
+    return f"{curve.method}, {step} {curve.epochs[position]:g}: {primary} {curve.values[position]:.4g}"
 
 
 # --- searches --------------------------------------------------------------------------------------------------------

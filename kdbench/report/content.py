@@ -17,6 +17,7 @@ from kdbench.boards.simultaneous import Difference as Together
 from kdbench.errors import UserError
 from kdbench.records.record import RunRecord
 from kdbench.records.store import path_name
+from kdbench.report.budgets import Budget, budget
 from kdbench.report.charts import VERDICTS, Curve, Difference, Point
 from kdbench.storage.journals import read_journal
 from kdbench.storage.layout import Layout
@@ -43,7 +44,7 @@ class BoardEntry:
     """A row of the board with what stands behind it. number: its place on the board, by which charts name it.
 
     anchor: a name that no other row of the board has, the same when more rows come.
-    search: None where the parameters were not searched; a sentence where the search can't be shown.
+    search: None where the parameters were not searched; a sentence where the search can't be shown; of several the newest.
     """
 
     number: int
@@ -52,6 +53,8 @@ class BoardEntry:
     runs: tuple[Run, ...]
     curve: Curve | None
     search: Search | str | None
+    studies: tuple[Search, ...] = ()  # all searches of the method that can be shown
+    sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class Page:
     @property
     def curves(self) -> list[Curve]:
         return [entry.curve for entry in self.entries if entry.curve is not None]
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The best validation value by the trials of a search, of each method that was searched with more than one."""
+        higher = self.board.higher_is_better
+        found = [budget(entry.number, entry.row.label, entry.studies, entry.sampler, higher) for entry in self.entries]
+        return [each for each in found if each is not None and len(each.curve.values) > 1]
 
     @property
     def tiles(self) -> list[tuple[str, float | None]]:
@@ -206,7 +216,10 @@ def _entry(
         )
         for record in records
     )
-    return BoardEntry(number, anchor, row, runs, _curve(number, row.label, records, f"val_{board.primary}"), _search(records, folders))
+    curve, studies = _curve(number, row.label, records, f"val_{board.primary}"), _searches(records, folders)
+    shown = tuple(study for study in studies if not isinstance(study, str))
+    sampler = next((record.sampler for record in records if record.sampler is not None), None)
+    return BoardEntry(number, anchor, row, runs, curve, next(iter(studies), None), shown, sampler)
 
 
 def _curve(number: int, label: str, records: Sequence[RunRecord], name: str) -> Curve | None:
@@ -223,22 +236,25 @@ def _curve(number: int, label: str, records: Sequence[RunRecord], name: str) -> 
     return Curve(label, number, epochs, tuple(fmean(by_epoch[epoch]) for epoch in epochs))
 
 
-def _search(records: Sequence[RunRecord], folders: Sequence[Path]) -> Search | str | None:
-    """The study of the newest run that has one."""
+def _searches(records: Sequence[RunRecord], folders: Sequence[Path]) -> list[Search | str]:
+    """The studies of the runs, the newest run's first."""
     searched = [record for record in records if record.study_id is not None]
-    if not searched:
-        return None
-    newest = max(searched, key=lambda record: (record.created_at, record.run_id))
-    assert newest.study_id is not None
+    newest_first = sorted(searched, key=lambda record: (record.created_at, record.run_id), reverse=True)
+    trials = {record.study_id: record.trials for record in reversed(newest_first) if record.study_id is not None}
+    return [_search(study_id, trials[study_id], folders) for study_id in dict.fromkeys(r.study_id for r in newest_first if r.study_id)]
+
+
+def _search(study_id: str, trials: int | None, folders: Sequence[Path]) -> Search | str:
+    """A study, of which a run is on record after so many trials; a sentence where it can't be shown."""
     for folder in folders:
         try:
-            journal = read_journal(Layout(folder).study(path_name(newest.study_id)))
+            journal = read_journal(Layout(folder).study(path_name(study_id)))
         except (OSError, UserError) as error:
             return f"The journal of the search can't be read: {getattr(error, 'strerror', None) or error}."
         if journal:
             from kdbench.report.searches import read_search  # imports Optuna, which a board without a search can do without
 
-            return read_search(journal, newest.study_id, newest.trials)
+            return read_search(journal, study_id, trials)
     return "The study of its search is not in this results folder, so its trials can't be shown."
 
 

@@ -22,6 +22,7 @@ from kdbench.boards.formatting import interval, ranks, scaled, short
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.summary import THRESHOLDS, Summary, summaries
 from kdbench.report import charts
+from kdbench.report.budgets import after_trials
 from kdbench.report.content import Page, by_protocol, trade_offs
 from kdbench.report.rendering import content_data, pareto_text
 from kdbench.tracking import Interface
@@ -100,6 +101,7 @@ def _environment() -> Environment:
     made.filters |= {"scaled": scaled, "short": short, "percent": _percent, "plural": _plural, "quoted": shlex.quote, "value": _value}
     made.globals |= {
         "charts": charts,
+        "after_trials": after_trials,
         "costs": COST_AXES,
         "interval": interval,
         "signed": _signed,

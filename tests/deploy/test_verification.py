@@ -38,13 +38,12 @@ ASKED: dict[str, Any] = {
     "methods": ["kd"],
     "recipe": {"epochs": 1, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous", "compile": False},
     "seeds": 2,
-    "control_seeds": 2,
 }
 
 
 def trained(folder: Path, **changes: Any) -> Path:
     """The results of an experiment."""
-    run(Experiment.model_validate({**ASKED, **changes}), folder, Unwatched())
+    run(Experiment.model_validate({**ASKED, "control_seeds": changes.get("seeds", 2), **changes}), folder, Unwatched())
     return folder
 
 
@@ -343,7 +342,7 @@ def test_keys_of_searches_combinations_and_given_teachers_are_derived(tmp_path: 
     """The search varies the recipe too, which is then another one than the board's."""
     monkeypatch.setattr(emptying, "needs_ray", lambda *_: False)
     folder = tmp_path / "results"
-    trained(folder, seeds=1, control_seeds=1)
+    trained(folder, seeds=1)
     [weights] = folder.glob("teachers/*/model.safetensors")
     teacher = {**ASKED["teacher"], "weights": str(weights)}
     methods = ["none", {"name": "kd+fitnet", "label": "both"}, {"name": "norm", "label": "wide"}]
@@ -387,7 +386,7 @@ def test_parameters_of_a_record_are_read_as_the_method_has_them() -> None:
 
 def test_a_folder_stays_clean_when_seeds_are_added_and_names_and_labels_of_the_teacher_change(sealed: Path) -> None:
     teacher = {"model": {**ASKED["teacher"]["model"], "label": "big"}}
-    trained(sealed, name="renamed", seeds=3, control_seeds=3, methods=["kd", "none"], teacher=teacher, cache={"budget_gb": 1})
+    trained(sealed, name="renamed", seeds=3, methods=["kd", "none"], teacher=teacher, cache={"budget_gb": 1})
 
     found = verify(sealed)
     assert (found.problems, found.notes) == ((), ())
@@ -462,10 +461,10 @@ def test_what_a_run_that_was_killed_before_its_seal_left_is_sealed_by_the_next(t
     with monkeypatch.context() as before_its_seal:
         before_its_seal.setattr(running, "seal", killed)
         with pytest.raises(KeyboardInterrupt):
-            trained(folder, seeds=1, control_seeds=1)
+            trained(folder, seeds=1)
     assert (verify(folder).problems, verify(folder).sealed) == ((), 0)
 
-    trained(folder, seeds=1, control_seeds=1)
+    trained(folder, seeds=1)
     found = verify(folder)
     assert (found.records, found.sealed, found.problems, found.notes) == (2, 2, (), ())
 

@@ -164,7 +164,8 @@ def test_hover_and_focus_show_what_a_mark_means(page: Chrome) -> None:
 def test_a_chart_is_one_stop_of_the_tab_key(page: Chrome) -> None:
     stops = "return [...document.querySelectorAll('.plot')].map((p) => p.querySelectorAll('[tabindex=\"0\"]').length)"
     counts = page.execute_script(stops)
-    assert len(counts) == 1 + 1 + 11  # device-hours (all networks are alike, and so their latency), the curves, the searches
+    # Device-hours (all networks are alike, and so their latency), the curves, the searches, and what these were worth.
+    assert len(counts) == 1 + 1 + 11 + 1
     assert set(counts) == {1}
 
 

@@ -14,8 +14,8 @@ from kdbench.deploy.verification import verify
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, TeacherRef, to_yaml
 from kdbench.models.build import ModelSpec
-from kdbench.records.record import RunRecord
 from kdbench.records.bits import unpacked
+from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
 from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.checkpoint import save_weights
