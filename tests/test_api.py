@@ -97,7 +97,7 @@ seeds: 1
     found: dict[str, Any] = {}
     exec(block.text, found)
     assert isinstance(found["experiment"], Experiment)
-    assert found["summary"].trained == 5, "the teacher, and two methods on two seeds"
+    assert found["summary"].trained == 9, "the teacher, and two controls on four seeds"
     printed = capsys.readouterr().out
     assert printed.startswith("tiny_cnn [(")
     assert {"'none'", "'kd'"} <= set(re.findall(r"'\w+'", printed))

@@ -22,6 +22,7 @@ from kdbench.cli.options import (
     ExperimentFile,
     Format,
     ManyResults,
+    MaxHours,
     NoMlflow,
     OfExperiment,
     Overrides,
@@ -68,6 +69,7 @@ def run(
     set_: Overrides = None,
     results: Results = None,
     no_mlflow: NoMlflow = False,
+    max_hours: MaxHours = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Train no student: say where the time of a step goes, method by method, and write traces.")
     ] = False,
@@ -83,7 +85,7 @@ def run(
     if profile:
         _profile(experiment, set_, results)
         return
-    summary = _run_experiment(experiment, set_, results, no_mlflow, search_only=False)
+    summary = _run_experiment(experiment, set_, results, no_mlflow, max_hours, search_only=False)
     _end_with(summary.failures)
 
 
@@ -93,12 +95,13 @@ def tune(
     set_: Overrides = None,
     results: Results = None,
     no_mlflow: NoMlflow = False,
+    max_hours: MaxHours = None,
     trust_code: TrustCode = False,
 ) -> None:
     """The search alone: print the best parameters of every method."""
     import json
 
-    summary = _run_experiment(experiment, set_, results, no_mlflow, search_only=True)
+    summary = _run_experiment(experiment, set_, results, no_mlflow, max_hours, search_only=True)
     for student, methods in summary.tuned.items():
         for label, params in methods.items():
             typer.echo(f"{student}  {label}  {json.dumps(params)}")
@@ -114,6 +117,7 @@ def submit(
     set_: Overrides = None,
     results: Results = None,
     no_mlflow: NoMlflow = False,
+    max_hours: MaxHours = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Only start the job: print its id, and how to follow it.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
@@ -131,7 +135,8 @@ def submit(
     read = load_experiment(experiment, set_ or ())
     check_choices(read, check_task(read.task))
     place = Layout(results_folder(results, read.results)).location
-    request = Request(read.name, relative_file(experiment), place, tuple(set_ or ()), ("--no-mlflow",) if no_mlflow else ())
+    more = (("--no-mlflow",) if no_mlflow else ()) + (("--max-hours", f"{max_hours!r}") if max_hours is not None else ())
+    request = Request(read.name, relative_file(experiment), place, tuple(set_ or ()), more)
     job = submit_job(address, request, say)
     say(f"job {job.id}; results: {place}, on every node of the cluster")
     if no_wait:
@@ -142,8 +147,10 @@ def submit(
     raise typer.Exit(followed(job, lambda text: typer.echo(text, nl=False), say, again()))
 
 
-def _run_experiment(path: Path, overrides: list[str] | None, results: str | None, no_mlflow: bool, search_only: bool) -> Any:
-    with watched(path, overrides, results) as (experiment, folder, display):
+def _run_experiment(
+    path: Path, overrides: list[str] | None, results: str | None, no_mlflow: bool, max_hours: float | None, search_only: bool
+) -> Any:
+    with watched(path, overrides, results, max_hours) as (experiment, folder, display):
         from kdbench.benchmark.run import run as run_benchmark
         from kdbench.tracking import MlflowTracker, NoTracker, tracking_uri
 

@@ -8,6 +8,18 @@ import typer
 
 from kdbench.errors import UserError
 
+
+def within(low: float, high: float) -> Callable[[typer.CallbackParam, float | None], float | None]:
+    """A callback for an option with a number: refuses what is outside low .. high, and nan, in one line."""
+
+    def check(param: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{param.opts[0]} {value:.12g}: expected a number from {low:,.12g} to {high:,.12g}")
+        return value
+
+    return check
+
+
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -30,6 +42,16 @@ ManyResults = Annotated[
         "--results",
         metavar="DIR",
         help="Where results are kept; may be repeated to read several folders as one. Default: KDBENCH_RESULTS, or ./results.",
+        show_default=False,
+    ),
+]
+MaxHours = Annotated[
+    float | None,
+    typer.Option(
+        "--max-hours",
+        metavar="N",
+        callback=within(1e-6, 1e5),
+        help="Stop after so long, as Ctrl-C does; the same command goes on. By default, until all is done.",
         show_default=False,
     ),
 ]
@@ -58,17 +80,6 @@ TrustCode = Annotated[
         help="Import and call every name that the file or the records give, also of installed packages.",
     ),
 ]
-
-
-def within(low: float, high: float) -> Callable[[typer.CallbackParam, float | None], float | None]:
-    """A callback for an option with a number: refuses what is outside low .. high, and nan, in one line."""
-
-    def check(param: typer.CallbackParam, value: float | None) -> float | None:
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{param.opts[0]} {value:.12g}: expected a number from {low:,.12g} to {high:,.12g}")
-        return value
-
-    return check
 
 
 def example(command: str) -> str:

@@ -34,9 +34,37 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+class _TimeIsOver(KeyboardInterrupt):
+    """It ends a command as Ctrl-C does."""
+
+
 @contextmanager
-def watched(path: Path, overrides: list[str] | None, results: str | None) -> "Iterator[tuple[Experiment, Path, Display]]":
-    """The experiment, its results folder and a display, for work that can be interrupted and gone on with."""
+def _ended_after(hours: float | None) -> Iterator[None]:
+    """Raise _TimeIsOver in what is done inside, once so many hours are over; never for None."""
+    if hours is None:
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _TimeIsOver
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 3600 * hours)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def watched(
+    path: Path, overrides: list[str] | None, results: str | None, max_hours: float | None = None
+) -> "Iterator[tuple[Experiment, Path, Display]]":
+    """The experiment, its results folder and a display, for work that can be interrupted and gone on with.
+
+    max_hours: after so many it ends as by Ctrl-C; by default it is not interrupted.
+    """
     from kdbench.distributed.cluster import quiet
 
     quiet()
@@ -52,8 +80,11 @@ def watched(path: Path, overrides: list[str] | None, results: str | None) -> "It
     folder = results_folder(results, experiment.results)
     check_lasting(folder)
     try:
-        with Display(Console(stderr=False)) as display:
+        with _ended_after(max_hours), Display(Console(stderr=False)) as display:
             yield experiment, folder, display
+    except _TimeIsOver:
+        say(f"\nThe {max_hours:g} hours of --max-hours are over. What is finished is kept; to go on: {again()}")
+        raise typer.Exit(130) from None
     except KeyboardInterrupt:
         say(f"\nStopped. What is finished is kept; to go on: {again()}")
         raise typer.Exit(130) from None

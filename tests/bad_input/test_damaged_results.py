@@ -97,7 +97,7 @@ def test_a_damaged_teacher_cache_is_made_again(kdbench: Kdbench, done: Path, kin
         entry.write_text("[]")
     else:
         index.write_bytes(whole[index][:-1] + b"\xff")
-    ended = run(kdbench, {"seeds": 2})
+    ended = run(kdbench, {"seeds": 2, "control_seeds": 2})
     assert ended.code == 0, ended.err
     assert "it is made again" in ended.out
     assert {path: path.read_bytes() for path in whole} == whole
@@ -172,7 +172,7 @@ def test_weights_that_a_record_says_are_elsewhere_are_not_read(kdbench: Kdbench,
 def test_a_file_in_place_of_the_locks_is_named(kdbench: Kdbench, done: Path) -> None:
     shutil.rmtree(done / "locks", ignore_errors=True)
     (done / "locks").write_text("")
-    ended = run(kdbench, {"seeds": 2})
+    ended = run(kdbench, {"seeds": 2, "control_seeds": 2})
     assert_one_line(ended, 2, "locks/tiny.lock can't be taken: ", "locks is no folder; move away what is in its place")
 
 

@@ -44,7 +44,7 @@ def experiment(task: str, **changes: Any) -> Experiment:
         "methods": ["none", "kd"],
         "recipe": {"epochs": 2, "batch_size": 20, "lr": 0.05, "precision": "fp32", "memory_format": "contiguous", "compile": False},
         "seeds": 2,
-        "control_seeds": 2,
+        "control_seeds": changes.get("seeds", 2),
     }
     return Experiment.model_validate({**SMALL[task], **rest, **changes})
 
@@ -90,7 +90,7 @@ def test_teacher_search_finals_and_board_work_for_every_task(task: str, tmp_path
 
 def test_more_seeds_train_only_the_new_ones(tmp_path: Path) -> None:
     assert run(experiment("classification", seeds=1), tmp_path, Unwatched()).trained == 1 + 2
-    more = run(experiment("classification", seeds=3, control_seeds=3), tmp_path, Unwatched())
+    more = run(experiment("classification", seeds=3), tmp_path, Unwatched())
     assert (more.trained, more.found) == (4, 1 + 2)
     (board,) = boards(ResultStore(tmp_path).scan())
     assert {row.seeds for row in board.rows} == {3}

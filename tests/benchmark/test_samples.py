@@ -42,7 +42,6 @@ ASKED: dict[str, Any] = {
         "views": 2,
     },
     "seeds": 2,
-    "control_seeds": 2,
 }
 OTHER: dict[str, Any] = {"name": "classification", "data": {**DATA, "size": 24, "seed": 9}, "val_size": 20}
 
@@ -67,7 +66,7 @@ def experiment(changes: dict[str, Any] | None = None) -> Experiment:
             del place[last]
         else:
             place[last] = value
-    return Experiment.model_validate(asked)
+    return Experiment.model_validate({"control_seeds": asked["seeds"], **asked})
 
 
 def ran(changes: dict[str, Any], folder: Path) -> tuple[Board, dict[str, list[RunRecord]]]:
