@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.simultaneous import Difference
-from kdbench.records.plan import CONTROL, UNDISTILLED, Plan
+from kdbench.records.plan import CONTROL, UNDISTILLED, Plan, control_of
 
 WITHOUT_DISTILLATION = frozenset({UNDISTILLED, "label_smoothing"})
 CONTROLS = WITHOUT_DISTILLATION | {CONTROL}  # methods that are there to be beaten
@@ -167,6 +167,16 @@ class Board:
     def best_distilled(self) -> Row | None:
         """The distilled row with the best mean among the ranked ones; None where there is none."""
         return next((row for row in self.rows if row.rank is not None and row.method not in WITHOUT_DISTILLATION), None)
+
+    def meant(self, row: Row) -> int:
+        """How many seeds the row is meant to have: by the plan, or without one as many as the others, the controls aside."""
+        controls = {control_of([(each.label, each.method) for each in self.rows], name) for name in (UNDISTILLED, CONTROL)}
+        if self.plan is None:
+            rivals = [each.seeds for each in self.rows if each.label not in controls or self.rows_by == "student"]
+            return max(rivals, default=row.seeds)
+        if self.plan.looks:
+            return row.looked or self.plan.seeds
+        return self.plan.control_seeds if row.label in controls and self.plan.searches == 1 else self.plan.seeds * self.plan.searches
 
     @property
     def leaders(self) -> tuple[Row, ...]:

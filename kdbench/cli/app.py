@@ -235,6 +235,7 @@ def leaderboard(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the gains: FILE.png, .svg or .pdf.", show_default=False)
     ] = None,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="Also print each row against each other.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Also quote the papers' own figures, apart from the ranking.")] = False,
     explain: Annotated[
         str | None,
@@ -259,6 +260,8 @@ def leaderboard(
     check_format(format_)
     wanted = chosen(task=task, data=data, teacher=teacher, student=student, experiment=experiment)
     pages = any((html, site, serve))
+    if pairwise and (pages or explain is not None or format_ not in ("table", "markdown")):
+        raise UserError("--pairwise is of boards that are printed as table or markdown; JSON has `better_than` of each row")
     if pages and (others := [name for name, given in (("--format", format_ != "table"), ("--explain", explain)) if given]):
         raise UserError(f"{others[0]} is of what is printed, and --html, --site and --serve print nothing; give one of the two")
     if picture is not None and (pages or explain is not None):
@@ -272,7 +275,7 @@ def leaderboard(
     if by == "student":
         if only is not None:
             raise UserError("--only is of methods; with --by student, --method chooses boards and --student rows")
-        _students(folders, wanted, method, control, format_)
+        _students(folders, wanted, method, control, format_, pairwise)
         return
     if pages:
         _report(folders, wanted, names, control, html, site, port if serve else None)
@@ -288,7 +291,7 @@ def leaderboard(
         check_row(found, control, "--control")
     if names:
         found, across = of_methods(found, names), of_methods(across, names)
-    _print_boards(found, format_, across, published)
+    _print_boards(found, format_, across, published, pairwise)
     if picture is not None:
         from kdbench.report.picture import draw
 
@@ -305,7 +308,9 @@ def _check_rows(by: str, others: Sequence[str]) -> None:
         raise UserError(f"{others[0]} is not supported with --by student: {way_out}")
 
 
-def _students(folders: "Folders", filters: Mapping[str, str], method: str | None, control: str | None, format_: str) -> None:
+def _students(
+    folders: "Folders", filters: Mapping[str, str], method: str | None, control: str | None, format_: str, pairwise: bool
+) -> None:
     """The students of each method side by side. A student that is asked for keeps the figures that it has beside all others."""
     from kdbench.boards.filters import check_row, students_by
     from kdbench.boards.summary import of_student
@@ -318,7 +323,7 @@ def _students(folders: "Folders", filters: Mapping[str, str], method: str | None
             check_row(found, name, option)
     if "student" in filters:
         found = of_student(found, filters["student"])
-    _print_boards(found, format_)
+    _print_boards(found, format_, with_pairs=pairwise)
 
 
 def _report(
@@ -381,13 +386,15 @@ def _explain(folders: "Folders", filters: Mapping[str, str], method: str, contro
         typer.echo("\n\n".join(map(explanation_page, traced)))
 
 
-def _print_boards(found: "list[Board]", format_: str, across: "Sequence[Summary]" = (), published: bool = False) -> None:
+def _print_boards(
+    found: "list[Board]", format_: str, across: "Sequence[Summary]" = (), published: bool = False, with_pairs: bool = False
+) -> None:
     from rich.console import Console
 
     from kdbench.report.rendering import render
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
-    typer.echo(render(found, format_, across=across, with_published=published, console=console), nl=False)
+    typer.echo(render(found, format_, across=across, with_published=published, with_pairs=with_pairs, console=console), nl=False)
 
 
 @app.command("list", epilog=example("list methods"))

@@ -21,6 +21,7 @@ from kdbench.errors import UserError
 from kdbench.records.plan import CONTROL, UNDISTILLED
 from kdbench.records.record import RunRecord
 from kdbench.report.latex import latex
+from kdbench.report.pairwise import TITLE, pairwise
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,17 +52,19 @@ def render(
     *,
     across: Sequence[Summary] = (),
     with_published: bool = False,
+    with_pairs: bool = False,
     console: Console | None = None,
 ) -> str:
     """The boards as text in one of FORMATS. A table fits `console` (default: this terminal) and has its colours.
 
     `across`: summaries over several boards, which stand below these, in tables, Markdown and JSON. `with_published` adds the papers'
-    own figures in a section of their own, in tables and Markdown. JSON and CSV keep full precision. Raises UserError for an unknown format.
+    own figures in a section of their own, in tables and Markdown, and `with_pairs` each row against each other. JSON and CSV keep full
+    precision. Raises UserError for an unknown format.
     """
     if format == "table":
-        return _terminal(boards, across, with_published, console)
+        return _terminal(boards, across, with_published, with_pairs, console)
     if format == "markdown":
-        return "\n\n".join([*(_markdown(board, with_published) for board in boards), *map(_summary_markdown, across)]) + "\n"
+        return "\n\n".join([*(_markdown(board, with_published, with_pairs) for board in boards), *map(_summary_markdown, across)]) + "\n"
     if format == "latex":
         return latex(boards)
     if format == "csv":
@@ -190,6 +193,7 @@ def _runs_and_costs(row: Row) -> dict[str, Any]:
         "latency_ms_p50": finite(row.latency_ms_p50),
         "device_hours": finite(row.device_hours),
         **{name: list(getattr(row, name)) for name in _FRONTS},
+        "better_than": sorted(row.better_than),
         "run_ids": list(row.run_ids),
     }
 
@@ -222,7 +226,6 @@ def summary_data(summary: Summary) -> dict[str, Any]:
 
 def _columns(board: Board) -> list[Column]:
     decimals = board.decimals
-    seeds = max(row.seeds for row in board.rows)
     shown = [
         Column("rank", lambda r: ranks(r.rank, r.rank_high), style=lambda r: "bold" if r.rank == 1 else ""),
         Column(board.rows_by, lambda r: r.label, style=lambda r: "bold" if r.rank == 1 else "dim" if r.rank is None else ""),
@@ -240,7 +243,7 @@ def _columns(board: Board) -> list[Column]:
             lambda r: COLOURS[r.verdict],
         ),
         Column("gap", lambda r: UNKNOWN if r.gap_recovered is None else f"{r.gap_recovered:z.0%}", 5),
-        Column("seeds", lambda r: _seeds(r, seeds), 4, lambda r: "yellow" if r.failed or r.seeds < seeds else ""),
+        Column("seeds", lambda r: _seeds(r, board.meant(r)), 4, lambda r: "yellow" if r.failed or r.seeds < board.meant(r) else ""),
         Column("device-h", lambda r: short(r.device_hours), 6),
         Column("ms", lambda r: short(r.latency_ms_p50), 7),
         Column("params", lambda r: scaled(r.params_count), 8),
@@ -287,7 +290,7 @@ def _gap_verdict(row: SummaryRow) -> str:
 
 
 def _seeds(row: Row, wanted: int) -> str:
-    counted = str(row.seeds) if row.seeds == wanted else f"{row.seeds} of {wanted}"
+    counted = str(row.seeds) if row.seeds >= wanted else f"{row.seeds} of {wanted}"
     return f"{counted} ({row.failed} failed)" if row.failed else counted
 
 
@@ -331,7 +334,7 @@ def _published_line(figure: PublishedFigure) -> str:
     return f"{figure.method}: {pair}, {figure.data} {figure.metric} {before} -> {after}{change}, {figure.citation}{protocol}"
 
 
-def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published: bool, console: Console | None) -> str:
+def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published: bool, with_pairs: bool, console: Console | None) -> str:
     from rich.console import Console
     from rich.markup import escape
 
@@ -342,6 +345,9 @@ def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published
             console.print(_fitting_table(_columns(board), board.rows, console, dim=_undistilled(board)))
             for line in _below(board):
                 console.print(escape(line), style="yellow" if _warns(line) else "dim", highlight=False)
+            if with_pairs:
+                console.print(TITLE, style="bold", highlight=False)
+                console.print(_pairs_table(board))
             if with_published and board.published:
                 console.print("published (other protocols, not ranked)", style="bold", highlight=False)
                 for line in _published_lines(board):
@@ -354,6 +360,20 @@ def _terminal(boards: Sequence[Board], across: Sequence[Summary], with_published
                 console.print(escape(line), style="dim", highlight=False)
             console.print()
     return captured.get()
+
+
+def _pairs_table(board: Board) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    titles, lines = pairwise(board)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, title in enumerate(titles):
+        table.add_column(Text(title), justify="right" if place else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*(Text(cell, style="green" if cell.endswith("▲") else "red" if cell.endswith("▼") else "") for cell in line))
+    return table
 
 
 def _undistilled(board: Board) -> str | None:
@@ -385,9 +405,12 @@ def _table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow], dim: str
     return table
 
 
-def _markdown(board: Board, with_published: bool) -> str:
+def _markdown(board: Board, with_published: bool, with_pairs: bool) -> str:
     lines = [f"### {board.title}", "", *_markdown_table(_columns(board), board.rows), ""]
     lines += [f"- {line}" for line in _below(board)]
+    if with_pairs:
+        titles, rows = pairwise(board)
+        lines += ["", f"{TITLE}:", "", *_markdown_lines([titles, ["---"] * len(titles), *rows])]
     if with_published and board.published:
         lines += ["", "Published (other protocols, not ranked):", "", *(f"- {line}" for line in _published_lines(board))]
     return "\n".join(lines)
@@ -400,6 +423,10 @@ def _summary_markdown(summary: Summary) -> str:
 
 def _markdown_table(columns: Sequence[Column], rows: Sequence[Row | SummaryRow]) -> list[str]:
     cells = [[column.title for column in columns], ["---"] * len(columns), *([column.cell(row) for column in columns] for row in rows)]
+    return _markdown_lines(cells)
+
+
+def _markdown_lines(cells: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
 
 
@@ -414,7 +441,7 @@ def _csv(boards: Sequence[Board]) -> str:
         own |= {f"teacher_{name}" if name != "name" else "teacher": value for name, value in facts["teacher"].items()}
         for row in facts["rows"]:
             as_text = {name: json.dumps(row[name]) for name in ("params", "values")}
-            line = {**own, **row, **as_text, **{name: " ".join(row[name]) for name in (*_FRONTS, "run_ids")}}
+            line = {**own, **row, **as_text, **{name: " ".join(row[name]) for name in (*_FRONTS, "better_than", "run_ids")}}
             if writer is None:
                 writer = csv.DictWriter(out, list(line), lineterminator="\n")
                 writer.writeheader()
