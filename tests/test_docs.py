@@ -211,7 +211,7 @@ def test_the_reference_has_the_options_that_all_tasks_share(task: type[Task]) ->
 
 
 def test_the_json_contract_has_every_key_that_is_printed() -> None:
-    lists = dict.fromkeys(("pareto", "pareto_sure", "pareto_off", "run_ids"), ())
+    lists = dict.fromkeys(("pareto", "pareto_sure", "pareto_off", "better_than", "run_ids"), ())
     empty = dict.fromkeys(Row.__dataclass_fields__) | {"params": {}, "values": {}, "seeds": 0, "failed": 0, **lists}
     board = Board("p", "f", "t", "d", None, None, None, "s", "accuracy", True, None, None, None, None, None, (), (), ())
     assert list(_table("docs/leaderboard.md", "A row")) == list(row_data(Row(**empty)))
