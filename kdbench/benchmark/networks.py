@@ -11,6 +11,7 @@ from torch import nn
 from kdbench.benchmark.checks import check_images, searched_recipes
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.watch import Watch
+from kdbench.data.near_duplicates import counted_once
 from kdbench.distributed.cluster import device_here
 from kdbench.errors import KDBenchError
 from kdbench.experiment import Experiment, Recipe, content_hash
@@ -50,6 +51,14 @@ class Networks:
             for task in dict.fromkeys((self.task, self.own)):
                 if unseen := check_images(task):
                     watch.note(unseen)
+
+    @cached_property
+    def near_duplicates(self) -> int | None:
+        """How many test images the training images nearly equal; None where that is not known."""
+        splits = self.task.splits()
+        source = splits.source
+        train, test = (splits.train, splits.test) if source is None else (source.train, source.test)
+        return counted_once(train, test, splits.data_hash)
 
     def as_teacher(self, network: nn.Module) -> nn.Module:
         """The teacher's network as the students' batches go into it."""

@@ -296,6 +296,7 @@ class PairWork:
 
     def __init__(self, pair: Pair, ledger: Ledger, search_only: bool) -> None:
         self.pair, self.ledger, self.search_only = pair, ledger, search_only
+        self.near_duplicates: int | None = None  # of the test samples, where somebody counted them
         self.search, self.plan = pair.experiment.search, pair.experiment.plan
         self._recall = Recall(pair.asked, ledger)
         rows = [(spec.label, spec.name) for spec in pair.experiment.methods]
@@ -474,7 +475,7 @@ class PairWork:
         params = _searched_params(contender, record)
         facts = self._search_facts(contender)
         if unit.role == "final":
-            facts |= {"plan": self.plan.model_dump(mode="json", exclude_defaults=True)}
+            facts |= {"plan": self.plan.model_dump(mode="json", exclude_defaults=True), "near_duplicates": self.near_duplicates}
         return self.ledger.append(unit, record, contender.parent, params=params, **facts)
 
     def _search_facts(self, contender: Contender) -> dict[str, Any]:

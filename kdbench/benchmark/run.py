@@ -169,6 +169,8 @@ def _run(experiment: Experiment, ledger: Ledger, built: Networks, search_only: b
     try:
         if not queue.done:
             built.check_images(ledger.watch)
+            for work in queue.queues:
+                work.near_duplicates = built.near_duplicates
             built.rehearse()
             with _cached_outputs([(work.pair, work.unfinished) for work in queue.queues], experiment, ledger):
                 empty(queue, experiment, ledger)

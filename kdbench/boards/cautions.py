@@ -50,12 +50,23 @@ def chance_caution(teacher: str | None, metric: float | None, chance: float | No
     )
 
 
+def near_duplicates_caution(record: RunRecord) -> str | None:
+    """How many test samples training samples nearly equal; None where there are none, or nobody counted them."""
+    if not record.near_duplicates:
+        return None
+    return (
+        f"of the test images of {record.data} ({record.data_hash[:8]}), {record.near_duplicates:,} nearly equal a training image "
+        "(64-bit difference hashes that differ in at most 4 bits): of new images, the metric says less than it seems"
+    )
+
+
 def board_cautions(records: Sequence[RunRecord], teacher: str | None, teacher_metric: float | None) -> list[str]:
     """What the records of a board's runs say against trusting it, each once."""
     found = [ema_caution(_ema(record.recipe), _steps(record), "students") for record in records]
     known = next((record for record in records if record.chance_metric is not None), None)
     if known is not None:
         found.append(chance_caution(teacher, teacher_metric, known.chance_metric, known.higher_is_better))
+    found += [near_duplicates_caution(record) for record in records]
     return list(dict.fromkeys(caution for caution in found if caution))
 
 

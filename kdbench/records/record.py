@@ -78,6 +78,7 @@ class RunRecord(BaseModel):
     data_hash: str
     split_hash: str
     learned_hash: str | None = None  # content of train, transfer and val: what decided the training
+    near_duplicates: int | None = None  # test samples that training samples nearly equal, see `data.near_duplicates`; null where unknown
     test_hash: str | None = None  # content of the test part that was measured on; null where none was
     recipe: dict[str, Any]
     global_batch: int
