@@ -119,10 +119,37 @@ def _dimension(value: Any) -> Any:
     return Range(numbers["low"], numbers["high"], bool(value.get("log", False)), numbers.get("step"))
 
 
+class Budget(_Part):
+    """What the trials of one search may take, as if none were stopped early. One of the two."""
+
+    device_hours: float | None = Field(default=None, gt=0, le=1e9)
+    epochs: float | None = Field(default=None, gt=0, le=1e12)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Budget:
+        if (self.device_hours is None) == (self.epochs is None):
+            raise ValueError("expected one of device_hours and epochs, such as {device_hours: 0.5}")
+        return self
+
+    @property
+    def said(self) -> str:
+        """`0.5 device-hours`."""
+        return f"{self.epochs:g} epochs" if self.epochs is not None else f"{self.device_hours:g} device-hours"
+
+    def trials(self, seconds: float, epochs: float, whole: int, workers: int) -> int:
+        """How many trials it pays for, by what one has cost; at least 1.
+
+        seconds, epochs: of that trial. whole: the epochs of a trial that is not stopped. workers: that it had.
+        """
+        cost = whole if self.epochs is not None else seconds * workers / 3600 * whole / epochs
+        return max(1, int((self.epochs or self.device_hours or 0.0) / max(cost, 1e-9) + 1e-9))
+
+
 class Search(_Part):
     """How every method's parameters are searched: the same budget for each, the published default first, judged on validation only."""
 
-    trials: int = Field(ge=1, le=100_000)
+    trials: int = Field(ge=1, le=100_000)  # of a search with a budget, the most
+    budget: Annotated[Budget | None, LEFT_OUT_UNSET] = None
     sampler: Literal["tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii"] = "tpe"
     scheduler: Literal["asha", "none"] = "asha"
     grace_epochs: int = Field(default=1, ge=1, le=MOST_EPOCHS)  # no trial is stopped before this, nor before its method's warm-up is over

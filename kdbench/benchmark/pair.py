@@ -37,7 +37,7 @@ from kdbench.models.outputs import Shapes
 from kdbench.records.plan import CONTROL, UNDISTILLED, control_of
 from kdbench.records.record import RunRecord
 from kdbench.search.space import Parameter, Range, describe, is_whole
-from kdbench.search.study import Asha, Direction, MethodStudy, defaults, holds
+from kdbench.search.study import Asha, Direction, MethodStudy, TrialBudget, defaults, holds
 from kdbench.storage.journals import fetch_journal
 from kdbench.tasks.base import Splits, Task
 from kdbench.tasks.build import task_facts
@@ -169,7 +169,7 @@ class Pair:
                 "cache": self.experiment.cache.numbers,
                 "workers": self.experiment.runtime.model_dump(mode="json")["workers"],
                 "space": describe(axes),
-                "search": search.model_dump(mode="json", exclude={"trials", "top_k", "confirm_seeds", "also", "studies"}),
+                "search": search.model_dump(mode="json", exclude={"trials", "budget", "top_k", "confirm_seeds", "also", "studies"}),
             }
         )
 
@@ -196,9 +196,19 @@ class Pair:
             seed=search.seed + number * _APART,
             directions=[main, *costs],
             asha=asha,
+            budget=self._trial_budget(search),
             before_upload=recall.ledger.check_lease,
         )
         return study_id, study
+
+    def _trial_budget(self, search: Search) -> TrialBudget | None:
+        budget = search.budget
+        if budget is None:
+            return None
+        _, workers = worker_bounds(self.experiment.runtime.workers)
+        return TrialBudget(
+            f"trials within {budget.said}", lambda seconds, epochs: budget.trials(seconds, epochs, self.recipe.epochs, workers)
+        )
 
     def _unstoppable_epochs(self, spec: MethodSpec, axes: Sequence[Parameter], grace: int) -> int:
         """Epochs of a trial before which the search does not stop it.
@@ -349,8 +359,9 @@ class PairWork:
         search, rounds = self.search, {"search": [0, 0], "check": [0, 0], "final": [0, 0]}
         for contender in self.contenders:
             if contender.study is not None and search is not None:
-                _add(rounds["search"], contender.study.spent().trials, search.trials)
-                planned = search.top_k * search.confirm_seeds if search.top_k > 1 and search.trials > 1 else 0
+                trials = contender.study.trials
+                _add(rounds["search"], contender.study.spent().trials, trials)
+                planned = search.top_k * search.confirm_seeds if search.top_k > 1 and trials > 1 else 0
                 _add(
                     rounds["check"],
                     len(contender.candidates.keys() & contender.ended),
@@ -492,6 +503,7 @@ class PairWork:
             "scheduler": self.search.scheduler,
             "trials": spent.trials,
             "trials_failed": spent.failed,
+            "search_budget": None if self.search.budget is None else self.search.budget.model_dump(mode="json", exclude_none=True),
             "epochs_spent": spent.epochs + sum(len(record.curve) for record in checks if record),
             "search_device_hours": spent.seconds * workers / 3600 + sum(record.device_hours or 0.0 for record in checks if record),
             "space": dict(describe(contender.axes)),

@@ -144,6 +144,8 @@ class Board:
     data_hash: str = ""  # of the content of the data set; metrics on other content do not compare
     trainings: frozenset[str] = field(default=frozenset())  # the unit keys of all finals
     method: str | None = None  # on a board of students, the label of the method that all of them were trained with; None on one of methods
+    trained: str = ""  # the same for boards whose students were trained alike, however they were searched
+    ruleset: str = ""  # by which rule they were searched
     plan: Plan | None = None  # how many finals it was meant to have; None where nobody kept that
     searches: tuple[float, ...] | None = None  # variances between searches and between seeds, or their sum; None for one search a method
 

@@ -129,12 +129,38 @@ def _setting(record: RunRecord) -> str:
 def family_of(groups: Sequence[Finals]) -> str:
     """16 hex digits of how a board's students were trained and searched, whatever the data and the networks."""
     records = [group.newest for group in groups]
+    budgets = {json.dumps(record.search_budget, sort_keys=True) for record in records if record.search_budget}
+    # How many trials a budget pays for depends on the networks and the machine.
+    searches = [*sorted({(r.trials, r.sampler or "", r.scheduler or "") for r in records if r.trials and not r.search_budget}), *budgets]
+    return _digest([*_trained(records), searches])
+
+
+def trained_alike(groups: Sequence[Finals]) -> str:
+    """16 hex digits of how a board's students were trained, whatever the data, the networks and the search."""
+    return _digest(_trained([group.newest for group in groups]))
+
+
+def _trained(records: Sequence[RunRecord]) -> list[Any]:
     varied = {name.removeprefix("recipe.") for record in records for name in record.space or {} if name.startswith("recipe.")}
     first = records[0]
     recipe = {name: value for name, value in first.recipe.items() if name not in varied | SPEED_ONLY}
-    searches = sorted({(r.trials, r.sampler or "", r.scheduler or "") for r in records if r.trials})
-    told = [first.task, first.task_version, first.primary, recipe, first.global_batch, first.precision, sorted(varied), searches]
+    return [first.task, first.task_version, first.primary, recipe, first.global_batch, first.precision, sorted(varied)]
+
+
+def _digest(told: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def ruleset_of(groups: Sequence[Finals]) -> str:
+    """By which rule the parameters of a board were searched, as people read it."""
+    records = [group.newest for group in groups if group.newest.trials]
+    if not records:
+        return "no search"
+    budget = next((record.search_budget for record in records if record.search_budget), None)
+    if budget is None:
+        return f"{max(record.trials or 0 for record in records)} trials a method"
+    [(name, value)] = budget.items()
+    return f"{value:g} {name.replace('_', '-')} a method"
 
 
 def chosen(groups: Sequence[Finals], method: str) -> Finals | None:

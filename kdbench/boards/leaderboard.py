@@ -11,8 +11,21 @@ from statistics import fmean
 from kdbench.boards import sentences
 from kdbench.boards.board import Board, Estimate, Row, RowsBy
 from kdbench.boards.cautions import board_cautions
-from kdbench.boards.finals import Finals, age, best_first, chosen, family_of, grouped, known, latencies, values_of
+from kdbench.boards.finals import (
+    Finals,
+    age,
+    best_first,
+    chosen,
+    family_of,
+    grouped,
+    known,
+    latencies,
+    ruleset_of,
+    trained_alike,
+    values_of,
+)
 from kdbench.boards.published import PublishedFigure
+from kdbench.boards.rulesets import with_rulesets_compared
 from kdbench.boards.samples import moved_by_samples
 from kdbench.boards.standings import Scale, Standing, scale_of, seeds_wanted, standings, with_fronts
 from kdbench.boards.stats import paired_difference, paired_p_value, t_interval
@@ -67,7 +80,7 @@ def boards(
                 groups = grouped(members, "student")
                 board = _board(members, groups, sha, metric, control, _latencies_of_students(groups, together), "student")
                 found.append(board)
-    return found
+    return with_rulesets_compared(found)
 
 
 def _with_teacher(finals: Sequence[RunRecord], teacher: str | None) -> list[RunRecord]:
@@ -139,6 +152,8 @@ def _board(
         data_hash=first.data_hash,
         trainings=frozenset(record.unit_key for record in members),
         method=None if rows_by == "method" else first.label,
+        trained=trained_alike(groups),
+        ruleset=ruleset_of(groups),
         plan=plan,
         searches=found.searches,
     )

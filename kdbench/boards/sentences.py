@@ -250,6 +250,11 @@ def _search_budget(groups: Sequence[Finals], kind: str) -> str:
         return "no search, parameters as configured"
     how = ", ".join(sorted({name for group in groups for name in (group.newest.sampler, group.newest.scheduler) if name}))
     suffix = f" ({how})" if how else ""
+    told = [group.newest.search_budget for group in groups if group.newest.search_budget]
+    if told and all(budget == told[0] for budget in told):
+        [(name, value)] = told[0].items()
+        each = ", ".join(f"{label} {count}" for label, count in sorted(trials.items()))
+        return f"search: {value:g} {name.replace('_', '-')} a {kind}{suffix}, which are trials: {each}"
     if len(set(trials.values())) == 1:
         return f"search: {next(iter(trials.values()))} trials a {kind}{suffix}"
     return f"search budgets DIFFER{suffix}: " + ", ".join(f"{label} {count}" for label, count in sorted(trials.items()))

@@ -110,6 +110,7 @@ class RunRecord(BaseModel):
     scheduler: str | None = None
     trials: int | None = None
     trials_failed: int | None = None
+    search_budget: dict[str, float] | None = None  # `device_hours` or `epochs` of one search; null where the number of trials was given
     epochs_spent: float | None = None  # of all trials and candidates of this method
     search_device_hours: float | None = None
     space: dict[str, Any] | None = None

@@ -144,6 +144,17 @@ class Spent:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TrialBudget:
+    """How many trials a search has, by what one of them cost. name: by which the study remembers it, so that a killed search goes on to it.
+
+    trials: from the seconds and the epochs of a trial.
+    """
+
+    name: str
+    trials: Callable[[float, float], int]
+
+
 class MethodStudy:
     """Ask for points, tell how they went; every answer is on disk before the call returns.
 
@@ -165,9 +176,12 @@ class MethodStudy:
         seed: int,
         directions: Sequence[Direction] = ("maximize",),
         asha: Asha | None = None,
+        budget: TrialBudget | None = None,
         before_upload: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the study `name` in the journal at `path`, or begin it with the axes' defaults as its first point.
+
+        budget: where there is one, `trials` is the most, and how many there are follows from the cost of the first.
 
         before_upload: called before each write to the store; what it raises keeps that from being written.
 
@@ -177,7 +191,7 @@ class MethodStudy:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(path.name + ".lock").unlink(missing_ok=True)
         self.axes = tuple(axes)
-        self.trials = trials
+        self._most, self._budget = trials, budget
         self._before_upload = before_upload
         self._sampler, self._seed, self._asha = sampler, seed, asha
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
@@ -209,6 +223,17 @@ class MethodStudy:
         self._abandoned = [t for t in self._asked() if t.state == TrialState.RUNNING]
         self._open: dict[int, optuna.Trial] = {}
         self.held = False  # nothing more is asked for in this run
+
+    @property
+    def trials(self) -> int:
+        """How many trials this search has. With a budget, as many as it takes to know, until one of them has a cost."""
+        if self._budget is None:
+            return self._most
+        kept = self.study.user_attrs.get(self._budget.name)
+        if isinstance(kept, int):
+            return min(kept, self._most)
+        ended = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False)[: self._most])
+        return min(1 + ended, self._most)
 
     def _asked(self) -> list[FrozenTrial]:
         """The trials, of those that this search asked for, that were begun."""
@@ -295,6 +320,8 @@ class MethodStudy:
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", epochs)
         self.study.tell(number, values=list(values) if values is not None else None, state=state)
+        if self._budget is not None and epochs > 0 and self._budget.name not in self.study.user_attrs:
+            self.study.set_user_attr(self._budget.name, self._budget.trials(seconds, epochs))
         self._upload()
 
     def _upload(self) -> None:

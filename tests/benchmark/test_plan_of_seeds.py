@@ -120,3 +120,16 @@ def test_every_search_of_a_method_has_finals_of_its_own(tmp_path: Path) -> None:
     assert any("between searches sd" in note and "between seeds" in note for note in board.notes)
     assert all(row.rank is not None and row.seeds == 6 for row in board.rows)
     assert run(asked, tmp_path, Unwatched()).trained == 0
+
+
+@pytest.mark.slow
+def test_a_budget_gives_dear_trials_a_smaller_number_and_the_board_says_so(tmp_path: Path) -> None:
+    """Of 5 epochs, trials of 2 epochs are paid twice; the number is in the study, so the same command trains nothing more."""
+    search = {"trials": 9, "budget": {"epochs": 5}, "sampler": "random", "scheduler": "none", "top_k": 1}
+    search |= {"also": {"recipe.lr": {"low": 0.001, "high": 1.0, "log": True}}}
+    asked = small(methods=["none", "kd"], seeds=1, search=search, recipe={**SMALL["recipe"], "epochs": 2})
+    run(asked, tmp_path, Unwatched())
+    assert {(record.trials, record.search_budget["epochs"]) for record in finals(tmp_path) if record.search_budget} == {(2, 5.0)}
+    [board] = boards(finals(tmp_path))
+    assert "search: 5 epochs a method (none, random), which are trials: kd 2, none 2" in board.notes[0]
+    assert run(asked, tmp_path, Unwatched()).trained == 0
