@@ -157,6 +157,7 @@ class Search(_Part):
     also: dict[str, Annotated[Dimension, BeforeValidator(_dimension)]] = Field(default_factory=dict)  # recipe keys in every method's space
     objectives: tuple[str, ...] = ()  # beside the task's own metric: lower-is-better costs such as train_seconds
     studies: Annotated[int, LEFT_OUT_UNSET] = Field(default=1, ge=1, le=100)  # searches of each method, each with its own finals
+    defaults: Annotated[bool, LEFT_OUT_UNSET] = False  # whether finals are trained at each method's published default too
     top_k: int = Field(default=2, ge=1, le=100)  # this many are trained again on fresh seeds; the best validation mean is tuned for good
     confirm_seeds: int = Field(default=1, ge=1, le=100)
     seed: Seed = 0

@@ -268,4 +268,4 @@ def _trainings(experiment: Experiment, label: str, searched: bool) -> int:
     if search is None or not searched:
         return finals
     checks = search.top_k * search.confirm_seeds if search.top_k > 1 and search.trials > 1 else 0
-    return plan.searches * (search.trials + checks) + finals
+    return plan.searches * (search.trials + checks) + finals + (finals // plan.searches if search.defaults else 0)

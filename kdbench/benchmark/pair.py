@@ -34,7 +34,7 @@ from kdbench.methods.base import Method
 from kdbench.methods.build import NO_OVERRIDES, MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
-from kdbench.records.plan import CONTROL, UNDISTILLED, control_of
+from kdbench.records.plan import AT_DEFAULT, CONTROL, UNDISTILLED, control_of
 from kdbench.records.record import RunRecord
 from kdbench.search.space import Parameter, Range, describe, is_whole
 from kdbench.search.study import Asha, Direction, MethodStudy, TrialBudget, defaults, holds
@@ -49,6 +49,7 @@ from kdbench.training.stages import epochs_of
 
 # Seeds of trials, of the winners' checks and of the finals never meet: a final is the first training on its seed.
 FIRST_CANDIDATE_SEED = 2_000_000
+_NOT_OF_A_STUDY = {"trials", "budget", "top_k", "confirm_seeds", "also", "studies", "defaults"}  # keys of `search` that change no trial
 _APART = 1_000_003  # between the seeds of the samplers of a method's searches
 
 
@@ -169,7 +170,7 @@ class Pair:
                 "cache": self.experiment.cache.numbers,
                 "workers": self.experiment.runtime.model_dump(mode="json")["workers"],
                 "space": describe(axes),
-                "search": search.model_dump(mode="json", exclude={"trials", "budget", "top_k", "confirm_seeds", "also", "studies"}),
+                "search": search.model_dump(mode="json", exclude=_NOT_OF_A_STUDY),
             }
         )
 
@@ -273,6 +274,8 @@ class Contender:
     open_parent: Callable[[], str | None]
     seeds: range  # of its finals
     number: int = 0  # of its search, where the method has several
+    beside: Literal["default"] | None = None  # why its finals are no row of the board
+    given: Mapping[str, Any] = field(default_factory=dict)  # where there is no search, the parameters of its finals
     study: MethodStudy | None = None
     study_id: str | None = None
     candidates: dict[str, tuple[int, Unit]] = field(default_factory=dict)  # by unit key: which of the best points, and the training
@@ -313,6 +316,8 @@ class PairWork:
         self._controls = {label for name in (UNDISTILLED, CONTROL) if (label := control_of(rows, name)) is not None}
         self._owners: dict[tuple[str, int | None], Contender] = {}
         self.contenders = [self._contender(spec, number) for spec in pair.experiment.methods for number in range(self.plan.searches)]
+        if self.search is not None and self.search.defaults:
+            self.contenders += [self._at_default(contender) for contender in self._rows if contender.axes and not contender.number]
         for contender in self.contenders:
             self._move_on(contender)
         self._look()
@@ -329,6 +334,17 @@ class PairWork:
             now = code_of(self.pair.unit(spec, "trial", defaults(axes), TRIAL_SEED + number))
             self.ledger.compare_code(f"{self.pair.student.label} · {spec.label} (search)", now, contender.study.began_with(now))
         return contender
+
+    @property
+    def _rows(self) -> list[Contender]:
+        """Those whose finals are rows of the board."""
+        return [contender for contender in self.contenders if contender.beside is None]
+
+    def _at_default(self, tuned: Contender) -> Contender:
+        """The same method with the parameters that every search begins with."""
+        spec = tuned.spec.model_copy(update={"label": tuned.spec.label + AT_DEFAULT})
+        parent = partial(self._open_parent, spec, 0)
+        return Contender(spec, tuned.axes, parent, tuned.seeds, beside="default", given=defaults(tuned.axes))
 
     def _open_parent(self, spec: MethodSpec, number: int) -> str | None:
         pair = self.pair
@@ -349,9 +365,10 @@ class PairWork:
     @property
     def saved(self) -> str | None:
         """How many finals were not needed, where seeds are added until rows are decided; None before that is known."""
-        if not self.plan.looks or not self.done or any(not contender.finals for contender in self.contenders):
+        rows = self._rows
+        if not self.plan.looks or not self.done or any(not contender.finals for contender in rows):
             return None
-        made, most = sum(len(contender.finals or {}) for contender in self.contenders), self.plan.most * len(self.contenders)
+        made, most = sum(len(contender.finals or {}) for contender in rows), self.plan.most * len(rows)
         return f"{self.pair.student.label}: decided after {made} finals; {self.plan.most} seeds of every method are {most}"
 
     def counts(self) -> dict[Phase, tuple[int, int]]:
@@ -491,6 +508,8 @@ class PairWork:
 
     def _search_facts(self, contender: Contender) -> dict[str, Any]:
         """What finding the parameters cost: trials and the winners' checks."""
+        if contender.beside is not None:
+            return {"beside": contender.beside}
         number = {"search_number": contender.number} if self.plan.searches > 1 else {}
         if contender.study is None or self.search is None:
             return number
@@ -515,7 +534,7 @@ class PairWork:
         if contender.finals is not None or (contender.study is not None and not contender.study.done):
             return
         if contender.study is None or self.search is None:
-            self._plan_finals(contender, {})
+            self._plan_finals(contender, contender.given)
             return
         best = contender.study.best(self.search.top_k)
         if contender.study.held or (not best and contender.study.given_up()):
@@ -564,14 +583,14 @@ class PairWork:
 
     def _look(self) -> None:
         """Once all finals have ended, add seeds to the rows that are not decided, and to the controls: see `boards.standings`."""
-        while self.plan.looks and not self.search_only and all(contender.done and contender.finals for contender in self.contenders):
-            ended = [record for contender in self.contenders for key, record in contender.ended.items() if key in (contender.finals or {})]
+        while self.plan.looks and not self.search_only and all(contender.done and contender.finals for contender in self._rows):
+            ended = [record for contender in self._rows for key, record in contender.ended.items() if key in (contender.finals or {})]
             if any(record is None for record in ended):
                 return  # a process died for good: the next run trains that first
             wanted = seeds_still_wanted([record for record in ended if record is not None], self.plan, self._controls)
             if not wanted:
                 return
-            for contender in self.contenders:
+            for contender in self._rows:
                 seeds = range(len(contender.finals or {}), wanted.get(contender.spec.label, 0))
                 if seeds:
                     self._add_finals(contender, seeds)

@@ -186,7 +186,7 @@ def _run(experiment: Experiment, ledger: Ledger, built: Networks, search_only: b
     seal(ledger.store, "tune" if search_only else "run")
     if queue.done and not ledger.failures:
         forget_folder(ledger.layout.checkpoints(experiment.name))
-    tuned = {work.pair.student.label: {c.title: c.tuned for c in work.contenders} for work in queue.queues}
+    tuned = {work.pair.student.label: {c.title: c.tuned for c in work.contenders if c.beside is None} for work in queue.queues}
     protocols = tuple(dict.fromkeys(pair.board_hash for pair in pairs))
     return Summary(ledger.trained, ledger.found, tuple(ledger.failures), tuned, protocols)
 

@@ -101,6 +101,21 @@ def _shown(together: Difference | None, alone: float | None) -> Estimate:
 
 
 @dataclass(frozen=True)
+class BesideRow:
+    """Finals that stand below a board, and are part of no comparison of its rows: a method at its published default.
+
+    label: of the row that it stands beside. ahead: how much better that row is, paired by seed, with Student's interval of this one
+    difference; None where the search chose the default itself, or no seed is shared.
+    """
+
+    label: str
+    mean: float | None
+    seeds: int
+    ahead: Estimate
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Errors:
     """What the intervals of a board rest on.
 
@@ -147,6 +162,7 @@ class Board:
     trained: str = ""  # the same for boards whose students were trained alike, however they were searched
     ruleset: str = ""  # by which rule they were searched
     plan: Plan | None = None  # how many finals it was meant to have; None where nobody kept that
+    beside: tuple[BesideRow, ...] = ()  # finals that stand below it
     searches: tuple[float, ...] | None = None  # variances between searches and between seeds, or their sum; None for one search a method
 
     @property

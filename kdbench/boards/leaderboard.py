@@ -9,6 +9,7 @@ from functools import partial
 from statistics import fmean
 
 from kdbench.boards import sentences
+from kdbench.boards.beside import rows_beside
 from kdbench.boards.board import Board, Estimate, Row, RowsBy
 from kdbench.boards.cautions import board_cautions
 from kdbench.boards.finals import (
@@ -57,13 +58,19 @@ def boards(
     records = list(records)
     pairs: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)
     of_all: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)  # whatever the student and the method
+    besides: dict[tuple[str, ...], list[RunRecord]] = defaultdict(list)  # finals that are no row
     for record in records:
-        if record.role == "final" and record.source == "kdbench" and record.status != "stopped":
+        if record.role != "final" or record.source != "kdbench" or record.status == "stopped":
+            continue
+        if record.beside is not None:
+            if rows_by == "method":
+                besides[(record.task, record.data, record.teacher or "", record.student, record.protocol_hash)].append(record)
+        else:
             shared = record.student if rows_by == "method" else record.label
             pairs[(record.task, record.data, record.teacher or "", shared, record.protocol_hash)].append(record)
             of_all[(record.task, record.data, record.teacher or "", record.protocol_hash)].append(record)
     found = []
-    for (task, data, name, _, protocol), finals in sorted(pairs.items()):
+    for (task, data, name, shared, protocol), finals in sorted(pairs.items()):
         teachers: list[str | None] = [*sorted({own for r in finals if (own := _teacher_of(r)) is not None and r.method != UNDISTILLED})]
         for teacher in teachers or [None]:
             members = _with_teacher(finals, teacher)
@@ -72,7 +79,8 @@ def boards(
             metric = _teacher_metric(members, teacher, records)
             if rows_by == "method":
                 groups = grouped(members, "method")
-                board = _board(members, groups, sha, metric, control, latencies(groups))
+                below = _with_teacher(besides[(task, data, name, shared, protocol)], teacher)
+                board = _board(members, groups, sha, metric, control, latencies(groups), below=below)
                 methods = {row.method for row in board.rows}
                 found.append(replace(board, published=tuple(figure for figure in published if figure.method in methods)))
             elif len({record.student for record in members}) > 1:
@@ -112,6 +120,7 @@ def _board(
     named: str | None,
     latency: Mapping[tuple[object, ...], float],
     rows_by: RowsBy = "method",
+    below: Sequence[RunRecord] = (),
 ) -> Board:
     """No student stands for another's failed seed, as the undistilled student does for a method's: it misses that seed."""
     undistilled = chosen(groups, UNDISTILLED) if rows_by == "method" else None
@@ -156,6 +165,7 @@ def _board(
         ruleset=ruleset_of(groups),
         plan=plan,
         searches=found.searches,
+        beside=rows_beside(below, groups),
     )
     told = (*sentences.notes(board, groups, found, scale, named), *board_cautions(finals, first.teacher, teacher_metric))
     return replace(board, findings=sentences.findings(board), notes=told)

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from kdbench.boards.board import CONTROLS, WITHOUT_DISTILLATION, Board, Row
+from kdbench.boards.board import CONTROLS, WITHOUT_DISTILLATION, BesideRow, Board, Row
 from kdbench.boards.finals import Finals
 from kdbench.boards.samples import samples
 from kdbench.boards.simultaneous import seeds_needed, smallest_found
@@ -104,6 +104,7 @@ def notes(board: Board, groups: Sequence[Finals], found: Standings, scale: Scale
         told.append(_looks(board))
     elif grown := [group.label for group in groups if _grew(group)]:
         told.append(f"seeds were added after a look, and the {LEVEL:.0%} do not hold: {', '.join(grown)}")
+    told += map(_beside, board.beside)
     if undecided := [row.label for row in _rivals(board) if row.over_control is not None and row.verdict == 0]:
         told.append(f"no difference from {board.control} was found, which does not show that there is none: " + ", ".join(undecided))
     if _gap_left_out(board):
@@ -200,6 +201,16 @@ def _looks(board: Board) -> str:
     if waiting := [row.label for row in rivals if row.undecided and row.looked < max(board.plan.looks)]:
         told += f"; not decided yet: {', '.join(waiting)} (the same command goes on)"
     return f"{told}; ranks are of the first {board.plan.looks[0]} seeds"
+
+
+def _beside(row: BesideRow) -> str:
+    """How much a search was worth to a method: one difference by itself, among no others."""
+    value = "no finished seed" if row.mean is None else f"{row.mean:.2f}"
+    middle, low, high = row.ahead
+    if middle is None:
+        return f"{row.label} at its published default: {value}"
+    ends = "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
+    return f"{row.label} at its published default: {value}; as tuned it is {middle:+.2f}{ends} ahead (this difference alone, uncorrected)"
 
 
 def _grew(group: Finals) -> bool:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 UNDISTILLED = "none"
 CONTROL = "kd"
+AT_DEFAULT = "@default"  # how the labels of finals end that were trained at a method's published default beside the tuned ones
 LEVELS = {1: (0.05,), 2: (0.02, 0.03), 3: (0.01, 0.015, 0.025), 4: (0.0125,) * 4}  # of each look, by how many there are; 5% in all
 
 

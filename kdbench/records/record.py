@@ -105,6 +105,7 @@ class RunRecord(BaseModel):
     plan: dict[str, Any] | None = None  # of a final: how many its board was meant to have, see `records.plan`; unknown of older records
 
     # search
+    beside: Literal["default"] | None = None  # of a final that stands below the board: at its method's published default, not tuned
     search_number: int | None = None  # where each method is searched several times, which search its parameters are from, from 0 on
     sampler: str | None = None
     scheduler: str | None = None

@@ -121,6 +121,16 @@ def board_data(board: Board) -> dict[str, Any]:
         "detectable": finite(board.detectable),
         "plan": None if board.plan is None else board.plan.model_dump(mode="json", exclude_defaults=True),
         **_searches_data(board),
+        "beside": [
+            {
+                "method": row.label,
+                "mean": finite(row.mean),
+                "seeds": row.seeds,
+                **{name: finite(value) for name, value in zip(("ahead", "ahead_low", "ahead_high"), row.ahead, strict=True)},
+                "params": finite(dict(row.params)),
+            }
+            for row in board.beside
+        ],
         **_errors_data(board),
         "rows": [row_data(row) if of_methods else student_row_data(row) for row in board.rows],
         "findings": list(board.findings),

@@ -41,7 +41,8 @@ def student_protocol(
             "data": [data, learned_hash],
             "recipe": recipe.model_dump(mode="json"),
             "data_seed": experiment.data_seed,
-            "search": experiment.search.model_dump(mode="json") if experiment.search else None,
+            # Finals at the defaults stand beside the others and change none of them.
+            "search": experiment.search.model_dump(mode="json", exclude={"defaults"}) if experiment.search else None,
             "teacher": teacher,
             "cache": experiment.cache.numbers if cached else None,
         }

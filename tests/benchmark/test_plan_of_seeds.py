@@ -10,6 +10,7 @@ import pytest
 from kdbench.benchmark.run import run
 from kdbench.benchmark.watch import Unwatched
 from kdbench.boards.leaderboard import boards
+from kdbench.deploy.verification import verify
 from kdbench.experiment import Experiment, Unit
 from kdbench.records.record import RunRecord
 from kdbench.records.store import ResultStore
@@ -133,3 +134,28 @@ def test_a_budget_gives_dear_trials_a_smaller_number_and_the_board_says_so(tmp_p
     [board] = boards(finals(tmp_path))
     assert "search: 5 epochs a method (none, random), which are trials: kd 2, none 2" in board.notes[0]
     assert run(asked, tmp_path, Unwatched()).trained == 0
+
+
+@pytest.mark.slow
+def test_the_published_defaults_stand_below_the_board_and_change_nothing_on_it(tmp_path: Path) -> None:
+    search = {"trials": 3, "sampler": "random", "scheduler": "none", "top_k": 1}
+    search |= {"also": {"recipe.lr": {"low": 0.001, "high": 1.0, "log": True}}}
+    asked = {"methods": ["none", "kd"], "seeds": 2, "control_seeds": 2, "recipe": {**SMALL["recipe"], "lr": 0.001}}
+    run(small(**asked, search=search), tmp_path, Unwatched())
+    [before] = boards(finals(tmp_path))
+
+    more = small(**asked, search=search | {"defaults": True})
+    assert run(more, tmp_path, Unwatched()).trained == 4
+    assert run(more, tmp_path, Unwatched()).trained == 0
+    [board] = boards(finals(tmp_path))
+    assert board.rows == before.rows
+    assert {(row.label, row.seeds) for row in board.beside} == {("none", 2), ("kd", 2)}
+    for row in board.beside:
+        assert row.params["recipe.lr"] == 0.001, "the recipe's own value"
+        tuned = board.row(row.label)
+        assert tuned is not None
+        at_default = {r.seed: r.test_metric for r in finals(tmp_path) if r.label == f"{row.label}@default"}
+        assert row.ahead[0] == pytest.approx(sum(tuned.values[seed] - value for seed, value in at_default.items()) / 2)
+        assert any(note.startswith(f"{row.label} at its published default: ") and "uncorrected" in note for note in board.notes)
+    assert not set(board.notes) & {note for note in before.notes if "published default" in note}
+    assert verify(tmp_path).problems == ()
