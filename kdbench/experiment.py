@@ -34,7 +34,7 @@ from kdbench.data.views import Augment
 from kdbench.errors import UserError, cut, explain, printable, shown
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
-from kdbench.records.plan import CONTROL, LEVELS, Plan, control_of, doubled
+from kdbench.records.plan import CONTROL, LEVELS, UNDISTILLED, Plan, control_of, doubled
 from kdbench.search.space import Choice, Dimension, Range
 from kdbench.storage.address import is_address, problem_with
 from kdbench.tasks import TASKS
@@ -352,6 +352,8 @@ class Experiment(_Part):
     seeds: Annotated[int | UntilDecided, BeforeValidator(_seeds)] = 3  # of `search.studies` searches, each has so many
     # Of `none` and `kd`; by default twice as many as the others, as all are compared with these.
     control_seeds: Annotated[int | None, LEFT_OUT_UNSET] = Field(default=None, ge=1, le=MOST_SEEDS)
+    # Whether `none` is trained once more, for as long as teacher, cache, search and finals of the best method took.
+    cost_control: Annotated[bool, LEFT_OUT_UNSET] = False
     data_seed: Seed = 0
     cache: CacheOptions = CacheOptions()
     runtime: Runtime = Runtime()
@@ -410,6 +412,12 @@ class Experiment(_Part):
                 raise ValueError("seeds.until: decided compares methods with kd, which is not among them; add kd to the methods")
         elif self.control_seeds is not None and self.control_seeds < self.seeds:
             raise ValueError(f"control_seeds is {self.control_seeds} and seeds {self.seeds}; expected at least as many")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_to_train_longer(self) -> Experiment:
+        if self.cost_control and control_of([(spec.label, spec.name) for spec in self.methods], UNDISTILLED) is None:
+            raise ValueError("cost_control trains none for longer, which is not among the methods; add none to them")
         return self
 
     @property

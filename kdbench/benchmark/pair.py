@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from kdbench.benchmark.cost_control import matched
 from kdbench.benchmark.ledger import Ledger
 from kdbench.benchmark.recall import Recall
 from kdbench.benchmark.watch import Phase
@@ -34,7 +35,7 @@ from kdbench.methods.base import Method
 from kdbench.methods.build import NO_OVERRIDES, MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
-from kdbench.records.plan import AT_DEFAULT, CONTROL, UNDISTILLED, control_of
+from kdbench.records.plan import AT_COST, AT_DEFAULT, CONTROL, UNDISTILLED, control_of
 from kdbench.records.record import RunRecord
 from kdbench.search.space import Parameter, Range, describe, is_whole
 from kdbench.search.study import Asha, Direction, MethodStudy, TrialBudget, defaults, holds
@@ -274,7 +275,8 @@ class Contender:
     open_parent: Callable[[], str | None]
     seeds: range  # of its finals
     number: int = 0  # of its search, where the method has several
-    beside: Literal["default"] | None = None  # why its finals are no row of the board
+    beside: Literal["default", "cost"] | None = None  # why its finals are no row of the board
+    beside_of: str | None = None  # the label of the row that they are compared with
     given: Mapping[str, Any] = field(default_factory=dict)  # where there is no search, the parameters of its finals
     study: MethodStudy | None = None
     study_id: str | None = None
@@ -344,7 +346,7 @@ class PairWork:
         """The same method with the parameters that every search begins with."""
         spec = tuned.spec.model_copy(update={"label": tuned.spec.label + AT_DEFAULT})
         parent = partial(self._open_parent, spec, 0)
-        return Contender(spec, tuned.axes, parent, tuned.seeds, beside="default", given=defaults(tuned.axes))
+        return Contender(spec, tuned.axes, parent, tuned.seeds, beside="default", beside_of=tuned.spec.label, given=defaults(tuned.axes))
 
     def _open_parent(self, spec: MethodSpec, number: int) -> str | None:
         pair = self.pair
@@ -509,7 +511,7 @@ class PairWork:
     def _search_facts(self, contender: Contender) -> dict[str, Any]:
         """What finding the parameters cost: trials and the winners' checks."""
         if contender.beside is not None:
-            return {"beside": contender.beside}
+            return {"beside": contender.beside, "beside_of": contender.beside_of}
         number = {"search_number": contender.number} if self.plan.searches > 1 else {}
         if contender.study is None or self.search is None:
             return number
@@ -589,11 +591,37 @@ class PairWork:
                 return  # a process died for good: the next run trains that first
             wanted = seeds_still_wanted([record for record in ended if record is not None], self.plan, self._controls)
             if not wanted:
-                return
+                break
             for contender in self._rows:
                 seeds = range(len(contender.finals or {}), wanted.get(contender.spec.label, 0))
                 if seeds:
                     self._add_finals(contender, seeds)
+        self._plan_cost_control()
+
+    def _plan_cost_control(self) -> None:
+        """Once all rows are finished, train `none` for as long as the best of them took in all: see `cost_control`."""
+        rows = self._rows
+        if not self.pair.experiment.cost_control or self.search_only or any(each.beside == "cost" for each in self.contenders):
+            return
+        if not all(row.done and row.finals for row in rows):
+            return
+        label = control_of([(row.spec.label, row.spec.name) for row in rows], UNDISTILLED)
+        undistilled = next(row for row in rows if row.spec.label == label)
+        finals: dict[str, list[RunRecord]] = {}
+        for row in rows:
+            found = [record for key in row.finals or {} if (record := row.ended.get(key)) is not None]
+            finals.setdefault(row.spec.label, []).extend(found)
+        key = content_hash([self.pair.board_hash, self.pair.student.model_dump(mode="json")])
+        plan = matched(self.ledger, key, finals, undistilled.spec.label, self.pair.teacher, self.pair.recipe.epochs)
+        if plan is None:
+            return
+        spec = undistilled.spec.model_copy(update={"label": UNDISTILLED + AT_COST})
+        seeds = range(len(finals[undistilled.spec.label]))
+        given = {**undistilled.tuned, "recipe.epochs": plan.epochs}
+        parent = partial(self._open_parent, spec, 0)
+        contender = Contender(spec, undistilled.axes, parent, seeds, beside="cost", beside_of=plan.method, given=given)
+        self.contenders.append(contender)
+        self._move_on(contender)
 
     def _look_up(self, contender: Contender, units: Mapping[str, Unit]) -> None:
         """What the store already has is not trained again. units: by key."""
@@ -632,7 +660,7 @@ def _objectives(record: RunRecord, costs: Sequence[str]) -> list[float]:
 
 def _searched_params(contender: Contender, record: RunRecord) -> dict[str, Any]:
     """The method's parameters, and what the search varied of the recipe."""
-    varied = [axis.name for axis in contender.axes if axis.name.startswith("recipe.")]
+    varied = [name for name in dict.fromkeys([axis.name for axis in contender.axes] + [*contender.given]) if name.startswith("recipe.")]
     return record.params | {name: record.recipe[name.removeprefix("recipe.")] for name in varied}
 
 

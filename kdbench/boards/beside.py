@@ -1,4 +1,4 @@
-"""Finals that stand below a board: of a method at its published default, beside the row of the same method as it was tuned."""
+"""Finals that stand below a board: of a method at its published default, or of `none` for as long as the best method took in all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from kdbench.boards.board import BesideRow
-from kdbench.boards.finals import Finals, grouped, values_of
+from kdbench.boards.finals import Finals, chosen, grouped, values_of
 from kdbench.boards.stats import paired_difference
-from kdbench.records.plan import AT_DEFAULT
+from kdbench.records.plan import MOST_TIMES, UNDISTILLED
 from kdbench.records.record import RunRecord
 
 
@@ -22,11 +22,21 @@ def rows_beside(below: Sequence[RunRecord], rows: Sequence[Finals]) -> tuple[Bes
     by_label = {row.label: row for row in rows}
     found = []
     for group in grouped(below, "method"):
-        tuned = by_label.get(group.label.removesuffix(AT_DEFAULT))
+        tuned = by_label.get(group.newest.beside_of or "")
         if tuned is None:
             continue
         group.values.update(values_of(group, None))
         ahead = paired_difference(tuned.signed, group.signed)
         mean = fmean(group.values.values()) if group.values else None
-        found.append(BesideRow(tuned.label, mean, len(group.values), ahead or (None, None, None), group.newest.params))
+        kind, cut = group.newest.beside or "default", _cut(group, rows)
+        shown = ahead or (None, None, None)
+        found.append(BesideRow(kind, tuned.label, mean, len(group.values), shown, group.newest.params, cut))
     return tuple(found)
+
+
+def _cut(group: Finals, rows: Sequence[Finals]) -> bool:
+    """Whether a training that is matched by compute has the most epochs that one may have."""
+    ordinary = chosen(rows, UNDISTILLED)
+    if group.newest.beside != "cost" or ordinary is None:
+        return False
+    return bool(group.newest.recipe["epochs"] >= MOST_TIMES * ordinary.newest.recipe["epochs"])

@@ -102,17 +102,20 @@ def _shown(together: Difference | None, alone: float | None) -> Estimate:
 
 @dataclass(frozen=True)
 class BesideRow:
-    """Finals that stand below a board, and are part of no comparison of its rows: a method at its published default.
+    """Finals that stand below a board, and are part of no comparison of its rows.
 
-    label: of the row that it stands beside. ahead: how much better that row is, paired by seed, with Student's interval of this one
-    difference; None where the search chose the default itself, or no seed is shared.
+    kind: `default`, a method at its published default; `cost`, the undistilled student for as long as the best method took in all. label:
+    of the row that they stand beside: this method. ahead: how much better that row is, paired by seed, with Student's interval of this one
+    difference; None where no seed is shared. cut: whether they would have been trained longer still, had there been no bound.
     """
 
+    kind: Literal["default", "cost"]
     label: str
     mean: float | None
     seeds: int
     ahead: Estimate
     params: Mapping[str, Any]
+    cut: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from kdbench.boards.samples import samples
 from kdbench.boards.simultaneous import seeds_needed, smallest_found
 from kdbench.boards.standings import Scale, Standings
 from kdbench.boards.stats import LEVEL, POWER
+from kdbench.records.plan import MOST_TIMES
 
 _MORE = (2, 4)  # times as many seeds: what these would find is said too
 
@@ -204,13 +205,19 @@ def _looks(board: Board) -> str:
 
 
 def _beside(row: BesideRow) -> str:
-    """How much a search was worth to a method: one difference by itself, among no others."""
+    """One difference by itself, among no others: what a search was worth to a method, or the method beside as much plain training."""
     value = "no finished seed" if row.mean is None else f"{row.mean:.2f}"
+    who, here = f"{row.label} at its published default", "as tuned it"
+    if row.kind == "cost":
+        cut = f", cut at {MOST_TIMES} times its epochs" if row.cut else ""
+        epochs = f"{row.params.get('recipe.epochs', 0):,} epochs"
+        who = f"the undistilled student trained for what teacher, cache, search and finals of {row.label} took ({epochs}{cut})"
+        here = row.label
     middle, low, high = row.ahead
     if middle is None:
-        return f"{row.label} at its published default: {value}"
+        return f"{who}: {value}"
     ends = "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
-    return f"{row.label} at its published default: {value}; as tuned it is {middle:+.2f}{ends} ahead (this difference alone, uncorrected)"
+    return f"{who}: {value}; {here} is {middle:+.2f}{ends} ahead (this difference alone, uncorrected)"
 
 
 def _grew(group: Finals) -> bool:

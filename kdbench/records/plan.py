@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 UNDISTILLED = "none"
 CONTROL = "kd"
 AT_DEFAULT = "@default"  # how the labels of finals end that were trained at a method's published default beside the tuned ones
+AT_COST = "@cost"  # and of those of `none`, trained for as long as a method took in all
+MOST_TIMES = 50  # as many epochs as an ordinary training has these may have; the board says where that cut them short
 LEVELS = {1: (0.05,), 2: (0.02, 0.03), 3: (0.01, 0.015, 0.025), 4: (0.0125,) * 4}  # of each look, by how many there are; 5% in all
 
 

@@ -105,7 +105,9 @@ class RunRecord(BaseModel):
     plan: dict[str, Any] | None = None  # of a final: how many its board was meant to have, see `records.plan`; unknown of older records
 
     # search
-    beside: Literal["default"] | None = None  # of a final that stands below the board: at its method's published default, not tuned
+    # Of a final that is no row of its board: at its method's published default, or `none` for as long as a method took in all.
+    beside: Literal["default", "cost"] | None = None
+    beside_of: str | None = None  # the label of the row that such a final is compared with
     search_number: int | None = None  # where each method is searched several times, which search its parameters are from, from 0 on
     sampler: str | None = None
     scheduler: str | None = None

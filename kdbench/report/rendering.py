@@ -123,6 +123,7 @@ def board_data(board: Board) -> dict[str, Any]:
         **_searches_data(board),
         "beside": [
             {
+                "kind": row.kind,
                 "method": row.label,
                 "mean": finite(row.mean),
                 "seeds": row.seeds,

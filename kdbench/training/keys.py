@@ -137,6 +137,8 @@ def _recipe(stored: Mapping[str, Any]) -> Recipe:
 def _pair_recipe(record: RunRecord, experiment: Experiment) -> Recipe:
     """The recipe without what a search varied: with the experiment's own value there."""
     stored = dict(record.recipe)
+    if record.beside == "cost":  # one that is trained for longer than its board says
+        stored["epochs"] = experiment.recipe.epochs
     for key in experiment.search.also if experiment.search else ():
         name = key.removeprefix(_VARIED)
         stored[name] = getattr(experiment.recipe, name)

@@ -159,3 +159,36 @@ def test_the_published_defaults_stand_below_the_board_and_change_nothing_on_it(t
         assert any(note.startswith(f"{row.label} at its published default: ") and "uncorrected" in note for note in board.notes)
     assert not set(board.notes) & {note for note in before.notes if "published default" in note}
     assert verify(tmp_path).problems == ()
+
+
+@pytest.mark.slow
+def test_the_undistilled_student_is_trained_for_what_the_best_method_took(tmp_path: Path) -> None:
+    """As many epochs as were written down before the first of these trainings, whatever later runs would measure."""
+    asked = {"methods": ["none", "kd", "label_smoothing"], "seeds": 2, "control_seeds": 2}
+    run(small(**asked), tmp_path, Unwatched())
+    [before] = boards(finals(tmp_path))
+
+    matched, killed = small(**asked, cost_control=True), Killing(after=1)
+    with pytest.raises(Killed):
+        run(matched, tmp_path, killed)
+    [told] = [note for note in killed.notes if note.startswith("none@cost: ")]
+    epochs = int(told.split()[1])
+    hours = {record.label: record.device_hours or 0.0 for record in ResultStore(tmp_path).scan() if record.role == "teacher"}
+    kd, none = ([record for record in finals(tmp_path) if record.label == label] for label in ("kd", "none"))
+    at_least = (sum(hours.values()) + sum(record.device_hours or 0.0 for record in kd)) / max(r.device_hours or 0.0 for r in none)
+    assert min(int(at_least), 50) <= epochs <= 50, "the cache comes on top"
+    assert run(matched, tmp_path, Unwatched()).trained == 1
+    assert run(matched, tmp_path, Unwatched()).trained == 0
+
+    longer = [record for record in finals(tmp_path) if record.label == "none@cost"]
+    assert {(r.seed, r.recipe["epochs"], r.beside, r.beside_of, len(r.curve)) for r in longer} == {
+        (0, epochs, "cost", "kd", epochs),
+        (1, epochs, "cost", "kd", epochs),
+    }
+    [board] = boards(finals(tmp_path))
+    assert board.rows == before.rows
+    assert [(row.kind, row.label, row.seeds, row.cut) for row in board.beside] == [("cost", "kd", 2, epochs == 50)]
+    cut = ", cut at 50 times its epochs" if epochs == 50 else ""
+    said = f"the undistilled student trained for what teacher, cache, search and finals of kd took ({epochs} epochs{cut}): "
+    assert any(note.startswith(said) for note in board.notes)
+    assert verify(tmp_path).problems == ()
