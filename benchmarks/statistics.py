@@ -3,7 +3,7 @@
     python -m benchmarks.statistics
     python -m benchmarks.statistics --boards 200
 
-Each row of a simulated board draws its seeds around its true mean, and a seed moves all rows alike. It prints the table of
+Each row of a simulated board draws its seeds around its true mean, and a seed moves all rows alike. It prints the tables of
 docs/statistics.md.
 """
 
@@ -12,12 +12,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdbench.boards.board import verdict
+from kdbench.boards.finals import Finals
 from kdbench.boards.simultaneous import better, differences, spreads
+from kdbench.boards.standings import Scale, standings
+from kdbench.records.plan import Plan
+from kdbench.records.record import RunRecord
 
 SHAPES = ((3, 6), (3, 12), (3, 35), (5, 6), (5, 12), (5, 35), (10, 12))  # seeds and rows
 FAR = 2 * np.sqrt(2.0)  # two standard deviations of a paired difference, in standard deviations of a row
@@ -87,11 +93,108 @@ def table(boards: int) -> Iterator[str]:
         yield f"| {seeds} | {rows} | " + " | ".join(f"{share:.1f}%" for share in shares) + " |"
 
 
+# --- plans of more than one number of seeds --------------------------------------------------------------------------
+
+PLANS = ("3 seeds", "3 seeds, 6 of `kd` and `none`", "6 seeds", "12 seeds", "until decided: 3, 6, 12 seeds")
+_TRUE = (0, 0, 0, 0, 0, 1, -1, 2, -2, 3)  # of ten rivals of kd, in standard deviations of a paired difference
+_LOOKS = Plan(seeds=3, control_seeds=3, looks=(3, 6, 12))
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """false: per cent of boards of equal rows with any false verdict against kd. seeds: a rival's, where they differ, the mean. found: per
+    cent of rivals that are truly one, two and three standard deviations better and are called so.
+    """
+
+    plan: str
+    false: float
+    seeds: float
+    found: tuple[float, float, float]
+
+
+def of_plan(boards: int, plan: str, seed: int = 0) -> PlanFigures:
+    """Of boards of `none`, kd and ten rivals, judged by `boards.standings` as real ones are."""
+    generator = np.random.default_rng([seed, PLANS.index(plan)])
+    false, seeds, found = [], [], []
+    for _ in range(boards):
+        equal, _ = _judged(plan, simulated(generator, len(_TRUE) + 2, 12))
+        false.append(any(equal.values()))
+        mixed = simulated(generator, len(_TRUE) + 2, 12)
+        mixed[2:] += np.sqrt(2.0) * np.array(_TRUE)[:, None]
+        verdicts, used = _judged(plan, mixed)
+        seeds.append(np.mean([used[label] for label in verdicts]))
+        found.append([verdicts[f"m{_TRUE.index(far)}"] > 0 for far in (1, 2, 3)])
+    one, two, three = (100 * np.mean(found, axis=0)).tolist()
+    return PlanFigures(plan, 100 * float(np.mean(false)), float(np.mean(seeds)), (one, two, three))
+
+
+def _judged(plan: str, values: NDArray[np.float64]) -> tuple[dict[str, int], dict[str, int]]:
+    """The verdict on each rival, and how many seeds it took."""
+    labels = ["none", "kd", *(f"m{place}" for place in range(len(values) - 2))]
+    if plan == PLANS[-1]:
+        given, asked = [values.shape[1]] * len(values), _LOOKS
+    else:
+        count = int(plan.split()[0])
+        controls = 6 if plan == PLANS[1] else count
+        given, asked = [controls, controls, *[count] * (len(values) - 2)], Plan(seeds=count, control_seeds=controls)
+    rows = [_row(label, of_row[:seeds]) for label, of_row, seeds in zip(labels, values, given, strict=True)]
+    found = standings(rows, rows_by="method", undistilled=rows[0], control=rows[1], teacher=None, scale=Scale(), plan=asked)
+    verdicts = {label: verdict(found.rows[label].over_control) for label in labels[2:]}
+    return verdicts, {label: found.rows[label].looked or seeds for label, seeds in zip(labels, given, strict=True)}
+
+
+def _row(label: str, values: NDArray[np.float64]) -> Finals:
+    made = datetime(2030, 1, 1, tzinfo=UTC)
+    record: RunRecord = cast(Any, RunRecord).model_construct(method=label, label=label, created_at=made, run_id=label)
+    return Finals(label, dict.fromkeys(range(len(values)), record), 0, 1.0, 1, dict(enumerate(values.tolist())))
+
+
+def table_of_plans(boards: int) -> Iterator[str]:
+    """The lines of a Markdown table, as they come."""
+    titles = ("plan", "false verdict", "seeds a method", "1 sd found", "2 sd found", "3 sd found")
+    yield "| " + " | ".join(titles) + " |"
+    yield "| " + " | ".join(["---"] * len(titles)) + " |"
+    for plan in PLANS:
+        one = of_plan(boards, plan)
+        yield f"| {plan} | {one.false:.1f}% | {one.seeds:.1f} | " + " | ".join(f"{share:.1f}%" for share in one.found) + " |"
+
+
+# --- what one search hides -------------------------------------------------------------------------------------------
+
+SEARCHES = ((1, 3), (1, 5), (1, 10), (3, 1), (3, 3))  # searches of each method, and finals of each
+BY_SEARCH = (0.0, 0.5, 1.0)  # the variance of what another search would give, in variances of what another seed would
+
+
+def false_by_search(boards: int, searches: int, finals: int, ratio: float, seed: int = 0) -> float:
+    """Per cent of boards of 12 equal methods with any false verdict, where each search finds another point."""
+    generator = np.random.default_rng([seed, searches, finals, int(10 * ratio)])
+    false = []
+    for _ in range(boards):
+        point = np.sqrt(ratio) * generator.normal(size=(12, searches))
+        values = np.stack([simulated(generator, 12, finals) for _ in range(searches)], axis=1) + point[:, :, None]
+        columns = values.mean(axis=2) if searches > 1 else values[:, 0]
+        false.append(_verdicts(columns).any())
+    return 100 * float(np.mean(false))
+
+
+def table_of_searches(boards: int) -> Iterator[str]:
+    """The lines of a Markdown table, as they come."""
+    titles = ("searches", "finals of each", *(f"searches vary {ratio:g} times as much as seeds" for ratio in BY_SEARCH))
+    yield "| " + " | ".join(titles) + " |"
+    yield "| " + " | ".join(["---"] * len(titles)) + " |"
+    for searches, finals in SEARCHES:
+        shares = (false_by_search(boards, searches, finals, ratio) for ratio in BY_SEARCH)
+        yield f"| {searches} | {finals} | " + " | ".join(f"{share:.1f}%" for share in shares) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--boards", type=int, default=1000, help="of each kind; 1000 take about 12 seconds")
-    for line in table(parser.parse_args().boards):
-        print(line, flush=True)
+    parser.add_argument("--boards", type=int, default=1000, help="of each kind; 1000 take a minute or two")
+    boards = parser.parse_args().boards
+    for lines in (table(boards), table_of_plans(boards), table_of_searches(boards)):
+        for line in lines:
+            print(line, flush=True)
+        print()
 
 
 if __name__ == "__main__":

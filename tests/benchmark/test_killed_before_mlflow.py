@@ -150,7 +150,7 @@ def test_the_next_command_mends_what_sigkill_left_in_mlflow_though_it_has_nothin
     database: str, of: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:
     """Either all is on record, or the experiment was changed and its runs hang under another parent."""
-    of = of.model_copy(update={"seeds": 1})
+    of = of.model_copy(update={"seeds": 1, "control_seeds": 1})
     command = [sys.executable, "-c", KILLED_AFTER_APPEND, of.model_dump_json(), str(tmp_path), database]
     died = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
