@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data.batch import TARGET, Part
-from kdbench.data.drawn import Arrays, check_memory, columns_of, put, statistics, tensors_of
+from kdbench.data.drawn import PIXEL_BYTES, Arrays, check_memory, columns_of, put, statistics, tensors_of
 from kdbench.data.facts import Facts
-from kdbench.data.kinds import NO_OBJECT, Boxes, Plain
+from kdbench.data.kinds import NO_OBJECT, Boxes, Kind, Masks, Plain
 from kdbench.data.options import Seed
 from kdbench.data.scenes import MOST_IMAGES, box_around
 from kdbench.data.sources import Source
@@ -29,7 +29,7 @@ from kdbench.data.stamp_files import OPAQUE, Library, Pool, Stamp, open_library
 from kdbench.data.views import IGNORED
 from kdbench.data.vocabulary import Vocabulary, words_of
 
-TargetName = Literal["mask", "class", "present", "boxes", "caption"]
+TargetName = Literal["mask", "class", "present", "boxes", "masks", "caption"]
 
 MOST_OBJECTS = 8
 CAPTION_WORDS = 12  # of one object: 95 of 100 captions have no more
@@ -90,6 +90,7 @@ def stamps(
             class: int64 [N]; these pictures have one object.
             present: uint8 [N, C], which categories a picture shows.
             boxes: boxes float32 [N, most, 4] of x0, y0, x1, y1 in pixels, labels int64 [N, most]; padded rows are 0 and -1.
+            masks: those of boxes, and masks int64 [N, 1, size, size]: bit k of a pixel says that it shows object k.
             caption: inputs image and tokens int64 [N, L]; target int64 [N], equal for pictures with equal captions.
         most: Objects in a picture, at most.
         categories: Folders of stamps, such as animals, food and vehicles; all but `symbols` by default.
@@ -100,7 +101,7 @@ def stamps(
         UserError: A category is unknown or has fewer than three usable pictures.
     """
     numbers = {"train": train, "val": val, "test": test}
-    check_memory("stamps", numbers, size)
+    check_memory("stamps", numbers, size, 3 + 8 if target == "masks" else PIXEL_BYTES)
     library = open_library(categories, round(_SIDES[1] * size), round(_ZOOMS[-1] * size), _STANDARD)
     asked = _Target(library, target, 1 if target == "class" else most)
     parts = {name: _part(name, numbers[name], size, seed, library, asked) for name in numbers}
@@ -211,6 +212,7 @@ class _Target:
             "class": lambda scene: {"": np.array(scene.objects[0].stamp.category, np.int64)},
             "present": self._present,
             "boxes": self._boxes,
+            "masks": self._masks,
         }
         if self.name != "caption":
             return {}, kinds[self.name](scene)
@@ -236,6 +238,12 @@ class _Target:
             boxes[row], labels[row] = shown.box, shown.stamp.category
         return {"boxes": boxes, "labels": labels}
 
+    def _masks(self, scene: StampScene) -> Arrays:
+        planes = np.zeros((1, *scene.image.shape[:2]), np.int64)
+        for row, shown in enumerate(scene.objects):
+            planes[0, shown.mask] |= np.int64(1) << row
+        return {"masks": planes, **self._boxes(scene)}
+
 
 def caption_of(scene: StampScene) -> str:
     """The objects' captions from the back to the front: `a koala, with an onion`."""
@@ -255,5 +263,10 @@ def _part(name: str, count: int, size: int, seed: int, library: Library, asked: 
         put(target, row, count, wanted)
     pictures = torch.from_numpy(images)
     shown = {"image": pictures, **tensors_of(inputs)} if inputs else pictures
-    kinds = {"boxes": Boxes()} if asked.name == "boxes" else {TARGET: Plain()} if asked.name == "caption" else {}
+    of_target: dict[str, dict[str, Kind]] = {
+        "boxes": {"boxes": Boxes()},
+        "masks": {"boxes": Boxes(), "masks": Masks()},
+        "caption": {TARGET: Plain()},
+    }
+    kinds = of_target.get(asked.name, {})
     return pictures, Part(shown, columns_of(target), torch.arange(_FIRST[name], _FIRST[name] + count), kinds=kinds)

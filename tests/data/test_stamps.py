@@ -22,6 +22,7 @@ from kdbench.tasks.build import TaskSpec, build_task
 from kdbench.training.loop import fit
 from kdbench.training.session import LocalSession
 from tests.data.stamp_share import disc, write_share
+from tests.each_task import MASKS
 from tests.training.units import layout, unit
 
 COLOURS = {"animals": (250, 10, 10), "food": (10, 250, 10), "town": (10, 10, 250)}
@@ -198,6 +199,7 @@ def test_scenes_show_what_their_masks_say(share: Path) -> None:
 
 def test_all_columns_tell_of_the_same_scenes(real: str) -> None:
     masks, boxes, present, captions = (opened(target=target) for target in ("mask", "boxes", "present", "caption"))
+    each = opened(target="masks")
     assert masks.class_names == ("ground", *boxes.class_names)
     assert present.class_names == boxes.class_names
     assert captions.vocabulary is not None
@@ -205,6 +207,9 @@ def test_all_columns_tell_of_the_same_scenes(real: str) -> None:
         labels = getattr(masks, part).labels
         rows = several(getattr(boxes, part).target)
         shown = getattr(present, part).labels
+        objects = several(getattr(each, part).target)
+        assert torch.equal(objects["boxes"], rows["boxes"])
+        assert torch.equal(objects["labels"], rows["labels"])
         assert torch.equal(getattr(masks, part).pixels, getattr(boxes, part).pixels)
         assert torch.equal(getattr(masks, part).pixels, several(getattr(captions, part).inputs)["image"])
         for row in range(NUMBERS[part]):
@@ -213,6 +218,13 @@ def test_all_columns_tell_of_the_same_scenes(real: str) -> None:
             assert classes == set(shown[row].nonzero().flatten().tolist())
             assert classes == {int(label) - 1 for label in labels[row].unique() if label}
             assert (rows["boxes"][row][~there] == 0).all()
+            for number in there.nonzero().flatten().tolist():
+                own = (objects["masks"][row, 0] >> number & 1).bool()
+                assert (labels[row][own] == rows["labels"][row, number] + 1).all()
+                down, across = own.nonzero().unbind(1)
+                edges = [int(across.min()), int(down.min()), int(across.max()) + 1, int(down.max()) + 1]
+                assert edges == rows["boxes"][row, number].int().tolist()
+            assert torch.equal(objects["masks"][row, 0] != 0, labels[row] != 0)
             covered = torch.zeros(32, 32, dtype=torch.bool)
             for x0, y0, x1, y1 in rows["boxes"][row][there].int().tolist():
                 assert 0 <= x0 < x1 <= 32
@@ -326,6 +338,7 @@ def test_validation_is_the_sources_own_part(share: Path) -> None:
     [
         ("segmentation", "mask", {"name": "tiny_fcn", "width": 4}),
         ("detection", "boxes", {"name": "tiny_fcos", "width": 4}),
+        ("instance_masks", "masks", MASKS),
         ("classification", "class", {"name": "tiny_cnn", "width": 4}),
         ("image_text", "caption", {"name": "tiny_towers", "width": 8, "depth": 1}),
     ],
