@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,12 @@ QUICK = 4  # kinds of each group that are tried by every run of the tests
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One folder for all, so that the results that are damaged are made once."""
-    return tmp_path_factory.mktemp("hostile")
+    folder = tmp_path_factory.mktemp("hostile")
+    yield folder
+    # Some of it is nested deeper than Python's own `rmtree` can follow: pytest, which cleans up after three sessions, would end in an error.
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
 def first_of_kinds() -> list[Numbered]:
