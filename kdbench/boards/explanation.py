@@ -153,12 +153,23 @@ class _Trace:
         return f"{len(rows)} ({', '.join(row.label for row in rows)})" if rows else "nobody"
 
     def _mean(self) -> Figure | None:
-        row, values = self.row, [*self.row.values.values()]
+        row = self.row
+        values, what = self._replicates(row.values)
         if row.mean is None:
             return None
         sum_ = " + ".join(self._number(value) for value in values)
         shown = interval(row.mean, row.low, row.high, f".{self.decimals}f")
-        return Figure("mean", shown, f"({sum_}) / {len(values)}{self._t(values)}", self.counted)
+        return Figure("mean", shown, f"({sum_}) / {len(values)}{what}{self._t(values)}", self.counted)
+
+    def _replicates(self, by_seed: Mapping[int, float]) -> tuple[list[float], str]:
+        """What the row is compared by: the values by seed, or of several searches the means of their finals; and what is said of these."""
+        plan = self.board.plan
+        if plan is None or plan.searches == 1:
+            return [*by_seed.values()], ""
+        searches: dict[int, list[float]] = {}
+        for seed, value in by_seed.items():
+            searches.setdefault(seed // plan.seeds, []).append(value)
+        return [fmean(finals) for finals in searches.values() if len(finals) == plan.seeds], ", of each search the mean of its finals"
 
     def _paired(self, name: str, other: str, field: str) -> Figure | None:
         row = self.row
@@ -166,14 +177,15 @@ class _Trace:
         if middle is None:
             return None
         couples = [(run, getattr(run, other)) for run in self.runs if run.value is not None and getattr(run, other) is not None]
-        differences = [self.sign * (run.value - against[1]) for run, against in couples if run.value is not None]
+        by_seed = {run.seed: self.sign * (run.value - against[1]) for run, against in couples if run.value is not None}
+        differences, what = self._replicates(by_seed)
         listed = ", ".join(f"{difference:+.{self.decimals}f}" for difference in differences)
         label = self.board.undistilled if other == "undistilled" else self.board.control
         turned = "" if self.sign > 0 else ", turned so that positive is better"
         return Figure(
             name,
             interval(middle, low, high, f"+.{self.decimals}f"),
-            f"mean of the differences to {label} by seed{turned}: {listed}{self._t(differences)}",
+            f"mean of the differences to {label} by {'search' if what else 'seed'}{turned}: {listed}{self._t(differences)}",
             (*self.counted, *(against[0] for _, against in couples)),
         )
 
@@ -183,10 +195,14 @@ class _Trace:
         if difference is None or errors is None or other is None:
             return None
         d = self.decimals
+        of = f"spread over {'seeds' if self.board.searches is None else 'searches'} that all rows share (variance {errors.pool:.3g})"
+        if self.row.looked and self.board.plan is not None:
+            level = self.board.plan.levels[self.board.plan.looks.index(self.row.looked)]
+            of = f"spread of the rows that were looked at with {self.row.looked} seeds, where all intervals hold at once with {level:.4g}"
         how = (
             f"{difference.middle:+.{d}f} ± {difference.critical:.3f} · {difference.error:.{d + 1}f}: Dunnett's critical value for "
             f"{errors.comparisons} comparisons with {against} ({difference.degrees} degrees of freedom), times the standard error from the "
-            f"spread over seeds that all rows share (variance {errors.pool:.3g}), or its own where that is larger; p = {difference.p:.3g}"
+            f"{of}, or its own where that is larger; p = {difference.p:.3g}"
         )
         if errors.further and len(other.values) > errors.seeds:
             how += f"; {against} has {errors.further} more seeds, which its mean uses"
@@ -229,15 +245,23 @@ class _Trace:
         if self.row.device_hours is None:
             return None
         trainings = [r.device_hours for r in self._records() if r.device_hours is not None]
-        search = max((r.search_device_hours for r in self._records() if r.search_device_hours is not None), default=0.0)
-        how = f"mean of the finals' {', '.join(map(short, trainings))}, plus {short(search)} of the search"
+        spent: dict[int, float] = {}
+        for record in self._records():
+            if record.search_device_hours is not None:
+                number = record.search_number or 0
+                spent[number] = max(spent.get(number, 0.0), record.search_device_hours)
+        of = "of the search" if len(spent) < 2 else f"of a search, the mean of {len(spent)}"
+        search = fmean(spent.values()) if spent else 0.0
+        how = f"mean of the finals' {', '.join(map(short, trainings))}, plus {short(search)} {of}"
         return Figure("device_hours", short(self.row.device_hours), how, self.row.run_ids)
 
     def _params(self) -> Figure:
-        newest = max(self._records(), key=lambda r: (r.created_at, r.run_id))
+        same = [record for record in self._records() if record.params == self.row.params] or self._records()
+        newest = max(same, key=lambda r: (r.created_at, r.run_id))
         by = f"chosen by {self.row.trials} trials, study {newest.study_id}" if self.row.trials else "as configured"
+        of = "the newest final" if self.board.searches is None else "the search whose finals are best on validation"
         shown = ", ".join(f"{name}={short(value)}" for name, value in self.row.params.items()) or "none"
-        return Figure("params", shown, f"of the newest final; {by}", (newest.run_id,))
+        return Figure("params", shown, f"of {of}; {by}", (newest.run_id,))
 
     def _records(self) -> list[RunRecord]:
         return [self.by_id[run_id] for run_id in self.row.run_ids]

@@ -22,7 +22,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One folder for all, so that the results that are damaged are made once."""
     folder = tmp_path_factory.mktemp("hostile")
     yield folder
-    # Some of it is nested deeper than Python's own `rmtree` can follow: pytest, which cleans up after three sessions, would end in an error.
+    # Some of it is nested deeper than Python's own `rmtree` can follow, and pytest, which cleans up after three sessions, uses that.
     subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from scipy import stats as oracle
 
 from kdbench.boards.explanation import Explanation, Figure, explain, explanation_data
 from kdbench.boards.leaderboard import boards
@@ -147,3 +148,38 @@ def test_json_holds_it_all_and_an_unknown_method_is_named(records) -> None:
     assert {figure["name"] for figure in data["figures"]} >= {"mean", "gain", "gap_recovered"}
     with pytest.raises(UserError, match="--explain nkdd: no board has this method; did you mean 'nkd'"):
         explain(boards(records), records, "nkdd")
+
+
+def traced_numbers(how: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<![\w.])[-+]?\d+\.\d+", how)]
+
+
+def test_of_several_searches_the_mean_is_of_searches(make_record) -> None:
+    """The interval that is printed follows from the numbers that are listed."""
+    plan, values = {"seeds": 2, "control_seeds": 2, "searches": 3}, [80.0, 81.0, 82.5, 82.5, 79.0, 80.5]
+    records = [
+        make_record(method=label, label=label, seed=seed, test_metric=value + shift, plan=plan, search_number=seed // 2)
+        for label, shift in (("none", 0.0), ("kd", 1.0))
+        for seed, value in enumerate(values if label == "none" else values[::-1])
+    ]
+    [found] = explain(boards(records), records, "kd")
+    figures = {figure.name: figure for figure in found.figures}
+    means = [(a + b) / 2 + 1.0 for a, b in zip(values[::-1][::2], values[::-1][1::2], strict=True)]
+    assert traced_numbers(figures["mean"].how)[:3] == pytest.approx(means, abs=0.005)
+    low, high = oracle.t.interval(0.95, 2, sum(means) / 3, oracle.sem(means))
+    assert figures["mean"].value == f"{sum(means) / 3:.2f} [{low:.2f}, {high:.2f}]"
+    assert "by search" in figures["gain"].how
+    assert "spread over searches" in figures["gain_all"].how
+
+
+def test_of_a_row_that_was_decided_early_the_look_is_named(make_record) -> None:
+    plan = {"seeds": 3, "control_seeds": 3, "looks": [3, 6]}
+    values = {"none": [70.1, 70.4, 69.8], "kd": [80.2, 80.0, 80.5], "dkd": [85.0, 85.3, 85.1]}
+    records = [
+        make_record(method=label, label=label, seed=seed, test_metric=value, plan=plan)
+        for label, of in values.items()
+        for seed, value in enumerate(of)
+    ]
+    [found] = explain(boards(records), records, "dkd")
+    how = next(figure.how for figure in found.figures if figure.name == "vs_kd_all")
+    assert "the rows that were looked at with 3 seeds, where all intervals hold at once with 0.98" in how
