@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial
 from ray.cluster_utils import Cluster
 from torch import Tensor, nn
 
@@ -137,10 +137,15 @@ def test_a_driver_killed_in_every_phase_ends_at_the_undisturbed_board_bit_for_bi
 
     mine, theirs = trials(tmp_path), trials(undisturbed.results)
     assert len(mine) == TRIALS
-    assert {trial.state for trial in mine} == {TrialState.COMPLETE}
-    assert sorted((t.number, str(t.params), t.value) for t in mine) == sorted((t.number, str(t.params), t.value) for t in theirs)
+    assert all(trial.state.is_finished() for trial in mine)
+    # A point of a space may fail for good, as a large weight on fresh masks does: killed or not, the same one.
+    assert sorted(map(_told, mine)) == sorted(map(_told, theirs))
     assert not list((tmp_path / "checkpoints").rglob("*.*")), "a checkpoint of finished work is left"
     assert _runs_in_mlflow(tmp_path) == _runs_in_mlflow(undisturbed.results)
+
+
+def _told(trial: FrozenTrial) -> tuple[int, str, str, str]:
+    return trial.number, trial.state.name, str(trial.params), str(trial.value)
 
 
 def _runs_in_mlflow(results: Path) -> list[tuple[str, str]]:
