@@ -40,13 +40,11 @@ from kdbench.storage.address import is_address, problem_with
 from kdbench.tasks import TASKS
 from kdbench.tasks.build import TaskSpec
 
-PRECISIONS = ("auto", "fp64", "fp32", "bf16", "fp16")
 MOST_EPOCHS = 1_000_000
 MOST_SEEDS = 1000
 TRIAL_SEED = 1_000_000  # of the trials of a method's first search; each further search has the next
 MOST_WORKERS = 10_000
 MOST_GPUS = 1024  # of one worker
-SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "nsgaii", "nsgaiii")
 
 
 class _Part(StrictOptions):

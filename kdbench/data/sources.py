@@ -111,20 +111,20 @@ class Source:
 
     @property
     def image(self) -> str | None:
-        """The name in `Part.columns` of the input that is an image; None where there is none."""
-        return next((name for name, column in self.train.columns.items() if column.dtype == torch.uint8 and column.ndim == 4), None)
+        """The name in `Part.columns` of the input that is an image, or a film of several; None where there is none."""
+        return next((name for name, column in self.train.columns.items() if column.dtype == torch.uint8 and column.ndim in (4, 5)), None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """One image's [C, H, W], of a source that has images."""
+        """One image's [C, H, W], of a source that has images; of a film, that of each of its pictures."""
         assert self.image is not None, "these samples have no image"
-        channels, height, width = self.train.columns[self.image].shape[1:]
+        channels, height, width = self.train.columns[self.image].shape[-3:]
         return channels, height, width
 
     @cached_property
     def example(self) -> tuple[int, int, int] | Columns:
         """Samples to run a network on: an image's shape where that is all there is of a sample, else the first two of the training part."""
-        if self.image == INPUTS:
+        if self.image == INPUTS and self.train.columns[INPUTS].ndim == 4:
             return self.image_shape
         part = self.train.select(torch.arange(min(2, len(self.train))))
         return next(iter(in_order(part, 2))).inputs

@@ -34,7 +34,7 @@ from kdbench.own_code import names_from_records
 from kdbench.records.record import RunRecord
 from kdbench.records.store import is_inside, path_name
 from kdbench.storage.working_copy import fetch
-from kdbench.tasks.base import Task, role_of
+from kdbench.tasks.base import Role, Task, role_of
 from kdbench.tasks.build import build_task
 from kdbench.tasks.networks import rebuilt
 from kdbench.training.checkpoint import write_atomically
@@ -121,7 +121,7 @@ def deployed(record: RunRecord, store_root: Path) -> tuple[Deployed, Columns, di
         task = build_task(experiment.task_of(record.role))
         weights = _weights(record, store_root)
         with at_most(weights.stat().st_size):  # a parameter has a byte or more
-            model = rebuilt(task, spec, weights)
+            model = rebuilt(task, spec, weights, role_of(record.role))
     inputs = next(in_order(task.splits().test, CHECKED_IMAGES)).inputs
     return Deployed(model).eval(), task.inputs_for(role_of(record.role), inputs), _metadata(record, spec, task, model)
 
@@ -295,9 +295,9 @@ def _explained(model: str) -> Iterator[None]:
         raise RunFailed(f"model {model!r} can't be written as ONNX ({reason}); --format safetensors works with every model") from error
 
 
-def _inputs_of(task: Task) -> dict[str, Any]:
-    """The shape of one sample's inputs: of an image alone, or of each by name."""
-    example = task.info.example
+def _inputs_of(task: Task, role: Role) -> dict[str, Any]:
+    """The shape of one sample's inputs as a network of this role sees them: of an image alone, or of each by name."""
+    example = task.example(role)
     if isinstance(example, tuple):
         return {"image_shape": list(example)}
     return {"input_shapes": {name: list(tensor.shape[1:]) for name, tensor in named(example, "inputs").items()}}
@@ -315,11 +315,14 @@ def _metadata(record: RunRecord, spec: ModelSpec, task: Task, model: nn.Module) 
         "data": record.data,
         "num_classes": task.info.num_classes,
         "class_names": list(task.info.class_names),
-        **_inputs_of(task),
+        **_inputs_of(task, role_of(record.role)),
         "method": record.label,
         "seed": record.seed,
         f"test_{record.primary}": record.test_metric,
     }
+    words = task.source.vocabulary if task.source is not None else None
+    if words is not None:
+        facts["vocabulary"] = list(words.words)  # the first has number 5: see `kdbench.data.vocabulary`
     if isinstance(inputs, dict):
         inputs = next(iter(inputs.values()), None)
     if isinstance(inputs, InputSpec):

@@ -14,7 +14,6 @@ from kdbench.errors import KDBenchError, UserError, in_one_line
 from kdbench.records.record import RunRecord
 
 LOOPBACK = "127.0.0.1"
-DEFAULT_PORT = 8230
 
 
 class LivePage:

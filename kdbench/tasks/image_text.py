@@ -12,7 +12,7 @@ from kdbench.errors import UserError
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
 from kdbench.tasks.base import Splits, Task, TaskInfo
-from kdbench.tasks.networks import network_for
+from kdbench.tasks.networks import network_for, seen_by_roles
 from kdbench.tasks.similarity import contrastive_loss, recall, similarities, similarity_divergence
 from kdbench.tasks.splits import SplitOptions, cut
 
@@ -51,7 +51,7 @@ class ImageText(Task):
         return self._splits
 
     def build_model(self, spec: ModelSpec) -> nn.Module:
-        return network_for(spec, self.source, {"image": (None,), "text": (None,)})
+        return network_for(spec, self.source, {"image": (None,), "text": (None,)}, seen_by_roles(self))
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The contrastive loss of CLIP (arXiv 2103.00020); texts of the batch that say the same share an image's target."""

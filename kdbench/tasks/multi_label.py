@@ -18,7 +18,7 @@ from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Outputs
 from kdbench.tasks.agreement import agreement, agreement_tolerance
 from kdbench.tasks.base import Splits, Task, TaskInfo
-from kdbench.tasks.networks import network_for
+from kdbench.tasks.networks import network_for, seen_by_roles
 from kdbench.tasks.splits import SplitOptions, cut
 
 
@@ -63,7 +63,7 @@ class MultiLabel(Task):
         return self._splits
 
     def build_model(self, spec: ModelSpec) -> nn.Module:
-        return network_for(spec, self.source, (self.source.num_classes,))
+        return network_for(spec, self.source, (self.source.num_classes,), seen_by_roles(self))
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Binary cross-entropy of logits [B, C] with the answers [B, C], mean over both, in nats."""

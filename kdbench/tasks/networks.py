@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from kdbench.models.build import ModelSpec, build_model
 from kdbench.models.inputs import InputSpec
 from kdbench.models.outputs import predicted
 from kdbench.models.taps import probe
-from kdbench.tasks.base import Task
+from kdbench.models.trace import Example
+from kdbench.tasks.base import Role, Task
 from kdbench.tasks.build import TaskSpec, task_facts
 
 
-def rebuilt(task: Task, spec: ModelSpec, weights: Path) -> nn.Module:
+def rebuilt(task: Task, spec: ModelSpec, weights: Path, role: Role) -> nn.Module:
     """A trained network from the file of its weights.
 
     Args:
         task: what it was trained for.
         spec: how it is built.
         weights: its state_dict.
+        role: of the network, which decides the inputs that it sees.
 
     Raises:
         UserError: the weights don't fit, or the network's predictions depend on something that is drawn when it is built and that its
@@ -40,7 +42,7 @@ def rebuilt(task: Task, spec: ModelSpec, weights: Path) -> nn.Module:
     if ":" not in spec.name:
         return network
     test = task.splits().test
-    inputs = next(in_order(test.select(torch.arange(min(2, len(test)))), 2)).inputs
+    inputs = task.inputs_for(role, next(in_order(test.select(torch.arange(min(2, len(test)))), 2)).inputs)
     first, same, other = (_evaluated(one, inputs) for one in (network, network, task.build_model(spec)))
     if _equal(first, same) and not _equal(first, other):  # one that draws in evaluation too can't be told apart
         raise UserError(
@@ -92,28 +94,52 @@ def _equal(one: Columns, other: Columns) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
-def network_for(spec: ModelSpec, source: Source, expected: tuple[int, ...] | dict[str, tuple[int | None, ...]]) -> nn.Module:
+def seen_by_roles(task: Task) -> tuple[Example, ...]:
+    """What a network of the task is shown of a sample: one example, or the student's and the teacher's where they see different inputs."""
+    if type(task).inputs_for is Task.inputs_for:
+        return (task.example(),)
+    return task.example("student"), task.example("teacher")
+
+
+def network_for(
+    spec: ModelSpec,
+    source: Source,
+    expected: tuple[int, ...] | dict[str, tuple[int | None, ...]],
+    examples: Sequence[Example] = (),
+) -> nn.Module:
     """The model of `spec` for the samples of `source`.
 
     expected: the prediction's shape for one sample, its classes first; or the shapes of several tensors by name, which the model gives in
-    a dictionary; None for a length that is the model's own. Raises UserError where one forward pass fails or gives something else.
+    a dictionary; None for a length that is the model's own. examples: what networks are shown, `seen_by_roles`; by default all inputs. The
+    model has to work on one of them. Raises UserError where one forward pass fails or gives something else.
     """
     model = build_model(spec, **source.network_facts)
     if isinstance(expected, dict):
         model.prediction_names = tuple(expected)  # type: ignore[assignment]
-    return checked_network(model, source, expected, f"model {spec.name!r}")
+    return checked_network(model, source, expected, f"model {spec.name!r}", examples)
 
 
-def checked_network(model: nn.Module, source: Source, expected: tuple[int, ...] | dict[str, tuple[int | None, ...]], who: str) -> nn.Module:
-    """The model, after one forward pass on samples of `source`. expected: as in `network_for`. who: what errors call it.
+def checked_network(
+    model: nn.Module,
+    source: Source,
+    expected: tuple[int, ...] | dict[str, tuple[int | None, ...]],
+    who: str,
+    examples: Sequence[Example] = (),
+) -> nn.Module:
+    """The model, after one forward pass on samples of `source`. expected, examples: as in `network_for`. who: what errors call it.
 
     Raises UserError where the pass fails or gives something else.
     """
-    try:
-        given = probe(model, source.example).prediction
-    except Exception as error:  # whatever a user's own class may raise
-        reason = error if isinstance(error, UserError) else in_one_line(error)
-        raise UserError(f"{who} doesn't work on {source.in_words} of data {source.name!r}: {reason}") from error
+    given, failure = None, None
+    for example in examples or (source.example,):
+        try:
+            given = probe(model, example).prediction
+            break
+        except Exception as error:  # whatever a user's own class may raise
+            failure = failure or error
+    if given is None:
+        reason = failure if isinstance(failure, UserError) or failure is None else in_one_line(failure)
+        raise UserError(f"{who} doesn't work on {source.in_words} of data {source.name!r}: {reason}") from failure
     if given == expected or (isinstance(given, dict) and isinstance(expected, dict) and _fits(given, expected)):
         return model
     if isinstance(given, dict) or isinstance(expected, dict):

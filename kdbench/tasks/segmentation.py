@@ -15,7 +15,7 @@ from kdbench.models.outputs import Outputs
 from kdbench.tasks.agreement import agreement, agreement_tolerance
 from kdbench.tasks.base import Splits, Task, TaskInfo
 from kdbench.tasks.by_class import of_class
-from kdbench.tasks.networks import network_for
+from kdbench.tasks.networks import network_for, seen_by_roles
 from kdbench.tasks.splits import SplitOptions, cut
 
 _SAMPLES_AT_ONCE = 64  # stored predictions are half precision and large; only this many are widened at a time
@@ -50,7 +50,7 @@ class Segmentation(Task):
         return self._splits
 
     def build_model(self, spec: ModelSpec) -> nn.Module:
-        return network_for(spec, self.source, (self.source.num_classes, *self.source.image_shape[1:]))
+        return network_for(spec, self.source, (self.source.num_classes, *self.source.image_shape[1:]), seen_by_roles(self))
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of logits [B, C, H, W] with labels [B, H, W], mean over the pixels that count; 0 where none does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -42,9 +42,15 @@ class Weights:
         """A term that is a mean over what the task counts. Raises UserError where the task says no weight for it."""
         if self.counted is None:
             return self.by_samples(term)
-        if isinstance(self.counted, Mapping) and name not in self.counted:
-            raise UserError(f"the task's `weight` says nothing of {name!r}; it has: {', '.join(self.counted)}")
+        if isinstance(self.counted, Mapping):
+            check_counted({name}, self.counted)
         return (self.counted[name] if isinstance(self.counted, Mapping) else self.counted).to(term.dtype) * term
+
+
+def check_counted(names: Collection[str], counted: Mapping[str, Tensor]) -> None:
+    """Raise UserError where a task's `weight` says nothing of a term that is a mean over what it counts."""
+    if missing := sorted(set(names) - counted.keys()):
+        raise UserError(f"the task's `weight` says nothing of {missing[0]!r}; it has: {', '.join(counted)}")
 
 
 Shown = tuple[Batch, Batch | None]  # this worker's batch, and that of all workers where a method sees it
@@ -74,6 +80,7 @@ class Distiller(nn.Module):
         self.task = task
         self.role = role
         self.peers = nn.ModuleList(peers)
+        self.weighed: frozenset[str] = frozenset()  # by their names in `Task.weight`, the terms of the last step that are means over it
         guard_batch_norms(self)
         # Plain distillation on a task that compares samples compares them too.
         self.coupled = method.batch_coupled or (task.batch_coupled and bool(method.weighs_as_task))
@@ -137,6 +144,7 @@ class Distiller(nn.Module):
             added = self.method(outputs, teacher, batch, at)
             check_terms(f"method {self.name}", added, tasks)
             counted = self.method.weighs_as_task
+            self.weighed = frozenset(tasks) | ({IMITATION} if counted & added.keys() else set())
             own |= {name: weights.as_task(IMITATION, term) if name in counted else weights.by_samples(term) for name, term in added.items()}
         terms = own | joined
         rest = [_nothing(outputs.prediction)] if batch.target is None else []

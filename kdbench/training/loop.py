@@ -108,7 +108,9 @@ def train_step(run: Training, batch: Batch) -> Tensor:
     if recipe.clip_grad is not None:
         for optimizer in run.stepped:
             run.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(run.wrapped.parameters(), recipe.clip_grad)
+        stepped = {id(one) for optimizer in run.stepped for group in optimizer.param_groups for one in group["params"]}
+        # Not of a part that the method steps itself: it may still hold the gradients of its own loss.
+        torch.nn.utils.clip_grad_norm_([one for one in run.wrapped.parameters() if id(one) in stepped], recipe.clip_grad)
     for optimizer in run.stepped:
         run.scaler.step(optimizer)
     run.scaler.update()
@@ -147,8 +149,11 @@ def _weights(run: Training, pieces: Sequence[Batch], shown: Sequence[Batch]) -> 
     if not _asks_others(run, pieces) or shown[0].target is None:
         return by_samples
     counted = [task.weight(piece) for piece in shown]
-    values = [torch.stack(list(one.values())) if isinstance(one, dict) else one for one in counted]
-    mine = torch.stack(values).to(run.session.device, torch.float64)
+    # Some of a task's counts may be known without the device, such as the number of samples.
+    values = [list(one.values()) if isinstance(one, dict) else [one] for one in counted]
+    device = run.session.device
+    mine = torch.stack([torch.stack([value.to(device, torch.float64) for value in of_piece]) for of_piece in values])
+    mine = mine if isinstance(counted[0], dict) else mine[:, 0]
     everyones = run.session.gather(mine.sum(0)[None]).sum(0)
     factors = mine.clamp(min=1) * workers / everyones.clamp(min=1)
     return [

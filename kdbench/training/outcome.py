@@ -186,7 +186,7 @@ def of_now(unit: Unit, splits: Splits) -> dict[str, Any]:
 
 def _finished(unit: Unit, weights: Path, task: Task, session: Session) -> nn.Module:
     """The network of a unit with these weights."""
-    model = rebuilt(task, unit.student, weights)
+    model = rebuilt(task, unit.student, weights, role_of(unit.role))
     return to_device(model, unit.recipe.precision, unit.recipe.memory_format, session.device)
 
 

@@ -32,7 +32,7 @@ from kdbench.models.trace import Example, generators_kept, trace
 from kdbench.models.weights import matched, portable
 from kdbench.tasks.base import Role, Task
 from kdbench.training.assembly import Training, check_uncut, fit_method, make_distiller, make_training
-from kdbench.training.distiller import Distiller
+from kdbench.training.distiller import Distiller, check_counted
 from kdbench.training.evaluate import predict, targets_of
 from kdbench.training.loop import train_step
 from kdbench.training.precision import to_device, unmeasured
@@ -169,6 +169,7 @@ class _Scene:
         if any(bool(tensor.isnan().any()) for tensor in tensors(before)):
             raise UserError("its predictions are nan before it is trained; check its forward pass in evaluation, and its weights")
         self._step(run, batch)
+        self._check_counted(run, batch)
         for stage, epochs in zip(run.distiller.method.stages()[1:], run.stages[1:], strict=True):
             run.epoch = epochs.start
             with _doing(f"beginning the stage {stage.name!r}"):
@@ -192,6 +193,15 @@ class _Scene:
         self._check_gradients(run.distiller, learns, where)
         if broken := [f"{name} is {value}" for name, value in zip(run.terms, losses, strict=True) if not math.isfinite(value)]:
             raise UserError(f"in a first training step{where}, its loss {' and '.join(broken)}; check its forward pass, and its weights")
+
+    def _check_counted(self, run: Training, batch: Batch) -> None:
+        """Whether the task says how much each term counts, where micro-batches or workers are put together by that."""
+        together = any(recipe.accumulate > 1 for recipe in self.recipes) or worker_bounds(self.workers)[1] > 1
+        if self.task.counts_samples or not together or batch.target is None:
+            return
+        counted = run.distiller.task.weight(batch)
+        if isinstance(counted, dict):
+            check_counted(run.distiller.weighed, counted)
 
     def _check_gradients(self, distiller: Distiller, learns: set[int], where: str) -> None:
         """where: in which stage. In a later one the network may be frozen, and only a part of the method learns."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pytest
 from optuna.samplers import RandomSampler
@@ -17,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ValidationError
 
 from kdbench.errors import RunFailed, UserError
-from kdbench.experiment import SAMPLERS, Search
+from kdbench.experiment import Search
 from kdbench.search.space import Choice, Parameter, Range, When, space_of
 from kdbench.search.study import FIRST_AT_RANDOM, Asha, MethodStudy, derived_seed, drawn_at_random, holds
 
+SAMPLERS: tuple[str, ...] = get_args(Search.model_fields["sampler"].annotation)
 LR = Parameter("recipe.lr", Range(0.01, 1.0, log=True), 0.1)
 WEIGHT = Parameter("weight", Range(0.0, 2.0), 1.0)
 AXES = (LR, WEIGHT)

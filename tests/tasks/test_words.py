@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,17 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdbench.benchmark.run import run
+from kdbench.benchmark.watch import Unwatched
 from kdbench.data.batch import Part
-from kdbench.data.columns import several
+from kdbench.data.columns import Columns, several
 from kdbench.data.loader import in_order
 from kdbench.data.shape_targets import CAPTION_TOKENS
 from kdbench.data.shapes import shapes
 from kdbench.data.sources import Source
-from kdbench.deploy.export import Deployed, write_onnx
+from kdbench.deploy.export import Deployed, export, write_onnx
+from kdbench.deploy.verification import verify
 from kdbench.errors import UserError
+from kdbench.experiment import Experiment
 from kdbench.models.build import ModelSpec
 from kdbench.models.towers import TextTower
+from kdbench.own_code import TRUST_VARIABLE
+from kdbench.records.store import ResultStore
+from kdbench.tasks.base import Role
 from kdbench.tasks.build import TaskSpec, build_task
+from kdbench.tasks.classification import Classification
 from kdbench.training.assembly import assemble
 from kdbench.training.loop import fit
 from kdbench.training.outcome import rederive
@@ -106,3 +115,51 @@ def test_a_graph_takes_words(tmp_path: Path) -> None:
         torch.testing.assert_close(found, network(words), rtol=1e-5, atol=1e-6)
     session = onnxruntime.InferenceSession(str(tmp_path / "words.onnx"), providers=["CPUExecutionProvider"])
     assert [given.name for given in session.get_inputs()] == ["inputs"]
+
+
+class Privileged(Classification):
+    """A teacher sees a picture and its caption, a student the caption alone."""
+
+    def inputs_for(self, role: Role, inputs: Columns) -> Columns:
+        return inputs if role == "teacher" else {"tokens": several(inputs)["tokens"]}
+
+
+class CaptionAlone(nn.Module):
+    """Class logits of a caption; it refuses to see anything else."""
+
+    def __init__(self, num_classes: int, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.text = TextTower(8, 1, 2, outputs=num_classes, vocabulary=vocabulary, length=length)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        assert inputs.keys() == {"tokens"}, "a student sees what is the teacher's"
+        logits: Tensor = self.text(inputs["tokens"])
+        return logits
+
+
+def test_what_is_the_teachers_alone_reaches_no_student_on_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, measured, verified and exported; the file's metadata name the inputs that its graph has, and the words of its tokens."""
+    here = "tests.tasks.test_words"
+    data, network = CASES["image and words"]
+    asked = {
+        "name": "privileged",
+        "task": {"name": f"{here}:Privileged", "data": data, "val_size": 12},
+        "teacher": {"model": network, "recipe": {"epochs": 1}},
+        "students": [{"name": f"{here}:CaptionAlone", "label": "words"}],
+        "methods": ["none", "kd"],
+        "recipe": {"epochs": 1, "batch_size": 12, "precision": "fp32", "memory_format": "contiguous", "compile": False},
+        "seeds": 1,
+    }
+    results = tmp_path / "results"
+    assert run(Experiment.model_validate(asked), results, Unwatched()).failures == ()
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
+    assert verify(results).problems == ()
+    record = next(record for record in ResultStore(results).scan(role="final") if record.label == "kd")
+    export(record, results, "onnx", tmp_path / "words.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "words.onnx"), providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    vocabulary = captions().vocabulary
+    assert vocabulary is not None
+    assert json.loads(facts["input_shapes"]) == {"tokens": [CAPTION_TOKENS]}
+    assert [given.name for given in session.get_inputs()] == ["tokens"]
+    assert json.loads(facts["vocabulary"]) == list(vocabulary.words)

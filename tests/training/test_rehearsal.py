@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kdbench.data.batch import Batch
 from kdbench.errors import UserError
 from kdbench.experiment import Experiment, Recipe, WorkerRange
 from kdbench.methods import METHODS
 from kdbench.models.build import build_model
 from kdbench.models.taps import tap_shapes
 from kdbench.tasks.build import build_task
+from kdbench.tasks.classification import Classification
 from kdbench.training.rehearsal import Rehearsal, check_sees_all, smallest_micro_batch
 from tests.bad_input.odd_networks import Draws
 
@@ -137,3 +139,27 @@ def test_a_method_with_stages_is_rehearsed_in_each_and_leaves_no_trace() -> None
     assert generators() == drawn
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+class CountsLabels(Classification):
+    """Its `weight` says nothing of what distillation is a mean over."""
+
+    @property
+    def counts_samples(self) -> bool:
+        return False
+
+    def weight(self, batch: Batch) -> dict[str, Tensor]:
+        return {"cross_entropy": torch.tensor(len(batch))}
+
+
+@pytest.mark.parametrize(("recipe", "workers"), [({"accumulate": 2}, 1), ({}, 2)])
+def test_a_count_that_is_missing_is_told_before_anything_is_trained(recipe: dict[str, Any], workers: int) -> None:
+    asked = SHAPES | {"students": ["tiny_cnn"], "recipe": {"batch_size": 20, **recipe}, "runtime": {"workers": workers}}
+    experiment = Experiment.model_validate({**asked, "methods": ["none", "kd"]})
+    task = CountsLabels(build_task(experiment.task).options)
+    assert experiment.teacher is not None
+    student, teacher = task.build_model(experiment.students[0]), task.build_model(experiment.teacher.model)
+    rehearsal = Rehearsal(experiment, task, [experiment.recipe], torch.device("cpu"))
+    shapes = [tap_shapes(network, task.info.example) for network in (student, teacher)]
+    with pytest.raises(UserError, match="the task's `weight` says nothing of 'imitation'; it has: cross_entropy"):
+        rehearsal.student(experiment.students[0], student, shapes[0], shapes[1], teacher)

@@ -11,10 +11,11 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
+from kdbench.data.batch import Batch
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
 from kdbench.experiment import Unit
-from kdbench.methods.base import Method
+from kdbench.methods.base import Method, Progress
 from kdbench.training.assembly import assemble
 from kdbench.training.loop import fit, train_epoch, train_step
 from kdbench.training.session import LocalSession
@@ -142,3 +143,27 @@ def unevenly_labelled() -> Source:
     for image, mask in enumerate(masks):
         mask[image % 30 :, :28] = 255
     return replace(source, train=replace(source.train, target=masks), ignore_index=255)
+
+
+class Loud(Imagined):
+    """It leaves large gradients in the part that it stepped itself."""
+
+    def shown(self, batch: Batch, at: Progress) -> Batch:
+        found = super().shown(batch, at)
+        for parameter in self.maker.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(1e4)
+        return found
+
+
+def test_what_a_method_steps_itself_does_not_count_where_gradients_are_clipped(tmp_path: Path) -> None:
+    """The student's step is as long whatever gradients of its own loss the method's part still holds."""
+    moved = []
+    for method in (NAMES["Imagined"], f"{__name__}:Loud"):
+        run = assemble(shown(tmp_path, method, clip_grad=1e-3), LocalSession())
+        before = [parameter.detach().clone() for parameter in run.distiller.student.parameters()]
+        train_step(run, next(iter(run.loader.batches(0))))
+        moved.append([parameter.detach() - old for parameter, old in zip(run.distiller.student.parameters(), before, strict=True)])
+    for quiet, loud in zip(*moved, strict=True):
+        assert quiet.abs().max() > 0
+        torch.testing.assert_close(loud, quiet)
