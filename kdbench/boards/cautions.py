@@ -55,8 +55,8 @@ def near_duplicates_caution(record: RunRecord) -> str | None:
     if not record.near_duplicates:
         return None
     return (
-        f"of the test images of {record.data} ({record.data_hash[:8]}), {record.near_duplicates:,} nearly equal a training image "
-        "(64-bit difference hashes that differ in at most 4 bits): of new images, the metric says less than it seems"
+        f"{record.near_duplicates:,} test images of {record.data} ({record.data_hash[:8]}) have a near-duplicate among the training images "
+        "(64-bit difference hash, at most 4 bits apart); simple pictures have some that are no copies"
     )
 
 

@@ -120,6 +120,6 @@ def test_a_run_puts_the_number_on_record_and_the_board_prints_it(tmp_path: Path,
     [record] = ResultStore(tmp_path / "results").scan(role="final")
     assert record.near_duplicates == 3
     [board] = boards([record])
-    said = f"of the test images of {record.data} ({record.data_hash[:8]}), 3 nearly equal a training image"
+    said = f"3 test images of {record.data} ({record.data_hash[:8]}) have a near-duplicate among the training images"
     assert any(note.startswith(said) for note in board.notes)
-    assert not any("nearly equal" in note for note in boards([record.model_copy(update={"near_duplicates": 0})])[0].notes)
+    assert not any("near-duplicate" in note for note in boards([record.model_copy(update={"near_duplicates": 0})])[0].notes)
