@@ -136,3 +136,21 @@ def test_noise_is_augmented_and_cached_like_any_image(tmp_path: Path, method: An
     run = assemble(cached, LocalSession())
     first, second = (next(iter(run.loader.batches(epoch))) for epoch in (0, 1))
     assert (first.view, second.view) == (0, 1)
+
+
+@pytest.mark.parametrize(("accumulate", "exchanges"), [(1, 0), (2, 1), (4, 1)])
+def test_what_micro_batches_count_is_exchanged_once_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int, exchanges: int
+) -> None:
+    run = assemble(partly("kd", tmp_path, accumulate=accumulate), LocalSession())
+    batches = list(run.loader.batches(0))
+    asked: list[tuple[int, ...]] = []
+
+    def counting(session: LocalSession, rows: torch.Tensor) -> torch.Tensor:
+        asked.append(tuple(rows.shape))
+        return rows
+
+    monkeypatch.setattr(LocalSession, "gather", counting)
+    for batch in batches:
+        train_step(run, batch)
+    assert len(asked) == exchanges * len(batches)
