@@ -450,7 +450,7 @@ def export(
             metavar="RUN", help="A run's id or the beginning of it, as `leaderboard --format json` lists them.", show_default=False
         ),
     ],
-    format_: Annotated[str, typer.Option("--format", help="safetensors or onnx.")] = "safetensors",
+    format_: Annotated[str, typer.Option("--format", help="safetensors, onnx or pt2, which is torch.export's.")] = "safetensors",
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default: STUDENT-METHOD-RUN.FORMAT in this folder.", show_default=False)
     ] = None,

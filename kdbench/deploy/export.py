@@ -40,7 +40,7 @@ from kdbench.tasks.networks import rebuilt
 from kdbench.training.checkpoint import write_atomically
 from kdbench.training.recorded import experiment_of, model_spec
 
-FORMATS = ("safetensors", "onnx")
+FORMATS = ("safetensors", "onnx", "pt2")
 CHECKED_IMAGES = 64
 TOLERANCE = 1e-4  # of the largest prediction: float32 sums in another order differ by some 1e-6 of it
 _TRACED_IMAGES = 2  # one would be taken for a constant
@@ -84,6 +84,7 @@ def export(record: RunRecord, store_root: Path, format: str, output: Path | None
 
     safetensors: the parameters and buffers under plain keys; the metadata say what the model is and how images are normalised.
     onnx: float images [batch, C, H, W] in [0, 1] go in, of any number; resizing and normalisation are part of the graph.
+    pt2: the same as torch.export's program; several inputs and outputs are dictionaries by name. The metadata are in `metadata.json`.
     The file gets its name only once it gave what the original gives. Raises UserError where the record has no weights, the format is
     unknown or its packages are missing; RunFailed where the file's predictions differ by more than TOLERANCE.
     """
@@ -269,7 +270,29 @@ def write_onnx(network: Deployed, inputs: Columns, path: Path, metadata: dict[st
     return like({name: torch.from_numpy(array) for name, array in zip(named(expected, ""), arrays, strict=True)}, expected)
 
 
-_WRITERS: dict[str, Callable[[Deployed, Columns, Path, dict[str, str]], Columns]] = {"safetensors": _write_safetensors, "onnx": write_onnx}
+def write_pt2(network: Deployed, inputs: Columns, path: Path, metadata: dict[str, str]) -> Columns:
+    """Write torch.export's program; returns the predictions of the program in the file."""
+    batch = torch.export.Dim("batch")
+    few = mapped(inputs, lambda tensor: tensor[:_TRACED_IMAGES])
+    shapes: Any = {0: batch} if alone(inputs) else {name: {0: batch} for name in input_names(inputs)}
+    try:
+        with silent(), torch.no_grad():
+            program = torch.export.export(network, (few,), dynamic_shapes=(shapes,))
+            torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+            prediction: Columns = torch.export.load(path).module()(inputs)
+    except Exception as error:  # whatever tracing a user's own network ends in
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RunFailed(
+            f"model {metadata['model']!r} can't be written as pt2 ({reason}); --format safetensors works with every model"
+        ) from error
+    return prediction
+
+
+_WRITERS: dict[str, Callable[[Deployed, Columns, Path, dict[str, str]], Columns]] = {
+    "safetensors": _write_safetensors,
+    "onnx": write_onnx,
+    "pt2": write_pt2,
+}
 
 
 @contextlib.contextmanager

@@ -327,6 +327,17 @@ def test_exported_onnx_takes_any_number_of_unnormalised_images(kdbench: Kdbench,
     assert facts["run_id"] == trained.record.run_id
 
 
+def test_exported_pt2_takes_any_number_of_unnormalised_images(kdbench: Kdbench, trained: Trained) -> None:
+    ended = kdbench("export", "01kamz3q", "--format", "pt2", "--output", "out/net.pt2", "--results", trained.folder)
+    assert ended.code == 0, ended.err
+    assert [path.name for path in Path("out").iterdir()] == ["net.pt2"]
+    facts = {"metadata.json": ""}
+    network = torch.export.load("out/net.pt2", extra_files=facts).module()
+    for count in (1, 3, 80):
+        torch.testing.assert_close(network(trained.images[:count]), trained.prediction[:count], rtol=0, atol=1e-4)
+    assert json.loads(facts["metadata.json"])["run_id"] == trained.record.run_id
+
+
 @pytest.mark.parametrize("format_", exporting.FORMATS)
 def test_a_file_that_predicts_otherwise_is_not_written(
     kdbench: Kdbench, trained: Trained, monkeypatch: pytest.MonkeyPatch, format_: str
@@ -364,10 +375,13 @@ class Branching(nn.Module):
         return images.mean(dim=(2, 3)) if images.sum() > 0 else images.amax(dim=(2, 3))
 
 
-def test_a_model_that_no_graph_can_hold_is_said_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("format_", "called"), [("onnx", "ONNX"), ("pt2", "pt2")])
+def test_a_model_that_no_graph_can_hold_is_said_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], format_: str, called: str
+) -> None:
     network = exporting.Deployed(Branching()).eval()
-    with pytest.raises(RunFailed, match="model 'branching' can't be written as ONNX") as failed:
-        exporting._write_checked(network, torch.rand(4, 3, 8, 8), tmp_path / "net.onnx", "onnx", {"model": "branching"})
+    with pytest.raises(RunFailed, match=f"model 'branching' can't be written as {called}") as failed:
+        exporting._write_checked(network, torch.rand(4, 3, 8, 8), tmp_path / "net", format_, {"model": "branching"})
     assert len(str(failed.value).splitlines()) == 1
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []

@@ -163,3 +163,7 @@ def test_what_is_the_teachers_alone_reaches_no_student_on_the_whole_way(tmp_path
     assert json.loads(facts["input_shapes"]) == {"tokens": [CAPTION_TOKENS]}
     assert [given.name for given in session.get_inputs()] == ["tokens"]
     assert json.loads(facts["vocabulary"]) == list(vocabulary.words)
+    export(record, results, "pt2", tmp_path / "words.pt2")
+    inputs = several(next(in_order(captions(image=True).test, 3)).inputs)["tokens"]
+    graph = session.run(None, {"tokens": inputs.numpy()})[0]
+    torch.testing.assert_close(torch.export.load(tmp_path / "words.pt2").module()({"tokens": inputs}), torch.from_numpy(graph))
