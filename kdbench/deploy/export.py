@@ -185,7 +185,7 @@ def difference_allowed(found: Columns, expected: Columns, what: object) -> tuple
     theirs = named(found, "prediction")
     for name, tensor in named(expected, "prediction").items():
         difference, tolerance = float((theirs[name] - tensor).abs().max()), TOLERANCE * float(tensor.abs().max())
-        called = f"predictions {name}" if isinstance(expected, dict) else "predictions"
+        called = "predictions" if alone(expected) else f"predictions {name}"
         if not difference <= tolerance:  # nan too
             raise RunFailed(
                 f"{what} was not written: on {len(tensor)} test samples its {called} differ from the original's by up to "

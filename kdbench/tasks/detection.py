@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, described, several, single
+from kdbench.data.columns import Columns, alone, described, named, several, single
 from kdbench.data.frames import Colour
 from kdbench.data.hashing import hash64
 from kdbench.data.sources import DataSpec, Source, open_source
@@ -58,7 +58,7 @@ class Detection(Task):
         super().__init__(options)
         self.source: Source = open_source(options.data)
         target, size = self.source.train.target, self.source.train.image_size
-        if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys() or size is None:
+        if target is None or not {"boxes", "labels"} <= named(target, "").keys() or size is None:
             raise UserError(
                 f"task {self.name!r} needs images with `boxes` [N, M, 4] and `labels` [N, M]; data {self.source.name!r} gives "
                 f"{described(target)}" + ("; use target: boxes" if self.source.name in ("shapes", "stamps") else "")
@@ -152,10 +152,11 @@ class Detection(Task):
 
         None where no input is padded. A network is exported and measured without the data set, so the input itself has to tell.
         """
-        if self._padding is None or not isinstance(inputs, Tensor):
+        if self._padding is None or not alone(inputs):
             return None
-        colour = inputs.new_tensor(self._padding)[:, None, None] / 255
-        picture = ((inputs - colour).abs() > 0.5 / 255).any(1)
+        images = single(inputs, "inputs")
+        colour = images.new_tensor(self._padding)[:, None, None] / 255
+        picture = ((images - colour).abs() > 0.5 / 255).any(1)
         sides = [_last(picture.any(along)) for along in (2, 1)]
         valid = torch.stack(sides, dim=1)
         return None if bool((valid == valid.new_tensor(self.size)).all()) else valid

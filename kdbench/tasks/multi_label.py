@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdbench.data.batch import Batch
-from kdbench.data.columns import Columns, described, single, wide
+from kdbench.data.columns import Columns, alone, described, single, wide
 from kdbench.data.options import LEFT_OUT_UNSET
 from kdbench.data.sources import DataSpec, Source, open_source
 from kdbench.errors import UserError
@@ -142,9 +142,10 @@ def _imitation(student: Outputs, teacher: Outputs, batch: Batch, temperature: fl
 
 def _answers(target: Columns, classes: int) -> bool:
     """Whether a target is 0 or 1 for each class of each sample."""
-    if not isinstance(target, Tensor) or target.dtype not in (torch.uint8, torch.float32) or target.shape[1:] != (classes,):
+    answers = single(target, "target") if alone(target) else None
+    if answers is None or answers.dtype not in (torch.uint8, torch.float32) or answers.shape[1:] != (classes,):
         return False
-    return bool(((target == 0) | (target == 1)).all())
+    return bool(((answers == 0) | (answers == 1)).all())
 
 
 def _no_and_yes(logits: Tensor) -> Tensor:

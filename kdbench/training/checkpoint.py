@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from kdbench.data.columns import Columns, named
+from kdbench.data.columns import Columns, alone, named
 from kdbench.errors import UserError, in_one_line, not_written
 from kdbench.models.torch_files import check_torch_file
 from kdbench.models.weights import portable
@@ -85,8 +85,9 @@ def pack_predictions(prediction: Columns, index: Tensor) -> bytes:
 
     One tensor is called `prediction`, several are `prediction.NAME` each.
     """
-    several = {f"{_OF_SEVERAL}{name}": tensor for name, tensor in prediction.items()} if isinstance(prediction, dict) else None
-    tensors = several or named(prediction, "prediction")
+    tensors = named(prediction, "prediction")
+    if not alone(prediction):
+        tensors = {f"{_OF_SEVERAL}{name}": tensor for name, tensor in tensors.items()}
     return save_safetensors({**{name: tensor.contiguous() for name, tensor in tensors.items()}, "index": index.contiguous()})
 
 
