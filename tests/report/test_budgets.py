@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy import stats as oracle
 
-from kdbench.boards.tuning_curve import expected_best, interval_of_the_median_best
+from kdbench.boards.tuning_curve import chance_of_being_ahead, expected_best, interval_of_the_median_best
 from kdbench.records.folders import Folders
 from kdbench.report.budgets import after_trials, budget
 from kdbench.report.files import Report
@@ -75,6 +75,24 @@ def test_the_table_ranks_the_methods_that_were_searched_so_long() -> None:
         [(1.0, 2), (2.0, 2), (3.0, 1)],
         [(2.0, 1), (2.5, 1), None],
     ]
+
+
+def test_the_chance_of_being_ahead_of_the_control_is_given_for_random_trials_alone() -> None:
+    others = [80.0, 81.0, 79.0, 83.0, 60.0, 82.2, 70.0, 81.5]
+    kd, dkd = (
+        budget(number, label, [study([*values])], "random", higher_is_better=True)
+        for number, (label, values) in enumerate((("kd", others), ("dkd", VALUES)))
+    )
+    assert kd is not None
+    assert dkd is not None
+    _, rows = after_trials([kd, dkd], higher_is_better=True, control="kd")
+    assert [cell and cell.ahead for cell in rows[0]] == [None] * len(rows[0])
+    chances = chance_of_being_ahead(VALUES, others)
+    assert [cell and cell.ahead for cell in rows[1]][:3] == [chances[0], chances[1], chances[4]]
+    by_tpe = budget(1, "dkd", [study([*VALUES])], "tpe", higher_is_better=True)
+    assert by_tpe is not None
+    _, rows = after_trials([kd, by_tpe], higher_is_better=True, control="kd")
+    assert {cell and cell.ahead for cell in rows[1]} == {None}
 
 
 def test_the_report_shows_what_the_searches_were_worth(tmp_path: Path) -> None:
