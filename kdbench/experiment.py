@@ -34,7 +34,7 @@ from kdbench.data.views import Augment
 from kdbench.errors import UserError, cut, explain, printable, shown
 from kdbench.methods.build import MethodSpec, check_method_name, method_class
 from kdbench.models.build import ModelSpec
-from kdbench.records.plan import CONTROL, LEVELS, UNDISTILLED, Plan, control_of, doubled
+from kdbench.records.plan import AT_COST, AT_DEFAULT, CONTROL, LEVELS, UNDISTILLED, Plan, control_of, doubled
 from kdbench.search.space import Choice, Dimension, Range
 from kdbench.storage.address import is_address, problem_with
 from kdbench.tasks import TASKS
@@ -386,6 +386,10 @@ class Experiment(_Part):
         for key, specs in (("methods", self.methods), ("students", self.students)):
             for place, spec in enumerate(specs):
                 check_label(spec.label, f"{key}.{place}.label")
+                if key == "methods" and spec.label.endswith((AT_DEFAULT, AT_COST)):
+                    raise ValueError(
+                        f"{key}.{place}.label: {shown(spec.label)} ends as kdbench's own rows below a board do; leave the @ out"
+                    )
         if self.teacher is not None:
             check_label(self.teacher.model.label, "teacher.model.label")
         elif inheriting := [spec.label for spec in self.students if spec.weights == "teacher"]:
@@ -425,7 +429,7 @@ class Experiment(_Part):
         if isinstance(self.seeds, UntilDecided):
             until = self.seeds
             return Plan(seeds=until.start, control_seeds=until.start, looks=doubled(until.start, until.max), matters=until.matters)
-        more = self.seeds if searches > 1 else self.control_seeds or (2 * self.seeds if self.seeds > 1 else 1)
+        more = self.seeds if searches > 1 else self.control_seeds or (min(2 * self.seeds, MOST_SEEDS) if self.seeds > 1 else 1)
         return Plan(seeds=self.seeds, control_seeds=more, searches=searches)
 
     def task_of(self, role: str) -> TaskSpec:

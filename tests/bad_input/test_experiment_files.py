@@ -116,6 +116,8 @@ def test_anchors_and_merged_keys_are_read(tmp_path: Path) -> None:
             "seeds.until: decided compares methods with kd, which is not among them; add kd",
         ),
         ({"seeds": {"max": 12, "until": "decided"}, "control_seeds": 9}, "seeds.until: decided and control_seeds do not go together"),
+        ({"methods": ["none", {"name": "kd", "label": "kd@default"}]}, "ends as kdbench's own rows below a board do; leave the @ out"),
+        ({"cost_control": True, "methods": ["kd"]}, "cost_control trains none for longer, which is not among the methods"),
         ({"seeds": 3, "control_seeds": 2}, "control_seeds is 2 and seeds 3; expected at least as many"),
         ({"search": {"trials": 2, "studies": 3}, "control_seeds": 9}, "search.studies above 1 and control_seeds do not go together"),
         ({"search": {"trials": 2, "budget": {}}}, "search.budget: expected one of device_hours and epochs, such as {device_hours: 0.5}"),
