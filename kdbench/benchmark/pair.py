@@ -592,10 +592,14 @@ class PairWork:
             wanted = seeds_still_wanted([record for record in ended if record is not None], self.plan, self._controls)
             if not wanted:
                 break
-            for contender in self._rows:
-                seeds = range(len(contender.finals or {}), wanted.get(contender.spec.label, 0))
-                if seeds:
+            added = False
+            for contender in self.contenders:
+                seeds = range(len(contender.finals or {}), wanted.get(contender.beside_of or contender.spec.label, 0))
+                if seeds and contender.finals is not None:
                     self._add_finals(contender, seeds)
+                    added = True
+            if not added:
+                break
         self._plan_cost_control()
 
     def _plan_cost_control(self) -> None:

@@ -216,7 +216,14 @@ class _Trace:
         base, teacher = self._number(undistilled.mean), self._number(metric)
         teachers = [r.run_id for r in self.by_id.values() if r.role == "teacher" and r.teacher_sha == self.board.teacher_sha is not None]
         how = f"({self._number(row.mean)} - {base}) / ({teacher} - {base}); {teacher} is the teacher, {base} is {undistilled.label}"
-        if row.gap_low is not None:
+        together = row.over_undistilled
+        if row.gap_low is not None and together is not None:
+            if self.board.errors is not None and self.board.errors.further and row.gap_recovered:
+                lead = together.middle / row.gap_recovered
+                how = (
+                    f"gain_all / lead = {together.middle:.{self.decimals}f} / {lead:.{self.decimals}f}; the lead of the teacher, {teacher}"
+                )
+                how += f", over {undistilled.label}, with its further seeds"
             how += "; Fieller's interval, with the critical value and the errors of gain_all"
         shown = interval(row.gap_recovered, row.gap_low, row.gap_high, "z.1%")
         return Figure("gap_recovered", shown, how, (*self.counted, *undistilled.run_ids, *teachers))

@@ -103,7 +103,7 @@ def notes(board: Board, groups: Sequence[Finals], found: Standings, scale: Scale
         told.append(_power(board, found, len(ranked)))
     if any(row.looked for row in board.rows):
         told.append(_looks(board))
-    elif grown := [group.label for group in groups if _grew(group)]:
+    if grown := [group.label for group in groups if _grew(group)]:
         told.append(f"seeds were added after a look, and the {LEVEL:.0%} do not hold: {', '.join(grown)}")
     told += map(_beside, board.beside)
     if undecided := [row.label for row in _rivals(board) if row.over_control is not None and row.verdict == 0]:
@@ -230,7 +230,7 @@ def _power(board: Board, found: Standings, rows: int) -> str:
     assert found.spreads is not None
     assert board.detectable is not None
     missed = f"a true difference from {board.control} below {board.detectable:.2g} is missed more than one time in {round(1 / (1 - POWER))}"
-    if board.plan is not None and board.plan.looks:
+    if board.plan is not None and any(row.looked for row in board.rows):
         return f"with {max(board.plan.looks)} seeds, {missed}"
     control = board.row(board.control)
     unit = "seeds" if board.searches is None else "searches"
@@ -240,7 +240,7 @@ def _power(board: Board, found: Standings, rows: int) -> str:
         for times in _MORE
     ]
     whole = 1.0 if board.decimals == 2 else 0.01
-    wanted = seeds_needed(rows, found.spreads, whole)
+    wanted = seeds_needed(rows, found.spreads, whole, further / seeds)
     needed = f"; to find {whole:g}: {wanted} {unit}" if wanted is not None else ""
     return f"{missed}; {', '.join(more)}{needed}"
 

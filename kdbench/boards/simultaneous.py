@@ -342,14 +342,21 @@ def smallest_found(rows: int, seeds: int, found: Spreads, extra: int = 0, power:
     return float(nctdtrinc(found.df, 1 - power, critical)) * math.sqrt((2 - used) * floor * spread / seeds)
 
 
-def seeds_needed(rows: int, found: Spreads, difference: float) -> int | None:
-    """The fewest seeds with which a true difference from the control is found with probability POWER; None for more than a thousand."""
+def seeds_needed(rows: int, found: Spreads, difference: float, further: float = 0.0) -> int | None:
+    """The fewest seeds with which a true difference from the control is found with probability POWER; None for more than a thousand.
+
+    further: seeds of the control beside these, as a share of them.
+    """
+
+    def found_with(seeds: int) -> float:
+        return smallest_found(rows, seeds, found.with_seeds(seeds), round(further * seeds))
+
     low, high = 2, 1000
-    if smallest_found(rows, high, found.with_seeds(high)) > difference:
+    if found_with(high) > difference:
         return None
     while low < high:
         middle = (low + high) // 2
-        if smallest_found(rows, middle, found.with_seeds(middle)) <= difference:
+        if found_with(middle) <= difference:
             high = middle
         else:
             low = middle + 1

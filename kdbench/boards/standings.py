@@ -315,7 +315,10 @@ def _looks(
             difference = over_control.get(group.label)
             undecided = group in open_rows and (difference is None or not _is_decided(difference, plan.matters))
             found[group.label] = _Look(layout, over_undistilled.get(group.label), difference, undecided)
-        open_rows = [group for group in open_rows if group in block and found[group.label].open]
+        for group in open_rows:
+            if group not in block:  # one of its seeds failed, and nothing stands for it: it stays where it was, and nobody waits for it
+                found[group.label] = replace(found[group.label], open=False)
+        open_rows = [group for group in open_rows if found[group.label].open]
         if not open_rows:
             break
     return found

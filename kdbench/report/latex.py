@@ -108,7 +108,8 @@ def _caption(board: Board, decimals: int) -> str:
     teacher = "no teacher" if board.teacher is None else f"teacher {escaped(board.teacher)}"
     if board.teacher_metric is not None:
         teacher += f" (${board.teacher_metric:.{decimals}f}$)"
-    seeds = max((row.seeds for row in board.rows), default=0)
+    seeds = board.errors.seeds if board.errors is not None else max((row.seeds for row in board.rows), default=0)
+    further = f", {board.errors.further} more of the controls" if board.errors is not None and board.errors.further else ""
     shared = f"student {escaped(board.student)}" if board.method is None else f"method {escaped(board.method)}"
     told = [
         f"{escaped(board.task)} on {escaped(board.data)}, {teacher}, {shared}:",
@@ -117,7 +118,7 @@ def _caption(board: Board, decimals: int) -> str:
     columns = [*(["gains"] if board.undistilled else []), *([f"differences to {escaped(board.control)}"] if board.control else [])]
     what = " and ".join(["ranks", *(f"all {name}" for name in columns)])
     told += [
-        f"mean over {seeds} seeds with 95\\,\\% $t$-intervals; {what} hold all at once with 95\\,\\% each.",
+        f"mean over {seeds} seeds{further} with 95\\,\\% $t$-intervals; {what} hold all at once with 95\\,\\% each.",
         f"Bold: {board.rows_by}s that may be the best.",
     ]
     if any(row.verdict > 0 for row in board.rows):

@@ -220,6 +220,8 @@ class MethodStudy:
             ) from error
         if not self.study.trials:
             self.study.enqueue_trial(defaults(self.axes))
+        if self._budget is not None and self._budget.name not in self.study.user_attrs:
+            self._remember_trials()  # a search without a budget, or with another one, may have begun this study
         self._abandoned = [t for t in self._asked() if t.state == TrialState.RUNNING]
         self._open: dict[int, optuna.Trial] = {}
         self.held = False  # nothing more is asked for in this run
@@ -320,9 +322,18 @@ class MethodStudy:
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", epochs)
         self.study.tell(number, values=list(values) if values is not None else None, state=state)
-        if self._budget is not None and epochs > 0 and self._budget.name not in self.study.user_attrs:
-            self.study.set_user_attr(self._budget.name, self._budget.trials(seconds, epochs))
+        if self._budget is not None and self._budget.name not in self.study.user_attrs:
+            self._remember_trials()
         self._upload()
+
+    def _remember_trials(self) -> None:
+        """Write down how many trials the budget pays for, by the first trial of the study that has a cost."""
+        assert self._budget is not None
+        for trial in self.study.get_trials(deepcopy=False):
+            epochs = trial.user_attrs.get("epochs", 0.0)
+            if trial.state.is_finished() and epochs > 0:
+                self.study.set_user_attr(self._budget.name, self._budget.trials(trial.user_attrs["seconds"], epochs))
+                return
 
     def _upload(self) -> None:
         self._before_upload()

@@ -162,3 +162,27 @@ def test_a_control_is_the_row_of_that_label_or_the_only_one_of_that_method() -> 
     assert control_of([("mine", "kd"), ("none", "none")], "kd") == "mine"
     assert control_of([("a", "kd"), ("b", "kd")], "kd") is None
     assert control_of([], "kd") is None
+
+
+def test_a_row_whose_failed_seed_nothing_stands_for_is_not_waited_for(made: Make) -> None:
+    """Without `none`, a failed seed is missing: the row stays where it was looked at, and asks for no more seeds for ever."""
+    failed = {"status": "failed", "failure": "nan", "test_metric": None}
+    records = [
+        record.model_copy(update=failed) if (record.label, record.seed) == ("equal", 4) else record
+        for record in made({label: values for label, values in VALUES.items() if label != "none"}, PLAN)
+    ]
+    assert "equal" not in seeds_still_wanted(records, PLAN, {"kd"})
+    assert not any("goes on" in note for note in boards(records)[0].notes)
+
+
+def test_a_plan_that_was_changed_after_a_look_is_told_beside_the_looks(made: Make) -> None:
+    fixed = Plan(seeds=3, control_seeds=3)
+    records = made(first(3), fixed) + [record for record in made(VALUES, PLAN) if record.seed > 2]
+    notes = boards(records)[0].notes
+    assert any(note.startswith("decided at 3") for note in notes)
+    assert any(note.startswith("seeds were added after a look") for note in notes)
+
+
+def test_with_another_control_what_is_missed_is_of_the_first_seeds(made: Make) -> None:
+    [board] = boards(made(VALUES, PLAN), control="near")
+    assert not any("with 12 seeds, a true difference" in note for note in board.notes)

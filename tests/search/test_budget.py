@@ -73,3 +73,13 @@ def test_a_search_has_at_most_the_trials_that_were_asked_for(tmp_path: Path) -> 
 )
 def test_what_a_budget_pays_for(budget: Budget, seconds: float, epochs: float, trials: int) -> None:
     assert budget.trials(seconds, epochs, whole=10, workers=2) == trials
+
+
+def test_a_study_that_was_begun_without_a_budget_has_the_trials_that_its_first_one_pays_for(tmp_path: Path) -> None:
+    plain = MethodStudy(tmp_path / "s.journal", "s", AXES, trials=6, sampler="random", seed=0)
+    for number in range(6):
+        plain.complete(plain.ask().number, [float(number)], seconds=25.0 + number, epochs=5.0)
+    study = opened(tmp_path)
+    assert (study.trials, study.missing, study.spent().trials) == (4, 0, 4)
+    assert study.done
+    assert opened(tmp_path, trials=3).trials == 3
