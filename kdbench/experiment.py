@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -255,18 +255,25 @@ class WorkerRange(_Part):
         return self
 
 
-def _workers(value: Any) -> Any:
-    if isinstance(value, dict):
-        try:
-            return WorkerRange.model_validate(value)
-        except ValidationError as error:
-            raise ValueError(explain(error, "of a range", WorkerRange).splitlines()[0]) from None
-    if isinstance(value, WorkerRange) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_WORKERS):
-        return value
-    raise ValueError(f"expected a whole number from 1 to {MOST_WORKERS}, or a range such as {{min: 1, max: 8}}, got {shown(value)}")
+def _number_or(part: type[_Part], called: str, most: int, example: str) -> Callable[[Any], Any]:
+    """A check for a key that is a whole number, or a `part` with keys of its own. called: what errors in these say of them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict):
+            try:
+                return part.model_validate(value)
+            except ValidationError as error:
+                raise ValueError(explain(error, called, part).splitlines()[0]) from None
+        if isinstance(value, part) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most):
+            return value
+        raise ValueError(f"expected a whole number from 1 to {most}, or {example}, got {shown(value)}")
+
+    return check
 
 
-Workers = Annotated[int | WorkerRange, BeforeValidator(_workers)]
+Workers = Annotated[
+    int | WorkerRange, BeforeValidator(_number_or(WorkerRange, "of a range", MOST_WORKERS, "a range such as {min: 1, max: 8}"))
+]
 
 
 def worker_bounds(workers: int | WorkerRange) -> tuple[int, int]:
@@ -312,8 +319,8 @@ class Runtime(_Part):
 class UntilDecided(_Part):
     """Seeds are added while a method is not told apart from kd: after each look, twice as many as before, up to `max`."""
 
-    start: int = Field(default=3, ge=2, le=1000)
-    max: int = Field(ge=2, le=1000)
+    start: int = Field(default=3, ge=2, le=MOST_SEEDS)
+    max: int = Field(ge=2, le=MOST_SEEDS)
     until: Literal["decided"]
     matters: float | None = Field(default=None, gt=0, le=1e9)  # a lead over kd, in the metric's unit, below which a method is no better
 
@@ -326,15 +333,10 @@ class UntilDecided(_Part):
         return self
 
 
-def _seeds(value: Any) -> Any:
-    if isinstance(value, dict):
-        try:
-            return UntilDecided.model_validate(value)
-        except ValidationError as error:
-            raise ValueError(explain(error, "of seeds until decided", UntilDecided).splitlines()[0]) from None
-    if isinstance(value, UntilDecided) or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_SEEDS):
-        return value
-    raise ValueError(f"expected a whole number from 1 to {MOST_SEEDS}, or {{start: 3, max: 12, until: decided}}, got {shown(value)}")
+Seeds = Annotated[
+    int | UntilDecided,
+    BeforeValidator(_number_or(UntilDecided, "of seeds until decided", MOST_SEEDS, "{start: 3, max: 12, until: decided}")),
+]
 
 
 class Experiment(_Part):
@@ -347,7 +349,7 @@ class Experiment(_Part):
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     recipe: Recipe = Recipe()
     search: Search | None = None
-    seeds: Annotated[int | UntilDecided, BeforeValidator(_seeds)] = 3  # of `search.studies` searches, each has so many
+    seeds: Seeds = 3  # of `search.studies` searches, each has so many
     # Of `none` and `kd`; by default twice as many as the others, as all are compared with these.
     control_seeds: Annotated[int | None, LEFT_OUT_UNSET] = Field(default=None, ge=1, le=MOST_SEEDS)
     # Whether `none` is trained once more, for as long as teacher, cache, search and finals of the best method took.

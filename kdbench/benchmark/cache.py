@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,23 +10,19 @@ from pathlib import Path
 
 import torch
 
+from kdbench.benchmark.kept import keep, read_kept
 from kdbench.benchmark.watch import Watch
-from kdbench.bounded import parse_json, read_file
 from kdbench.distributed.cache import worth_ray, write_with_ray
 from kdbench.distributed.cluster import started
 from kdbench.experiment import Recipe, Runtime, TeacherRef, content_hash
 from kdbench.storage.layout import Layout
 from kdbench.storage.locks import Held, locked
-from kdbench.storage.working_copy import fetch
 from kdbench.training.cache.build import Builder, Plan, build_here, cached_already, mend
 from kdbench.training.cache.copies import bring, send
 from kdbench.training.cache.outputs import LOGITS, TEST, CacheSpec, tap_stream
 from kdbench.training.cache.streams import ENTRY, Stream
 from kdbench.training.cache.top_k import BOUND, TEMPERATURES
-from kdbench.training.checkpoint import write_atomically
 from kdbench.training.earlier_keys import Asked
-
-_LARGEST_NOTE = 1_000  # bytes
 
 # Writes a plan's pieces somewhere else than in this process, yielding how many images after each; None where this process should.
 Elsewhere = Callable[[Builder, Plan, float], Iterator[int] | None]
@@ -84,17 +79,13 @@ def fill_cache(
 
 def cache_seconds(layout: Layout, key: str) -> float:
     """How long an entry took to make, together; 0 where nobody measured it."""
-    try:
-        kept = parse_json(read_file(fetch(_seconds_of(layout, key), newest=True), _LARGEST_NOTE))
-        return float(kept["seconds"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return 0.0
+    seconds = read_kept(_seconds_of(layout, key)).get("seconds")
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
 def _note_seconds(layout: Layout, key: str, seconds: float) -> None:
     """An entry may be made in several runs, and grow when further methods ask for more."""
-    content = json.dumps({"seconds": cache_seconds(layout, key) + seconds})
-    write_atomically(_seconds_of(layout, key), lambda temporary: temporary.write_text(content))
+    keep(_seconds_of(layout, key), {"seconds": cache_seconds(layout, key) + seconds})
 
 
 def _seconds_of(layout: Layout, key: str) -> Path:

@@ -5,23 +5,19 @@ Written down before the first of these trainings, so that a killed run, and one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from kdbench.benchmark.cache import cache_seconds
+from kdbench.benchmark.kept import keep, read_kept
 from kdbench.benchmark.ledger import Ledger
 from kdbench.boards.board import WITHOUT_DISTILLATION
-from kdbench.bounded import parse_json, read_file
+from kdbench.boards.finals import search_hours
 from kdbench.experiment import TeacherRef
 from kdbench.records.plan import MOST_TIMES
 from kdbench.records.record import RunRecord
-from kdbench.storage.working_copy import fetch
-from kdbench.training.checkpoint import write_atomically
-
-_LARGEST_NOTE = 1_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ def matched(
         epochs: Of an ordinary training.
     """
     path = ledger.layout.choice(f"cost-{key}")
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        kept = parse_json(read_file(fetch(path, newest=True), _LARGEST_NOTE))
+    with suppress(ValueError, TypeError, KeyError):
+        kept = read_kept(path)
         return Matched(int(kept["epochs"]), str(kept["method"]))
     best = _best(finals)
     ordinary = [record for record in finals.get(undistilled, ()) if record.device_hours and record.curve]
@@ -56,7 +52,7 @@ def matched(
     an_epoch = fmean((record.device_hours or 0.0) / len(record.curve) for record in ordinary)
     affordable = int(_hours(ledger, finals[best], teacher) / an_epoch)
     found = Matched(min(max(affordable, epochs), MOST_TIMES * epochs), best)
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(found))))
+    keep(path, asdict(found))
     ledger.watch.note(f"none@cost: {found.epochs} epochs for each seed, for what teacher, cache, search and finals of {best} took")
     return found
 
@@ -73,8 +69,7 @@ def _best(finals: Mapping[str, Sequence[RunRecord]]) -> str | None:
 
 def _hours(ledger: Ledger, finals: Sequence[RunRecord], teacher: TeacherRef | None) -> float:
     """Device-hours of the teacher, its cache, the searches and the finals."""
-    searches = {record.search_number or 0: record.search_device_hours or 0.0 for record in finals}
-    spent = sum(searches.values()) + sum(record.device_hours or 0.0 for record in finals)
+    spent = sum(search_hours(finals).values()) + sum(record.device_hours or 0.0 for record in finals)
     if teacher is None:
         return spent
     if teacher.cache is not None:

@@ -26,7 +26,7 @@ from kdbench.experiment import Experiment, Recipe, TeacherSpec, worker_bounds
 from kdbench.methods.build import MethodSpec
 from kdbench.models.build import ModelSpec, without_weights
 from kdbench.models.weights import check_weights, inherited, taken_of
-from kdbench.records.plan import CONTROL, UNDISTILLED, control_of
+from kdbench.records.plan import controls_of
 from kdbench.storage.folder import local_path
 from kdbench.training.rehearsal import Rehearsal, check_sees_all
 from kdbench.training.stages import epochs_by_stage
@@ -262,9 +262,8 @@ def _method(
 def _trainings(experiment: Experiment, label: str, searched: bool) -> int:
     """Searches, the winners' checks and finals of a method, as if no trial were stopped early and no row were decided early."""
     search, plan = experiment.search, experiment.plan
-    rows = [(spec.label, spec.name) for spec in experiment.methods]
-    control = label in (control_of(rows, UNDISTILLED), control_of(rows, CONTROL))
-    finals = max(plan.most, plan.control_seeds) if control else plan.most
+    controls = controls_of([(spec.label, spec.name) for spec in experiment.methods])
+    finals = max(plan.most, plan.control_seeds) if label in controls else plan.most
     if search is None or not searched:
         return finals
     checks = search.top_k * search.confirm_seeds if search.top_k > 1 and search.trials > 1 else 0

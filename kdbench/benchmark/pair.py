@@ -35,7 +35,7 @@ from kdbench.methods.base import Method
 from kdbench.methods.build import NO_OVERRIDES, MethodSpec, build_method, fitted, method_class, search_axes
 from kdbench.models.build import ModelSpec
 from kdbench.models.outputs import Shapes
-from kdbench.records.plan import AT_COST, AT_DEFAULT, CONTROL, UNDISTILLED, control_of
+from kdbench.records.plan import AT_COST, AT_DEFAULT, UNDISTILLED, control_of, controls_of
 from kdbench.records.record import RunRecord
 from kdbench.search.space import Parameter, Range, describe, is_whole
 from kdbench.search.study import Asha, Direction, MethodStudy, TrialBudget, defaults, holds
@@ -314,8 +314,7 @@ class PairWork:
         self.near_duplicates: int | None = None  # of the test samples, where somebody counted them
         self.search, self.plan = pair.experiment.search, pair.experiment.plan
         self._recall = Recall(pair.asked, ledger)
-        rows = [(spec.label, spec.name) for spec in pair.experiment.methods]
-        self._controls = {label for name in (UNDISTILLED, CONTROL) if (label := control_of(rows, name)) is not None}
+        self._controls = controls_of([(spec.label, spec.name) for spec in pair.experiment.methods])
         self._owners: dict[tuple[str, int | None], Contender] = {}
         self.contenders = [self._contender(spec, number) for spec in pair.experiment.methods for number in range(self.plan.searches)]
         if self.search is not None and self.search.defaults:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kdbench.boards.published import PublishedFigure
 from kdbench.boards.simultaneous import Difference
-from kdbench.records.plan import CONTROL, UNDISTILLED, Plan, control_of
+from kdbench.records.plan import CONTROL, UNDISTILLED, Plan, controls_of
 
 WITHOUT_DISTILLATION = frozenset({UNDISTILLED, "label_smoothing"})
 CONTROLS = WITHOUT_DISTILLATION | {CONTROL}  # methods that are there to be beaten
@@ -191,7 +191,7 @@ class Board:
 
     def meant(self, row: Row) -> int:
         """How many seeds the row is meant to have: by the plan, or without one as many as the others, the controls aside."""
-        controls = {control_of([(each.label, each.method) for each in self.rows], name) for name in (UNDISTILLED, CONTROL)}
+        controls = controls_of([(each.label, each.method) for each in self.rows])
         if self.plan is None:
             rivals = [each.seeds for each in self.rows if each.label not in controls or self.rows_by == "student"]
             return max(rivals, default=row.seeds)

@@ -10,6 +10,7 @@ from typing import Any
 
 from kdbench.boards.board import Board, Row
 from kdbench.boards.filters import check_row
+from kdbench.boards.finals import search_hours
 from kdbench.boards.formatting import interval, ranks, short
 from kdbench.boards.simultaneous import Difference
 from kdbench.errors import UserError
@@ -252,11 +253,7 @@ class _Trace:
         if self.row.device_hours is None:
             return None
         trainings = [r.device_hours for r in self._records() if r.device_hours is not None]
-        spent: dict[int, float] = {}
-        for record in self._records():
-            if record.search_device_hours is not None:
-                number = record.search_number or 0
-                spent[number] = max(spent.get(number, 0.0), record.search_device_hours)
+        spent = search_hours(self._records())
         of = "of the search" if len(spent) < 2 else f"of a search, the mean of {len(spent)}"
         search = fmean(spent.values()) if spent else 0.0
         how = f"mean of the finals' {', '.join(map(short, trainings))}, plus {short(search)} {of}"

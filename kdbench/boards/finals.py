@@ -6,13 +6,18 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdbench.boards.board import RowsBy
+from kdbench.records.bits import unpacked
 from kdbench.records.plan import Plan, control_of
 from kdbench.records.record import RunRecord
 
@@ -53,11 +58,7 @@ class Finals:
     @property
     def search_device_hours(self) -> float:
         """Of one search; the mean of several."""
-        spent: dict[int, float] = {}
-        for record in self.records.values():
-            if record.search_device_hours is not None:
-                number = record.search_number or 0
-                spent[number] = max(spent.get(number, 0.0), record.search_device_hours)
+        spent = search_hours(self.records.values())
         return fmean(spent.values()) if spent else 0.0
 
     @property
@@ -89,7 +90,17 @@ class Finals:
             if len(own) == each and all(seed in signed for seed in own)
         }
 
-    @property
+    @cached_property
+    def right(self) -> NDArray[np.float64] | None:
+        """Of each test sample, the share of the finals that predict it right, [N]; None where the records don't say."""
+        told = [record.samples_right for record in self.records.values() if record.samples_right is not None]
+        try:
+            bits = [unpacked(text) for text in told]
+        except ValueError:
+            return None
+        return np.mean(bits, axis=0, dtype=float) if len({len(each) for each in bits}) == 1 else None
+
+    @cached_property
     def plan(self) -> Plan | None:
         """What the newest of them was planned as; None of older ones, whose plan nobody kept."""
         told = [record for record in self.records.values() if record.plan is not None]
@@ -104,6 +115,16 @@ class Finals:
         """What it deploys, by parameters and FLOPs; where one of them is unknown, a network of its own."""
         measured = tuple(next(iter(known([*self.records.values()], name)), None) for name in ("params_count", "flops"))
         return (self.label,) if None in measured else measured
+
+
+def search_hours(records: Iterable[RunRecord]) -> dict[int, float]:
+    """Device-hours of each search that finals are from; of the first alone where there is one."""
+    spent: dict[int, float] = {}
+    for record in records:
+        if record.search_device_hours is not None:
+            number = record.search_number or 0
+            spent[number] = max(spent.get(number, 0.0), record.search_device_hours)
+    return spent
 
 
 def grouped(members: Sequence[RunRecord], rows_by: RowsBy) -> list[Finals]:

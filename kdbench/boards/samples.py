@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kdbench.boards.finals import Finals
 from kdbench.boards.stats import LEVEL
-from kdbench.records.bits import unpacked
 
 _PERCENT = 100.0
 
@@ -20,29 +16,10 @@ def moved_by_samples(row: Finals, control: Finals) -> float | None:
     From which samples each final predicts right: of a sample's share of right seeds, the difference of the rows; its standard error over
     the samples. None where the records don't say which were right, as of metrics that are no share of right samples.
     """
-    ours, theirs = _shares(row), _shares(control)
+    ours, theirs = row.right, control.right
     if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
         return None
     from scipy.special import ndtri
 
     error = float((ours - theirs).std(ddof=1)) / math.sqrt(len(ours))
     return _PERCENT * float(ndtri(0.5 + LEVEL / 2)) * error
-
-
-def samples(row: Finals) -> int | None:
-    """How many the test part has."""
-    shares = _shares(row)
-    return None if shares is None else len(shares)
-
-
-def _shares(row: Finals) -> NDArray[np.float64] | None:
-    """Of each test sample, the share of the row's finals that predict it right."""
-    told = [record.samples_right for record in row.records.values() if record.samples_right is not None]
-    try:
-        bits = [unpacked(text) for text in told]
-    except ValueError:
-        return None
-    if not bits or len({len(each) for each in bits}) > 1:
-        return None
-    shares: NDArray[np.float64] = np.mean(bits, axis=0, dtype=float)
-    return shares

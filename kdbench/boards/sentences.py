@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from kdbench.boards.board import CONTROLS, WITHOUT_DISTILLATION, BesideRow, Board, Row
 from kdbench.boards.finals import Finals
-from kdbench.boards.samples import samples
 from kdbench.boards.simultaneous import seeds_needed, smallest_found
 from kdbench.boards.standings import Scale, Standings
 from kdbench.boards.stats import LEVEL, POWER
@@ -144,8 +143,8 @@ def _basis(board: Board, groups: Sequence[Finals], ranked: Sequence[Row]) -> lis
 
 def _conditions(board: Board, groups: Sequence[Finals]) -> str:
     """What the intervals are conditional on: all that was done once."""
-    counts = [count for group in groups if (count := samples(group)) is not None]
-    rest = f"this teacher, this split and these {f'{counts[0]:,} ' if counts else ''}test samples"
+    right = next((group.right for group in groups if group.right is not None), None)
+    rest = f"this teacher, this split and these {'' if right is None else f'{len(right):,} '}test samples"
     if board.searches is not None:
         return f"they speak of new searches with new seeds: of {rest}; {_spread_of_searches(board)}{_other_samples(board)}"
     searched = any(group.newest.trials for group in groups)

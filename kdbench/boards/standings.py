@@ -196,10 +196,11 @@ class _Layout:
         self.complete, self.seeds, self.scale, self.level = complete, seeds, scale, level
         self.comparisons = len(complete) - 1 if comparisons is None else comparisons
         self.labels = [group.label for group in complete]
-        self.block = np.array([[group.replicates[seed] for seed in seeds] for group in complete])
+        values = [group.replicates for group in complete]
+        self.block = np.array([[of_row[seed] for seed in seeds] for of_row in values])
         self.known = spreads(self.block, scale.step) if len(complete) > 1 and len(seeds) > 1 else None
         own = {place: further[group.label] for place, group in enumerate(complete) if group.label in further}
-        self.extra = {place: [complete[place].replicates[seed] for seed in more] for place, more in own.items()}
+        self.extra = {place: [values[place][seed] for seed in more] for place, more in own.items()}
         self.further = next(iter(further.values()), ())
         self._columns: dict[int | None, dict[str, Difference]] = {}
 
@@ -230,8 +231,9 @@ class _Layout:
         found = self._columns[place]
         if partial is None or partial is control or partial.label in found:
             return found
-        common = sorted(partial.replicates.keys() & control.replicates.keys())
-        ours, theirs = ([each.replicates[seed] for seed in common] for each in (partial, control))
+        both = partial.replicates, control.replicates
+        common = sorted(both[0].keys() & both[1].keys())
+        ours, theirs = ([each[seed] for seed in common] for each in both)
         variance = None if place is None else float(self.known.variances[place])
         difference = partial_difference(ours, theirs, self.comparisons + 1, self.known, variance, self.level)
         return found if difference is None else {**found, partial.label: difference}

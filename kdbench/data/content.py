@@ -175,11 +175,16 @@ def _remembered(memory: Path) -> Known:
 
 def _remember(memory: Path, fresh: Known) -> None:
     """Add to what is kept. Of two processes that write at once one may lose what it added: that is then read again."""
+    keep_for_user(memory, json.dumps(_remembered(memory) | fresh))
+
+
+def keep_for_user(memory: Path, text: str) -> None:
+    """Write a file below the user's caches in one step, or not at all: what it holds can be made again."""
     temporary = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
-    with suppress(OSError):  # no home, a full disk: it is then read again next time
+    with suppress(OSError):  # no home, a full disk: it is then made again next time
         memory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(json.dumps(_remembered(memory) | fresh))
+            temporary.write_text(text)
             temporary.replace(memory)
         finally:
             temporary.unlink(missing_ok=True)

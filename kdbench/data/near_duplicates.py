@@ -7,11 +7,9 @@ each pixel is brighter than its right neighbour.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from kdbench.account import cache_home
 from kdbench.bounded import parse_json, read_file
 from kdbench.data.batch import Part
+from kdbench.data.content import keep_for_user
 from kdbench.storage.folder import local_path
 
 NEAR = 4  # bits
@@ -59,19 +58,8 @@ def counted_once(train: Part, test: Part, content: str) -> int | None:
             return kept
     found = near_duplicates(train, test)
     if found is not None:
-        _remember(memory, found)
+        keep_for_user(memory, json.dumps(found))
     return found
-
-
-def _remember(memory: Path, found: int) -> None:
-    temporary = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
-    with suppress(OSError):  # no home, a full disk: it is then counted again next time
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(found))
-            temporary.replace(memory)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def difference_hashes(images: Tensor) -> Hashes:

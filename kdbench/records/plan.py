@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -57,3 +57,8 @@ def control_of(rows: Iterable[tuple[str, str]], method: str) -> str | None:
     of_method = [label for label, name in rows if name == method]
     labelled = [label for label in of_method if label == method]
     return next(iter(labelled or (of_method if len(of_method) == 1 else [])), None)
+
+
+def controls_of(rows: Sequence[tuple[str, str]]) -> frozenset[str]:
+    """The labels of both controls, as far as they are there. rows: label and method of each."""
+    return frozenset(label for method in (UNDISTILLED, CONTROL) if (label := control_of(rows, method)) is not None)
